@@ -1,0 +1,176 @@
+"""Typed settings. Importing this needs neither torch nor Megatron.
+
+A recipe (config/recipe/*.yaml) names every number that a paper row depends on; a paper row is a
+recipe plus an `ablation=` override and nothing else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class ModelConfig:
+    """Where weights, tokenizer and architecture come from: one Hugging Face folder."""
+
+    path: str = ""  # folder with config.json, safetensors, tokenizer
+    context: int = 16384  # prompt + completion tokens; a longer prompt is refused
+    dtype: str = "float32"  # float32 | bfloat16
+    train_towers: bool = False  # SFT stages may override (StageConfig.train_towers)
+
+
+@dataclass
+class ParallelConfig:
+    """World size = tp * pp * dp; dp follows from the number of processes."""
+
+    tp: int = 1
+    pp: int = 1
+    sequence_parallel: bool = False
+    recompute: bool = False
+    threads: int = 1  # CPU threads a rank; pinned, so that sums are made in one order
+
+
+@dataclass
+class DataConfig:
+    manifest: str = ""  # JSONL; media paths are relative to its folder
+    decoder: str = "auto"  # auto | dali | pyav
+    fps: float = 2.0  # frames sampled a second
+    min_frames: int = 4
+    max_frames: int = 16
+    frame_max_pixels: int = 50176
+    frame_min_pixels: int = 50176  # METHOD: the smaller of 100,352 and the recipe's maximum
+    image_max_pixels: int = 401408
+    workers: int = 1  # decode processes a rank; 0 decodes in the trainer's own process
+    decode_deadline_s: float = 60.0
+    mute: bool = False  # drop sound (evaluation control)
+    blind: bool = False  # drop pictures (evaluation control)
+
+
+@dataclass
+class OptimConfig:
+    lr: float = 5e-7
+    min_lr: float = 0.0
+    warmup_fraction: float = 0.05
+    schedule: str = "linear"  # constant | linear | cosine, after the warm-up
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    clip_grad: float = 1.0
+
+
+@dataclass
+class StageConfig:
+    """One stage of the curriculum. kind sft trains on traces, rl on rewards."""
+
+    name: str = ""
+    kind: str = "rl"  # sft | rl
+    data: list[str] = field(default_factory=list)  # manifest stages this stage draws from
+    steps: int = 0
+    prompts_per_step: int = 8  # fresh prompts (rl) or examples (sft) a step, over all ranks
+    rewards: dict[str, float] = field(default_factory=dict)  # format, accuracy, self, judge
+    lr: float | None = None  # overrides optim.lr
+    train_towers: bool = False
+
+
+@dataclass
+class SamplingConfig:
+    temperature: float = 1.0
+    top_k: int = 0  # 0: off. Off by default: a replayed token may have left today's top-k
+    top_p: float = 1.0
+    max_new_tokens: int = 2048
+
+
+@dataclass
+class ShapingConfig:
+    """Temporal Advantage Shaping, METHOD section 3."""
+
+    shape: str = "parabolic"  # parabolic | uniform | linear_decay | linear_incline | inverse_parabolic | uniform_matched
+    lam: float = 0.3
+
+
+@dataclass
+class ReplayConfig:
+    """Stratified replay, METHOD section 5. n_off = 0 in RLConfig switches it off."""
+
+    capacity: int = 10000
+    capacity_share: list[float] = field(default_factory=lambda: [0.25, 0.35, 0.40])  # easy, medium, hard
+    draw_share: list[float] = field(default_factory=lambda: [0.25, 0.35, 0.40])
+    order: str = "priority"  # priority | uniform | fifo
+    temperature: float = 1.0
+    w_reward: float = 1.0
+    w_kl: float = 0.1
+    min_fill: int = 10
+    max_age: int = 0  # steps; 0: no limit
+    carry_over_stages: bool = False
+
+
+@dataclass
+class HintConfig:
+    """Hint injection and withdrawal, METHOD section 6."""
+
+    enabled: bool = True
+    patience: int = 3  # plain visits in a row without a solved completion
+    hysteresis: float = 0.05  # withdrawn when plain R-bar stands this far (in rank) above the hard tier
+    plain_every: int = 4  # every n-th visit of a hinted prompt stays plain
+    kl_threshold: float | None = None  # the paper's own test; off by default
+
+
+@dataclass
+class RLConfig:
+    n_on: int = 4
+    n_off: int = 4
+    revisit_share: float = 0.25
+    alpha: float = 1.0  # weight of the off-policy term
+    beta: float = 0.1  # weight of the KL term
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    dual_clip: float | None = None
+    ratio_level: str = "token"  # token | sequence
+    updates_per_rollout: int = 1
+    vcrs: bool = True  # off-policy baseline R-bar; False: the off-policy batch mean
+    vcrs_window: int = 20
+    advantage_clip: float = 5.0
+    logprob_error_limit: float = 1.05
+    tokens_per_micro_batch: int = 16384
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    shaping: ShapingConfig = field(default_factory=ShapingConfig)
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
+    hints: HintConfig = field(default_factory=HintConfig)
+
+
+@dataclass
+class CheckpointConfig:
+    every: int = 50  # steps
+    keep: int = 2
+    milestones: list[int] = field(default_factory=list)  # global steps whose checkpoints stay
+
+
+@dataclass
+class EvalConfig:
+    """The held-out evaluation during training; 0 switches it off."""
+
+    every: int = 0
+    samples: int = 64
+
+
+@dataclass
+class LogConfig:
+    wandb_project: str = "megatron-avatar"
+    wandb: str = "auto"  # auto (online with WANDB_API_KEY, else offline) | offline | disabled
+
+
+@dataclass
+class Config:
+    name: str = ""  # the recipe's name, shown everywhere
+    seed: int = 0
+    output_dir: str = ""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    rl: RLConfig = field(default_factory=RLConfig)
+    stages: list[StageConfig] = field(default_factory=list)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    log: LogConfig = field(default_factory=LogConfig)
