@@ -63,7 +63,6 @@ class OptimConfig:
 class StageConfig:
     """One stage of the curriculum. kind sft trains on traces, rl on rewards."""
 
-    name: str = ""
     kind: str = "rl"  # sft | rl
     data: list[str] = field(default_factory=list)  # manifest stages this stage draws from
     steps: int = 0
@@ -170,7 +169,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     rl: RLConfig = field(default_factory=RLConfig)
-    stages: list[StageConfig] = field(default_factory=list)
+    stages: dict[str, StageConfig] = field(default_factory=dict)  # in order; override as stages.NAME.steps=10
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     log: LogConfig = field(default_factory=LogConfig)
