@@ -1,0 +1,239 @@
+"""Process groups and devices: the only file that knows that Megatron-Core expects CUDA.
+
+With GPUs a rank owns one of them and talks NCCL. Without, gloo carries the messages and Megatron's
+requests for CUDA are answered by the CPU, so that every layout runs, and is tested, anywhere.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import socket
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import random as megatron_random
+
+from megatron_avatar.config.schema import ParallelConfig
+
+# A rank that finished generation waits for the slowest one: longer than NCCL's default of 10 minutes.
+TIMEOUT = timedelta(minutes=60)
+# One code path and one order of sums on every AVX2 machine, at full speed (COMPATIBLE is 2.3 times slower).
+MKL_REPRODUCIBLE = "AVX2,STRICT"
+FACTORIES = (
+    "arange as_tensor empty empty_like eye full full_like linspace ones ones_like rand rand_like randint randn "
+    "randn_like randperm tensor zeros zeros_like"
+).split()
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Where this rank stands in the world of tp * pp * dp processes, and the collectives of training."""
+
+    device: torch.device
+    rank: int
+    local_rank: int
+    world: int
+    tp: int
+    pp: int
+    dp: int
+    tp_rank: int
+    pp_rank: int
+    dp_rank: int
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.pp - 1
+
+    def all_gather_object(self, value: Any) -> list[Any]:
+        """`value` of every rank, in rank order."""
+        return _gather_objects(value, dist.group.WORLD)
+
+    def all_gather_object_dp(self, value: Any) -> list[Any]:
+        """`value` of every data-parallel rank, in their order. Equal on all ranks of a replica if `value` is."""
+        return _gather_objects(value, parallel_state.get_data_parallel_group())
+
+    def broadcast_from_last_stage(self, value: Any) -> Any:
+        """The last pipeline stage's `value`, on every stage.
+
+        A tensor is filled in place and returned: every stage passes one of the same shape and dtype. Anything
+        else travels pickled; what the other stages pass is ignored.
+        """
+        if self.pp == 1:
+            return value
+        group = parallel_state.get_pipeline_model_parallel_group()
+        source = parallel_state.get_pipeline_model_parallel_last_rank()
+        if isinstance(value, torch.Tensor):
+            dist.broadcast(value, source, group)
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, source, group)
+        return box[0]
+
+    def sum_over_dp(self, value: torch.Tensor) -> torch.Tensor:
+        """Sum `value` over the data-parallel ranks, in place, and return it."""
+        dist.all_reduce(value, group=parallel_state.get_data_parallel_group())
+        return value
+
+    def barrier(self) -> None:
+        dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
+
+
+def start(parallel: ParallelConfig, *, seed: int = 0) -> Backend:
+    """Start the process groups and return this rank's place in them.
+
+    Ranks come from torchrun's variables, from an `srun` step, or there is one process. Raises ValueError where
+    the number of processes doesn't fit `parallel`, or the master's address can't be resolved.
+    """
+    os.environ.setdefault("MKL_CBWR", MKL_REPRODUCIBLE)  # read by MKL at its first call
+    torch.set_num_threads(parallel.threads)
+    rank, local_rank, world = _place_from_environment()
+    if parallel.tp < 1 or parallel.pp < 1 or world % (parallel.tp * parallel.pp):
+        raise ValueError(
+            f"{world} processes don't split into parallel.tp={parallel.tp} x parallel.pp={parallel.pp}: "
+            "start a multiple of tp * pp processes, or change parallel.tp and parallel.pp"
+        )
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"rank {rank} is number {local_rank} on its node, which has {torch.cuda.device_count()} GPUs: "
+                "start one process a GPU"
+            )
+        torch.cuda.set_device(local_rank)
+        device = torch.device("cuda", local_rank)
+    else:
+        redirect_cuda_to_cpu()
+        device = torch.device("cpu")
+
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if world == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    else:
+        _check_master()
+        dist.init_process_group(backend, "env://", rank=rank, world_size=world, timeout=TIMEOUT)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tp,
+        pipeline_model_parallel_size=parallel.pp,
+        distributed_timeout_minutes=int(TIMEOUT.total_seconds() // 60),
+    )
+    torch.manual_seed(seed)
+    megatron_random.model_parallel_cuda_manual_seed(seed)
+    return Backend(
+        device=device,
+        rank=rank,
+        local_rank=local_rank,
+        world=world,
+        tp=parallel.tp,
+        pp=parallel.pp,
+        dp=parallel_state.get_data_parallel_world_size(),
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        dp_rank=parallel_state.get_data_parallel_rank(),
+    )
+
+
+def stop() -> None:
+    """Leave the process groups. `start` may be called again afterwards."""
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+def _gather_objects(value: Any, group: dist.ProcessGroup) -> list[Any]:
+    gathered = [None] * group.size()
+    dist.all_gather_object(gathered, value, group=group)
+    return gathered
+
+
+def _place_from_environment() -> tuple[int, int, int]:
+    """(rank, local rank, world size); inside an `srun` step also sets MASTER_ADDR and MASTER_PORT if missing."""
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        return int(env["RANK"]), int(env.get("LOCAL_RANK", 0)), int(env["WORLD_SIZE"])
+    if "SLURM_STEP_ID" in env and "SLURM_PROCID" in env:  # a batch script has SLURM_PROCID, but is no step
+        host = re.match(r"([^,\[]+)(?:\[(\d+))?", env["SLURM_STEP_NODELIST"])
+        env.setdefault("MASTER_ADDR", host[1] + (host[2] or ""))
+        env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 20000))
+        return int(env["SLURM_PROCID"]), int(env["SLURM_LOCALID"]), int(env["SLURM_STEP_NUM_TASKS"])
+    return 0, 0, 1
+
+
+def _check_master() -> None:
+    """An address that doesn't resolve would hang torch's rendezvous for minutes."""
+    address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    try:
+        socket.getaddrinfo(address or None, int(port))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"MASTER_ADDR={address!r} MASTER_PORT={port!r} can't be used to meet the other ranks ({error}): "
+            "export the first node's name or IP address and a free port"
+        ) from error
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Megatron-Core without CUDA
+
+
+def redirect_cuda_to_cpu() -> None:
+    """Let the CPU answer requests for CUDA, process-wide; does nothing where CUDA is available, or when repeated.
+
+    The functions themselves are replaced: a TorchFunctionMode is off inside backward(), where recomputation runs.
+    """
+    if torch.cuda.is_available() or getattr(redirect_cuda_to_cpu, "done", False):
+        return
+    redirect_cuda_to_cpu.done = True
+
+    for name in FACTORIES:
+        setattr(torch, name, _factory_on_cpu(getattr(torch, name)))
+
+    tensor_to, tensor_type = torch.Tensor.to, torch.Tensor.type
+    torch.Tensor.to = lambda self, *args, **kwargs: tensor_to(
+        self, *map(_cpu_if_cuda, args), **{key: _cpu_if_cuda(value) for key, value in kwargs.items()}
+    )
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self
+    torch.Tensor.pin_memory = lambda self, *args, **kwargs: self
+
+    def type_name_of_cuda(self, *args, **kwargs):  # Megatron's optimizer and clipping compare these names
+        result = tensor_type(self, *args, **kwargs)
+        return result.replace("torch.", "torch.cuda.") if isinstance(result, str) else result
+
+    torch.Tensor.type = type_name_of_cuda
+
+    def get_rng_state(device=None, clone=False, graph_safe=False):
+        return torch.get_rng_state()
+
+    def set_rng_state(new_state, device=None, graph_safe=False):
+        torch.set_rng_state(new_state)
+
+    torch.cuda.current_device = lambda: torch.device("cpu")
+    torch.cuda.synchronize = lambda device=None: None
+    torch.cuda.manual_seed = torch.manual_seed
+    for module in (torch.cuda, torch.cuda.random):
+        module.get_rng_state, module.set_rng_state = get_rng_state, set_rng_state
+    megatron_random._get_cuda_rng_state, megatron_random._set_cuda_rng_state = get_rng_state, set_rng_state
+
+
+def _cpu_if_cuda(value: Any) -> Any:
+    """"cpu" for a CUDA device in any spelling; every other argument as it is."""
+    if isinstance(value, torch.device):
+        return "cpu" if value.type == "cuda" else value
+    return "cpu" if isinstance(value, str) and value.startswith("cuda") else value
+
+
+def _factory_on_cpu(factory):
+    @functools.wraps(factory)
+    def on_cpu(*args, **kwargs):
+        if "device" in kwargs:
+            kwargs["device"] = _cpu_if_cuda(kwargs["device"])
+        kwargs.pop("pin_memory", None)
+        return factory(*args, **kwargs)
+
+    return on_cpu
