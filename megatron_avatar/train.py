@@ -1,0 +1,40 @@
+"""Entry point: python -m megatron_avatar.train recipe=NAME [key=value ...]"""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+INTERRUPTED = 75  # EX_TEMPFAIL: state is saved, run the same command again
+
+
+def main(arguments: list[str]) -> int:
+    """Train one configuration; returns the exit status."""
+    from megatron_avatar.config import load_config
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    try:
+        config = load_config(arguments)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    from megatron_avatar.policy.backend import start, stop  # torch and Megatron only once the settings are sound
+    from megatron_avatar.training.learner import LogprobMismatch
+    from megatron_avatar.training.loop import Interrupted, train
+
+    backend = start(config.parallel, seed=config.seed)
+    try:
+        train(config, backend)
+    except Interrupted:
+        print(f"stopped; state saved in {config.output_dir}. The same command continues.", file=sys.stderr)
+        return INTERRUPTED
+    except (ValueError, LogprobMismatch, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    finally:
+        stop()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,261 @@
+"""From groups to a gradient: micro-batches, reference scores, the step's loss, the log-prob gate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megatron_avatar.config.schema import RLConfig
+from megatron_avatar.policy.attention import GroupBatch, pack_groups, plan_micro_batches
+from megatron_avatar.policy.backend import Backend
+from megatron_avatar.policy.model import OmniPolicy
+from megatron_avatar.records import Completion, Group, Prompt, Trajectory
+from megatron_avatar.rl.objective import policy_loss, token_weights
+from megatron_avatar.rl.shaping import temporal_weights
+from megatron_avatar.training.optim import Optimization
+
+POSITION_BINS = 20
+
+
+class LogprobMismatch(RuntimeError):
+    """Generation and training disagree on the log-probabilities of the same tokens."""
+
+
+@dataclass
+class MicroBatch:
+    """Groups packed to one row, with what the loss needs for each of its N completion tokens."""
+
+    batch: GroupBatch
+    prompts: list[Prompt]
+    media: list[torch.Tensor | None]
+    members: list[tuple[int, list[int]]]  # (index of the group, indices of its trajectories)
+    tensors: dict[str, torch.Tensor]  # each [N]; empty for a filler
+
+
+def filler_group() -> Group:
+    """A text-only group of one token each, weight zero: keeps ranks with less work in step."""
+    prompt = Prompt("", "plain", np.zeros(1, np.int64), np.zeros((3, 1), np.int64))
+    completion = Completion(np.zeros(1, np.int64), np.zeros(1, np.float32), True)
+    trajectory = Trajectory("", "plain", completion, 0.0, {}, 0.0, "", "", 0, 0)
+    return Group(prompt, [trajectory], np.zeros(1, np.float32), np.ones(1, bool), weight=0.0)
+
+
+class Learner:
+    """One optimizer step over groups of any mixture of fresh and replayed completions."""
+
+    def __init__(self, policy: OmniPolicy, optimization: Optimization, backend: Backend, rl: RLConfig,
+                 *, train_towers: bool = False) -> None:
+        self.policy = policy
+        self.optimization = optimization
+        self.backend = backend
+        self.rl = rl
+        self.train_towers = train_towers
+        self.reference: dict[str, torch.Tensor] | None = None
+
+    # ---- micro-batches -------------------------------------------------------------------------
+
+    def micro_batches(self, groups: list[Group], media: list[torch.Tensor | None]) -> list[MicroBatch]:
+        """Fill micro-batches to the token budget; equal counts on all data-parallel ranks."""
+        plan = plan_micro_batches(
+            [len(g.prompt) for g in groups],
+            [[len(t.completion) for t in g.trajectories] for g in groups],
+            self.rl.tokens_per_micro_batch,
+        )
+        count = max(self.backend.all_gather_object_dp(len(plan)))
+        batches = [self._pack([groups[i] for i, _ in members], [media[i] for i, _ in members], members)
+                   for members in plan]
+        while len(batches) < count:
+            batches.append(self._pack([filler_group()], [None], [(-1, [0])]))
+        return batches
+
+    def _pack(self, groups: list[Group], media: list, members: list[tuple[int, list[int]]]) -> MicroBatch:
+        rows = [[g.trajectories[k].completion.token_ids for k in kept]
+                for g, (_, kept) in zip(groups, members, strict=True)]
+        batch = pack_groups([g.prompt for g in groups], rows, [g.weight for g in groups])
+        if self.policy.config.sequence_parallel:
+            batch = batch.pad_to(self.backend.tp)
+        return MicroBatch(batch.to(self.backend.device), [g.prompt for g in groups], media, members, {})
+
+    def _attach(self, micro: MicroBatch, groups: list[Group], per_token: dict[str, list[list[np.ndarray]]]) -> None:
+        """Concatenate per-completion arrays in the order of the batch's completion tokens."""
+        for name, rows in per_token.items():
+            flat = [rows[i][k] for i, kept in micro.members if i >= 0 for k in kept]
+            values = np.concatenate(flat) if flat else np.zeros(len(micro.batch.target_ids))
+            micro.tensors[name] = torch.as_tensor(values, device=self.backend.device)
+
+    # ---- the schedule --------------------------------------------------------------------------
+
+    def _run(self, micros: list[MicroBatch], loss: Callable, *, forward_only: bool, media_grad: bool = False) -> list:
+        """Run Megatron's schedule (pipelined or not); what `loss` returned last, one entry a micro-batch."""
+        temperature = self.rl.sampling.temperature
+
+        def forward_step(iterator: Iterator[MicroBatch], model: torch.nn.Module) -> tuple:
+            micro = next(iterator)
+            media = self.policy.embed_media(micro.prompts, grad=True) if media_grad else micro.media
+            output = model(micro.batch, media, temperature)
+            return output, lambda out, non_loss_data=False: loss(micro, out)
+
+        return get_forward_backward_func()(
+            forward_step_func=forward_step, data_iterator=iter(micros), model=[self.optimization.model],
+            num_microbatches=len(micros), seq_length=max(m.batch.token_ids.shape[1] for m in micros),
+            micro_batch_size=1, forward_only=forward_only, collect_non_loss_data=forward_only,
+        )
+
+    # ---- reference -----------------------------------------------------------------------------
+
+    def snapshot_reference(self) -> None:
+        """Keep the policy as it is now as the reference of the stage."""
+        self.reference = {n: p.detach().clone() for n, p in self.policy.named_parameters() if p.requires_grad}
+
+    @contextmanager
+    def _reference_weights(self) -> Iterator[None]:
+        """Swap the reference's storage in; the optimizer's buffers are untouched."""
+        assert self.reference is not None
+        own = {}
+        for name, parameter in self.policy.named_parameters():
+            if name in self.reference:
+                own[name], parameter.data = parameter.data, self.reference[name]
+        try:
+            yield
+        finally:
+            for name, parameter in self.policy.named_parameters():
+                if name in own:
+                    parameter.data = own[name]
+
+    @torch.no_grad()
+    def reference_logprobs(self, groups: list[Group], media: list) -> list[list[np.ndarray]]:
+        """Log-probabilities [L] of every completion under the stage's reference, on every rank."""
+        micros = self.micro_batches(groups, media)
+        with self._reference_weights():
+            outputs = self._run(micros, lambda micro, out: out[0].cpu().numpy(), forward_only=True)
+        outputs = self.backend.broadcast_from_last_stage(outputs)
+        scores: list[list[np.ndarray]] = [[np.zeros(0)] * len(g.trajectories) for g in groups]
+        for micro, values in zip(micros, outputs, strict=True):
+            start = 0
+            for i, kept in micro.members:
+                for k in kept if i >= 0 else []:
+                    length = len(groups[i].trajectories[k].completion)
+                    scores[i][k] = values[start : start + length]
+                    start += length
+        return scores
+
+    # ---- updates -------------------------------------------------------------------------------
+
+    def update(self, groups: list[Group], media: list, reference: list[list[np.ndarray]],
+               *, n_on: int, n_off: int, check_logprobs: bool = True) -> dict[str, np.ndarray]:
+        """One optimizer step on the paper's objective J = J_on + alpha J_off - beta KL.
+
+        n_on and n_off count the completions of the whole step, over all ranks. Returns summed
+        statistics of the step; raises LogprobMismatch before anything is applied.
+        """
+        rl, shaping = self.rl, self.rl.shaping
+        per_token: dict[str, list[list[np.ndarray]]] = {
+            k: [] for k in ("old", "ref", "advantage", "surrogate_weight", "kl_weight", "completion", "on", "position")
+        }
+        serial = 0
+        for group, ref in zip(groups, reference, strict=True):
+            lengths = [len(t.completion) for t in group.trajectories]
+            surrogate_w, kl_w = token_weights(lengths, group.on_policy, n_on, n_off, rl.alpha)
+            bounds = np.cumsum(lengths)[:-1]
+            rows: dict[str, list[np.ndarray]] = {
+                "surrogate_weight": np.split(np.asarray(surrogate_w) * group.weight, bounds),
+                "kl_weight": np.split(np.asarray(kl_w) * group.weight, bounds),
+                "old": [t.completion.logprobs for t in group.trajectories],
+                "ref": [r if on else t.completion.logprobs
+                        for r, t, on in zip(ref, group.trajectories, group.on_policy, strict=True)],
+                "advantage": [], "completion": [], "on": [], "position": [],
+            }
+            for length, advantage, on in zip(lengths, group.advantages, group.on_policy, strict=True):
+                shaped = advantage * temporal_weights(length, shaping.shape, shaping.lam).numpy()
+                rows["advantage"].append(shaped.astype(np.float32))
+                rows["completion"].append(np.full(length, serial))
+                rows["on"].append(np.full(length, bool(on)))
+                rows["position"].append(np.arange(length) / max(length - 1, 1))
+                serial += 1
+            for name, values in rows.items():
+                per_token[name].append(values)
+        micros = self.micro_batches(groups, media)
+        for micro in micros:
+            self._attach(micro, groups, per_token)
+        scale = len(micros) * self.backend.dp  # the schedule averages over micro-batches, DDP over ranks
+
+        def loss(micro: MicroBatch, out: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            logprobs, entropy = out
+            t = micro.tensors
+            if micro.members[0][0] < 0:
+                return logprobs.sum() * 0.0, {}
+            value, stats = policy_loss(
+                logprobs, t["old"], t["ref"], t["advantage"], t["surrogate_weight"].float(), t["kl_weight"].float(),
+                t["completion"] - t["completion"][0], clip_low=rl.clip_low, clip_high=rl.clip_high,
+                dual_clip=rl.dual_clip, ratio_level=rl.ratio_level, beta=rl.beta,
+            )
+            on = t["on"]
+            bins = (t["position"] * POSITION_BINS).long().clamp(max=POSITION_BINS - 1)
+            surrogate = stats.pop("per_token_surrogate").abs().double()
+            stats = {k: v.detach().double() for k, v in stats.items()}
+            stats["loss"] = value.detach().double().clone()
+            stats["entropy_sum"] = entropy.detach().double().sum()
+            stats["error_sum"] = (logprobs.detach() - t["old"]).abs().double().exp()[on].sum()
+            stats["on_tokens"] = on.sum().double()
+            stats["surrogate_bins"] = torch.zeros(POSITION_BINS, dtype=torch.float64).index_add(0, bins.cpu(), surrogate.cpu())
+            stats["position_bins"] = torch.bincount(bins.cpu(), minlength=POSITION_BINS).double()
+            return value * scale, stats
+
+        self.optimization.zero_grad()
+        stored = self._run(micros, loss, forward_only=False, media_grad=self.train_towers)
+        stats = self._reduce(stored)
+        error = float(stats["error_sum"] / max(stats["on_tokens"], 1.0))
+        if check_logprobs and error > rl.logprob_error_limit:
+            raise LogprobMismatch(
+                f"mean exp|log-probability difference| between generation and training is {error:.3f}, above "
+                f"rl.logprob_error_limit={rl.logprob_error_limit}: the two forwards disagree (positions, weights or "
+                "precision). No update was applied; the last checkpoint is good."
+            )
+        stats["logprob_error"] = error
+        stats["grad_norm"], stats["skipped"] = self.optimization.step()
+        return stats
+
+    def update_sft(self, groups: list[Group], media: list) -> dict[str, float]:
+        """One step of cross-entropy on the completions, averaged over all tokens of the step."""
+        micros = self.micro_batches(groups, media)
+        tokens = sum(self.backend.all_gather_object_dp(
+            sum(len(t.completion) for g in groups for t in g.trajectories if g.weight > 0)))
+        scale = len(micros) * self.backend.dp / max(tokens, 1)
+
+        def loss(micro: MicroBatch, out: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            real = micro.members[0][0] >= 0
+            nll = -out[0].sum() * float(real)
+            return nll * scale, {"nll": nll.detach().double().clone(),
+                                 "entropy_sum": out[1].detach().double().sum() * float(real)}
+
+        self.optimization.zero_grad()
+        stats = self._reduce(self._run(micros, loss, forward_only=False, media_grad=self.train_towers))
+        grad_norm, skipped = self.optimization.step()
+        return {"loss": float(stats["nll"] / max(tokens, 1)), "entropy": float(stats["entropy_sum"] / max(tokens, 1)),
+                "grad_norm": grad_norm, "skipped": skipped, "tokens": tokens}
+
+    def _reduce(self, stored: list[dict[str, torch.Tensor]]) -> dict[str, np.ndarray]:
+        """Add the micro-batches' statistics over the schedule and all data-parallel ranks (max for *_max)."""
+        local: dict[str, np.ndarray] = {}
+        for stats in stored:
+            for name, value in stats.items():
+                add_stat(local, name, value.cpu().numpy())
+        local = self.backend.broadcast_from_last_stage(local)
+        total: dict[str, np.ndarray] = {}
+        for stats in self.backend.all_gather_object_dp(local):
+            for name, value in stats.items():
+                add_stat(total, name, value)
+        return total
+
+
+def add_stat(into: dict[str, np.ndarray], name: str, value: np.ndarray) -> None:
+    """Statistics are sums, except those named *_max."""
+    if name not in into:
+        into[name] = value
+    else:
+        into[name] = np.maximum(into[name], value) if name.endswith("_max") else into[name] + value

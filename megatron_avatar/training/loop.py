@@ -1,0 +1,329 @@
+"""The training loop: a run is a list of stages, a stage is a list of steps, a step reads top to bottom."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+from transformers import AutoTokenizer
+
+from megatron_avatar.config import differing_keys, save_config
+from megatron_avatar.config.schema import Config, StageConfig
+from megatron_avatar.data.loader import MediaLoader, SampleOrder
+from megatron_avatar.data.manifest import load_manifest
+from megatron_avatar.data.prompt import PromptBuilder
+from megatron_avatar.policy.backend import Backend
+from megatron_avatar.policy.generate import GenerationStopped, generate
+from megatron_avatar.policy.model import build_policy
+from megatron_avatar.policy.weights import export_hf, load_hf
+from megatron_avatar.records import Group, Sample, Trajectory
+from megatron_avatar.rl.hints import HintPolicy
+from megatron_avatar.rl.replay.buffer import ReplayBuffer
+from megatron_avatar.rl.replay.store import collect_garbage, read_shards, write_shards
+from megatron_avatar.rl.rewards import RuleJudge
+from megatron_avatar.rl.tracker import RewardTracker
+from megatron_avatar.training import checkpoint, metrics
+from megatron_avatar.training.evaluate import evaluate
+from megatron_avatar.training.learner import Learner
+from megatron_avatar.training.optim import build_optimizer
+from megatron_avatar.training.rollout import (
+    assign_off_policy,
+    assign_on_policy,
+    choose_prompts,
+    rewards_of,
+    score_completions,
+)
+from megatron_avatar.training.sft import sft_groups
+from megatron_avatar.training.telemetry import StopSignal, Telemetry
+
+log = logging.getLogger(__name__)
+
+
+class Interrupted(Exception):
+    """A stop signal ended the run after its state was saved; the same command continues it."""
+
+
+class Run:
+    """Everything that lives for the whole run; what lives for a stage is set by `enter_stage`."""
+
+    def __init__(self, config: Config, backend: Backend) -> None:
+        self.config, self.backend = config, backend
+        self.folder = Path(config.output_dir)
+        self.stop = StopSignal()
+        manifest = Path(config.data.manifest)
+        self.samples = {s.id: s for s in load_manifest(manifest)}
+        for name, stage in config.stages.items():
+            if len(self.stage_samples(stage)) < 1:
+                raise ValueError(
+                    f"{manifest}: no sample for stages.{name}: it needs stage in {stage.data} and "
+                    f"split '{stage_split(stage)}'; prepare that data or correct stages.{name}.data"
+                )
+        tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+        self.policy = build_policy(config.model.path, backend, config.model, config.parallel)
+        load_hf(self.policy, config.model.path)
+        self.builder = PromptBuilder(tokenizer, self.policy.hf_config, config.data, config.model.context)
+        self.loader = MediaLoader(self.builder, manifest.parent, config.data.workers, config.data.decode_deadline_s)
+        self.telemetry = Telemetry(self.folder, config, backend)
+        self.judge = RuleJudge()
+        self.step = 0  # optimizer steps applied, over all stages
+        self.completions_generated = 0
+
+    def stage_samples(self, stage: StageConfig) -> dict[str, Sample]:
+        split = stage_split(stage)
+        return {i: s for i, s in self.samples.items() if s.split == split and s.stage in stage.data}
+
+    # ---- stages --------------------------------------------------------------------------------
+
+    def enter_stage(self, name: str) -> None:
+        """Fresh optimizer, reference, loader order, baselines and buffer (paper supplement: a stage's
+        rewards have a scale of their own)."""
+        config, stage = self.config, self.config.stages[name]
+        self.stage_name, self.stage, self.stage_step = name, stage, 0
+        self.pool = self.stage_samples(stage)
+        self.policy.set_trainable(towers=stage.train_towers)
+        self.optimization = build_optimizer(
+            self.policy, self.backend, config.optim, lr=stage.lr or config.optim.lr,
+            total_steps=stage.steps * (config.rl.updates_per_rollout if stage.kind == "rl" else 1),
+        )
+        self.learner = Learner(self.policy, self.optimization, self.backend, config.rl,
+                               train_towers=stage.train_towers)
+        self.order = SampleOrder(sorted(self.pool), config.seed, name)
+        if stage.kind == "sft":
+            return
+        self.learner.snapshot_reference()
+        rl = config.rl
+        if rl.replay.carry_over_stages and hasattr(self, "tracker"):
+            return
+        self.tracker = RewardTracker(window=rl.vcrs_window)
+        self.hints = HintPolicy(rl.hints, self.tracker) if rl.hints.enabled else None
+        self.buffer = ReplayBuffer(rl.replay) if rl.n_off else None
+
+    # ---- state ---------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Write a checkpoint; the shards come first, so that the index never names a missing one."""
+        with self.telemetry.timer("checkpoint"):
+            state = {
+                "stage": self.stage_name, "stage_step": self.stage_step, "step": self.step,
+                "completions_generated": self.completions_generated, "order": self.order.state_dict(),
+                "quarantined": self.loader.quarantined,
+            }
+            if self.stage.kind == "rl":
+                state["tracker"] = self.tracker.state_dict()
+                state["hints"] = self.hints.state_dict() if self.hints else None
+                if self.buffer is not None:
+                    if self.backend.rank == 0:
+                        known = checkpoint.last_state(self.folder).get("replay", {})
+                        state["replay"] = write_shards(self.folder / "replay", self.buffer.trajectories, known=known)
+            checkpoint.save(
+                self.folder, self.step, policy=self.policy, optimization=self.optimization,
+                reference=self.learner.reference, state=state, backend=self.backend,
+                keep=self.config.checkpoint.keep, milestones=self.config.checkpoint.milestones,
+            )
+            if self.stage.kind == "rl" and self.buffer is not None and self.backend.rank == 0:
+                kept = [s.get("replay", {}) for s in checkpoint.all_states(self.folder)]
+                collect_garbage(self.folder / "replay", kept)
+
+    def restore(self) -> bool:
+        """Continue from the newest sound checkpoint, if there is one."""
+        path = checkpoint.latest(self.folder, self.backend)
+        if path is None:
+            self.telemetry.rewind(0)
+            return False
+        self.enter_stage(checkpoint.read_state(path)["stage"])
+        state = checkpoint.load(path, policy=self.policy, optimization=self.optimization,
+                                reference=self.learner.reference, backend=self.backend)
+        self.stage_step, self.step = state["stage_step"], state["step"]
+        self.completions_generated = state["completions_generated"]
+        self.order.load_state_dict(state["order"])
+        self.loader.quarantined.update(state["quarantined"])
+        if self.stage.kind == "rl":
+            self.tracker.load_state_dict(state["tracker"])
+            if self.hints:
+                self.hints.load_state_dict(state["hints"])
+            if self.buffer is not None:
+                trajectories, damaged = read_shards(self.folder / "replay", state["replay"])
+                self.buffer.restore(trajectories)
+                if damaged:
+                    log.error("replay shards %s are damaged and set aside: this run is no longer bit-equal", damaged)
+        self.telemetry.rewind(self.step)
+        log.info("continuing at step %d (%s)", self.step, path.name)
+        return True
+
+    # ---- steps ---------------------------------------------------------------------------------
+
+    def prompts(self, requests: list[tuple[Sample, str]]) -> list:
+        """Decoded prompts (None: quarantined) and, on the first stage, their frozen media features."""
+        with self.telemetry.timer("decode"):
+            return self.loader.get(requests)
+
+    def embed(self, prompts: list) -> list:
+        with self.telemetry.timer("towers"):
+            return self.policy.embed_media(prompts)
+
+    def sft_step(self) -> dict:
+        ids = self.order.take(self.stage.prompts_per_step)[self.backend.dp_rank :: self.backend.dp]
+        prompts = self.prompts([(self.pool[i], "plain") for i in ids])
+        self.prefetch()
+        groups = sft_groups([p for p in prompts if p is not None], self.pool, self.builder)
+        media = [None] * len(groups) if self.stage.train_towers else self.embed([g.prompt for g in groups])
+        with self.telemetry.timer("update"):
+            stats = self.learner.update_sft(groups, media)
+        return {"loss": stats["loss"], "entropy": stats["entropy"], "grad_norm": stats["grad_norm"],
+                "lr": self.optimization.lr, "tokens": stats["tokens"]}
+
+    def rl_step(self) -> dict:
+        """B fresh prompts with n_on completions each and B replay groups: one rollout, one update."""
+        config, rl, backend, timer = self.config, self.config.rl, self.backend, self.telemetry.timer
+        key = (config.seed, self.stage_name, self.step)
+        visits = choose_prompts(self.stage.prompts_per_step, rl.revisit_share, self.order, self.tracker,
+                                self.hints, self.pool, key)
+        mine = visits[backend.dp_rank :: backend.dp]
+        prompts = self.prompts([(self.pool[v.sample_id], v.variant) for v in mine])
+        self.prefetch()
+        mine = [v for v, p in zip(mine, prompts, strict=True) if p is not None]
+        prompts = [p for p in prompts if p is not None]
+        media = self.embed(prompts)
+
+        with timer("generate"):
+            rows = generate(self.policy, prompts, rl.n_on, rl.sampling, [v.key for v in mine], media=media,
+                            stop=self.stop if backend.world == 1 else None)
+        with timer("reward"):
+            groups = score_completions(
+                prompts, rows, self.pool, self.builder.decode, self.stage.rewards, self.judge,
+                stage=self.stage_name, step=self.step, version=self.step, ref_id=self.stage_name,
+            )
+        with timer("logprobs"):
+            reference = self.learner.reference_logprobs(groups, media)
+            metrics.set_kl(groups, reference)
+
+        fresh = [t for part in backend.all_gather_object_dp([t for g in groups for t in g.trajectories]) for t in part]
+        rewards = rewards_of(fresh)
+        gone = sum(backend.all_gather_object_dp(assign_on_policy(groups, self.tracker, float(rewards.mean()))))
+        drawn: list[list[Trajectory]] = []
+        if self.buffer is not None:
+            tiers = self.tracker.tiers()
+            drawn = self.buffer.draw(self.stage.prompts_per_step * rl.n_off, rl.n_off, self.step, tiers,
+                                     self.tracker.mean, self.tracker.running_std, "/".join(map(str, (*key, "replay"))))
+        off_advantages, clipped = assign_off_policy(drawn, self.tracker, rl.vcrs, rl.advantage_clip)
+        replayed, replay_media = self.replay_groups(drawn, off_advantages)
+        everything = [*groups, *replayed]
+        scores = [*reference, *([t.completion.logprobs for t in g.trajectories] for g in replayed)]
+
+        with timer("update"):
+            for update in range(rl.updates_per_rollout):
+                stats = self.learner.update(everything, [*media, *replay_media], scores, n_on=len(fresh),
+                                            n_off=sum(map(len, drawn)), check_logprobs=update == 0)
+        self.commit(fresh)
+        self.completions_generated += len(fresh)
+        return metrics.rl_record(
+            fresh=fresh, drawn=drawn, stats=stats, off_advantages=off_advantages,
+            on_advantages=backend.all_gather_object_dp([g.advantages for g in groups]), clipped=clipped,
+            vanished=gone / max(len(visits), 1), step=self.step, tracker=self.tracker, buffer=self.buffer,
+            hinted=sum(v.variant == "hinted" for v in visits), pool=len(self.pool),
+            completions_generated=self.completions_generated, lr=self.optimization.lr,
+        )
+
+    def replay_groups(self, drawn: list[list[Trajectory]], advantages: list[np.ndarray]) -> tuple[list[Group], list]:
+        """This rank's share of the step's replay groups, with their prompts rebuilt from the media."""
+        share = list(zip(drawn, advantages, strict=True))[self.backend.dp_rank :: self.backend.dp]
+        prompts = self.prompts([(self.samples[d[0].sample_id], d[0].variant) for d, _ in share])
+        groups = [Group(p, d, a, np.zeros(len(d), bool)) for p, (d, a) in zip(prompts, share, strict=True) if p]
+        return groups, self.embed([g.prompt for g in groups])
+
+    def commit(self, fresh: list[Trajectory]) -> None:
+        """Feed the step's own rewards to tracker, hints and buffer; alike on every rank."""
+        by_prompt: dict[tuple[str, str], list[Trajectory]] = {}
+        for t in fresh:
+            by_prompt.setdefault((t.sample_id, t.variant), []).append(t)
+        for (sample_id, variant), rows in by_prompt.items():
+            self.tracker.update(sample_id, variant, [t.reward for t in rows], [t.parts["accuracy"] for t in rows])
+            if self.hints:
+                self.hints.update(sample_id, variant, kl=float(np.mean([t.kl_ref for t in rows])))
+        if self.buffer is not None:
+            self.buffer.append(fresh, self.tracker.tiers())
+
+    def prefetch(self) -> None:
+        """Let the decode workers start on the next step's fresh prompts."""
+        upcoming = self.order.peek(self.stage.prompts_per_step)[self.backend.dp_rank :: self.backend.dp]
+        self.loader.prefetch([(self.pool[i], "plain") for i in upcoming])
+
+    def train_stage(self) -> None:
+        """Run the stage from where it stands to its end."""
+        stage, config = self.stage, self.config
+        with self.telemetry.progress(self.stage_name, self.stage_step, stage.steps) as bar:
+            while self.stage_step < stage.steps:
+                order = self.order.state_dict()
+                with self.telemetry.timer("step"):
+                    try:
+                        record = self.sft_step() if stage.kind == "sft" else self.rl_step()
+                    except GenerationStopped:
+                        self.order.load_state_dict(order)
+                        self.save()
+                        raise Interrupted from None
+                self.stage_step += 1
+                self.step += 1
+                if config.eval.every and (self.step % config.eval.every == 0 or self.stage_step == stage.steps):
+                    record |= self.held_out()
+                stopping = self.stop.agree(self.backend)
+                # Logged before it is saved: at a checkpoint the metrics file is complete up to its step.
+                self.telemetry.log({"step": self.step, "stage": self.stage_name, "stage_step": self.stage_step, **record})
+                if stopping or self.step % config.checkpoint.every == 0 or self.stage_step == stage.steps:
+                    self.save()
+                bar.update(record)
+                if stopping:
+                    raise Interrupted
+
+    def held_out(self) -> dict:
+        """Greedy accuracy on the first held-out samples of the stage's own families."""
+        held = [s for s in self.samples.values() if s.split == "eval" and s.stage in self.stage.data]
+        predictions = evaluate(self.policy, self.backend, self.builder, self.loader, held[: self.config.eval.samples],
+                               max_new_tokens=self.config.rl.sampling.max_new_tokens)
+        return {"eval/overall": float(np.mean([p["correct"] for p in predictions]))}
+
+
+def check_same_run(folder: Path, config: Config) -> None:
+    """Refuse an output folder that holds a run of another configuration (ValueError naming the keys)."""
+    path = folder / "config.yaml"
+    if path.exists() and (different := differing_keys(path, config)):
+        raise ValueError(
+            f"{path}: this folder holds a run whose settings differ in {', '.join(different)}. "
+            "Choose another output_dir, or remove the folder to start anew."
+        )
+
+
+def stage_split(stage: StageConfig) -> str:
+    return "sft" if stage.kind == "sft" else "train"
+
+
+def train(config: Config, backend: Backend) -> None:
+    """Run all stages of a configuration, continuing where an earlier attempt stopped.
+
+    Raises Interrupted after a stop signal (state saved), ValueError for a user's mistake.
+    """
+    folder = Path(config.output_dir)
+    check_same_run(folder, config)
+    if (folder / "done.json").exists():
+        log.info("%s is complete; nothing to do", folder)
+        return
+    if backend.rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_config(config, folder / "config.yaml")
+    run = Run(config, backend)
+    try:
+        names = list(config.stages)
+        resumed = run.restore()
+        for name in names[names.index(run.stage_name) if resumed else 0 :]:
+            if not (resumed and name == run.stage_name):
+                run.enter_stage(name)
+            run.train_stage()
+            export_hf(run.policy, folder / "export" / name, config.model.path)
+        if backend.rank == 0:
+            summary = {"steps": run.step, "completions_generated": run.completions_generated,
+                       "export": f"export/{names[-1]}", "quarantined": run.loader.quarantined}
+            (folder / "done.json").write_text(json.dumps(summary, indent=2) + "\n")
+    finally:
+        run.loader.close()
+        run.telemetry.close()

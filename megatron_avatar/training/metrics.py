@@ -1,0 +1,82 @@
+"""The metrics of a step, one flat dictionary; names are the keys of metrics.jsonl."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from megatron_avatar.records import Group, Trajectory
+from megatron_avatar.rl.replay.buffer import ReplayBuffer
+from megatron_avatar.rl.tracker import RewardTracker
+
+ADVANTAGE_EDGES = np.linspace(-5.0, 5.0, 41)
+
+
+def set_kl(groups: Sequence[Group], reference: Sequence[Sequence[np.ndarray]]) -> None:
+    """Set each fresh trajectory's mean k3 to the reference, from the log-probabilities at generation."""
+    for group, scores in zip(groups, reference, strict=True):
+        for trajectory, ref in zip(group.trajectories, scores, strict=True):
+            delta = np.clip(ref.astype(np.float64) - trajectory.completion.logprobs, -20, 20)
+            trajectory.kl_ref = float(np.mean(np.exp(delta) - delta - 1))
+
+
+def mean_or_none(values: Sequence[float]) -> float | None:
+    """Mean of the values that are not masked (NaN); None when there is none."""
+    real = [v for v in values if not np.isnan(v)]
+    return float(np.mean(real)) if real else None
+
+
+def histogram(values: Sequence[float], edges: np.ndarray) -> list[int]:
+    return np.histogram(np.clip(values, edges[0], edges[-1]), edges)[0].tolist()
+
+
+def rl_record(
+    *, fresh: list[Trajectory], drawn: list[list[Trajectory]], stats: dict, on_advantages: list[list[np.ndarray]],
+    off_advantages: list[np.ndarray], clipped: float, vanished: float, step: int, tracker: RewardTracker,
+    buffer: ReplayBuffer | None, hinted: int, pool: int, completions_generated: int, lr: float,
+) -> dict:
+    """What a step of reinforcement learning logs; statistics are those of the whole step, over all ranks."""
+    replayed = [t for group in drawn for t in group]
+    tiers = tracker.tiers()
+    sizes = buffer.tier_sizes(tiers) if buffer else {}
+    rbar = [m for i in tracker.seen() if (m := tracker.mean(i, "plain")) is not None]
+    on = [float(a) for rank in on_advantages for group in rank for a in group]
+    tokens = max(float(stats["tokens"]), 1.0)
+    on_tokens = max(float(stats["on_tokens"]), 1.0)
+    surrogate = stats["surrogate_bins"] / np.maximum(stats["position_bins"], 1)
+    names = sorted({name for t in fresh for name in t.parts} | {"format", "accuracy", "self", "judge"})
+    return {
+        "reward": float(np.mean([t.reward for t in fresh])),
+        **{f"reward/{n}": mean_or_none([t.parts.get(n, np.nan) for t in fresh]) for n in names},
+        "vanished": vanished,
+        **{f"tier/{name}": int(sizes.get(name, 0)) for name in ("easy", "medium", "hard")},
+        "rbar_hist": histogram(rbar, np.linspace(0, 1, 11)),
+        "replay/size": len(buffer) if buffer else 0,
+        "replay/completions": len(replayed),
+        "replay/age": float(np.mean([step - t.step for t in replayed])) if replayed else None,
+        "replay/ess": float(stats["off_weight_sum"] ** 2 / stats["off_weight_sq_sum"]) if replayed else None,
+        "replay/clipped_advantages": clipped,
+        "ratio/mean": float(stats["ratio_sum"]) / tokens,
+        "ratio/max": float(stats["ratio_max"]),
+        "clip_fraction": float(stats["clipped_tokens"]) / tokens,
+        "kl": float(stats["kl_sum"]) / on_tokens,
+        "entropy": float(stats["entropy_sum"]) / tokens,
+        "length": float(np.mean([len(t.completion) for t in fresh])),
+        "finished": float(np.mean([t.completion.finished for t in fresh])),
+        "solvability": len(tracker.solved) / pool,
+        "hints": hinted,
+        "logprob_error": stats["logprob_error"],
+        "loss": float(stats["loss"]),
+        "grad_norm": stats["grad_norm"],
+        "skipped": stats["skipped"],
+        "lr": lr,
+        "tokens": int(stats["tokens"]),
+        "completions_generated": completions_generated,
+        "advantages": {
+            "edges": ADVANTAGE_EDGES.tolist(), "on": histogram(on, ADVANTAGE_EDGES),
+            "off": histogram(np.concatenate(off_advantages) if off_advantages else [], ADVANTAGE_EDGES),
+        },
+        "surrogate_position": [None if n == 0 else float(v) for v, n in zip(surrogate, stats["position_bins"],
+                                                                           strict=True)],
+    }

@@ -1,0 +1,118 @@
+"""Choosing a step's prompts, generating and scoring their completions, building its groups."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from megatron_avatar.config.schema import RLConfig
+from megatron_avatar.data.loader import SampleOrder
+from megatron_avatar.policy.generate import generate
+from megatron_avatar.records import Completion, Group, Prompt, Sample, Trajectory, Variant
+from megatron_avatar.rl.advantages import off_policy_advantages, on_policy_advantages, vanished
+from megatron_avatar.rl.hints import HintPolicy
+from megatron_avatar.rl.rewards import score_group
+from megatron_avatar.rl.tracker import RewardTracker
+
+
+def keyed_rng(*key: object) -> np.random.Generator:
+    """A generator that depends on the key alone, not on call order."""
+    digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=16).digest()
+    return np.random.Generator(np.random.Philox(key=np.frombuffer(digest, dtype=np.uint64)))
+
+
+@dataclass(frozen=True)
+class Visit:
+    """One prompt of a step: which sample, in which variant, and the key of its randomness."""
+
+    sample_id: str
+    variant: Variant
+    key: str
+    revisit: bool
+
+
+def choose_prompts(
+    n: int, revisit_share: float, order: SampleOrder, tracker: RewardTracker, hints: HintPolicy | None,
+    samples: dict[str, Sample], key: tuple[object, ...],
+) -> list[Visit]:
+    """Choose n prompts of a step: fresh ones in loader order, the rest revisits of seen prompts
+    that are hard now (paper supplement, "Stratified replay"). Equal on every rank.
+    """
+    hard = sorted(i for i, tier in tracker.tiers().items() if tier == "hard" and i in samples)
+    n_revisit = min(round(n * revisit_share), len(hard))
+    revisits = list(keyed_rng(*key, "revisit").choice(hard, n_revisit, replace=False)) if n_revisit else []
+    visits, seen = [], {}
+    for index, sample_id in enumerate([*order.take(n - n_revisit), *map(str, revisits)]):
+        occurrence = seen[sample_id] = seen.get(sample_id, -1) + 1
+        variant = hints.variant(sample_id, samples[sample_id].hint is not None) if hints else "plain"
+        visit_key = "/".join(map(str, (*key, sample_id, occurrence)))
+        visits.append(Visit(sample_id, variant, visit_key, index >= n - n_revisit))
+    return visits
+
+
+def sample_completions(
+    policy: torch.nn.Module, prompts: list[Prompt], media: list, visits: Sequence[Visit], rl: RLConfig,
+    stop: Callable[[], bool],
+) -> list[list[Completion]]:
+    """n_on completions a prompt under the policy as it is now; raises GenerationStopped on a stop signal."""
+    return generate(policy, prompts, rl.n_on, rl.sampling, [v.key for v in visits], media=media, stop=stop)
+
+
+def score_completions(
+    prompts: list[Prompt], completions: list[list[Completion]], samples: dict[str, Sample],
+    decode: Callable[[np.ndarray], str], weights: dict[str, float], judge: object,
+    *, stage: str, step: int, version: int, ref_id: str,
+) -> list[Group]:
+    """Score each prompt's completions; kl_ref is filled in once the reference has scored them."""
+    groups = []
+    for prompt, rows in zip(prompts, completions, strict=True):
+        texts = [decode(row.token_ids) for row in rows]
+        scored = score_group(samples[prompt.sample_id], texts, weights, judge)
+        trajectories = [
+            Trajectory(
+                sample_id=prompt.sample_id, variant=prompt.variant, completion=row, reward=reward, parts=parts,
+                kl_ref=0.0, ref_id=ref_id, stage=stage, step=step, policy_version=version, text=text,
+            )
+            for row, text, (reward, parts) in zip(rows, texts, scored, strict=True)
+        ]
+        groups.append(Group(prompt, trajectories, on_policy=np.ones(len(rows), bool)))
+    return groups
+
+
+def rewards_of(trajectories: Sequence[Trajectory]) -> np.ndarray:
+    return np.array([t.reward for t in trajectories], dtype=np.float64)
+
+
+def assign_on_policy(groups: list[Group], tracker: RewardTracker, batch_mean: float) -> int:
+    """Set the advantages of fresh groups (paper Eq. 2); returns how many groups have vanished."""
+    gone = 0
+    for group in groups:
+        rewards = rewards_of(group.trajectories)
+        baseline = tracker.mean(group.prompt.sample_id, group.prompt.variant)
+        group.advantages = on_policy_advantages(
+            rewards, baseline=baseline, running_std=tracker.running_std, batch_mean=batch_mean
+        )
+        gone += len(rewards) >= 3 and vanished(rewards)
+    return gone
+
+
+def assign_off_policy(
+    drawn: list[list[Trajectory]], tracker: RewardTracker, vcrs: bool, clip: float
+) -> tuple[list[np.ndarray], float]:
+    """Advantages of the step's whole off-policy batch, one array a replay group, and the clipped share.
+
+    The baseline is R-bar of the prompt and variant; without VCRS, or for a prompt whose history was
+    cleared, the mean of the off-policy batch.
+    """
+    flat = [t for group in drawn for t in group]
+    if not flat:
+        return [], 0.0
+    rewards = rewards_of(flat)
+    means = [tracker.mean(t.sample_id, t.variant) if vcrs else None for t in flat]
+    baselines = np.array([rewards.mean() if m is None else m for m in means])
+    advantages, clipped = off_policy_advantages(rewards, baselines, clip=clip)
+    return np.split(advantages, np.cumsum([len(g) for g in drawn])[:-1]), clipped
