@@ -1,0 +1,150 @@
+"""From a command line to a validated `Config`: Hydra's groups over the typed schema."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, fields, is_dataclass
+from difflib import SequenceMatcher
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException, ValidationError
+
+from megatron_avatar.config.schema import Config
+from megatron_avatar.config.validate import validate
+
+CONFIG_DIR = Path(__file__).parent.resolve()
+
+# Settings that say what a run is called and what it writes where, not what it computes.
+_BOOKKEEPING = ("name", "output_dir", "log", "checkpoint")
+
+
+def load_config(overrides: list[str]) -> Config:
+    """Compose a recipe with `key=value` overrides and validate the result.
+
+    `recipe=NAME` (required) selects config/recipe/NAME.yaml, `ablation=NAME` a change on top of it;
+    every other override names a key of the schema (`rl.n_on=8`, `+stages.visual.rewards.self=0.4` to
+    add an entry to a dictionary, `~stages.visual` to remove one). Raises ValueError naming the key, the
+    value's expected type or the nearest valid name, and the choices where a recipe or group is unknown.
+    """
+    ConfigStore.instance().store(name="schema", node=Config)
+    try:
+        with initialize_config_dir(str(CONFIG_DIR), version_base=None):
+            composed = compose("config", overrides, return_hydra_config=True)
+        choices = composed.hydra.runtime.choices
+        plain = OmegaConf.to_container(composed, resolve=False)
+        del plain["hydra"]
+        plain["name"] = _run_name(plain["name"] or choices.recipe, overrides)
+        # Merging once more refuses unknown keys that a leading + slipped past the schema.
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(_explain(error, overrides)) from error
+    assert isinstance(config, Config)
+    validate(config)
+    return config
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write the resolved configuration as YAML, every key named."""
+    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
+
+
+def config_hash(config: Config) -> str:
+    """16 hex digits, equal for configurations that compute the same: name, output folder, logging and checkpoint
+    frequency don't count."""
+    tree = {key: value for key, value in asdict(config).items() if key not in _BOOKKEEPING}
+    return hashlib.sha256(json.dumps(tree).encode()).hexdigest()[:16]
+
+
+def _run_name(name: str, overrides: list[str]) -> str:
+    """The recipe's name, with the ablation's behind it, so that their runs never share a folder."""
+    chosen = dict(item.split("=", 1) for item in overrides if "=" in item)
+    ablation = re.sub(r"\W+", "-", chosen.get("ablation", "")).strip("-")
+    return name if "name" in chosen or ablation in ("", "null") else f"{name}-{ablation}"
+
+
+def _explain(error: BaseException, overrides: list[str]) -> str:
+    """A message for the user out of Hydra's and OmegaConf's chained exceptions."""
+    if isinstance(error, OverrideParseException):
+        quoted = """'key="value"'"""
+        return f"'{error.override}' is not of the form key=value. A value with spaces or any of =,()[]{{}} needs {quoted}"
+    if isinstance(error, MissingConfigException):
+        group, _, name = (error.missing_cfg_file or "").rpartition("/")
+        return f"{group}={name}: there is no such {group}. Choose one of: {', '.join(_options(group))}"
+    if str(error).startswith("You must specify 'recipe'"):
+        return f"recipe is missing. Write recipe=NAME with one of: {', '.join(_options('recipe'))}"
+
+    cause = next((e for e in _chain(error) if getattr(e, "full_key", None)), None)
+    if cause is None:
+        return str(error)
+    key = cause.full_key
+    where = re.match(r"In '?([\w/]+)'?:", str(error))
+    prefix = f"{where[1]}.yaml: " if where else ""
+    expected = _schema().get(_pattern(key))
+    if isinstance(cause, ValidationError) and expected is not None:
+        value = next((item.split("=", 1)[1] for item in overrides if item.lstrip("+").startswith(f"{key}=")), None)
+        got = f", got '{value}'" if value is not None else f" ({cause.msg.splitlines()[0]})"
+        return f"{prefix}{key}: expected {expected}{got}"
+    parent = _schema().get(_pattern(key.rpartition(".")[0]), "")
+    if parent.startswith("dict"):
+        return f"{prefix}{key}: there is no such entry. To add one write +{key}=..."
+    return f"{prefix}unknown key '{key}'. The nearest valid name is '{_nearest(key)}'"
+
+
+def _options(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONFIG_DIR / group).glob("*.yaml"))
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _schema(cls: type = Config, prefix: str = "") -> dict[str, str]:
+    """Every dotted key of the schema with its type in words; `stages.*.steps` stands for any stage."""
+    hints = get_type_hints(cls)
+    keys: dict[str, str] = {}
+    for item in fields(cls):
+        hint, key = hints[item.name], prefix + item.name
+        keys[key] = _type_name(hint)
+        if is_dataclass(hint):
+            keys |= _schema(hint, f"{key}.")
+        elif get_origin(hint) is dict:
+            value = get_args(hint)[1]
+            keys |= _schema(value, f"{key}.*.") if is_dataclass(value) else {f"{key}.*": _type_name(value)}
+    return keys
+
+
+def _type_name(hint: Any) -> str:
+    if is_dataclass(hint):
+        return f"a group of settings ({', '.join(f.name for f in fields(hint))})"
+    if get_origin(hint) is dict and is_dataclass(get_args(hint)[1]):
+        return "dict of named entries"
+    return hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint)
+
+
+def _pattern(key: str) -> str:
+    """The key with the names that the user gives, and places in a list, taken out."""
+    key = re.sub(r"^stages\.[^.]+", "stages.*", re.sub(r"\[\d+\]$", "", key))
+    return re.sub(r"^stages\.\*\.rewards\.[^.]+", "stages.*.rewards.*", key)
+
+
+def _nearest(key: str) -> str:
+    """The schema's key that is most like `key`, by its last part and as a whole."""
+
+    def likeness(candidate: str) -> float:
+        leaf = SequenceMatcher(None, pattern.rpartition(".")[2], candidate.rpartition(".")[2]).ratio()
+        return leaf + SequenceMatcher(None, pattern, candidate).ratio()
+
+    pattern = _pattern(key)
+    best = max((candidate for candidate in _schema() if not candidate.endswith("*")), key=likeness)
+    stage = re.match(r"stages\.([^.]+)", key)
+    return best.replace("*", stage[1] if stage else "NAME")

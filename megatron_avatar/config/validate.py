@@ -1,0 +1,205 @@
+"""What types cannot say: ranges, names, and settings that only make sense together.
+
+Every message names the key, the value and the remedy. Nothing here touches a file or a GPU.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection
+
+from megatron_avatar.config.schema import Config, StageConfig
+
+STAGE_KINDS = ("sft", "rl")
+REWARDS = ("format", "accuracy", "self", "judge")
+SHAPES = ("parabolic", "uniform", "linear_decay", "linear_incline", "inverse_parabolic", "uniform_matched")
+REPLAY_ORDERS = ("priority", "uniform", "fifo")
+SCHEDULES = ("constant", "linear", "cosine")
+DTYPES = ("float32", "bfloat16")
+DECODERS = ("auto", "dali", "pyav")
+RATIO_LEVELS = ("token", "sequence")
+WANDB_MODES = ("auto", "offline", "disabled")
+
+
+def validate(config: Config) -> None:
+    """Raise ValueError naming key, value and remedy for settings that cannot work together."""
+    _check_inputs(config)
+    _check_data(config)
+    _check_optim(config)
+    if not config.stages:
+        raise ValueError("stages is empty: a recipe needs at least one stage, as stages: {visual: {kind: rl, ...}}")
+    for name, stage in config.stages.items():
+        _check_stage(f"stages.{name}", stage, config)
+    if any(stage.kind == "rl" for stage in config.stages.values()):
+        _check_rl(config)
+
+
+def check_world(config: Config, world_size: int) -> int:
+    """The data-parallel size of `world_size` processes under tp * pp.
+
+    Raises ValueError where the processes don't divide, or a stage's prompts don't share out evenly.
+    """
+    parallel = config.parallel
+    size = parallel.tp * parallel.pp
+    if world_size % size:
+        raise ValueError(
+            f"parallel.tp={parallel.tp} and parallel.pp={parallel.pp} need a multiple of {size} processes, but {world_size} "
+            f"were started: start {math.ceil(world_size / size) * size}, or lower parallel.tp or parallel.pp"
+        )
+    data_parallel = world_size // size
+    for name, stage in config.stages.items():
+        if stage.prompts_per_step % data_parallel:
+            raise ValueError(
+                f"stages.{name}.prompts_per_step={stage.prompts_per_step} doesn't share out over {data_parallel} "
+                f"data-parallel ranks: make it a multiple of {data_parallel}, or raise parallel.tp or parallel.pp"
+            )
+    return data_parallel
+
+
+def _check_inputs(config: Config) -> None:
+    if not config.model.path:
+        raise ValueError("model.path is empty: write model.path=FOLDER, a Hugging Face folder (config.json, weights, tokenizer)")
+    if not config.data.manifest:
+        raise ValueError("data.manifest is empty: write data.manifest=FILE, a JSONL file with one sample a line")
+    if not config.output_dir:
+        raise ValueError("output_dir is empty: write output_dir=FOLDER, where the run keeps everything that it writes")
+    _one_of("model.dtype", config.model.dtype, DTYPES)
+    _one_of("log.wandb", config.log.wandb, WANDB_MODES)
+    _at_least("model.context", config.model.context, 2)
+    parallel = config.parallel
+    for key in ("tp", "pp", "threads"):
+        _at_least(f"parallel.{key}", getattr(parallel, key), 1)
+    if parallel.sequence_parallel and parallel.tp == 1:
+        raise ValueError("parallel.sequence_parallel=true needs parallel.tp of 2 or more: raise it or switch that off")
+    _at_least("checkpoint.every", config.checkpoint.every, 1)
+    _at_least("checkpoint.keep", config.checkpoint.keep, 1)
+    _at_least("eval.every", config.eval.every, 0)
+    _at_least("eval.samples", config.eval.samples, 1)
+
+
+def _check_data(config: Config) -> None:
+    data = config.data
+    _one_of("data.decoder", data.decoder, DECODERS)
+    _above("data.fps", data.fps, 0)
+    _above("data.decode_deadline_s", data.decode_deadline_s, 0)
+    _at_least("data.workers", data.workers, 0)
+    for key in ("min_frames", "max_frames"):
+        value = getattr(data, key)
+        if value < 2 or value % 2:
+            raise ValueError(f"data.{key}={value}: frames are taken in pairs, so it must be even and at least 2")
+    for low, high in (("min_frames", "max_frames"), ("frame_min_pixels", "frame_max_pixels")):
+        low_value, high_value = getattr(data, low), getattr(data, high)
+        if low_value > high_value:
+            raise ValueError(f"data.{low}={low_value} is above data.{high}={high_value}: lower it or raise the other")
+    for key in ("frame_min_pixels", "frame_max_pixels", "image_max_pixels"):
+        _at_least(f"data.{key}", getattr(data, key), 28 * 28)
+
+
+def _check_optim(config: Config) -> None:
+    optim = config.optim
+    _one_of("optim.schedule", optim.schedule, SCHEDULES)
+    _above("optim.lr", optim.lr, 0)
+    _between("optim.min_lr", optim.min_lr, 0, optim.lr)
+    _between("optim.warmup_fraction", optim.warmup_fraction, 0, 1)
+    _at_least("optim.weight_decay", optim.weight_decay, 0)
+    _above("optim.eps", optim.eps, 0)
+    _above("optim.clip_grad", optim.clip_grad, 0)
+    for key in ("beta1", "beta2"):
+        _between(f"optim.{key}", getattr(optim, key), 0, 1, open_top=True)
+
+
+def _check_stage(key: str, stage: StageConfig, config: Config) -> None:
+    if not re.fullmatch(r"\w[\w-]*", key.removeprefix("stages.")):
+        raise ValueError(f"{key}: a stage's name is a folder's name: use letters, digits, _ and -")
+    _one_of(f"{key}.kind", stage.kind, STAGE_KINDS)
+    _at_least(f"{key}.steps", stage.steps, 1)
+    _at_least(f"{key}.prompts_per_step", stage.prompts_per_step, 1)
+    if not stage.data:
+        raise ValueError(f"{key}.data is empty: name the manifest's stages to draw from, as {key}.data=[visual]")
+    if stage.lr is not None:
+        _above(f"{key}.lr", stage.lr, 0)
+    if stage.kind == "sft":
+        if stage.rewards:
+            raise ValueError(f"{key}.rewards is set, but kind=sft trains on traces: remove it or write {key}.kind=rl")
+        return
+    for name, weight in stage.rewards.items():
+        _one_of(f"{key}.rewards", name, REWARDS)
+        _at_least(f"{key}.rewards.{name}", weight, 0)
+    if not sum(stage.rewards.values()) > 0:
+        raise ValueError(f"{key}.rewards is empty: give weights, as {key}.rewards={{format: 0.5, accuracy: 0.5}}")
+    if stage.rewards.get("self") and config.rl.n_on == 1:
+        raise ValueError(f"{key}.rewards.self needs a majority, but rl.n_on=1: raise rl.n_on or remove the reward")
+
+
+def _check_rl(config: Config) -> None:
+    rl = config.rl
+    _at_least("rl.n_on", rl.n_on, 1)
+    _at_least("rl.n_off", rl.n_off, 0)
+    _between("rl.revisit_share", rl.revisit_share, 0, 1)
+    _at_least("rl.beta", rl.beta, 0)
+    if rl.n_off and not rl.alpha > 0:
+        raise ValueError(f"rl.alpha={rl.alpha} gives rl.n_off={rl.n_off} no weight: raise rl.alpha or write rl.n_off=0")
+    _between("rl.clip_low", rl.clip_low, 0, 1, open_top=True)
+    _above("rl.clip_low", rl.clip_low, 0)
+    _above("rl.clip_high", rl.clip_high, 0)
+    if rl.dual_clip is not None and not rl.dual_clip > 1 + rl.clip_high:
+        raise ValueError(f"rl.dual_clip={rl.dual_clip} must be above 1 + rl.clip_high={rl.clip_high}, or null")
+    _one_of("rl.ratio_level", rl.ratio_level, RATIO_LEVELS)
+    _at_least("rl.updates_per_rollout", rl.updates_per_rollout, 1)
+    _at_least("rl.vcrs_window", rl.vcrs_window, 1)
+    _above("rl.advantage_clip", rl.advantage_clip, 0)
+    _above("rl.logprob_error_limit", rl.logprob_error_limit, 1)
+    _at_least("rl.tokens_per_micro_batch", rl.tokens_per_micro_batch, 1)
+
+    sampling = rl.sampling
+    _above("rl.sampling.temperature", sampling.temperature, 0)
+    _at_least("rl.sampling.top_k", sampling.top_k, 0)
+    _between("rl.sampling.top_p", sampling.top_p, 0, 1)
+    _above("rl.sampling.top_p", sampling.top_p, 0)
+    _at_least("rl.sampling.max_new_tokens", sampling.max_new_tokens, 1)
+    if sampling.max_new_tokens >= config.model.context:
+        raise ValueError(
+            f"rl.sampling.max_new_tokens={sampling.max_new_tokens} leaves no room for a prompt in "
+            f"model.context={config.model.context}: lower the first or raise the other"
+        )
+    _one_of("rl.shaping.shape", rl.shaping.shape, SHAPES)
+    _at_least("rl.shaping.lam", rl.shaping.lam, 0)
+
+    replay = rl.replay
+    _one_of("rl.replay.order", replay.order, REPLAY_ORDERS)
+    for key in ("capacity_share", "draw_share"):
+        shares = getattr(replay, key)
+        if len(shares) != 3 or min(shares) < 0 or not math.isclose(sum(shares), 1, abs_tol=1e-6):
+            raise ValueError(f"rl.replay.{key}={shares}: write three shares (easy, medium, hard) that sum to 1")
+    _at_least("rl.replay.capacity", replay.capacity, 1)
+    _above("rl.replay.temperature", replay.temperature, 0)
+    _between("rl.replay.min_fill", replay.min_fill, 0, replay.capacity)
+    _at_least("rl.replay.max_age", replay.max_age, 0)
+
+    hints = rl.hints
+    _at_least("rl.hints.patience", hints.patience, 1)
+    _between("rl.hints.hysteresis", hints.hysteresis, 0, 1)
+    _at_least("rl.hints.plain_every", hints.plain_every, 1)
+    if hints.kl_threshold is not None:
+        _at_least("rl.hints.kl_threshold", hints.kl_threshold, 0)
+
+
+def _one_of(key: str, value: str, names: Collection[str]) -> None:
+    if value not in names:
+        raise ValueError(f"{key}: '{value}' is not one of {', '.join(names)}")
+
+
+def _at_least(key: str, value: float, low: float) -> None:
+    if not value >= low:
+        raise ValueError(f"{key}={value} must be at least {low}")
+
+
+def _above(key: str, value: float, low: float) -> None:
+    if not value > low:
+        raise ValueError(f"{key}={value} must be above {low}")
+
+
+def _between(key: str, value: float, low: float, high: float, *, open_top: bool = False) -> None:
+    if not (low <= value < high if open_top else low <= value <= high):
+        raise ValueError(f"{key}={value} must lie in [{low}, {high}{')' if open_top else ']'}")
