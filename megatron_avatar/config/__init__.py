@@ -1,6 +1,6 @@
 """Typed settings: the schema, the YAML groups, loading and validation. Needs neither torch nor Megatron."""
 
-from megatron_avatar.config.load import config_hash, load_config, save_config
+from megatron_avatar.config.load import config_hash, differing_keys, load_config, save_config
 from megatron_avatar.config.schema import (
     CheckpointConfig,
     Config,
@@ -36,6 +36,7 @@ __all__ = [
     "StageConfig",
     "check_world",
     "config_hash",
+    "differing_keys",
     "load_config",
     "save_config",
     "validate",

@@ -63,6 +63,23 @@ def config_hash(config: Config) -> str:
     return hashlib.sha256(json.dumps(tree).encode()).hexdigest()[:16]
 
 
+def differing_keys(path: Path, config: Config) -> list[str]:
+    """Dotted keys in which a saved configuration and this one compute differently (layout,
+    logging and checkpoint frequency don't count)."""
+    ignored = (*_BOOKKEEPING, "parallel")
+
+    def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+        items: dict[str, Any] = {}
+        for key, value in tree.items():
+            items |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        return items
+
+    saved = flat(OmegaConf.to_container(OmegaConf.load(path)))  # type: ignore[arg-type]
+    now = flat(OmegaConf.to_container(OmegaConf.structured(config)))  # type: ignore[arg-type]
+    keys = sorted(saved.keys() | now.keys())
+    return [k for k in keys if saved.get(k) != now.get(k) and k.split(".")[0] not in ignored]
+
+
 def _run_name(name: str, overrides: list[str]) -> str:
     """The recipe's name, with the ablation's behind it, so that their runs never share a folder."""
     chosen = dict(item.split("=", 1) for item in overrides if "=" in item)
@@ -74,7 +91,7 @@ def _explain(error: BaseException, overrides: list[str]) -> str:
     """A message for the user out of Hydra's and OmegaConf's chained exceptions."""
     if isinstance(error, OverrideParseException):
         quoted = """'key="value"'"""
-        return f"'{error.override}' is not of the form key=value. A value with spaces or any of =,()[]{{}} needs {quoted}"
+        return f"'{error.override}' is not of the form key=value. A value with a space or one of =,()[]{{}} needs {quoted}"
     if isinstance(error, MissingConfigException):
         group, _, name = (error.missing_cfg_file or "").rpartition("/")
         return f"{group}={name}: there is no such {group}. Choose one of: {', '.join(_options(group))}"
