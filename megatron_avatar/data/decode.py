@@ -1,0 +1,152 @@
+"""Media files to arrays: frames as RGB bytes, sound as 16 kHz mono floats.
+
+Two heads decode video and agree bit for bit on the CPU: DALI and PyAV. DALI reads colours as BT.601
+whatever the stream's tag says, so PyAV is told to do the same.
+"""
+
+from __future__ import annotations
+
+from itertools import chain
+from pathlib import Path
+
+import av
+import numpy as np
+import soundfile
+from PIL import Image, ImageOps
+
+from megatron_avatar.config.schema import DataConfig
+from megatron_avatar.data.features import SAMPLE_RATE, TEMPORAL_PATCH
+from megatron_avatar.records import Media
+
+TO_RGB = (
+    ("scale", "flags=bilinear+full_chroma_int+accurate_rnd:in_color_matrix=bt601"),
+    ("format", "rgb24"),
+)
+
+
+class MediaError(ValueError):
+    """A media file that cannot be used; the message names the file, what is wrong and the remedy."""
+
+    def __init__(self, path: Path, what: str, remedy: str = "make or download the file again, or drop the sample"):
+        super().__init__(f"{path}: {what}; {remedy}")
+        self.parts = (path, what, remedy)
+
+    def __reduce__(self):  # crosses process borders with its three parts, not with the finished message
+        return type(self), self.parts
+
+
+def clip_seconds(media: Media) -> float:
+    """Length of a clip in seconds, its last frame included."""
+    if media.pts is None or media.frame_count < 2:
+        return media.frame_count / media.fps
+    return (media.pts[-1] - media.pts[0]) * media.frame_count / (media.frame_count - 1)
+
+
+def plan_frames(media: Media, data: DataConfig) -> np.ndarray:
+    """Indices [T] int64 of the frames to decode: T even, spread evenly over the clip's time from first to last.
+
+    T is the clip's seconds times `data.fps`, rounded to even, within `data.min_frames` and `data.max_frames` and the
+    frames there are. A clip of one frame shows it twice. `media.pts` (variable frame rate) picks the frames nearest in
+    time.
+    """
+    pair = TEMPORAL_PATCH
+    wanted = pair * round(clip_seconds(media) * data.fps / pair)
+    wanted = min(max(wanted, data.min_frames), data.max_frames, media.frame_count)
+    count = max(pair, wanted // pair * pair)
+    if media.pts is None:
+        return np.rint(np.linspace(0, media.frame_count - 1, count)).astype(np.int64)
+    pts = np.asarray(media.pts)
+    return np.abs(pts[None] - np.linspace(pts[0], pts[-1], count)[:, None]).argmin(axis=1)
+
+
+def _require_content(path: Path) -> None:
+    if not path.is_file():
+        raise MediaError(path, "the file is missing", "restore it, or correct the path in the manifest")
+    if path.stat().st_size == 0:
+        raise MediaError(path, "the file is empty (0 bytes)")
+
+
+def decode_frames(path: Path, indices: np.ndarray, backend: str = "auto") -> np.ndarray:
+    """RGB frames [T, H, W, 3] uint8 at `indices` [T] (any order, repeats allowed).
+
+    Raises MediaError for a file that is missing, empty, no video, damaged, or ends before the last index.
+    """
+    path = Path(path)
+    _require_content(path)
+    try:
+        return _decode_pyav(path, np.asarray(indices))
+    except av.FFmpegError as error:
+        raise MediaError(path, f"not a video, or damaged ({error.strerror})") from error
+
+
+def _decode_pyav(path: Path, indices: np.ndarray) -> np.ndarray:
+    wanted, last = set(indices.tolist()), int(indices.max())
+    frames: dict[int, np.ndarray] = {}
+    with av.open(str(path)) as container:
+        if not container.streams.video:
+            raise MediaError(path, "holds no video stream", "correct the media kind in the manifest")
+        stream = container.streams.video[0]
+        graph = av.filter.Graph()
+        graph.link_nodes(
+            graph.add_buffer(template=stream), *(graph.add(*node) for node in TO_RGB), graph.add("buffersink")
+        ).configure()
+        for index, frame in enumerate(container.decode(stream)):
+            if index in wanted:
+                graph.push(frame)
+                frames[index] = graph.pull().to_ndarray()
+            if index == last:
+                break
+    if len(frames) < len(wanted):
+        raise MediaError(path, f"ends before frame {last}, which its manifest line promises (truncated?)")
+    return np.stack([frames[i] for i in indices.tolist()])
+
+
+def decode_image(path: Path) -> np.ndarray:
+    """A picture, turned upright, as RGB [1, H, W, 3] uint8. Raises MediaError for a missing or damaged file."""
+    path = Path(path)
+    _require_content(path)
+    try:
+        with Image.open(path) as picture:
+            return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))[None]
+    except OSError as error:
+        raise MediaError(path, f"not a picture, or damaged ({error})") from error
+
+
+def decode_audio(path: Path) -> np.ndarray:
+    """Sound [n] float32, 16 kHz, channels averaged.
+
+    soundfile reads FLAC, WAV and Ogg; PyAV reads everything else (AAC, MP3, the track of a video).
+    Raises MediaError for a file that is missing, empty, without sound, or damaged.
+    """
+    path = Path(path)
+    _require_content(path)
+    try:
+        if path.suffix.lower() in (".flac", ".wav", ".ogg"):
+            waveform = _read_soundfile(path)
+        else:
+            waveform = _read_track(path)
+    except (soundfile.LibsndfileError, av.FFmpegError) as error:
+        raise MediaError(path, f"not a sound file, or damaged ({error})") from error
+    if len(waveform) == 0:
+        raise MediaError(path, "holds no sound", "leave audio_path out of the manifest line of a mute clip")
+    return waveform
+
+
+def _read_soundfile(path: Path) -> np.ndarray:
+    waveform, rate = soundfile.read(path, dtype="float32", always_2d=True)
+    waveform = waveform.mean(axis=1)
+    if rate != SAMPLE_RATE:
+        from scipy.signal import resample_poly  # half a second to import, and sidecars are at 16 kHz already
+
+        waveform = resample_poly(waveform, SAMPLE_RATE, rate).astype(np.float32)
+    return waveform
+
+
+def _read_track(path: Path) -> np.ndarray:
+    resampler = av.AudioResampler(format="flt", layout="mono", rate=SAMPLE_RATE)
+    with av.open(str(path)) as container:
+        if not container.streams.audio:
+            raise MediaError(path, "holds no audio stream", "leave audio_path out of the manifest line of a mute clip")
+        frames = chain(container.decode(audio=0), [None])  # None flushes the resampler
+        chunks = [chunk.to_ndarray()[0] for frame in frames for chunk in resampler.resample(frame)]
+    return np.concatenate(chunks or [np.zeros(0, np.float32)])

@@ -1,0 +1,105 @@
+"""Features of pictures and sound as Qwen2.5-Omni's towers take them.
+
+Shapes: T frames, H and W pixels, N patches, n audio samples, L log-mel frames.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers.audio_utils import mel_filter_bank
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+PATCH = 14  # pixels a side
+MERGE = 2  # patches a side that become one token
+TEMPORAL_PATCH = 2  # frames a patch
+FACTOR = PATCH * MERGE
+MAX_ASPECT_RATIO = 200
+
+SAMPLE_RATE = 16_000
+MEL_BINS = 128
+N_FFT = 400
+HOP = 160
+
+
+def smart_resize(h: int, w: int, min_pixels: int, max_pixels: int, factor: int = FACTOR) -> tuple[int, int]:
+    """Nearest (height, width) in multiples of `factor` with the aspect ratio kept and min_pixels <= area <= max_pixels.
+
+    Raises ValueError for an aspect ratio above 200.
+    """
+    if max(h, w) > MAX_ASPECT_RATIO * min(h, w):
+        raise ValueError(f"a picture of {w}x{h} has an aspect ratio above {MAX_ASPECT_RATIO}; crop it")
+    height, width = (round(side / factor) * factor for side in (h, w))
+    if height * width > max_pixels:
+        shrink = math.sqrt(h * w / max_pixels)
+        height, width = (max(factor, math.floor(side / shrink / factor) * factor) for side in (h, w))
+    elif height * width < min_pixels:
+        grow = math.sqrt(min_pixels / (h * w))
+        height, width = (math.ceil(side * grow / factor) * factor for side in (h, w))
+    return height, width
+
+
+def resize(frames: np.ndarray, h: int, w: int) -> np.ndarray:
+    """Bicubic, antialiased resize of uint8 frames [T, H, W, 3] to [T, h, w, 3].
+
+    Pillow's integer arithmetic gives the same bytes on every machine, and those of Qwen's image processor.
+    """
+    if frames.shape[1:3] == (h, w):
+        return frames
+    return np.stack([np.asarray(Image.fromarray(f).resize((w, h), Image.Resampling.BICUBIC)) for f in frames])
+
+
+@cache
+def _normalised_bytes() -> np.ndarray:
+    """[3, 256] float32: what each byte of each channel becomes, rounded in the order of Qwen's image processor."""
+    scaled = (np.arange(256) * (1 / 255)).astype(np.float32)
+    mean, std = (np.array(x, np.float32)[:, None] for x in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
+    return (scaled - mean) / std
+
+
+def patchify(frames: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """Normalised patches [N, 1176] float32 of uint8 frames [T, H, W, 3], and their grid (t, h, w) int64.
+
+    T is even (a picture is given twice), H and W are multiples of 28. Patches of one 2 x 2 token are neighbours.
+    """
+    t, h, w, channels = frames.shape
+    assert channels == 3 and t % TEMPORAL_PATCH == 0 and h % FACTOR == 0 and w % FACTOR == 0, frames.shape
+    grid = (t // TEMPORAL_PATCH, h // PATCH, w // PATCH)
+    blocks = frames.reshape(
+        grid[0], TEMPORAL_PATCH, grid[1] // MERGE, MERGE, PATCH, grid[2] // MERGE, MERGE, PATCH, channels
+    )
+    patches = blocks.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(math.prod(grid), channels, -1)
+    pixels = np.empty(patches.shape, np.float32)
+    for channel, table in enumerate(_normalised_bytes()):
+        pixels[:, channel] = table[patches[:, channel]]
+    return torch.from_numpy(pixels.reshape(len(patches), -1)), torch.tensor(grid)
+
+
+@cache
+def _mel_filters() -> torch.Tensor:
+    """[128, 201] float32 triangular filters on the Slaney mel scale, 0 to 8000 Hz."""
+    filters = mel_filter_bank(N_FFT // 2 + 1, MEL_BINS, 0.0, 8000.0, SAMPLE_RATE, norm="slaney", mel_scale="slaney")
+    return torch.from_numpy(filters).float().T
+
+
+def log_mel(waveform: np.ndarray) -> torch.Tensor:
+    """Whisper's log-mel spectrogram [128, L] float32 of a 16 kHz mono waveform [n] float32, L = ceil(n / 160)."""
+    length = -(-len(waveform) // HOP)
+    # Whisper pads with seconds of silence; the last window that still hears the signal ends within three hops.
+    signal = torch.zeros((length + 3) * HOP)
+    signal[: len(waveform)] = torch.from_numpy(waveform)
+    spectrum = torch.stft(signal, N_FFT, HOP, window=torch.hann_window(N_FFT), return_complex=True)
+    power = (spectrum[:, :-1].abs() ** 2).contiguous()
+    logs = (_mel_filters() @ power).clamp(min=1e-10).log10()
+    logs = torch.maximum(logs, logs.max() - 8.0)
+    return ((logs + 4.0) / 4.0)[:, :length].contiguous()
+
+
+def audio_tokens(mel_frames: int) -> int:
+    """Tokens that the audio tower makes of `mel_frames` log-mel frames: 25 a second."""
+    convolved = (mel_frames - 1) // 2 + 1
+    return (convolved - 2) // 2 + 1

@@ -1,0 +1,250 @@
+"""A sample becomes a prompt: chat template, media placeholders, 3-axis positions, features.
+
+The layout (token ids and positions) follows from the manifest alone, before any file is opened, so
+that a prompt that is too long is known before training. Decoded media must then agree with it.
+"""
+
+from __future__ import annotations
+
+import string
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from megatron_avatar.config.schema import DataConfig
+from megatron_avatar.data import features
+from megatron_avatar.data.decode import MediaError, clip_seconds, decode_audio, decode_frames, decode_image, plan_frames
+from megatron_avatar.records import Media, MediaKind, Prompt, Sample, Variant
+
+IMAGE_MIN_PIXELS = 4 * features.FACTOR**2
+VIDEO_TOTAL_PIXELS = 90_316_800  # Qwen2.5-Omni's budget for a whole clip, counted in pairs of frames
+END = "<|im_end|>"
+STALE = "measure it again, or restore the file that the manifest was made from"
+
+# Qwen2.5-Omni's conversation format, for tokenizers that bring no template.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if loop.first and message['role'] != 'system' %}"
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+    "<|im_start|>{{ message['role'] }}\n"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<|vision_bos|><|IMAGE|><|vision_eos|>"
+    "{% elif part['type'] == 'video' %}<|vision_bos|><|VIDEO|><|vision_eos|>"
+    "{% elif part['type'] == 'audio' %}<|audio_bos|><|AUDIO|><|audio_eos|>"
+    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}<|im_end|>\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class MediaPlan:
+    """What one medium becomes, known from its manifest line: `kind` is the placeholder that it fills.
+
+    indices [T]: frames to decode; grid (t, h, w) in patches, all 0 without a picture; mel_frames 0 without sound.
+    """
+
+    media: Media
+    kind: MediaKind
+    indices: np.ndarray | None = None
+    grid: tuple[int, int, int] = (0, 0, 0)
+    seconds_per_grid: float = 0.0
+    mel_frames: int = 0
+
+
+def plan_media(media: Media, data: DataConfig) -> MediaPlan | None:
+    """Plan for one medium; None where `data.mute` or `data.blind` leaves nothing of it.
+
+    The sound of a video is heard where its manifest line says `audio_in_video` and names an `audio_path`.
+    """
+    heard = media.kind == "audio" or (media.kind == "video" and media.audio_in_video and media.audio_path is not None)
+    mel_frames = -(-media.audio_samples // features.HOP) if heard and not data.mute else 0
+    if media.kind == "audio" or data.blind:
+        return MediaPlan(media, "audio", mel_frames=mel_frames) if mel_frames else None
+    if media.kind == "image":
+        h, w = features.smart_resize(media.height, media.width, IMAGE_MIN_PIXELS, data.image_max_pixels)
+        return MediaPlan(media, "image", grid=(1, h // features.PATCH, w // features.PATCH))
+    indices = plan_frames(media, data)
+    budget = min(data.frame_max_pixels, VIDEO_TOTAL_PIXELS // len(indices) * features.TEMPORAL_PATCH)
+    h, w = features.smart_resize(media.height, media.width, min(data.frame_min_pixels, budget), budget)
+    grid = (len(indices) // features.TEMPORAL_PATCH, h // features.PATCH, w // features.PATCH)
+    return MediaPlan(media, "video", indices, grid, clip_seconds(media) / grid[0], mel_frames)
+
+
+class PromptBuilder:
+    """Builds prompts for one tokenizer and one Hugging Face configuration (Omni, or its Thinker).
+
+    `end_id` is the token that ends a completion. Instances can be pickled to decode workers.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, hf_config: Any, data: DataConfig, context: int):
+        config = getattr(hf_config, "thinker_config", hf_config)
+        vision, mel_bins = config.vision_config, config.audio_config.num_mel_bins
+        ours = (features.PATCH, features.TEMPORAL_PATCH, features.MERGE, features.MEL_BINS)
+        theirs = (vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size, mel_bins)
+        if ours != theirs:
+            raise ValueError(
+                f"config.json: (patch_size, temporal_patch_size, spatial_merge_size, num_mel_bins) is {theirs}, but "
+                f"{ours} is what Qwen2.5-Omni has; set model.path to such a model"
+            )
+        self.tokenizer, self.data, self.context = tokenizer, data, context
+        self.placeholders: dict[MediaKind, int] = {
+            "image": config.image_token_id,
+            "video": config.video_token_id,
+            "audio": config.audio_token_id,
+        }
+        self.audio_bos, self.audio_eos = config.audio_start_token_id, config.audio_end_token_id
+        self.positions_per_second = config.position_id_per_seconds
+        self.positions_per_chunk = int(config.position_id_per_seconds * config.seconds_per_chunk)
+        self.end_id: int = tokenizer.convert_tokens_to_ids(END)
+
+    def completion_ids(self, text: str) -> np.ndarray:
+        """Token ids [L] int64 of a completion, end token included."""
+        return np.array([*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.end_id], np.int64)
+
+    def decode(self, ids: np.ndarray) -> str:
+        """Text of token ids [L], special tokens dropped."""
+        return self.tokenizer.decode(ids.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def length(self, sample: Sample, variant: Variant = "plain") -> int:
+        """Prompt tokens P, from the manifest alone: no file is opened. Raises ValueError beyond the context."""
+        return len(self._layout(sample, self._plans(sample), variant)[0])
+
+    def build(self, sample: Sample, root: Path, variant: Variant = "plain") -> Prompt:
+        """Decodes the sample's media below `root` and builds its prompt.
+
+        Raises ValueError for a prompt beyond the context, MediaError for a damaged file or one that is not what the
+        manifest says.
+        """
+        plans = self._plans(sample)
+        token_ids, positions = self._layout(sample, plans, variant)
+        root = Path(root)
+        patches = [self._patches(plan, root) for plan in plans if plan.grid[0]]
+        mels = [_mel(plan, root) for plan in plans if plan.mel_frames]
+        return Prompt(
+            sample_id=sample.id,
+            variant=variant,
+            token_ids=token_ids,
+            positions=positions,
+            pixels=torch.cat(patches) if patches else None,
+            grid_thw=torch.tensor([plan.grid for plan in plans if plan.grid[0]]) if patches else None,
+            mel=torch.cat(mels, dim=1) if mels else None,
+            mel_lengths=torch.tensor([mel.shape[1] for mel in mels]) if mels else None,
+        )
+
+    def _plans(self, sample: Sample) -> list[MediaPlan]:
+        return [plan for media in sample.media if (plan := plan_media(media, self.data)) is not None]
+
+    def _patches(self, plan: MediaPlan, root: Path) -> torch.Tensor:
+        """[N, 1176] float32."""
+        media, path = plan.media, root / plan.media.path
+        if plan.kind == "image":
+            frames = np.repeat(decode_image(path), features.TEMPORAL_PATCH, axis=0)
+        else:
+            frames = decode_frames(path, plan.indices, self.data.decoder)
+        if frames.shape[1:3] != (media.height, media.width):
+            found = f"{frames.shape[2]}x{frames.shape[1]}"
+            raise MediaError(path, f"is {found} pixels, the manifest says {media.width}x{media.height}", STALE)
+        _, h, w = plan.grid
+        return features.patchify(features.resize(frames, h * features.PATCH, w * features.PATCH))[0]
+
+    def _text(self, sample: Sample, variant: Variant) -> str:
+        lines = [sample.question]
+        lines += [f"{letter}. {choice}" for letter, choice in zip(string.ascii_uppercase, sample.choices, strict=False)]
+        if variant == "hinted":
+            if not sample.hint:
+                raise ValueError(f"sample {sample.id} has no hint; add `hint` to its manifest line or disable hints")
+            lines.append(f"Hint: {sample.hint}")
+        return "\n".join(lines)
+
+    def _layout(self, sample: Sample, plans: list[MediaPlan], variant: Variant) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids [P] with placeholders expanded, and positions [3, P] (temporal, height, width)."""
+        content = [{"type": plan.kind} for plan in plans]
+        content.append({"type": "text", "text": self._text(sample, variant)})
+        text = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}],
+            chat_template=self.tokenizer.chat_template or CHAT_TEMPLATE,
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+        template = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if [i for i in template if i in self.placeholders.values()] != [self.placeholders[p.kind] for p in plans]:
+            raise ValueError(
+                f"sample {sample.id}: the tokenized prompt does not hold one placeholder for each of its "
+                f"{len(plans)} media; remove <|IMAGE|>, <|VIDEO|>, <|AUDIO|> from its text, or check the chat template"
+            )
+        ids: list[np.ndarray] = []
+        positions: list[np.ndarray] = []
+        start, remaining = 0, iter(plans)
+        for token in template:
+            if token in self.placeholders.values():
+                block_ids, block_positions, advance = self._expand(next(remaining))
+            else:
+                block_ids, block_positions, advance = np.array([token]), np.zeros((3, 1), np.int64), 1
+            ids.append(block_ids)
+            positions.append(block_positions + start)
+            start += advance
+        token_ids = np.concatenate(ids)
+        if len(token_ids) > self.context:
+            raise ValueError(
+                f"sample {sample.id}: its prompt has {len(token_ids)} tokens, the context {self.context}; raise "
+                "model.context, or lower data.max_frames or data.frame_max_pixels"
+            )
+        return token_ids, np.concatenate(positions, axis=1)
+
+    def _expand(self, plan: MediaPlan) -> tuple[np.ndarray, np.ndarray, int]:
+        """Tokens [K] of one placeholder, positions [3, K] relative to its own, and how far the text after it moves."""
+        sound = np.tile(np.arange(features.audio_tokens(plan.mel_frames) if plan.mel_frames else 0), (3, 1))
+        if plan.kind == "audio":
+            return np.full(sound.shape[1], self.placeholders["audio"]), sound, sound.shape[1]
+        t, h, w = plan.grid[0], plan.grid[1] // features.MERGE, plan.grid[2] // features.MERGE
+        # float32 like transformers: at a chunk's border the rounding decides
+        seconds = np.arange(t, dtype=np.float32) * np.float32(plan.seconds_per_grid)
+        times = (seconds * np.float32(self.positions_per_second)).astype(np.int64)
+        picture = np.stack([axis.ravel() for axis in np.meshgrid(times, np.arange(h), np.arange(w), indexing="ij")])
+        if not plan.mel_frames:
+            return np.full(picture.shape[1], self.placeholders[plan.kind]), picture, int(picture.max()) + 1
+        return self._interleave(picture, sound)
+
+    def _interleave(self, picture: np.ndarray, sound: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+        """Audio in video: chunk after chunk of time, the picture's tokens [3, V], then the sound's [3, A].
+
+        The audio begin token shares the position of the vision begin token before it, the audio end token that of the
+        vision end token after it, and the text goes on after the last chunk's last position, as in transformers.
+        """
+        video, audio = self.placeholders["video"], self.placeholders["audio"]
+        chunks = zip_longest(*(_chunks(stream, self.positions_per_chunk) for stream in (picture, sound)))
+        pieces = [(token, piece) for pair in chunks for token, piece in zip((video, audio), pair, strict=True)]
+        pieces = [(token, piece) for token, piece in pieces if piece is not None]
+        end = int(pieces[-1][1].max()) + 1
+        ids = [np.full(piece.shape[1], token) for token, piece in pieces]
+        ids = [np.array([self.audio_bos]), *ids, np.array([self.audio_eos])]
+        positions = [np.full((3, 1), -1), *(piece for _, piece in pieces), np.full((3, 1), end)]
+        return np.concatenate(ids), np.concatenate(positions, axis=1), end
+
+
+def _chunks(positions: np.ndarray, size: int) -> list[np.ndarray]:
+    """Cuts positions [3, K] where their time reaches the next multiple of `size`.
+
+    As in transformers a token makes at most one cut: where frames are further apart than a chunk, the cuts lag behind.
+    """
+    cuts = []
+    for index, time in enumerate(positions[0].tolist()):
+        if time >= size * (len(cuts) + 1):
+            cuts.append(index)
+    return np.split(positions, cuts, axis=1)
+
+
+def _mel(plan: MediaPlan, root: Path) -> torch.Tensor:
+    """[128, L] float32."""
+    media = plan.media
+    path = root / (media.path if media.kind == "audio" else str(media.audio_path))
+    waveform = decode_audio(path)
+    if len(waveform) != media.audio_samples:
+        raise MediaError(path, f"holds {len(waveform)} samples, the manifest says {media.audio_samples}", STALE)
+    return features.log_mel(waveform)

@@ -1,0 +1,71 @@
+"""Features against transformers' own processors."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from transformers import WhisperFeatureExtractor
+from transformers.models.qwen2_5_omni.processing_qwen2_5_omni import _get_feat_extract_output_lengths
+from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as oracle
+
+from megatron_avatar.data.features import audio_tokens, log_mel, patchify, resize, smart_resize
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.integers(1, 4000), st.integers(1, 4000), st.sampled_from([28 * 28, 3136, 50176]), st.integers(50176, 1_000_000)
+)
+def test_smart_resize_equals_transformers(h, w, low, high):
+    if max(h, w) / min(h, w) > 200:
+        with pytest.raises(ValueError, match="aspect ratio"):
+            smart_resize(h, w, low, high)
+    else:
+        assert smart_resize(h, w, low, high) == oracle.smart_resize(h, w, 28, low, high)
+
+
+@pytest.mark.parametrize("size", [(84, 84), (100, 250), (480, 331), (30, 50)])
+def test_image_patches_equal_transformers(size):
+    picture = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    expected = oracle.Qwen2VLImageProcessorPil(size={"shortest_edge": 3136, "longest_edge": 50176})(
+        Image.fromarray(picture), return_tensors="pt"
+    )
+    resized = resize(picture[None], *smart_resize(*size, 3136, 50176))
+    pixels, grid = patchify(np.repeat(resized, 2, axis=0))
+    assert torch.equal(grid, expected["image_grid_thw"][0])
+    assert torch.equal(pixels, expected["pixel_values"])
+
+
+def test_video_patches_hold_both_frames_of_a_pair():
+    """A video patch is the image patch of its first frame beside the image patch of its second."""
+    frames = np.random.default_rng(1).integers(0, 256, (4, 56, 84, 3), dtype=np.uint8)
+    pixels, grid = patchify(frames)
+    assert grid.tolist() == [2, 4, 6]
+    process = oracle.Qwen2VLImageProcessorPil(size={"shortest_edge": 3136, "longest_edge": 50176})
+    single = [process(Image.fromarray(f), return_tensors="pt")["pixel_values"].view(24, 3, 2, 196) for f in frames]
+    for pair in range(2):
+        patches = pixels.view(2, 24, 3, 2, 196)[pair]
+        assert torch.equal(patches[:, :, 0], single[2 * pair][:, :, 0])
+        assert torch.equal(patches[:, :, 1], single[2 * pair + 1][:, :, 1])
+
+
+@pytest.mark.parametrize("samples", [321, 479, 480, 16_000, 32_000, 40_123])
+@pytest.mark.parametrize("kind", ["noise", "click", "silence"])
+def test_log_mel_equals_whisper(samples, kind):
+    waveform = np.zeros(samples, np.float32)
+    if kind == "noise":
+        waveform[:] = np.random.default_rng(samples).normal(0, 0.1, samples)
+    elif kind == "click":  # loudest at the very end, where the padding decides
+        waveform[-30:] = 0.9
+    whisper = WhisperFeatureExtractor(feature_size=128, chunk_length=4)
+    expected = whisper(waveform, sampling_rate=16_000, return_attention_mask=True, return_tensors="pt")
+    length = int(expected["attention_mask"].sum())
+    mel = log_mel(waveform)
+    assert mel.shape == (128, length)
+    torch.testing.assert_close(mel, expected["input_features"][0, :, :length], rtol=0, atol=1e-6)
+
+
+def test_audio_tokens_equal_transformers():
+    assert all(audio_tokens(n) == _get_feat_extract_output_lengths(n) for n in range(3, 3000))
+    assert audio_tokens(200) == 50
