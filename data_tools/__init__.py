@@ -1,0 +1,1 @@
+"""What a user runs to make, inspect and prepare data."""
