@@ -91,7 +91,7 @@ def _explain(error: BaseException, overrides: list[str]) -> str:
     """A message for the user out of Hydra's and OmegaConf's chained exceptions."""
     if isinstance(error, OverrideParseException):
         quoted = """'key="value"'"""
-        return f"'{error.override}' is not of the form key=value. A value with a space or one of =,()[]{{}} needs {quoted}"
+        return f"'{error.override}' is not a key=value. A value with a space or any of =,()[]{{}} needs {quoted}"
     if isinstance(error, MissingConfigException):
         group, _, name = (error.missing_cfg_file or "").rpartition("/")
         return f"{group}={name}: there is no such {group}. Choose one of: {', '.join(_options(group))}"

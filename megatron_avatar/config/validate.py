@@ -44,8 +44,8 @@ def check_world(config: Config, world_size: int) -> int:
     size = parallel.tp * parallel.pp
     if world_size % size:
         raise ValueError(
-            f"parallel.tp={parallel.tp} and parallel.pp={parallel.pp} need a multiple of {size} processes, but {world_size} "
-            f"were started: start {math.ceil(world_size / size) * size}, or lower parallel.tp or parallel.pp"
+            f"parallel.tp={parallel.tp} and parallel.pp={parallel.pp} need a multiple of {size} processes, but "
+            f"{world_size} were started: start {math.ceil(world_size / size) * size} or lower one of the two"
         )
     data_parallel = world_size // size
     for name, stage in config.stages.items():
@@ -59,7 +59,7 @@ def check_world(config: Config, world_size: int) -> int:
 
 def _check_inputs(config: Config) -> None:
     if not config.model.path:
-        raise ValueError("model.path is empty: write model.path=FOLDER, a Hugging Face folder (config.json, weights, tokenizer)")
+        raise ValueError("model.path is empty: write model.path=FOLDER with config.json, weights and tokenizer")
     if not config.data.manifest:
         raise ValueError("data.manifest is empty: write data.manifest=FILE, a JSONL file with one sample a line")
     if not config.output_dir:

@@ -1,0 +1,52 @@
+# `make demo` and `make test` are all that a newcomer needs. Both make .venv first; nothing here needs root.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-fast base doctor lint clean
+
+NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for p in python3.11 python3; do $$p -c '$(NEW_ENOUGH)' 2>/dev/null && { echo $$p; break; }; done)
+VENV := .venv/bin/python
+INSTALLED := .venv/.installed
+
+help: ## show these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
+
+demo: $(INSTALLED) ## synthesise data, train, evaluate, write runs/demo/report.html
+	@$(VENV) -m eval.demo
+
+test: $(INSTALLED) ## the whole CPU test suite
+	@$(VENV) -m pytest -m "not slurm and not gpu" -rs
+
+test-fast: $(INSTALLED) ## the test suite without its slow tests
+	@$(VENV) -m pytest -m "not slow and not slurm and not gpu" -rs
+
+base: $(INSTALLED) ## pretrain the demo's tiny base model anew
+	@$(VENV) -m data_tools.pretrain
+
+doctor: $(INSTALLED) ## what this machine can run, and what is missing
+	@$(VENV) -m megatron_avatar.doctor
+
+lint: $(INSTALLED) ## static checks
+	@$(VENV) -m ruff check .
+
+clean: ## remove .venv and caches, keep runs/
+	rm -rf .venv .pytest_cache .hypothesis .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# pip comes from ensurepip, or, where Debian's python3-venv is missing, from a pip outside of the environment.
+$(INSTALLED): requirements.txt
+	@"$(PYTHON)" -c '$(NEW_ENOUGH)' 2>/dev/null || { echo 'error: Python 3.11 or newer was not found.' \
+	  'Install it (Debian 12, Ubuntu 24.04: apt install python3), or name it: make PYTHON=FILE' >&2; exit 1; }
+	@if ! $(VENV) -m pip --version >/dev/null 2>&1; then \
+	  echo 'making .venv'; \
+	  if "$(PYTHON)" -c 'import ensurepip' 2>/dev/null; then "$(PYTHON)" -m venv --clear .venv; \
+	  elif "$(PYTHON)" -m pip --version >/dev/null 2>&1; then \
+	    "$(PYTHON)" -m venv --clear --without-pip .venv; \
+	    "$(PYTHON)" -m pip --python $(VENV) --quiet install pip; \
+	  else echo 'error: this Python has neither venv nor pip.' \
+	    'Install one (Debian, Ubuntu: apt install python3-venv), or name another: make PYTHON=FILE' >&2; exit 1; fi; \
+	fi
+	@echo 'installing requirements.txt into .venv (some minutes, once)'
+	@$(VENV) -m pip --disable-pip-version-check --quiet install -r requirements.txt
+	@touch $@
