@@ -1,0 +1,72 @@
+"""Media files and a tokenizer made on the spot."""
+
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import soundfile
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast, Qwen2_5OmniThinkerConfig
+
+SPECIAL = (
+    "<|endoftext|> <|im_start|> <|im_end|> <|vision_bos|> <|vision_eos|> <|audio_bos|> <|audio_eos|> "
+    "<|IMAGE|> <|VIDEO|> <|AUDIO|>"
+).split()
+WORDS = "system user assistant You are a helpful . what moves ? A B C red blue Hint : look twice think".split()
+OPTIONS = {"libvpx-vp9": {"deadline": "realtime", "cpu-used": "8"}, "libvpx": {"deadline": "realtime", "cpu-used": "8"}}
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    vocabulary = {word: i for i, word in enumerate([*SPECIAL, "[UNK]", *WORDS])}
+    model = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
+    model.pre_tokenizer = Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=model,
+        unk_token="[UNK]",
+        pad_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        additional_special_tokens=SPECIAL,
+    )
+
+
+def make_config(**overrides) -> Qwen2_5OmniThinkerConfig:
+    token = {name: i for i, name in enumerate(SPECIAL)}
+    return Qwen2_5OmniThinkerConfig(
+        image_token_index=token["<|IMAGE|>"],
+        video_token_index=token["<|VIDEO|>"],
+        audio_token_index=token["<|AUDIO|>"],
+        audio_start_token_id=token["<|audio_bos|>"],
+        audio_end_token_id=token["<|audio_eos|>"],
+        vision_start_token_id=token["<|vision_bos|>"],
+        **overrides,
+    )
+
+
+def make_video(path: Path, frames=16, h=84, w=84, fps=8, codec="libvpx-vp9", pts=None) -> Path:
+    """A square that moves and changes colour; `pts` (ms a frame) makes the frame rate variable."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=fps)
+        stream.width, stream.height = w, h
+        stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+        stream.options = OPTIONS.get(codec, {})
+        if pts is not None:
+            stream.time_base = Fraction(1, 1000)
+        for i in range(frames):
+            picture = np.full((h, w, 3), 30 + i, np.uint8)
+            picture[10 : h // 2, 2 * i : 2 * i + 30] = [200 - 5 * i, 30 + 9 * i, 60]
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            if pts is not None:
+                frame.pts, frame.time_base = pts[i], Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def make_audio(path: Path, seconds=2.0, rate=16_000, channels=1) -> Path:
+    time = np.arange(int(seconds * rate)) / rate
+    tone = 0.3 * np.sin(2 * np.pi * 440 * time)
+    soundfile.write(path, np.stack([tone] * channels, axis=1), rate)
+    return path

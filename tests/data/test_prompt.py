@@ -1,0 +1,203 @@
+"""Prompt layout against transformers' own processor and get_rope_index."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers.models.qwen2_5_omni import modeling_qwen2_5_omni as modeling
+from transformers.models.qwen2_5_omni.processing_qwen2_5_omni import Qwen2_5OmniProcessor
+
+from megatron_avatar.config.schema import DataConfig
+from megatron_avatar.data.decode import MediaError
+from megatron_avatar.data.features import audio_tokens, log_mel
+from megatron_avatar.data.prompt import PromptBuilder, plan_media
+from megatron_avatar.records import Media, Sample
+from tests.data.media import make_audio, make_config, make_tokenizer, make_video
+
+TOKENIZER, CONFIG = make_tokenizer(), make_config()
+DATA = DataConfig(fps=4.0, frame_min_pixels=28 * 28, frame_max_pixels=84 * 84, max_frames=64, image_max_pixels=50176)
+
+
+def builder(data=DATA, context=100_000):
+    return PromptBuilder(TOKENIZER, CONFIG, data, context)
+
+
+def sample(*media, **fields):
+    base = dict(id="s", stage="1", split="train", family="f", question="what moves ?", answer="A")
+    return Sample(**base | dict(problem_type="multiple_choice", media=media) | fields)
+
+
+class Oracle(modeling.Qwen2_5OmniPreTrainedModelForConditionalGeneration):
+    """transformers' get_rope_index without the weights."""
+
+    def __init__(self):
+        self.__dict__.update(config=CONFIG, spatial_merge_size=CONFIG.vision_config.spatial_merge_size)
+
+
+def rope_index(token_ids, plans, audio_in_video):
+    """Positions [3, P] by transformers."""
+    grids = {kind: torch.tensor([p.grid for p in plans if p.kind == kind]) for kind in ("image", "video")}
+    ids = torch.from_numpy(token_ids)[None]
+    positions, _ = Oracle().get_rope_index(
+        ids,
+        grids["image"] if len(grids["image"]) else None,
+        grids["video"] if len(grids["video"]) else None,
+        attention_mask=torch.ones_like(ids),
+        use_audio_in_video=audio_in_video,
+        audio_seqlens=torch.tensor([p.mel_frames for p in plans if p.mel_frames]),
+        second_per_grids=torch.tensor([p.seconds_per_grid for p in plans if p.kind == "video"]),
+    )
+    return positions[:, 0].numpy()
+
+
+pictures = st.fixed_dictionaries({"height": st.integers(40, 200), "width": st.integers(40, 200)})
+sounds = st.integers(321, 40 * 16_000)
+clips = st.fixed_dictionaries(
+    {"frame_count": st.integers(1, 600), "fps": st.sampled_from([1.0, 8.0, 23.976, 25.0, 30.0])}
+)
+images = st.builds(lambda p: Media("i", "image", **p), pictures)
+silent = st.builds(lambda p, c: Media("v", "video", **p, **c), pictures, clips)
+heard = st.builds(
+    lambda p, c, n: Media("v", "video", **p, **c, audio_path="a", audio_samples=n, audio_in_video=True),
+    pictures, clips, sounds,
+)  # fmt: skip
+audios = st.builds(lambda n: Media("a", "audio", audio_samples=n), sounds)
+# transformers takes one audio-in-video flag for all videos of a call, so a layout has videos of one sort
+layouts = st.one_of(
+    st.tuples(st.just(False), st.lists(st.one_of(images, silent, audios), max_size=4)),
+    st.tuples(st.just(True), st.lists(st.one_of(images, heard, audios), min_size=1, max_size=4)),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(layouts, st.sampled_from([0.3, 1.0, 2.0, 4.0]), st.sampled_from([8, 64]))
+def test_positions_equal_transformers(layout, fps, max_frames):
+    audio_in_video, media = layout
+    data = replace(DATA, fps=fps, max_frames=max_frames)
+    token_ids, positions = builder(data)._layout(sample(*media), plans := [plan_media(m, data) for m in media], "plain")
+    assert np.array_equal(positions, rope_index(token_ids, plans, audio_in_video))
+
+
+@settings(max_examples=100, deadline=None)
+@given(heard, st.sampled_from([0.3, 1.0, 2.0, 4.0]))
+def test_interleaving_equals_transformers(media, fps):
+    plan = plan_media(media, replace(DATA, fps=fps))
+    ids, _, _ = builder()._expand(plan)
+
+    class Processor(Qwen2_5OmniProcessor):
+        video_processor = type("", (), {"merge_size": 2})
+        audio_bos_token, audio_eos_token, video_token, audio_token = "[", "]", "v", "a"
+
+        def __init__(self):
+            pass
+
+    expected = Processor().replace_video_with_audio_token(
+        {"video_grid_thw": np.array([plan.grid]), "video_second_per_grid": [plan.seconds_per_grid]},
+        0,
+        {"num_audio_tokens": np.array([audio_tokens(plan.mel_frames)])},
+        0,
+        position_id_per_seconds=25,
+        seconds_per_chunk=2.0,
+    )
+    names = {CONFIG.audio_start_token_id: "[", CONFIG.audio_end_token_id: "]"}
+    names |= {CONFIG.video_token_id: "v", CONFIG.audio_token_id: "a"}
+    assert "".join(names[i] for i in ids.tolist()) == expected
+
+
+def test_each_video_has_its_own_sound_flag():
+    """A clip without sound beside one with: the tokens of each are those that it has alone."""
+    mute = Media("v", "video", 16, 8.0, None, 84, 84)
+    loud = replace(mute, audio_path="a", audio_samples=32_000, audio_in_video=True)
+    both = builder()._layout(sample(loud, mute), [plan_media(m, DATA) for m in (loud, mute)], "plain")
+    alone = [builder()._layout(sample(m), [plan_media(m, DATA)], "plain") for m in (loud, mute)]
+    blocks = [ids[np.isin(ids, (CONFIG.video_token_id, CONFIG.audio_token_id))] for ids, _ in (both, *alone)]
+    assert np.array_equal(blocks[0], np.concatenate(blocks[1:]))
+    assert (blocks[1] == CONFIG.audio_token_id).sum() == 50
+    assert (np.diff(both[1][0]) >= 0).sum() > 0 and both[1].max() > alone[0][1].max()
+
+
+def text_of(ids):
+    return TOKENIZER.decode(ids.tolist())
+
+
+def test_text_of_the_user_turn():
+    asked = sample(choices=("red", "blue"), hint="look twice")
+    plain, hinted = (text_of(builder().build(asked, ".", v).token_ids) for v in ("plain", "hinted"))
+    assert plain == (
+        "<|im_start|> system You are a helpful assistant . <|im_end|> "
+        "<|im_start|> user what moves ? A . red B . blue <|im_end|> <|im_start|> assistant"
+    )
+    assert hinted == plain.replace("blue", "blue Hint : look twice")
+    with pytest.raises(ValueError, match="sample s has no hint"):
+        builder().build(sample(), ".", "hinted")
+
+
+def test_own_template_wins_and_lost_placeholders_are_refused():
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}look {{ m['content'][-1]['text'] }}{% endfor %}"
+    own = PromptBuilder(tokenizer, CONFIG, DATA, 100)
+    assert text_of(own.build(sample(), ".").token_ids) == "look what moves ?"
+    with pytest.raises(ValueError, match="sample s.*one placeholder"):
+        own.length(sample(Media("i", "image", height=84, width=84)))
+    with pytest.raises(ValueError, match="sample s.*one placeholder"):
+        builder().length(sample(question="what <|VIDEO|> moves ?"))
+
+
+def test_completion_round_trip():
+    ids = builder().completion_ids("think red")
+    assert ids.dtype == np.int64 and ids[-1] == builder().end_id == TOKENIZER.convert_tokens_to_ids("<|im_end|>")
+    assert builder().decode(ids) == "think red"
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    root = tmp_path_factory.mktemp("clip")
+    make_video(root / "v.webm")
+    make_audio(root / "a.flac")
+    media = Media("v.webm", "video", 16, 8.0, None, 84, 84, "a.flac", 32_000, True)
+    return root, sample(media)
+
+
+def test_build_holds_all_features(clip):
+    root, asked = clip
+    prompt = builder().build(asked, root)
+    assert prompt.grid_thw.tolist() == [[4, 6, 6]] and prompt.pixels.shape == (144, 1176)
+    assert prompt.mel.shape == (128, 200) and prompt.mel_lengths.tolist() == [200]
+    assert (prompt.token_ids == CONFIG.video_token_id).sum() == 36
+    assert (prompt.token_ids == CONFIG.audio_token_id).sum() == 50
+    assert prompt.positions.shape == (3, len(prompt)) and len(prompt) == builder().length(asked)
+    assert prompt.token_ids.dtype == prompt.positions.dtype == np.int64
+    assert prompt.pixels.dtype == prompt.mel.dtype == torch.float32
+    assert prompt.grid_thw.dtype == prompt.mel_lengths.dtype == torch.int64
+    assert torch.equal(prompt.mel, log_mel(soundfile.read(root / "a.flac", dtype="float32")[0]))
+
+
+def test_mute_and_blind(clip):
+    root, asked = clip
+    muted, blind, both = (
+        builder(replace(DATA, mute=m, blind=b)).build(asked, root)
+        for m, b in ((True, False), (False, True), (True, True))
+    )
+    assert muted.mel is None and muted.grid_thw.tolist() == [[4, 6, 6]]
+    assert not np.isin(muted.token_ids, (CONFIG.audio_token_id, CONFIG.audio_start_token_id)).any()
+    assert blind.pixels is None and blind.mel.shape == (128, 200)
+    assert not np.isin(blind.token_ids, (CONFIG.video_token_id, CONFIG.vision_start_token_id)).any()
+    assert both.pixels is None and both.mel is None
+    assert text_of(both.token_ids) == text_of(builder().build(sample(), root).token_ids)
+
+
+def test_refusals(clip, tmp_path):
+    root, asked = clip
+    with pytest.raises(ValueError, match=r"sample s: its prompt has \d+ tokens, the context 50; raise model.context"):
+        builder(context=50).build(asked, tmp_path / "not opened")
+    (media,) = asked.media
+    with pytest.raises(MediaError, match="v.webm: is 84x84 pixels, the manifest says 112x84; measure it again"):
+        builder().build(sample(replace(media, width=112)), root)
+    with pytest.raises(MediaError, match="a.flac: holds 32000 samples, the manifest says 48000"):
+        builder().build(sample(replace(media, audio_samples=48_000)), root)
+    with pytest.raises(ValueError, match="num_mel_bins"):
+        PromptBuilder(TOKENIZER, make_config(vision_config={"patch_size": 16}), DATA, 100)
