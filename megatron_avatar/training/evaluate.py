@@ -13,7 +13,7 @@ from megatron_avatar.policy.backend import Backend
 from megatron_avatar.policy.generate import generate
 from megatron_avatar.policy.model import OmniPolicy
 from megatron_avatar.records import Sample
-from megatron_avatar.rl.rewards import accuracy_reward, format_reward, parse
+from megatron_avatar.rl.rewards import grade
 
 
 @torch.no_grad()
@@ -39,10 +39,9 @@ def evaluate(
         done = []
         for sample, prompt in zip(part, prompts, strict=True):
             text = builder.decode(next(rows)[0].token_ids) if prompt is not None else ""
-            _, answer = parse(text)
             done.append({
-                "id": sample.id, "family": sample.family, "stage": sample.stage, "gold": sample.answer, "text": text,
-                "answer": answer, "correct": float(accuracy_reward(answer, sample)), "format": format_reward(text),
+                "id": sample.id, "family": sample.family, "stage": sample.stage, "gold": sample.answer,
+                "problem_type": sample.problem_type, "choices": list(sample.choices), **grade(sample, text),
                 "error": None if prompt is not None else loader.quarantined.get(sample.id, "not decoded"),
             })
         predictions += done

@@ -14,8 +14,10 @@ from megatron_avatar.rl.rewards import (
     accuracy_reward,
     combine,
     format_reward,
+    grade,
     judge_reward,
     parse,
+    read_answer,
     score_group,
     self_rewards,
 )
@@ -342,3 +344,42 @@ def test_any_text_scores_within_the_unit_interval(problem_type, gold, texts, wei
     for reward, parts in scored:
         assert 0.0 <= reward <= 1.0 and {"format", "accuracy"} <= set(parts)
         assert all(math.isnan(value) or 0.0 <= value <= 1.0 for value in parts.values())
+
+
+# grading
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (wrap("b"), "b"),
+        ("A blue square moves.", "B"),  # the article is no letter
+        ("I think that the answer is C", "C"),
+        ("(B) blue square", "B"),
+        ("B", "B"),
+        ("a red circle and a blue square", None),
+        ("<answer>A</answer><answer>B</answer> (B)", None),
+        ("nothing", None),
+    ],
+)
+def test_an_untagged_reply_is_read_if_it_names_one_choice(text, answer):
+    assert read_answer(text, make("multiple_choice", "B", CHOICES)) == answer
+
+
+def test_grading_counts_only_right_answers():
+    three = make("numerical", "4")
+    assert grade(three, wrap("4")) == {
+        "text": wrap("4"), "answer": "4", "accuracy": 1.0, "correct": 1.0, "format": 1.0
+    }  # fmt: skip
+    assert grade(three, wrap("3"))["accuracy"] == 0.75 and grade(three, wrap("3"))["correct"] == 0.0
+    assert grade(three, "There are 4.")["correct"] == 1.0 and grade(three, "There are 4.")["format"] == 0.0
+    assert grade(three, "1 2 3 4")["answer"] is None
+    assert grade(make("free_form", "a red circle moves left"), "a red circle moves")["correct"] == 1.0
+    assert grade(make("other", "left"), "")["answer"] is None
+
+
+@settings(deadline=None)
+@given(st.sampled_from(["multiple_choice", "numerical", "other"]), TEXTS)
+def test_any_text_can_be_graded(problem_type, text):
+    graded = grade(make(problem_type, "B", CHOICES), text)
+    assert graded["correct"] in (0.0, 1.0) and (graded["answer"] is not None or graded["accuracy"] == 0.0)

@@ -12,6 +12,7 @@ from megatron_avatar.records import Sample
 from megatron_avatar.rl.rewards.accuracy import accuracy_reward, canonical
 from megatron_avatar.rl.rewards.agreement import self_rewards
 from megatron_avatar.rl.rewards.format import format_reward, parse
+from megatron_avatar.rl.rewards.grade import grade, read_answer
 from megatron_avatar.rl.rewards.judge import CRITERIA, Judge, RuleJudge, judge_reward
 
 __all__ = [
@@ -22,8 +23,10 @@ __all__ = [
     "accuracy_reward",
     "combine",
     "format_reward",
+    "grade",
     "judge_reward",
     "parse",
+    "read_answer",
     "score_group",
     "self_rewards",
 ]
