@@ -6,14 +6,13 @@ again in the backward pass, so that the peak is one chunk. The whole vocabulary 
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from megatron.core import parallel_state
-from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -22,47 +21,47 @@ CHUNK_LOGITS = 1 << 26  # logits of one chunk on one rank: 256 MiB in float32
 
 def completion_logprobs(
     hidden: Tensor,
-    head: Callable[[Tensor], Tensor],
+    weight: Tensor,
     target_ids: Tensor,
+    *,
     temperature: float,
     vocab_size: int,
-    *,
     group: dist.ProcessGroup | None = None,
     chunk_logits: int = CHUNK_LOGITS,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability of each target and entropy of its distribution, under softmax(head(hidden) / temperature).
+    """Log-probability of each target and entropy of its distribution, softmax(hidden @ weight.T / temperature).
 
-    hidden [N, H], alike on all ranks of the tensor-parallel `group` (default: the group this process is in);
-    head: [n, H] to this rank's share of the logits [n, V / tp], of which those from `vocab_size` on are padding and
-    take no part; target_ids [N] int64. Returns logprobs [N] and entropy [N], float32; entropy carries no gradient.
+    hidden [N, H], alike on all ranks of the tensor-parallel `group` (its gradient is too); weight [V / tp, H], this
+    rank's rows of the output layer, of which those from `vocab_size` on are padding and take no part;
+    target_ids [N] int64. Returns logprobs [N] and entropy [N], float32; entropy carries no gradient.
     """
-    group = parallel_state.get_tensor_model_parallel_group(check_initialized=False) if group is None else group
-    ranks = group.size() if group is not None else 1
-    rows = max(1, chunk_logits * ranks // vocab_size)
-    score = functools.partial(
-        _chunk_logprobs, head=head, temperature=temperature, vocab_size=vocab_size, group=group if ranks > 1 else None
-    )
+    group = group if group is not None and group.size() > 1 else None
+    if group is not None:
+        hidden = copy_to_tensor_model_parallel_region(hidden, group)
+    rows = max(1, chunk_logits // len(weight))
     if len(hidden) <= rows:
-        return score(hidden, target_ids)
+        return _chunk_logprobs(hidden, weight, target_ids, temperature, vocab_size, group)
     pairs = [
-        checkpoint(score, *chunk, use_reentrant=False, preserve_rng_state=False)
-        for chunk in zip(hidden.split(rows), target_ids.split(rows), strict=True)
-    ]
+        checkpoint(
+            _chunk_logprobs, part, weight, ids, temperature, vocab_size, group,
+            use_reentrant=False, preserve_rng_state=False,
+        )
+        for part, ids in zip(hidden.split(rows), target_ids.split(rows), strict=True)
+    ]  # fmt: skip
     logprobs, entropy = zip(*pairs, strict=True)
     return torch.cat(logprobs), torch.cat(entropy)
 
 
 def _chunk_logprobs(
     hidden: Tensor,
+    weight: Tensor,
     target_ids: Tensor,
-    *,
-    head: Callable[[Tensor], Tensor],
     temperature: float,
     vocab_size: int,
     group: dist.ProcessGroup | None,
 ) -> tuple[Tensor, Tensor]:
-    logits = head(hidden).float() / temperature
-    width = logits.shape[-1]
+    logits = F.linear(hidden, weight).float() / temperature
+    width = len(weight)
     first = width * (group.rank() if group is not None else 0)
     real = min(max(vocab_size - first, 0), width)
     if real < width:  # finite, so that 0 * logit stays 0; a rank may hold nothing but padding

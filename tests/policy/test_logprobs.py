@@ -7,10 +7,6 @@ from hypothesis import strategies as st
 from megatron_avatar.policy.logprobs import completion_logprobs
 
 
-def head(weight):
-    return lambda hidden: hidden @ weight.T
-
-
 def reference(hidden, weight, ids, temperature, vocab_size):
     scores = torch.log_softmax(hidden @ weight[:vocab_size].T / temperature, dim=-1)
     return scores.gather(1, ids[:, None])[:, 0], -(scores.exp() * scores).sum(-1)
@@ -34,7 +30,7 @@ def test_value_and_gradient_equal_log_softmax(tokens, vocab_size, padding, tempe
     ours = [x.float().requires_grad_() for x in inputs]
     theirs = [x.float().double().requires_grad_() for x in inputs]
     logprobs, entropy = completion_logprobs(
-        ours[0], head(ours[1]), ids, temperature, vocab_size, chunk_logits=chunk_logits
+        *ours, ids, temperature=temperature, vocab_size=vocab_size, chunk_logits=chunk_logits
     )
     expected, expected_entropy = reference(*theirs, ids, temperature, vocab_size)
     assert logprobs.dtype == entropy.dtype == torch.float32 and not entropy.requires_grad
@@ -50,7 +46,7 @@ def test_value_and_gradient_equal_log_softmax(tokens, vocab_size, padding, tempe
 def test_padding_takes_no_part():
     """Negative control: counting the padded columns would change the result."""
     hidden, weight, ids = torch.ones(3, 4), torch.ones(10, 4), torch.zeros(3, dtype=torch.int64)
-    exact, _ = completion_logprobs(hidden, head(weight), ids, 1.0, 5)
+    exact, _ = completion_logprobs(hidden, weight, ids, temperature=1.0, vocab_size=5)
     torch.testing.assert_close(exact, torch.full((3,), 1 / 5).log())
 
 
@@ -65,7 +61,7 @@ def test_bounded_by_the_chunk():
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        logprobs, _ = completion_logprobs(hidden, head(weight), ids, 1.0, 1000, chunk_logits=16 * 1000)
+        logprobs, _ = completion_logprobs(hidden, weight, ids, temperature=1.0, vocab_size=1000, chunk_logits=16 * 1000)
     assert sum(kept.values()) < 16 * 1000
     logprobs.sum().backward()
     assert hidden.grad.isfinite().all()
@@ -73,5 +69,5 @@ def test_bounded_by_the_chunk():
 
 def test_half_precision_inputs_give_float32():
     hidden, weight = torch.randn(5, 8).bfloat16(), torch.randn(11, 8).bfloat16()
-    logprobs, entropy = completion_logprobs(hidden, head(weight), torch.arange(5), 1.0, 11)
+    logprobs, entropy = completion_logprobs(hidden, weight, torch.arange(5), temperature=1.0, vocab_size=11)
     assert logprobs.dtype == entropy.dtype == torch.float32
