@@ -1,0 +1,1 @@
+"""Evaluation and the report: what a user runs after training."""
