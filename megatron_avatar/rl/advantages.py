@@ -9,6 +9,7 @@ import numpy as np
 
 GROUP_EPSILON = 1e-4
 SIGMA_FLOOR = 0.1
+ADVANTAGE_CLIP = 5.0
 MIN_GROUP = 3  # below, the group norm degenerates: n = 1 gives 0, n = 2 a constant
 EQUAL = 1e-9  # rewards in [0, 1] closer than this differ by rounding alone
 
@@ -43,7 +44,7 @@ def on_policy_advantages(
 
 
 def off_policy_advantages(
-    rewards: np.ndarray, baselines: np.ndarray, *, sigma_floor: float = SIGMA_FLOOR, clip: float = 5.0
+    rewards: np.ndarray, baselines: np.ndarray, *, sigma_floor: float = SIGMA_FLOOR, clip: float = ADVANTAGE_CLIP
 ) -> tuple[np.ndarray, float]:
     """Advantages [m] float32 of the step's whole off-policy batch, across ranks, and the clipped share.
 

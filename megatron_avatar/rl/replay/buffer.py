@@ -16,7 +16,7 @@ import numpy as np
 
 from megatron_avatar.config.schema import ReplayConfig
 from megatron_avatar.records import Trajectory, Variant
-from megatron_avatar.rl.advantages import SIGMA_FLOOR
+from megatron_avatar.rl.advantages import ADVANTAGE_CLIP, SIGMA_FLOOR
 from megatron_avatar.rl.tracker import TIERS, Tier
 
 UNRANKED: Tier = "medium"  # a prompt without plain history: nothing is known of its difficulty
@@ -149,6 +149,7 @@ class ReplayBuffer:
         for k, t in enumerate(rows):
             baseline = rbar[t.sample_id, t.variant]
             advantage = 0.0 if baseline is None else (t.reward - baseline) / scale
+            advantage = min(max(advantage, -ADVANTAGE_CLIP), ADVANTAGE_CLIP)
             scores[k] = config.w_reward * advantage - config.w_kl * t.kl_ref
         return scores / config.temperature + noise
 
@@ -169,26 +170,28 @@ class ReplayBuffer:
     def _tier_sequence(
         self, count: int, queues: Mapping[Tier, list[list[Trajectory]]], rng: np.random.Generator
     ) -> list[Tier]:
-        """Tiers of the next `count` groups (fewer when they run out), in proportion to draw_share.
+        """Tiers of the next `count` groups (fewer when groups run out), in proportion to draw_share.
 
-        Systematic sampling: each tier gets its share rounded down or up, and its exact share in the mean.
-        A tier without groups left lends its share to the others in proportion.
+        A tier short of groups gives all it has and lends the rest of its share to the others, in
+        proportion. Systematic rounding: each tier's share rounded down or up, and exact in the mean.
         """
-        left = {tier: len(queues[tier]) for tier in TIERS}
-        positions = (np.arange(count) + rng.random()) / count
-        sequence: list[Tier] = []
-        for position in positions:
-            open_tiers = [tier for tier in TIERS if left[tier]]
-            if not open_tiers:
+        left = np.array([len(queues[tier]) for tier in TIERS])
+        share = np.array(self._config.draw_share)
+        count = min(count, int(left.sum()))
+        quota = np.zeros(len(TIERS), int)
+        lending = left > 0
+        while True:
+            weights = share * lending if (share * lending).any() else lending.astype(float)
+            expected = (count - quota.sum()) * weights / max(weights.sum(), 1e-12)
+            short = lending & (left <= expected)
+            if not short.any():
                 break
-            shares = np.array([self._config.draw_share[TIERS.index(tier)] for tier in open_tiers])
-            if not shares.any():
-                shares = np.ones(len(open_tiers))
-            edges = np.cumsum(shares) / shares.sum()
-            tier = open_tiers[min(int(np.searchsorted(edges, position, side="right")), len(open_tiers) - 1)]
-            left[tier] -= 1
-            sequence.append(tier)
-        return sequence
+            quota[short], lending = left[short], lending & ~short
+        edges = np.cumsum([0.0, *expected])
+        edges[-1] = np.rint(edges[-1])
+        quota += np.diff(np.floor(edges + rng.random()).astype(int))
+        # Shuffled, so that no tier always comes last, where a group may be cut.
+        return [TIERS[k] for k in rng.permutation(np.repeat(np.arange(len(TIERS)), quota))]
 
 
 def _content_order(trajectory: Trajectory) -> tuple[int, bytes]:
@@ -206,7 +209,7 @@ def _check(config: ReplayConfig) -> None:
     if not config.temperature > 0:
         raise ValueError(f"rl.replay.temperature is {config.temperature}: give a number above 0")
     if config.capacity < 1:
-        raise ValueError(f"rl.replay.capacity is {config.capacity}: give at least 1, or switch replay off by rl.n_off=0")
+        raise ValueError(f"rl.replay.capacity is {config.capacity}: give at least 1, or set rl.n_off=0 for no replay")
     for key in ("capacity_share", "draw_share"):
         share = getattr(config, key)
         if len(share) != len(TIERS) or min(share) < 0 or not math.isclose(sum(share), 1.0, abs_tol=1e-6):

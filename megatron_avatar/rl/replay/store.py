@@ -1,0 +1,193 @@
+"""Replay trajectories on disk: immutable, checksummed HDF5 shards, named by an index.
+
+The index lives in a checkpoint and is the truth: a shard that no kept index names is garbage. It maps a
+shard's file name to {"sha256", "rows" (in the file), "live" (serial -> mark)}; rows that are not live
+belong to evicted trajectories. Shards are built and parsed in memory and moved as whole files, so HDF5
+never opens one: no HDF5 file locks, which shared file systems lack, and a torn write never has a name.
+
+A shard holds, for its n trajectories of T tokens and M bytes of strings in all, `rows` [n] (scalars),
+`token_ids` [T] int32, `logprobs` [T] float32 and `meta` [M] (one JSON object a trajectory): reading takes
+four bulk reads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from megatron_avatar.records import Completion, Trajectory
+
+log = logging.getLogger(__name__)
+
+Index = dict[str, dict[str, Any]]
+
+ROWS_PER_SHARD = 2048
+MIN_LIVE_SHARE = 0.5  # a shard with fewer live rows is compacted: its live rows are written anew
+
+_ROW = np.dtype([
+    ("serial", "<i8"), ("tokens", "<i8"), ("meta", "<i8"), ("step", "<i8"), ("policy_version", "<i8"),
+    ("reward", "<f8"), ("kl_ref", "<f8"), ("finished", "?"),
+])  # fmt: skip
+
+
+def write_shards(folder: Path, trajectories: Mapping[int, Trajectory], *, known: Index) -> Index:
+    """Write what the shards of `known` don't hold yet; returns the index of exactly `trajectories`.
+
+    `trajectories` maps serial number to trajectory (`ReplayBuffer.trajectories`). Shards of `known`
+    without a live trajectory leave the index; their files stay until `collect_garbage`, since an older
+    checkpoint may name them. Raises OSError when the disk is full; nothing already written is touched.
+    """
+    marks = {serial: _mark(serial, trajectory) for serial, trajectory in trajectories.items()}
+    index: Index = {}
+    stored: set[int] = set()
+    for name, shard in known.items():
+        live = {serial: mark for serial, mark in shard["live"].items() if marks.get(int(serial)) == mark}
+        if live and len(live) >= MIN_LIVE_SHARE * shard["rows"]:
+            index[name] = {**shard, "live": live}
+            stored.update(map(int, live))
+    fresh = [serial for serial in trajectories if serial not in stored]
+    for start in range(0, len(fresh), ROWS_PER_SHARD):
+        serials = fresh[start : start + ROWS_PER_SHARD]
+        image = _encode({serial: trajectories[serial] for serial in serials})
+        digest = hashlib.sha256(image).hexdigest()
+        name = f"shard-{digest[:16]}.h5"
+        _write_whole(folder, name, image)
+        live = {str(serial): marks[serial] for serial in serials}
+        index[name] = {"sha256": digest, "rows": len(serials), "live": live}
+    return index
+
+
+def read_shards(folder: Path, index: Index) -> tuple[dict[int, Trajectory], list[str]]:
+    """Read the live trajectories of `index` by serial number, oldest first, and name damaged shards.
+
+    A missing or altered shard is set aside as NAME.damaged, reported and left out: replay goes on
+    with the rest.
+    """
+    found: dict[int, Trajectory] = {}
+    damaged = []
+    for name, shard in index.items():
+        path = folder / name
+        try:
+            image = path.read_bytes()
+            reason = "" if hashlib.sha256(image).hexdigest() == shard["sha256"] else "its checksum is wrong"
+        except OSError as error:
+            reason = error.strerror or str(error)
+        if reason:
+            damaged.append(name)
+            _set_aside(path)
+            log.error("replay shard %s is lost (%s): its %d trajectories are left out of the buffer; "
+                      "restore the file from a copy to have them back", path, reason, len(shard["live"]))
+            continue
+        found.update(_decode(image, shard["live"]))
+    return {serial: found[serial] for serial in sorted(found)}, damaged
+
+
+def collect_garbage(folder: Path, kept_indices: Iterable[Index]) -> list[str]:
+    """Remove shards that no kept index names, and what interrupted writes left; returns their names.
+
+    To be called while nothing writes to `folder`. Damaged shards stay, for the user to look at.
+    """
+    kept = {name for index in kept_indices for name in index}
+    removed = [path for path in sorted(folder.glob("shard-*.h5")) if path.name not in kept]
+    removed += sorted(folder.glob(".shard-*.tmp"))
+    for path in removed:
+        path.unlink(missing_ok=True)
+    return [path.name for path in removed]
+
+
+def _mark(serial: int, trajectory: Trajectory) -> str:
+    """Tells a stored trajectory from another one that has its serial, say in a later stage's buffer."""
+    t = trajectory
+    numbers = np.array([serial, t.step, t.policy_version, len(t.completion), t.reward, t.kl_ref])
+    names = json.dumps([t.sample_id, t.variant, t.stage, t.ref_id])
+    return hashlib.blake2b(numbers.tobytes() + names.encode(), digest_size=8).hexdigest()
+
+
+def _encode(trajectories: Mapping[int, Trajectory]) -> bytes:
+    """The file image of a shard."""
+    meta = [
+        json.dumps({
+            "sample_id": t.sample_id, "variant": t.variant, "ref_id": t.ref_id, "stage": t.stage, "text": t.text,
+            "parts": {name: float(value) for name, value in t.parts.items()},
+        }).encode()
+        for t in trajectories.values()
+    ]
+    rows = np.array([
+        (serial, len(t.completion), len(m), t.step, t.policy_version, t.reward, t.kl_ref, t.completion.finished)
+        for (serial, t), m in zip(trajectories.items(), meta, strict=True)
+    ], _ROW)
+    completions = [t.completion for t in trajectories.values()]
+    with h5py.File.in_memory() as file:
+        file["rows"] = rows
+        file["token_ids"] = np.concatenate([c.token_ids for c in completions]).astype(np.int32)
+        file["logprobs"] = np.concatenate([c.logprobs for c in completions]).astype(np.float32)
+        file["meta"] = np.frombuffer(b"".join(meta), np.uint8)
+        file.flush()
+        return file.id.get_file_image()
+
+
+def _decode(image: bytes, live: Mapping[str, str]) -> dict[int, Trajectory]:
+    """The live trajectories of a shard's file image, by serial number."""
+    with h5py.File.in_memory(image) as file:
+        rows, token_ids, logprobs = file["rows"][:], file["token_ids"][:], file["logprobs"][:]
+        meta = file["meta"][:].tobytes()
+    trajectories = {}
+    token_end = meta_end = 0
+    for serial, tokens, meta_bytes, step, version, reward, kl_ref, finished in rows.tolist():
+        token_start, meta_start = token_end, meta_end
+        token_end, meta_end = token_start + tokens, meta_start + meta_bytes
+        if str(serial) not in live:
+            continue
+        # Copies: a view would keep the whole shard in memory for one survivor.
+        completion = Completion(
+            token_ids=token_ids[token_start:token_end].astype(np.int64),
+            logprobs=logprobs[token_start:token_end].copy(),
+            finished=finished,
+        )
+        trajectories[serial] = Trajectory(
+            completion=completion, reward=reward, kl_ref=kl_ref, step=step, policy_version=version,
+            **json.loads(meta[meta_start:meta_end]),
+        )
+    assert trajectories.keys() == set(map(int, live)), "the index names rows that its shard doesn't hold"
+    return trajectories
+
+
+def _write_whole(folder: Path, name: str, image: bytes) -> None:
+    """Write aside, fsync, rename: the name exists only with its whole content."""
+    temporary = folder / f".{name}.{os.getpid()}.tmp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(image)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, folder / name)
+        directory = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
+        raise OSError(
+            error.errno,
+            f"cannot write {len(image)} bytes of replay shards ({error.strerror}); earlier checkpoints are intact: "
+            "make room, or correct output_dir's permissions, and run the same command again",
+            str(folder / name),
+        ) from error
+
+
+def _set_aside(path: Path) -> None:
+    # Missing, set aside by another rank, or a read-only folder: the loss is logged either way.
+    with suppress(OSError):
+        path.rename(path.with_name(path.name + ".damaged"))
