@@ -1,0 +1,253 @@
+"""What this machine can run, what is missing and what that means.
+
+    python -m megatron_avatar.doctor [--json]
+
+Reports and never fails: every check stands alone, and anything may be absent.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Literal
+
+State = Literal["ok", "note", "missing"]
+PACKAGES = ("torch", "megatron-core", "transformers", "av", "h5py", "hydra-core", "submitit", "wandb", "trl")
+SLURM_COMMANDS = ("sbatch", "srun", "squeue", "scontrol", "scancel")
+# Encoders that PyAV's wheels bring along; the decoders are what is being asked about.
+CODECS = {"VP8": "libvpx", "VP9": "libvpx-vp9", "MJPEG": "mjpeg", "H.264": "libx264"}
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a check found and what follows from it."""
+
+    state: State
+    found: str
+    meaning: str = ""
+
+
+def examine() -> dict[str, Result]:
+    """Run every check; one that breaks is reported as missing, with its error."""
+    checks = {
+        "Python": _python,
+        "CPU": _cpu,
+        "memory": _memory,
+        "free disk": _disk,
+        "packages": _packages,
+        "GPUs": _gpus,
+        "collectives": _collectives,
+        "DALI": _dali,
+        "Apex": _apex,
+        "Transformer Engine": _transformer_engine,
+        "Slurm": _slurm,
+    }
+    results = {}
+    for name, check in checks.items():
+        try:
+            results[name] = check()
+        except Exception as error:  # a broken installation may raise anything
+            results[name] = Result("missing", f"{type(error).__name__}: {error}".splitlines()[0])
+    return results
+
+
+def _python() -> Result:
+    new_enough = sys.version_info >= (3, 11)
+    return Result("ok" if new_enough else "missing", platform.python_version(), "" if new_enough else "3.11 is needed")
+
+
+def _cpu() -> Result:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return Result("ok", f"{cores} cores, {platform.machine()}")
+
+
+def _memory() -> Result:
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.exists() and limit.read_text().strip().isdigit():
+        total = min(total, int(limit.read_text()))
+    enough = total >= 6 * GIB
+    return Result("ok" if enough else "note", f"{total / GIB:.1f} GiB", "" if enough else "the demo wants 6")
+
+
+def _disk() -> Result:
+    free = shutil.disk_usage(Path.cwd()).free
+    enough = free >= 5 * GIB
+    return Result(
+        "ok" if enough else "note",
+        f"{free / GIB:.1f} GiB in {Path.cwd()}",
+        "" if enough else "checkpoints may not fit: set output_dir to a larger disk",
+    )
+
+
+def _packages() -> Result:
+    found = {name: _version(name) for name in PACKAGES}
+    lacking = [name for name, number in found.items() if number is None]
+    return Result(
+        "missing" if lacking else "ok",
+        ", ".join(f"{k} {v}" for k, v in found.items() if v) or "none",
+        f"not installed: {', '.join(lacking)}; pip install -r requirements.txt" if lacking else "",
+    )
+
+
+def _gpus() -> Result:
+    driver = shutil.which("nvidia-smi") is not None
+    import torch
+
+    if not torch.cuda.is_available():
+        meaning = "the tiny recipes run on the CPU; those of the 3B and 7B models need GPUs"
+        if driver:
+            meaning = f"there is a driver, but PyTorch {torch.__version__} can't use it: install its CUDA build"
+        return Result("missing", "none", meaning)
+    devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    names = ", ".join(f"{d.name} ({d.total_memory / GIB:.0f} GiB)" for d in devices)
+    return Result("ok", f"{len(devices)}: {names}")
+
+
+def _collectives() -> Result:
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_nccl_available():
+        import torch
+
+        return Result("ok", f"NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}, gloo")
+    return Result("note", "gloo", "no NCCL in this PyTorch: ranks talk over gloo, on the CPU")
+
+
+def _dali() -> Result:
+    wheels = ("nvidia-dali-cuda130", "nvidia-dali-cuda120", "nvidia-dali")
+    number = next((f"{name} {_version(name)}" for name in wheels if _version(name)), None)
+    if number is None:
+        return Result("missing", "not installed", "PyAV decodes instead")
+    # A separate process: a wheel that doesn't fit the driver may end its process.
+    command = [sys.executable, "-c", "from megatron_avatar.doctor import print_decodable; print_decodable()"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    if run.returncode:
+        reason = (run.stderr.strip().splitlines() or ["no message"])[-1]
+        return Result("missing", f"{number} doesn't work: {reason}", "PyAV decodes instead")
+    decoded = json.loads(run.stdout.splitlines()[-1])
+    refused = [name for name in CODECS if name not in decoded]
+    return Result(
+        "ok" if decoded else "missing",
+        f"{number}; decodes on the CPU: {', '.join(decoded) or 'nothing'}",
+        f"{', '.join(refused)}: PyAV decodes instead" if refused else "",
+    )
+
+
+def print_decodable() -> None:
+    """Print the names of the codecs whose clips DALI decodes on the CPU, as a JSON list."""
+    with tempfile.TemporaryDirectory() as folder:
+        print(json.dumps([name for name in CODECS if _dali_decodes(_clip(Path(folder), name))]))
+
+
+def _clip(folder: Path, codec: str) -> bytes:
+    """Four grey frames of 64 x 64, encoded."""
+    import av
+    import numpy as np
+
+    path = folder / "clip.mkv"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(CODECS[codec], rate=4)
+        stream.width, stream.height = 64, 64
+        stream.pix_fmt = "yuvj420p" if codec == "MJPEG" else "yuv420p"
+        for level in (50, 100, 150, 200):
+            frame = av.VideoFrame.from_ndarray(np.full((64, 64, 3), level, np.uint8), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path.read_bytes()
+
+
+def _dali_decodes(clip: bytes) -> bool:
+    import numpy as np
+    from nvidia.dali import fn, pipeline_def
+
+    @pipeline_def(batch_size=1, num_threads=1, device_id=None)
+    def pipeline() -> object:
+        return fn.decoders.video(fn.external_source([[np.frombuffer(clip, np.uint8)]], cycle=True), device="cpu")
+
+    try:
+        built = pipeline()
+        built.build()
+        (frames,) = built.run()
+        return frames.at(0).shape[0] == 4
+    except RuntimeError:
+        return False
+
+
+def _apex() -> Result:
+    spec = importlib.util.find_spec("apex")
+    if spec is None:
+        return Result("note", "not installed", "optional: Megatron-Core uses PyTorch's kernels instead")
+    if not any(Path(folder, "optimizers").is_dir() for folder in spec.submodule_search_locations or ()):
+        meaning = "an unrelated package of that name, from PyPI: pip uninstall apex"
+        return Result("missing", f"{spec.origin} isn't NVIDIA's", meaning)
+    return Result("ok", _version("apex") or "installed")
+
+
+def _transformer_engine() -> Result:
+    if importlib.util.find_spec("transformer_engine") is None:
+        meaning = "optional: the language model uses Megatron-Core's local layers instead"
+        return Result("note", "not installed", meaning)
+    return Result("ok", _version("transformer-engine") or "installed")
+
+
+def _slurm() -> Result:
+    lacking = [name for name in SLURM_COMMANDS if shutil.which(name) is None]
+    if len(lacking) == len(SLURM_COMMANDS):
+        return Result("note", "not installed", "jobs can't be submitted from here; local runs don't need it")
+    if lacking:
+        return Result("missing", f"without {', '.join(lacking)}", "the scripts in slurm/ need them")
+    run = subprocess.run(["sinfo", "--version"], capture_output=True, text=True, timeout=10)
+    return Result("ok", run.stdout.strip() or "installed")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def show(results: dict[str, Result]) -> None:
+    """Print the results as a table; as plain lines where rich isn't installed."""
+    try:
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+    except ImportError:
+        for name, result in results.items():
+            print(f"{result.state:<8} {name}: {result.found}" + (f" ({result.meaning})" if result.meaning else ""))
+        return
+    table = Table(title="What this machine can run")
+    for column in ("", "state", "found", "what it means"):
+        table.add_column(column, overflow="fold")
+    colors = {"ok": "green", "note": "yellow", "missing": "red"}
+    for name, result in results.items():
+        table.add_row(name, Text(result.state, colors[result.state]), Text(result.found), Text(result.meaning))
+    Console().print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    options = parser.parse_args()
+    results = examine()
+    if options.json:
+        print(json.dumps({name: asdict(result) for name, result in results.items()}, indent=2))
+    else:
+        show(results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,14 @@
+#!/bin/bash
+# The demo's cold start as a job: two CPU tasks on one node, to try a cluster without GPUs.
+#   make demo && sbatch slurm/tiny.sh data.manifest=runs/demo/data/manifest.jsonl [key=value ...]
+#SBATCH --job-name=tiny_sft
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=2
+#SBATCH --cpus-per-task=2
+#SBATCH --time=00:30:00
+#SBATCH --signal=USR1@60
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=slurm-%x-%j.out
+source "$SLURM_SUBMIT_DIR/slurm/common.sh"
+train recipe=tiny_sft "$@"

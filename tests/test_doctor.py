@@ -1,0 +1,68 @@
+"""The doctor tells what is there, and lives through anything being absent."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def doctor(*arguments: str, python: tuple[str, ...] = (), **environment: str) -> str:
+    command = [sys.executable, *python, "-m", "megatron_avatar.doctor", *arguments]
+    run = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=120
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+@pytest.fixture(scope="module")
+def here() -> dict[str, dict[str, str]]:
+    return json.loads(doctor("--json"))
+
+
+def test_reports_the_installed_versions(here):
+    import torch
+
+    assert here["packages"]["state"] == "ok"
+    assert f"torch {torch.__version__.split('+')[0]}" in here["packages"]["found"]
+    assert here["Python"]["found"] == ".".join(map(str, sys.version_info[:3]))
+    assert ("gloo" in here["collectives"]["found"]) and (here["GPUs"]["state"] == "ok") == torch.cuda.is_available()
+
+
+def test_dali_decodes_real_clips_and_leaves_the_rest_to_pyav(here):
+    assert here["DALI"]["state"] == "ok"
+    assert "VP9" in here["DALI"]["found"] and "H.264" not in here["DALI"]["found"]
+    assert here["DALI"]["meaning"] == "H.264: PyAV decodes instead"
+
+
+def test_without_any_package_every_line_is_still_there(here):
+    bare = json.loads(doctor("--json", python=("-S",), PYTHONPATH=""))
+    assert bare.keys() == here.keys()
+    assert bare["packages"]["found"] == "none"
+    assert bare["GPUs"]["found"].startswith("ModuleNotFoundError")
+    assert "missing  DALI: not installed" in doctor(python=("-S",), PYTHONPATH="")
+
+
+@pytest.mark.parametrize("nvidia", [False, True])
+def test_apex_of_pypi_is_told_from_nvidias(tmp_path, nvidia):
+    (tmp_path / "apex" / ("optimizers" if nvidia else "lib")).mkdir(parents=True)
+    (tmp_path / "apex" / "__init__.py").write_text("")
+    apex = json.loads(doctor("--json", python=("-S",), PYTHONPATH=str(tmp_path)))["Apex"]
+    if nvidia:
+        assert apex["state"] == "ok"
+    else:
+        assert apex["state"] == "missing" and "pip uninstall apex" in apex["meaning"]
+
+
+def test_a_partial_slurm_is_named(tmp_path):
+    (tmp_path / "sbatch").write_text("#!/bin/sh\n")
+    (tmp_path / "sbatch").chmod(0o755)
+    slurm = json.loads(doctor("--json", python=("-S",), PYTHONPATH="", PATH=str(tmp_path)))["Slurm"]
+    assert slurm["state"] == "missing" and "srun" in slurm["found"] and "sbatch" not in slurm["found"]
