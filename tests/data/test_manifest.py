@@ -71,7 +71,7 @@ def test_write_load_and_choose(tmp_path):
         ({"id": ""}, r"`id` is empty"),
         ({"choices": ["x"] * 27}, r"`choices` must be at most 26 texts"),
         ({"media": ["v.webm"]}, r"media\[0\] must be a JSON object"),
-        ({"media": [VIDEO | {"path": "/etc/passwd"}]}, r"media\[0\].path '/etc/passwd' lies outside the manifest's folder"),
+        ({"media": [VIDEO | {"path": "/etc/passwd"}]}, r"media\[0\].path '/etc/passwd' lies outside the manifest"),
         ({"media": [VIDEO | {"path": "x/../../v.webm"}]}, r"media\[0\].path 'x/../../v.webm' lies outside"),
         ({"media": [VIDEO, VIDEO | SOUND | {"audio_path": "../a"}]}, r"media\[1\].audio_path '../a' lies outside"),
         ({"media": [VIDEO | {"kind": "movie"}]}, r"`media\[0\].kind` is 'movie'; write one of video, image, audio"),
@@ -79,7 +79,7 @@ def test_write_load_and_choose(tmp_path):
         ({"media": [VIDEO | {"frame_count": True}]}, r"`frame_count` of type bool; write int"),
         ({"media": [VIDEO | {"fps": float("nan")}]}, r"media\[0\].fps must be above 0"),
         ({"media": [VIDEO | {"frame_count": 2, "pts": [1.0, 1.0]}]}, r"media\[0\].pts must be one rising time"),
-        ({"media": [VIDEO | SOUND | {"audio_samples": 0}]}, r"audio_samples is 0, .* leave audio_path out of a mute clip"),
+        ({"media": [VIDEO | SOUND | {"audio_samples": 0}]}, r"audio_samples is 0, .* leave audio_path out"),
     ],
 )  # fmt: skip
 def test_mistakes_are_named(tmp_path, change, message):

@@ -1,0 +1,158 @@
+"""Frame plans, the two video heads against each other, and damaged files."""
+
+import pickle
+
+import numpy as np
+import pytest
+import soundfile
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from megatron_avatar.config.schema import DataConfig
+from megatron_avatar.data.decode import MediaError, clip_seconds, decode_audio, decode_frames, decode_image, plan_frames
+from megatron_avatar.records import Media
+from tests.data.media import make_audio, make_video
+
+
+def video(frames, fps=8.0, pts=None):
+    return Media("v", "video", frames, fps, pts, 84, 84)
+
+
+@given(st.integers(1, 5000), st.floats(0.5, 120), st.floats(0.2, 8), st.integers(2, 768))
+def test_plan_frames(frames, fps, sampled, most):
+    data = DataConfig(fps=sampled, min_frames=4, max_frames=max(4, most))
+    indices = plan_frames(video(frames, fps), data)
+    assert len(indices) % 2 == 0 and 2 <= len(indices) <= max(2, min(data.max_frames, frames))
+    assert indices[0] == 0 and indices[-1] == frames - 1 and (np.diff(indices) >= 0).all()
+    if frames > 1:
+        assert np.ptp(np.diff(indices)) <= 1  # even spacing
+    inside = 4 <= 2 * round(frames / fps * sampled / 2) <= min(data.max_frames, frames)
+    assert not inside or abs(len(indices) - frames / fps * sampled) <= 1
+
+
+def test_plan_frames_by_hand():
+    data = DataConfig(fps=4.0, max_frames=16)
+    assert plan_frames(video(16), data).tolist() == [0, 2, 4, 6, 9, 11, 13, 15]
+    assert plan_frames(video(1), data).tolist() == [0, 0]
+    assert plan_frames(video(3), data).tolist() == [0, 2]
+    # variable frame rate: eight frames in the first second, then one a second; times 0, 1, ..., 7 are wanted
+    pts = tuple(i / 8 for i in range(8)) + tuple(float(i) for i in range(1, 8))
+    uneven = video(15, pts=pts)
+    assert plan_frames(uneven, DataConfig(fps=1.0)).tolist() == [0, 8, 9, 10, 11, 12, 13, 14]
+    assert clip_seconds(uneven) == pytest.approx(7.5) and clip_seconds(video(16)) == 2.0
+
+
+@pytest.mark.parametrize(
+    ("codec", "name", "size"),
+    [
+        ("libvpx-vp9", "a.webm", (84, 84)),
+        ("libvpx-vp9", "b.webm", (90, 161)),
+        ("libvpx", "c.webm", (84, 120)),
+        ("mjpeg", "d.avi", (84, 84)),
+    ],
+)
+def test_dali_equals_pyav(tmp_path, codec, name, size):
+    path = make_video(tmp_path / name, 16, *size, codec=codec)
+    for indices in ([0, 2, 4, 6, 9, 11, 13, 15], [15, 3, 3, 0]):
+        dali, pyav, auto = (decode_frames(path, np.array(indices), b) for b in ("dali", "pyav", "auto"))
+        assert dali.dtype == np.uint8 and dali.shape == (len(indices), *size, 3)
+        assert np.array_equal(dali, pyav) and np.array_equal(auto, pyav)
+    assert not np.array_equal(dali[0], dali[-1])
+
+
+def test_variable_frame_rate(tmp_path):
+    path = make_video(tmp_path / "v.webm", 8, pts=[0, 10, 20, 30, 500, 900, 1700, 2000])
+    frames = [decode_frames(path, np.arange(8), backend) for backend in ("dali", "pyav")]
+    assert np.array_equal(*frames) and len({f.tobytes() for f in frames[0]}) == 8
+
+
+def test_colours_are_those_that_were_drawn(tmp_path):
+    frame = decode_frames(make_video(tmp_path / "v.webm"), np.array([8, 8]))[0]
+    assert np.abs(frame[20, 30].astype(int) - [160, 102, 60]).max() < 20
+    assert np.abs(frame[70, 10].astype(int) - [38, 38, 38]).max() < 8
+
+
+def test_auto_takes_pyav_for_codecs_that_dali_lacks(tmp_path):
+    path = make_video(tmp_path / "v.mkv", codec="ffv1")
+    assert decode_frames(path, np.array([0, 15])).shape == (2, 84, 84, 3)
+    with pytest.raises(MediaError, match=r"v\.mkv: DALI cannot decode it .*; try data\.decoder=auto"):
+        decode_frames(path, np.array([0, 15]), "dali")
+
+
+@pytest.mark.parametrize("backend", ["auto", "pyav", "dali"])
+def test_damaged_videos_are_named_and_the_next_one_decodes(tmp_path, backend):
+    good = make_video(tmp_path / "good.webm")
+    content = good.read_bytes()
+    (tmp_path / "empty.webm").touch()
+    (tmp_path / "text.webm").write_text("no video at all\n" * 50)
+    (tmp_path / "head.webm").write_bytes(content[:300])
+    (tmp_path / "half.webm").write_bytes(content[: len(content) // 2])
+    make_audio(tmp_path / "sound.flac")
+    for name in ("missing.webm", "empty.webm", "text.webm", "head.webm", "half.webm", "sound.flac"):
+        with pytest.raises(MediaError, match=rf"{name}: .+; .+"):
+            decode_frames(tmp_path / name, np.array([0, 15]), backend)
+    with pytest.raises(MediaError):
+        decode_frames(good, np.array([0, 16]), backend)
+    assert decode_frames(good, np.array([0, 15]), backend).shape == (2, 84, 84, 3)
+
+
+def test_messages_name_what_is_wrong(tmp_path):
+    (tmp_path / "empty.webm").touch()
+    make_audio(tmp_path / "sound.flac")
+    for name, what in {
+        "missing.webm": "the file is missing; restore it",
+        "empty.webm": "the file is empty",
+        "sound.flac": "holds no video stream; correct the media kind",
+    }.items():
+        with pytest.raises(MediaError, match=what):
+            decode_frames(tmp_path / name, np.array([0]))
+    with pytest.raises(MediaError, match=r"ends before frame 16, .*truncated"):
+        decode_frames(make_video(tmp_path / "v.webm"), np.array([0, 16]))
+    error = pickle.loads(pickle.dumps(MediaError(tmp_path, "what", "remedy")))
+    assert str(error) == f"{tmp_path}: what; remedy"
+
+
+def test_audio(tmp_path):
+    for name in ("a.flac", "a.wav", "a.ogg"):
+        waveform = decode_audio(make_audio(tmp_path / name))
+        assert waveform.dtype == np.float32 and len(waveform) == 32_000
+    stereo = decode_audio(make_audio(tmp_path / "s.flac", rate=48_000, channels=2))
+    assert len(stereo) == 32_000
+    assert np.abs(stereo - decode_audio(tmp_path / "a.flac"))[200:-200].max() < 1e-3
+    (tmp_path / "a.mka").write_bytes((tmp_path / "a.flac").read_bytes())  # not soundfile's: PyAV reads it
+    assert np.array_equal(decode_audio(tmp_path / "a.mka"), decode_audio(tmp_path / "a.flac"))
+
+
+def test_damaged_audio_is_named(tmp_path):
+    content = make_audio(tmp_path / "a.flac").read_bytes()
+    (tmp_path / "half.flac").write_bytes(content[: len(content) // 2])
+    (tmp_path / "text.wav").write_text("no sound at all")
+    (tmp_path / "text.mp3").write_text("no sound at all")
+    (tmp_path / "empty.flac").touch()
+    soundfile.write(tmp_path / "none.wav", np.zeros(0), 16_000)
+    make_video(tmp_path / "mute.webm")
+    for name, what in {
+        "half.flac": "damaged",
+        "text.wav": "not a sound file",
+        "text.mp3": "not a sound file",
+        "empty.flac": "the file is empty",
+        "none.wav": "holds no sound; leave audio_path out",
+        "mute.webm": "holds no audio stream; leave audio_path out",
+        "missing.flac": "the file is missing",
+    }.items():
+        with pytest.raises(MediaError, match=rf"{name}: .*{what}"):
+            decode_audio(tmp_path / name)
+
+
+def test_image(tmp_path):
+    picture = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    Image.fromarray(picture).save(tmp_path / "i.png", exif=exif)
+    assert np.array_equal(decode_image(tmp_path / "i.png"), np.rot90(picture, -1)[None])
+    (tmp_path / "half.png").write_bytes((tmp_path / "i.png").read_bytes()[:2000])
+    (tmp_path / "text.png").write_text("no picture")
+    for name in ("half.png", "text.png", "missing.png"):
+        with pytest.raises(MediaError, match=rf"{name}: "):
+            decode_image(tmp_path / name)
