@@ -113,7 +113,7 @@ def _sample(sample_id: str, split: str, name: str, index: int, draft: Draft, rng
         choices=choices,
         answer=answer,
         problem_type=family.problem_type,
-        media=(_media(sample_id, scene),),
+        media=(clip_media(sample_id, scene),),
         trace=trace if split == "sft" else None,
         hint=family.hint,
         audio_caption=describe_sound(scene.sound),
@@ -121,7 +121,8 @@ def _sample(sample_id: str, split: str, name: str, index: int, draft: Draft, rng
     )
 
 
-def _media(sample_id: str, scene: Scene) -> Media:
+def clip_media(sample_id: str, scene: Scene) -> Media:
+    """The manifest entry of a scene's clip, known before it is rendered."""
     track = scene.sound.track
     return Media(
         path=f"clips/{sample_id}.webm",
@@ -153,7 +154,7 @@ def write_video(path: Path, frames: np.ndarray) -> None:
         container.mux(stream.encode())
 
 
-def _write_clip(job: tuple[Media, Scene], root: Path) -> None:
+def write_clip(job: tuple[Media, Scene], root: Path) -> None:
     """The clip's files, each written aside and renamed; sound first, so that a clip with a video is whole."""
     media, scene = job
     video = root / media.path
@@ -189,7 +190,7 @@ def synthesize(out: Path, seed: int, size: str, processes: int = 2, progress: bo
     jobs = [(sample.media[0], scene) for sample, scene in drawn]
     with Progress(disable=not progress) as bar, multiprocessing.get_context("spawn").Pool(processes) as pool:
         task = bar.add_task(f"synthesising {len(jobs)} clips", total=len(jobs))
-        for _ in pool.imap_unordered(partial(_write_clip, root=out), jobs, chunksize=8):
+        for _ in pool.imap_unordered(partial(write_clip, root=out), jobs, chunksize=8):
             bar.advance(task)
     write_manifest(manifest, [sample for sample, _ in drawn])
     _replace_text(marker, json.dumps({"samples": len(drawn)}))

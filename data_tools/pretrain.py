@@ -1,0 +1,311 @@
+"""Pretrain the tiny base: the Thinker's own classes learn to describe clips, and nothing else (`make base`).
+
+    python -m data_tools.pretrain --out assets/tiny_base --minutes 25
+
+Like the paper's base it then perceives, but knows neither the questions nor the <think>, <answer> format. It trains
+on fresh clips that go through real files and the trainer's own prompt builder, drawn with a key of their own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.progress import Progress, TextColumn
+from torch.nn import functional
+from transformers import Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditionalGeneration
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from data_tools.families import FAMILIES, LETTERS
+from data_tools.synthesize import clip_media, keyed_rng, write_clip
+from data_tools.tokenizer import SPECIAL, build_tokenizer
+from data_tools.world import COLORS, COLUMNS, SHAPES, Scene, describe_sound, describe_things, describe_times
+from megatron_avatar.config.schema import DataConfig
+from megatron_avatar.data.prompt import PromptBuilder
+from megatron_avatar.records import Prompt, Sample
+
+VIEW = DataConfig(fps=4.0, min_frames=8, max_frames=8, frame_max_pixels=7056, frame_min_pixels=7056, decoder="pyav")
+REUSE = 4  # times a clip is trained on before it is replaced
+BUFFER = 512  # clips to draw from
+ASPECTS = ("clip", "objects", "sounds", "times", "letters")
+ASPECT_SHARE = (0.35, 0.2, 0.15, 0.2, 0.1)
+Example = tuple[Prompt, np.ndarray]  # prompt and target ids [L]
+
+
+def tiny_config(tokenizer: PreTrainedTokenizerBase) -> Qwen2_5OmniThinkerConfig:
+    """Qwen2.5-Omni's Thinker with about 2 M parameters; every dimension divides for TP 2."""
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL}
+    end, pad = ids["<|im_end|>"], ids["<|endoftext|>"]
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6]},
+        "tie_word_embeddings": True,
+        "initializer_range": 0.05,
+        "eos_token_id": end,
+        "pad_token_id": pad,
+    }
+    vision = {
+        "depth": 2,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_heads": 4,
+        "out_hidden_size": 128,
+        "window_size": 112,
+        "fullatt_block_indexes": [1],
+        "initializer_range": 0.05,
+    }
+    audio = {
+        "encoder_layers": 2,
+        "d_model": 128,
+        "encoder_ffn_dim": 256,
+        "encoder_attention_heads": 4,
+        "output_dim": 128,
+        "initializer_range": 0.05,
+    }
+    return Qwen2_5OmniThinkerConfig(
+        text_config=text,
+        vision_config=vision,
+        audio_config=audio,
+        audio_token_index=ids["<|AUDIO|>"],
+        image_token_index=ids["<|IMAGE|>"],
+        video_token_index=ids["<|VIDEO|>"],
+        vision_start_token_id=ids["<|vision_bos|>"],
+        vision_end_token_id=ids["<|vision_eos|>"],
+        audio_start_token_id=ids["<|audio_bos|>"],
+        audio_end_token_id=ids["<|audio_eos|>"],
+        user_token_id=tokenizer.convert_tokens_to_ids("Ġuser"),
+        initializer_range=0.05,
+        tie_word_embeddings=True,
+        eos_token_id=end,
+        pad_token_id=pad,
+    )
+
+
+# --- examples -------------------------------------------------------------------------------------
+
+
+def describe(scene: Scene, aspect: str, rng: np.random.Generator) -> tuple[str, tuple[str, ...], str]:
+    """Request, listed options and description of one aspect of a scene. 'letters' is about the list alone."""
+    if aspect == "letters":
+        words = list((SHAPES, tuple(COLORS), COLUMNS)[int(rng.integers(3))])
+        listed = [words[i] for i in rng.permutation(len(words))]
+        told = [int(i) for i in rng.permutation(len(words))]
+        return "Describe the letters.", tuple(listed), " ".join(f"{listed[i]} is {LETTERS[i]}." for i in told)
+    description = {
+        "clip": lambda: f"{describe_things(scene)} {describe_sound(scene.sound)}",
+        "objects": lambda: describe_things(scene),
+        "sounds": lambda: describe_sound(scene.sound),
+        "times": lambda: describe_times(scene),
+    }[aspect]()
+    request = "Describe what happens when." if aspect == "times" else f"Describe the {aspect}."
+    return request, (), description
+
+
+def draw_scene(rng: np.random.Generator) -> Scene:
+    """A scene of any family: only what is seen and heard, never the question."""
+    family = list(FAMILIES.values())[int(rng.integers(len(FAMILIES)))]
+    return family.draft(str(rng.choice(family.answers)), rng).scene
+
+
+def make_example(builder: PromptBuilder, folder: Path, key: str, aspect: str | None = None) -> Example:
+    """A fresh clip, written, read back and removed, with one description."""
+    rng = keyed_rng("base", key)
+    scene = draw_scene(rng)
+    aspect = aspect or str(rng.choice(ASPECTS, p=ASPECT_SHARE))
+    request, choices, text = describe(scene, aspect, rng)
+    media = clip_media(key, scene)
+    write_clip((media, scene), folder)
+    sample = Sample(key, "base", "base", aspect, request, text, "free_form", choices, (media,))
+    prompt = builder.build(sample, folder)
+    for path in (media.path, media.audio_path):
+        if path:
+            (folder / path).unlink()
+    return prompt, builder.completion_ids(text)
+
+
+class Clips(torch.utils.data.IterableDataset):
+    """Endless fresh examples in a worker process; each clip is drawn about REUSE times out of a buffer."""
+
+    def __init__(self, builder: PromptBuilder, run: str):
+        self.builder, self.run = builder, run
+
+    def __iter__(self) -> Iterator[Example]:
+        torch.set_num_threads(1)
+        rng, count, buffer = keyed_rng("buffer", self.run), 0, []
+        with tempfile.TemporaryDirectory() as name:
+            (Path(name) / "clips").mkdir()
+            while True:
+                buffer.append(make_example(self.builder, Path(name), f"{self.run}-{count}"))
+                count += 1
+                if len(buffer) > BUFFER:
+                    buffer.pop(0)
+                for _ in range(REUSE):
+                    yield buffer[int(rng.integers(len(buffer)))]
+
+
+def aspect_logits(
+    model: Qwen2_5OmniThinkerForConditionalGeneration, batch: list[Example]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits [sum L, vocabulary] at the target tokens of a batch, and the targets [sum L]."""
+    ids, positions, chosen, targets = [], [], [], []
+    width = max(len(prompt) + len(target) for prompt, target in batch)
+    for row, (prompt, target) in enumerate(batch):
+        told = np.arange(len(target) - 1) + prompt.next_position
+        filler = width - len(prompt) - len(target) + 1
+        ids.append(np.concatenate([prompt.token_ids, target[:-1], np.zeros(filler, np.int64)]))
+        positions.append(np.concatenate([prompt.positions, np.tile(told, (3, 1)), np.zeros((3, filler), np.int64)], 1))
+        chosen.append(np.arange(len(target)) + len(prompt) - 1 + row * width)
+        targets.append(target)
+    id_tensor = torch.from_numpy(np.stack(ids))
+    embedded = model.get_input_embeddings()(id_tensor)
+    prompts = [prompt for prompt, _ in batch]
+    with_sound = [p for p in prompts if p.mel is not None]
+    pictures = model.model.visual(torch.cat([p.pixels for p in prompts]), torch.cat([p.grid_thw for p in prompts]))
+    embedded = _fill(embedded, id_tensor == model.config.video_token_id, pictures.pooler_output)
+    if with_sound:
+        mels, lengths = torch.cat([p.mel for p in with_sound], 1), torch.cat([p.mel_lengths for p in with_sound])
+        heard = model.model.audio_tower(mels, feature_lens=lengths).last_hidden_state
+        embedded = _fill(embedded, id_tensor == model.config.audio_token_id, heard)
+    hidden = model.model.language_model(
+        inputs_embeds=embedded, position_ids=torch.from_numpy(np.stack(positions, 1)), use_cache=False
+    ).last_hidden_state
+    picked = hidden.flatten(0, 1)[torch.from_numpy(np.concatenate(chosen))]
+    return model.lm_head(picked), torch.from_numpy(np.concatenate(targets))
+
+
+def _fill(embedded: torch.Tensor, where: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+    return embedded.masked_scatter(where[..., None].expand_as(embedded), features)
+
+
+# --- held-out accuracy ----------------------------------------------------------------------------
+
+WORD_CLASSES = {
+    "shape": set(SHAPES),
+    "color": set(COLORS),
+    "act": {"still", "moves", "flashes", "appears", "slides"},
+    "count": {"one", "two", "three", "four"},
+    "letter": set(LETTERS),
+}
+
+
+@torch.no_grad()
+def accuracy(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, examples: list[Example]) -> dict[str, float]:
+    """Share of words told right, given a right beginning, by class of word; sentences of sound by their first word."""
+    hits = defaultdict(list)
+    for start in range(0, len(examples), 16):
+        batch = examples[start : start + 16]
+        logits, targets = aspect_logits(model, batch)
+        right = (logits.argmax(-1) == targets).split([len(target) for _, target in batch])
+        for (_, target), flags in zip(batch, right, strict=True):
+            for name, index in _classed(tokenizer, target):
+                hits[name].append(bool(flags[index]))
+    return {name: float(np.mean(values)) for name, values in sorted(hits.items())}
+
+
+def _classed(tokenizer: PreTrainedTokenizerBase, target: np.ndarray) -> Iterator[tuple[str, int]]:
+    """(class, index) of the words of a description that tell something."""
+    words = [tokenizer.convert_ids_to_tokens(int(i)).removeprefix("Ġ") for i in target]
+    heard, sentence = False, 0
+    for index, word in enumerate(words):
+        if word == ".":
+            sentence = index + 1
+            continue
+        end = words.index(".", index) if "." in words[index:] else len(words)
+        heard = bool(set(words[sentence:end]) & {"tone", "tones", "beep", "beeps", "chirp", "noise", "sound"})
+        if heard:
+            name = "beeps" if {"beep", "beeps"} & set(words[sentence:end]) else "pattern" if words[sentence] == "tones" else "sound"
+            yield name, index
+        else:
+            classes = [name for name, members in WORD_CLASSES.items() if word in members]
+            if classes:
+                yield classes[0], index
+            elif word in ("early", "middle", "late"):
+                yield "when", index
+            elif word in ("left", "center", "right", "up", "down"):
+                yield ("direction" if words[index - 1] == "slides" else "column"), index
+
+
+# --- training -------------------------------------------------------------------------------------
+
+
+def pretrain(out: Path, minutes: float, batch_size: int, lr: float, start: Path | None, run: str, threads: int) -> None:
+    """Train for a while and save the folder (bfloat16). `start` goes on from an earlier folder."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer()
+    config = tiny_config(tokenizer)
+    model = Qwen2_5OmniThinkerForConditionalGeneration(config)
+    if start:
+        model = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(start, dtype=torch.float32)
+    builder = PromptBuilder(tokenizer, config, VIEW, context=512)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    clips = iter(torch.utils.data.DataLoader(Clips(builder, run), batch_size, num_workers=1, collate_fn=list, prefetch_factor=8))
+    begun, step = time.monotonic(), 0
+    with Progress(*Progress.get_default_columns(), TextColumn("{task.fields[loss]}")) as bar:
+        task = bar.add_task("pretraining", total=minutes * 60, loss="")
+        while (spent := time.monotonic() - begun) < minutes * 60:
+            part = spent / (minutes * 60)
+            for group in optimizer.param_groups:
+                group["lr"] = lr * min(1.0, (step + 1) / 100, max(0.02, 3 * (1 - part)))
+            logits, targets = aspect_logits(model, next(clips))
+            loss = functional.cross_entropy(logits, targets)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            step += 1
+            bar.update(task, completed=spent, loss=f"step {step} loss {loss.item():.3f}")
+            if step % 100 == 0:
+                bar.console.print(f"step {step}, {spent:.0f} s, loss {loss.item():.3f}")
+                save(model, tokenizer, out)
+    save(model, tokenizer, out)
+    report = evaluate(model, builder, tokenizer)
+    print(json.dumps({k: round(v, 3) for k, v in report.items()}))
+
+
+def evaluate(model: torch.nn.Module, builder: PromptBuilder, tokenizer: PreTrainedTokenizerBase, n: int = 320) -> dict[str, float]:
+    """Held-out accuracy of the description by class of word."""
+    with tempfile.TemporaryDirectory() as name:
+        (Path(name) / "clips").mkdir()
+        examples = [make_example(builder, Path(name), f"heldout-{i}") for i in range(n)]
+    return accuracy(model, tokenizer, examples)
+
+
+def save(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
+    """The Hugging Face folder, weights in bfloat16; the model itself stays as it is."""
+    state = {name: value.to(torch.bfloat16) for name, value in model.state_dict().items()}
+    model.save_pretrained(out, state_dict=state)
+    tokenizer.save_pretrained(out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("assets/tiny_base"))
+    parser.add_argument("--minutes", type=float, default=25.0)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--start", type=Path, help="go on from this folder")
+    parser.add_argument("--run", default="a", help="key of the clips")
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    pretrain(args.out, args.minutes, args.batch, args.lr, args.start, args.run, args.threads)
+
+
+if __name__ == "__main__":
+    main()
