@@ -244,6 +244,17 @@ def read_state(path: Path) -> dict[str, Any]:
     return json.loads((path / STATE).read_text())
 
 
+def all_states(run_dir: Path) -> list[dict[str, Any]]:
+    """The readable states of the checkpoints that are there, oldest first; empty where there is none."""
+    states = []
+    for _, path in sorted(_steps(Path(run_dir) / "checkpoints").items()):
+        try:
+            states.append(read_state(path))
+        except (OSError, ValueError) as error:
+            _say(f"{path / STATE} can't be read ({error}): what it names is not kept for it")
+    return states
+
+
 def load(
     path: Path,
     *,

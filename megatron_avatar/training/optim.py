@@ -23,7 +23,8 @@ class Optimization:
     """The wrapped policy, its optimizer and its schedule: what a stage builds afresh and drops at its end.
 
     `model` is what the pipeline schedule runs: Megatron's data-parallel wrapper, whose fp32 buffers collect the
-    gradients of every trainable parameter. `skipped` counts the updates refused for non-finite gradients.
+    gradients of every trainable parameter. `lr` is the rate of the latest update, `skipped` counts the updates refused
+    for non-finite gradients.
     """
 
     def __init__(self, policy: nn.Module, optimizer_config: OptimizerConfig, schedule: dict[str, Any]) -> None:
@@ -37,12 +38,8 @@ class Optimization:
         self._scheduler = OptimizerParamScheduler(self._optimizer, **schedule)
         self._scheduler.step(1)  # update k = 1, 2, … uses the schedule's point k: no update at a rate of zero
         self._complete_state()
+        self.lr = 0.0
         self.skipped = 0
-
-    @property
-    def lr(self) -> float:
-        """Learning rate of the next update."""
-        return self._groups[0]["lr"]
 
     def zero_grad(self) -> None:
         self.model.zero_grad_buffer()
@@ -62,6 +59,7 @@ class Optimization:
                 if part.config.clip_grad > 0 and part.get_parameters():
                     clip_grad_by_total_norm_fp32(part.get_parameters(), part.config.clip_grad, norm)
             self._optimizer.step_with_ready_grads()
+        self.lr = self._groups[0]["lr"]
         self.skipped += not finite
         self._scheduler.step(1)
         return norm, not finite

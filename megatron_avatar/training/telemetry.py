@@ -1,0 +1,252 @@
+"""What a run says while it runs: metrics.jsonl, wandb, a progress bar; and how it is told to stop.
+
+`log` writes the record that the loop passes, with non-finite numbers as null, and adds to it `time` (Unix seconds),
+`time/PHASE` (seconds spent in each phase since the last record) and `peak_rss_mib` (this process and its children).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import resource
+import secrets
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TextIO
+
+import psutil
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from megatron_avatar.config.schema import Config
+from megatron_avatar.policy.backend import Backend
+
+WANDB_MODES = ("auto", "offline", "disabled")
+PLAIN_INTERVAL_S = 10.0  # between progress lines where there is no terminal
+
+
+class Timer:
+    """Seconds spent by phase: `with timer("generate"): …`. A phase inside another counts for both."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()  # kernels of this phase must not be billed to the next
+            self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - start
+
+    def take(self) -> dict[str, float]:
+        """The seconds by phase since the last call."""
+        seconds, self._seconds = self._seconds, {}
+        return seconds
+
+
+class Telemetry:
+    """Metrics and progress of one run, written by rank 0 alone; the other ranks may call everything.
+
+    Raises ValueError where config.log.wandb is not a known mode.
+    """
+
+    def __init__(self, run_dir: Path, config: Config, backend: Backend) -> None:
+        if config.log.wandb not in WANDB_MODES:
+            raise ValueError(f"log.wandb={config.log.wandb!r}: choose one of {', '.join(WANDB_MODES)}")
+        self.timer = Timer()
+        self._folder, self._config = Path(run_dir), config
+        self._writes = backend.rank == 0
+        self._file: TextIO | None = None
+        self._wandb: Any = None
+        self._peak_bytes = 0
+
+    @property
+    def path(self) -> Path:
+        return self._folder / "metrics.jsonl"
+
+    def rewind(self, step: int) -> None:
+        """Drop every record after global step `step`, and a line that a crash cut off: resumed runs repeat no step."""
+        if not self._writes:
+            return
+        self._close_file()
+        if not self.path.exists():
+            return
+        kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= step]
+        aside = self.path.with_suffix(".tmp")
+        aside.write_text("".join(f"{line}\n" for line in kept))
+        aside.replace(self.path)
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Append one record, with `step` among its keys; it is on the disk before this returns."""
+        seconds = self.timer.take()
+        if not self._writes:
+            return
+        own = {f"time/{phase}": round(value, 4) for phase, value in seconds.items()}
+        record = _plain({**record, "time": round(time.time(), 3), **own, "peak_rss_mib": self._peak_rss_mib()})
+        if self._file is None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._file = open(self.path, "a")
+            self._wandb = _start_wandb(self._folder, self._config)
+        self._file.write(json.dumps(record, allow_nan=False) + "\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())  # a checkpoint must never be ahead of its metrics
+        if self._wandb is not None:
+            self._wandb.log({k: v for k, v in record.items() if isinstance(v, int | float)})
+
+    @contextmanager
+    def progress(self, stage: str, done: int, total: int) -> Iterator[Bar]:
+        """A progress bar over a stage's steps on the terminal, lines now and then elsewhere."""
+        console = Console(stderr=True, quiet=not self._writes)
+        columns = (
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[value]}"),
+            TimeRemainingColumn(),
+        )  # fmt: skip
+        with Progress(*columns, console=console, disable=not (self._writes and console.is_terminal)) as progress:
+            yield Bar(progress, stage, done, total, lines=self._writes and not console.is_terminal)
+
+    def close(self) -> None:
+        self._close_file()
+        if self._wandb is not None:
+            self._wandb.finish()
+            self._wandb = None
+
+    def _close_file(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _peak_rss_mib(self) -> float:
+        """Most memory seen so far: this process's own peak and its children as they are now."""
+        children = 0
+        for child in psutil.Process().children(recursive=True):
+            try:
+                children += child.memory_info().rss
+            except psutil.NoSuchProcess:
+                continue
+        own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        self._peak_bytes = max(self._peak_bytes, own + children)
+        return round(self._peak_bytes / 2**20, 1)
+
+
+class Bar:
+    """Progress of one stage; `update` after every step."""
+
+    def __init__(self, progress: Progress, stage: str, done: int, total: int, *, lines: bool) -> None:
+        self._progress, self._stage, self._total = progress, stage, total
+        self._done = self._first = done
+        self._task = progress.add_task(stage, completed=done, total=total, value="")
+        self._lines = lines
+        self._start = self._printed = time.monotonic()
+
+    def update(self, record: dict[str, Any]) -> None:
+        """Advance by one step and show its `reward`, or `loss` where there is none."""
+        self._done += 1
+        name = "reward" if "reward" in record else "loss"
+        value = f"{name} {record[name]:.3f}" if record.get(name) is not None else ""
+        self._progress.update(self._task, completed=self._done, value=value)
+        now = time.monotonic()
+        if self._lines and (now - self._printed > PLAIN_INTERVAL_S or self._done == self._total):
+            pace = (now - self._start) / (self._done - self._first)
+            left = timedelta(seconds=int(pace * (self._total - self._done)))
+            _say(f"{self._stage} {self._done}/{self._total} {value} {pace:.2f} s/step, {left} left")
+            self._printed = now
+
+
+class StopSignal:
+    """Turns SIGINT, SIGTERM, SIGUSR1 and SIGUSR2 into a flag; calling it tells whether the run should stop.
+
+    A second Ctrl-C raises KeyboardInterrupt at once.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+    def __init__(self) -> None:
+        self._requested = False
+        self._owner = os.getpid()
+        for number in self.SIGNALS:
+            signal.signal(number, self._handle)
+
+    def __call__(self) -> bool:
+        """Whether this rank was told to stop."""
+        return self._requested
+
+    def agree(self, backend: Backend) -> bool:
+        """Whether any rank was told to stop; the same answer on all of them."""
+        self._requested = any(backend.all_gather_object(self._requested))
+        return self._requested
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if os.getpid() != self._owner:  # a forked child inherited the handler: it dies as it would have
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        elif number == signal.SIGINT and self._requested:
+            raise KeyboardInterrupt
+        else:
+            self._requested = True
+            name = signal.Signals(number).name
+            os.write(2, f"\n{name}: stopping after this step; Ctrl-C again stops at once\n".encode())
+
+
+def _start_wandb(folder: Path, config: Config) -> Any:
+    """A wandb run that continues under the id kept in the run's folder, or None."""
+    if config.log.wandb == "disabled":
+        return None
+    try:
+        import wandb
+    except ImportError:
+        _say("wandb is not installed: metrics go to metrics.jsonl alone (log.wandb=disabled silences this)")
+        return None
+    id_file = folder / "wandb_id"
+    if not id_file.exists():
+        id_file.write_text(secrets.token_hex(4))
+    online = config.log.wandb == "auto" and bool(os.environ.get("WANDB_API_KEY"))
+    arguments = {
+        "project": config.log.wandb_project,
+        "name": f"{config.name}-{folder.name}",
+        "id": id_file.read_text().strip(),
+        "resume": "allow",
+        "dir": str(folder),
+        "config": dataclasses.asdict(config),
+        "settings": wandb.Settings(silent=True, console="off", disable_git=True, disable_code=True),
+    }
+    try:
+        run = wandb.init(**arguments, mode="online" if online else "offline")
+    except wandb.Error as error:
+        _say(f"wandb is out of reach ({type(error).__name__}): its files stay in {folder / 'wandb'} for `wandb sync`")
+        run = wandb.init(**arguments, mode="offline")
+    run.define_metric("*", step_metric="step")
+    return run
+
+
+def _step_of(line: str) -> float:
+    """The step of a line of metrics.jsonl; infinity where it is not a whole record."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+def _plain(value: Any) -> Any:
+    """JSON's own types: tensors and arrays as lists, numbers that JSON lacks as null."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
