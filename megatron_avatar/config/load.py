@@ -112,6 +112,8 @@ def _explain(error: BaseException, overrides: list[str]) -> str:
     parent = _schema().get(_pattern(key.rpartition(".")[0]), "")
     if parent.startswith("dict"):
         return f"{prefix}{key}: there is no such entry. To add one write +{key}=..."
+    if expected is not None:
+        return f"{prefix}{key} can't be removed: give it another value"
     return f"{prefix}unknown key '{key}'. The nearest valid name is '{_nearest(key)}'"
 
 

@@ -82,9 +82,10 @@ class SamplingConfig:
 
 @dataclass
 class ShapingConfig:
-    """Temporal Advantage Shaping, METHOD section 3."""
+    """Temporal Advantage Shaping. Shapes: parabolic, uniform, linear_decay, linear_incline, inverse_parabolic,
+    uniform_matched."""
 
-    shape: str = "parabolic"  # parabolic | uniform | linear_decay | linear_incline | inverse_parabolic | uniform_matched
+    shape: str = "parabolic"
     lam: float = 0.3
 
 

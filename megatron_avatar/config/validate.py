@@ -30,7 +30,7 @@ def validate(config: Config) -> None:
     if not config.stages:
         raise ValueError("stages is empty: a recipe needs at least one stage, as stages: {visual: {kind: rl, ...}}")
     for name, stage in config.stages.items():
-        _check_stage(f"stages.{name}", stage, config)
+        _check_stage(f"stages.{name}", stage)
     if any(stage.kind == "rl" for stage in config.stages.values()):
         _check_rl(config)
 
@@ -109,7 +109,7 @@ def _check_optim(config: Config) -> None:
         _between(f"optim.{key}", getattr(optim, key), 0, 1, open_top=True)
 
 
-def _check_stage(key: str, stage: StageConfig, config: Config) -> None:
+def _check_stage(key: str, stage: StageConfig) -> None:
     if not re.fullmatch(r"\w[\w-]*", key.removeprefix("stages.")):
         raise ValueError(f"{key}: a stage's name is a folder's name: use letters, digits, _ and -")
     _one_of(f"{key}.kind", stage.kind, STAGE_KINDS)
@@ -127,9 +127,7 @@ def _check_stage(key: str, stage: StageConfig, config: Config) -> None:
         _one_of(f"{key}.rewards", name, REWARDS)
         _at_least(f"{key}.rewards.{name}", weight, 0)
     if not sum(stage.rewards.values()) > 0:
-        raise ValueError(f"{key}.rewards is empty: give weights, as {key}.rewards={{format: 0.5, accuracy: 0.5}}")
-    if stage.rewards.get("self") and config.rl.n_on == 1:
-        raise ValueError(f"{key}.rewards.self needs a majority, but rl.n_on=1: raise rl.n_on or remove the reward")
+        raise ValueError(f"{key}.rewards: no weight is above 0. Give some, as {{format: 0.5, accuracy: 0.5}}")
 
 
 def _check_rl(config: Config) -> None:

@@ -1,0 +1,189 @@
+"""From overrides to a typed, validated configuration; every mistake is named with its remedy."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+
+from megatron_avatar.config import Config, StageConfig, config_hash, load_config, save_config
+from megatron_avatar.config.load import CONFIG_DIR
+
+INPUTS = ["model.path=models/omni", "data.manifest=data/manifest.jsonl"]
+
+
+def load(*overrides: str, recipe: str = "avatar_7b") -> Config:
+    return load_config([f"recipe={recipe}", *INPUTS, *overrides])
+
+
+def names(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONFIG_DIR / group).glob("*.yaml"))
+
+
+@pytest.mark.parametrize("recipe", names("recipe"))
+def test_every_recipe_gives_a_typed_tree(recipe):
+    config = load(recipe=recipe)
+    assert type(config) is Config and all(type(stage) is StageConfig for stage in config.stages.values())
+    assert (config.name, config.output_dir) == (recipe, f"runs/{recipe}")
+
+
+def test_the_published_settings():
+    rl, optim, stages = load().rl, load().optim, load().stages
+    assert (rl.n_on, rl.n_off, rl.alpha, rl.beta, rl.clip_low, rl.vcrs_window) == (4, 4, 1.0, 0.1, 0.2, 20)
+    assert (rl.shaping.shape, rl.shaping.lam, rl.replay.capacity) == ("parabolic", 0.3, 10000)
+    assert rl.replay.capacity_share == rl.replay.draw_share == [0.25, 0.35, 0.4]
+    assert (rl.sampling.temperature, rl.sampling.max_new_tokens) == (1.0, 2048)
+    assert (optim.lr, optim.warmup_fraction, load().model.context) == (5e-7, 0.05, 16384)
+    assert stages["visual"].rewards == {"format": 0.5, "accuracy": 0.5}
+    assert stages["audio_visual"].rewards == {"format": 0.2, "accuracy": 0.4, "self": 0.4}
+    assert stages["localisation"].rewards == {"format": 0.2, "accuracy": 0.3, "self": 0.2, "judge": 0.3}
+    assert list(stages) == ["visual", "audio_visual", "localisation"]
+    for recipe, iterations, completions in (("avatar_7b", 400, 1600), ("grpo_7b", 1000, 8000)):
+        config = load(recipe=recipe)
+        assert sum(s.steps for s in config.stages.values()) == iterations
+        assert sum(s.steps * s.prompts_per_step for s in config.stages.values()) * config.rl.n_on == completions
+
+
+def changed(override: str) -> dict[str, object]:
+    """The keys that differ from the avatar_7b recipe, without name and folder."""
+    base = dict(_leaves(asdict(load())))
+    return {
+        key: value
+        for key, value in _leaves(asdict(load(override)))
+        if key not in ("name", "output_dir") and base.get(key) != value
+    }
+
+
+def _leaves(tree: dict, prefix: str = ""):
+    for key, value in tree.items():
+        yield from _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
+
+
+GRPO = {
+    "rl.n_on": 8,
+    "rl.n_off": 0,
+    "rl.revisit_share": 0.0,
+    "rl.vcrs": False,
+    "rl.shaping.shape": "uniform",
+    "rl.hints.enabled": False,
+}
+ABLATIONS = {
+    "grpo": GRPO,
+    "grpo_revisits": {k: v for k, v in GRPO.items() if k != "rl.revisit_share"},
+    "tas_only": {k: v for k, v in GRPO.items() if k != "rl.shaping.shape"},
+    "uniform_credit": {"rl.shaping.shape": "uniform", "rl.hints.enabled": False},
+    "wo_off_policy": {"rl.n_on": 8, "rl.n_off": 0},
+    "wo_tas": {"rl.shaping.shape": "uniform"},
+    "wo_hints": {"rl.hints.enabled": False},
+    "wo_vcrs": {"rl.vcrs": False},
+}
+
+
+@pytest.mark.parametrize("ablation", names("ablation"))
+def test_an_ablation_changes_what_its_row_says_and_nothing_else(ablation):
+    assert changed(f"ablation={ablation}") == ABLATIONS[ablation]
+    assert load(f"ablation={ablation}").output_dir == f"runs/avatar_7b-{ablation}"
+
+
+def test_grpo_recipes_are_avatar_with_the_ablation():
+    grpo, avatar = load(recipe="grpo_7b"), load("ablation=grpo")
+    assert grpo.rl == avatar.rl and grpo.optim == avatar.optim and grpo.data == avatar.data
+    assert load(recipe="grpo_3b").rl == grpo.rl and load(recipe="grpo_3b").parallel.tp == 2
+
+
+def test_overrides_reach_every_depth():
+    config = load(
+        "rl.shaping.lam=0.1", "stages.visual.steps=7", "+stages.visual.rewards.judge=0.3", "~stages.localisation",
+        "rl.dual_clip=3", "stages.visual.lr=1e-6", "name=mine",
+    )  # fmt: skip
+    assert (config.rl.shaping.lam, config.rl.dual_clip) == (0.1, 3.0)
+    assert (config.name, config.output_dir) == ("mine", "runs/mine")
+    assert list(config.stages) == ["visual", "audio_visual"]
+    stage = config.stages["visual"]
+    assert (stage.steps, stage.lr, stage.rewards) == (7, 1e-6, {"format": 0.5, "accuracy": 0.5, "judge": 0.3})
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("rl.n_onn=3", "unknown key 'rl.n_onn'. The nearest valid name is 'rl.n_on'"),
+        ("n_on=3", "unknown key 'n_on'. The nearest valid name is 'rl.n_on'"),
+        ("modle.path=x", "unknown key 'modle'. The nearest valid name is 'model'"),
+        ("+rl.shaping.lamda=1", "unknown key 'rl.shaping.lamda'. The nearest valid name is 'rl.shaping.lam'"),
+        ("stages.visual.stepz=3", "unknown key 'stages.visual.stepz'. The nearest valid name is 'stages.visual.steps'"),
+        ("rl.n_on=four", "rl.n_on: expected int, got 'four'"),
+        ("rl.n_on=null", "rl.n_on: expected int, got 'null'"),
+        ("rl.n_on=true", "rl.n_on: expected int, got 'true'"),
+        ("stages.visual.steps=1.5", "stages.visual.steps: expected int, got '1.5'"),
+        ("rl.dual_clip=high", "rl.dual_clip: expected float | None, got 'high'"),
+        ("rl.replay.draw_share=[a,b,c]", "rl.replay.draw_share[0]: expected list[float]"),
+        ("stages.visual.rewards.format=good", "stages.visual.rewards.format: expected float, got 'good'"),
+        ("rl.shaping=parabolic", "rl.shaping: expected a group of settings (shape, lam), got 'parabolic'"),
+        ("stages.first.steps=3", "stages.first: there is no such entry. To add one write +stages.first=..."),
+        ("ablation=wo_tass", "there is no such ablation. Choose one of: grpo, grpo_revisits,"),
+        ("~stages.visual.rewards", "stages.visual.rewards can't be removed"),
+        ("~stages", "stages is empty"),
+        ("rl.n_on", "'rl.n_on' is not a key=value"),
+        ("data.manifest=a=b", "'data.manifest=a=b' is not a key=value"),
+    ],
+)
+def test_a_mistake_is_named_with_its_remedy(override, says):
+    with pytest.raises(ValueError) as error:
+        load(override)
+    assert says in str(error.value)
+
+
+@pytest.mark.parametrize("overrides", [["recipe=avatar_8b"], []])
+def test_an_unknown_or_missing_recipe_lists_the_recipes(overrides):
+    with pytest.raises(ValueError, match="avatar_3b, avatar_7b, grpo_3b, grpo_7b, sft_7b, tiny_avatar"):
+        load_config(overrides)
+
+
+def test_a_mistake_in_a_recipe_names_its_file(tmp_path, monkeypatch):
+    (tmp_path / "recipe").mkdir()
+    (tmp_path / "config.yaml").write_text((CONFIG_DIR / "config.yaml").read_text())
+    (tmp_path / "recipe" / "mine.yaml").write_text("# @package _global_\nrl: {n_onn: 3}\n")
+    monkeypatch.setattr("megatron_avatar.config.load.CONFIG_DIR", tmp_path)
+    with pytest.raises(ValueError, match="recipe/mine.yaml: unknown key 'rl.n_onn'.* 'rl.n_on'"):
+        load_config(["recipe=mine"])
+
+
+@settings(max_examples=15)
+@given(st.integers(min_value=0, max_value=100), st.floats(min_value=1e-9, max_value=1e3), st.booleans())
+def test_values_come_through_unchanged(seed, rate, flag):
+    config = load(f"seed={seed}", f"optim.lr={rate!r}", f"rl.vcrs={flag}")
+    assert (config.seed, config.optim.lr, config.rl.vcrs) == (seed, rate, flag)
+
+
+def test_what_is_saved_is_the_whole_configuration(tmp_path):
+    config = load("rl.dual_clip=3", "ablation=wo_tas")
+    save_config(config, tmp_path / "config.yaml")
+    read = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(tmp_path / "config.yaml"))
+    assert OmegaConf.to_object(read) == config
+
+
+def test_the_hash_follows_what_is_computed():
+    plain = config_hash(load())
+    assert plain == config_hash(load("name=other", "output_dir=elsewhere", "checkpoint.every=3", "log.wandb=offline"))
+    others = {config_hash(load(o)) for o in ("seed=1", "rl.shaping.lam=0.2", "~stages.visual", "stages.visual.steps=1")}
+    assert len(others | {plain}) == 5
+
+
+def test_configuration_needs_neither_torch_nor_megatron():
+    program = (
+        "import sys\n"
+        "sys.modules.update(dict.fromkeys(['torch', 'megatron', 'transformers', 'numpy']))\n"  # None: import fails
+        "from megatron_avatar.config import load_config\n"
+        f"print(load_config(['recipe=avatar_7b', *{INPUTS!r}]).rl.n_on)\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program], cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=60
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == "4"

@@ -1,0 +1,106 @@
+"""Settings that only make sense together, and ranges: refused with key and remedy before anything starts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from omegaconf import OmegaConf
+
+from megatron_avatar.config import Config, check_world, load_config, validate
+
+AVATAR = ["recipe=avatar_7b", "model.path=models/omni", "data.manifest=data/manifest.jsonl"]
+
+
+@pytest.fixture(scope="module")
+def tp4() -> Config:
+    return load_config(AVATAR)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        ("model.path=''", "model.path is empty: write model.path=FOLDER"),
+        ("data.manifest=''", "data.manifest is empty"),
+        ("output_dir=''", "output_dir is empty"),
+        ("model.dtype=float16", "model.dtype: 'float16' is not one of float32, bfloat16"),
+        ("model.context=1", "model.context=1 must be at least 2"),
+        ("parallel.tp=0", "parallel.tp=0 must be at least 1"),
+        ("parallel.tp=1 parallel.sequence_parallel=true", "needs parallel.tp of 2 or more"),
+        ("data.decoder=ffmpeg", "data.decoder: 'ffmpeg' is not one of auto, dali, pyav"),
+        ("data.max_frames=7", "data.max_frames=7: frames are taken in pairs"),
+        ("data.min_frames=0", "data.min_frames=0: frames are taken in pairs"),
+        ("data.min_frames=18", "data.min_frames=18 is above data.max_frames=16"),
+        ("data.frame_min_pixels=60000", "data.frame_min_pixels=60000 is above data.frame_max_pixels=50176"),
+        ("data.image_max_pixels=100", "data.image_max_pixels=100 must be at least 784"),
+        ("data.fps=0", "data.fps=0.0 must be above 0"),
+        ("data.workers=-1", "data.workers=-1 must be at least 0"),
+        ("optim.lr=0", "optim.lr=0.0 must be above 0"),
+        ("optim.lr=nan", "optim.lr=nan must be above 0"),
+        ("optim.min_lr=1", "optim.min_lr=1.0 must lie in [0, 5e-07]"),
+        ("optim.schedule=step", "optim.schedule: 'step' is not one of constant, linear, cosine"),
+        ("optim.warmup_fraction=2", "optim.warmup_fraction=2.0 must lie in [0, 1]"),
+        ("optim.beta2=1", "optim.beta2=1.0 must lie in [0, 1)"),
+        ("optim.clip_grad=0", "optim.clip_grad=0.0 must be above 0"),
+        ("stages.visual.kind=dpo", "stages.visual.kind: 'dpo' is not one of sft, rl"),
+        ("stages.visual.steps=0", "stages.visual.steps=0 must be at least 1"),
+        ("stages.visual.prompts_per_step=0", "stages.visual.prompts_per_step=0 must be at least 1"),
+        ("stages.visual.data=[]", "stages.visual.data is empty"),
+        ("stages.visual.lr=-1", "stages.visual.lr=-1.0 must be above 0"),
+        ("stages.visual.kind=sft", "stages.visual.rewards is set, but kind=sft trains on traces"),
+        ("stages.visual.rewards.style=1", "'style' is not one of format, accuracy, self, judge"),
+        ("stages.visual.rewards.format=0 stages.visual.rewards.accuracy=0", "no weight is above 0"),
+        ("stages.visual.rewards.format=-1", "stages.visual.rewards.format=-1.0 must be at least 0"),
+        ("rl.n_on=0", "rl.n_on=0 must be at least 1"),
+        ("rl.n_off=-1", "rl.n_off=-1 must be at least 0"),
+        ("rl.alpha=0", "rl.alpha=0.0 gives rl.n_off=4 no weight"),
+        ("rl.beta=-1", "rl.beta=-1.0 must be at least 0"),
+        ("rl.revisit_share=1.5", "rl.revisit_share=1.5 must lie in [0, 1]"),
+        ("rl.clip_low=1", "rl.clip_low=1.0 must lie in [0, 1)"),
+        ("rl.clip_high=0", "rl.clip_high=0.0 must be above 0"),
+        ("rl.dual_clip=1.1", "rl.dual_clip=1.1 must be above 1 + rl.clip_high=0.2"),
+        ("rl.ratio_level=word", "rl.ratio_level: 'word' is not one of token, sequence"),
+        ("rl.logprob_error_limit=1", "rl.logprob_error_limit=1.0 must be above 1"),
+        ("rl.sampling.temperature=0", "rl.sampling.temperature=0.0 must be above 0"),
+        ("rl.sampling.top_p=0", "rl.sampling.top_p=0.0 must be above 0"),
+        ("model.context=2048", "rl.sampling.max_new_tokens=2048 leaves no room for a prompt in model.context=2048"),
+        ("rl.shaping.shape=round", "rl.shaping.shape: 'round' is not one of parabolic, uniform,"),
+        ("rl.shaping.lam=-0.1", "rl.shaping.lam=-0.1 must be at least 0"),
+        ("rl.replay.order=lifo", "rl.replay.order: 'lifo' is not one of priority, uniform, fifo"),
+        ("rl.replay.draw_share=[0.5,0.4,0.2]", "rl.replay.draw_share=[0.5, 0.4, 0.2]: write three shares"),
+        ("rl.replay.capacity_share=[1]", "rl.replay.capacity_share=[1.0]: write three shares"),
+        ("rl.replay.min_fill=20000", "rl.replay.min_fill=20000 must lie in [0, 10000]"),
+        ("rl.hints.patience=0", "rl.hints.patience=0 must be at least 1"),
+        ("rl.hints.kl_threshold=-1", "rl.hints.kl_threshold=-1.0 must be at least 0"),
+        ("checkpoint.keep=0", "checkpoint.keep=0 must be at least 1"),
+        ("log.wandb=online", "log.wandb: 'online' is not one of auto, offline, disabled"),
+    ],
+)
+def test_refused_with_key_and_remedy(tp4, overrides, says):
+    tree = OmegaConf.structured(tp4)
+    tree.merge_with_dotlist(overrides.split())
+    with pytest.raises(ValueError) as error:
+        validate(OmegaConf.to_object(tree))
+    assert says in str(error.value)
+
+
+def test_grpo_needs_no_off_policy_weight():
+    assert load_config([*AVATAR, "ablation=grpo", "rl.alpha=0"]).rl.alpha == 0
+
+
+def test_a_world_that_fits_gives_its_data_parallel_size(tp4):
+    assert check_world(tp4, 4) == 1
+    wider = replace(tp4, stages={"visual": replace(tp4.stages["visual"], prompts_per_step=6)})
+    assert [check_world(wider, world) for world in (4, 8, 12, 24)] == [1, 2, 3, 6]
+
+
+@pytest.mark.parametrize(
+    ("world", "says"),
+    [
+        (6, "need a multiple of 4 processes, but 6 were started: start 8"),
+        (8, "stages.visual.prompts_per_step=1 doesn't share out over 2 data-parallel ranks"),
+    ],
+)
+def test_a_world_that_does_not_fit_is_refused(tp4, world, says):
+    with pytest.raises(ValueError, match=says):
+        check_world(tp4, world)
