@@ -222,7 +222,7 @@ def redirect_cuda_to_cpu() -> None:
 
 
 def _cpu_if_cuda(value: Any) -> Any:
-    """"cpu" for a CUDA device in any spelling; every other argument as it is."""
+    """The string "cpu" for a CUDA device in any spelling; every other argument as it is."""
     if isinstance(value, torch.device):
         return "cpu" if value.type == "cuda" else value
     return "cpu" if isinstance(value, str) and value.startswith("cuda") else value

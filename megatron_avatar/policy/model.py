@@ -278,9 +278,7 @@ class OmniPolicy(MegatronModule):
         return None if hidden is None else self.head(hidden[: len(batch), 0])
 
 
-def build_policy(
-    hf_folder: str | Path, backend: Backend, model: ModelConfig, parallel: ParallelConfig
-) -> OmniPolicy:
+def build_policy(hf_folder: str | Path, backend: Backend, model: ModelConfig, parallel: ParallelConfig) -> OmniPolicy:
     """This rank's part of the policy that `hf_folder`/config.json describes; weights.load_hf fills it.
 
     Raises ValueError where the folder holds another architecture, or doesn't split into tp and pp.
@@ -340,26 +338,31 @@ def build_policy(
     return policy
 
 
-def read_thinker_config(hf_folder: str | Path) -> Qwen2_5OmniThinkerConfig:
-    """The Thinker's configuration in a folder of the full Omni class or of the Thinker alone."""
+def read_model_type(hf_folder: str | Path) -> str:
+    """The folder's class: "qwen2_5_omni" (all of it) or "qwen2_5_omni_thinker"; ValueError for everything else."""
     path = Path(hf_folder) / "config.json"
     if not path.is_file():
         raise ValueError(f"{path} doesn't exist: model.path has to name a Hugging Face folder of Qwen2.5-Omni")
     model_type = json.loads(path.read_text(encoding="utf-8")).get("model_type")
-    if model_type == "qwen2_5_omni":
-        config = Qwen2_5OmniConfig.from_pretrained(hf_folder).thinker_config
-    elif model_type == "qwen2_5_omni_thinker":
-        config = Qwen2_5OmniThinkerConfig.from_pretrained(hf_folder)
-    else:
+    if model_type not in ("qwen2_5_omni", "qwen2_5_omni_thinker"):
         raise ValueError(
             f"{path}: model_type is {model_type!r}, but the policy is built for 'qwen2_5_omni' and "
             "'qwen2_5_omni_thinker': point model.path to a Qwen2.5-Omni folder"
         )
+    return model_type
+
+
+def read_thinker_config(hf_folder: str | Path) -> Qwen2_5OmniThinkerConfig:
+    """The Thinker's configuration in a folder of the full Omni class or of the Thinker alone."""
+    if read_model_type(hf_folder) == "qwen2_5_omni":
+        config = Qwen2_5OmniConfig.from_pretrained(hf_folder).thinker_config
+    else:
+        config = Qwen2_5OmniThinkerConfig.from_pretrained(hf_folder)
     rope = config.text_config.rope_parameters
     if config.text_config.use_sliding_window or rope["rope_type"] != "default" or "mrope_section" not in rope:
         raise ValueError(
-            f"{path}: sliding windows and scaled or one-dimensional rotary positions are not supported; expected "
-            "use_sliding_window false and rope_parameters of rope_type 'default' with mrope_section"
+            f"{hf_folder}/config.json: sliding windows and scaled or one-dimensional rotary positions are not "
+            "supported; expected use_sliding_window false and rope_parameters of rope_type 'default' with mrope_section"
         )
     return config
 

@@ -1,41 +1,158 @@
-"""Tiny Qwen2.5-Omni Thinkers of random weights, and prompts for them: the same classes as the 7B, made in a second."""
+"""Tiny Qwen2.5-Omni Thinkers with random weights, prompts for them, and a launcher for checks on several ranks.
+
+The same classes as the 7B, made in a second. Positions come from transformers.
+"""
 
 from __future__ import annotations
 
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditionalGeneration
 
-VOCABULARY = 203  # divisible by nothing, so that tensor parallelism has to pad it
+from megatron_avatar.records import Prompt
+
+VOCABULARY = 203  # odd, so that tensor parallelism has to pad it
+TEXT = 180  # ids below are text
 AUDIO, IMAGE, VIDEO = 190, 191, 192  # placeholders
 VISION_START, VISION_END, AUDIO_START, AUDIO_END = 193, 194, 195, 196
+KINDS = ("audio_in_video", "video", "audio", "text")
 
 
-def tiny_config(*, layers: int = 4, qwen_proportions: bool = False, tied: bool = False) -> Qwen2_5OmniThinkerConfig:
-    """4 layers of 4 heads (2 key-value heads) of 16; or Qwen's head size 128, sections and 7 queries a key."""
-    if qwen_proportions:
-        heads = dict(hidden_size=14 * 128, num_attention_heads=14, num_key_value_heads=2, intermediate_size=256)
-        section = [16, 24, 24]
-    else:
-        heads = dict(hidden_size=64, num_attention_heads=4, num_key_value_heads=2, intermediate_size=128)
-        section = [2, 3, 3]
+def tiny_config(*, layers: int = 4, qwen: bool = False, tied: bool = False) -> Qwen2_5OmniThinkerConfig:
+    """4 heads and 2 key-value heads of 16; with `qwen` its proportions: head size 128, sections, 7 queries a key."""
+    heads = 14 if qwen else 4
+    hidden = heads * (128 if qwen else 16)
     text = dict(
-        vocab_size=VOCABULARY, num_hidden_layers=layers, max_position_embeddings=4096, tie_word_embeddings=tied, **heads,
-        rope_parameters=dict(rope_type="default", rope_theta=1_000_000.0, mrope_section=section),
-    )
+        vocab_size=VOCABULARY,
+        num_hidden_layers=layers,
+        hidden_size=hidden,
+        num_attention_heads=heads,
+        num_key_value_heads=2,
+        intermediate_size=128,
+        max_position_embeddings=4096,
+        tie_word_embeddings=tied,
+        rope_parameters=dict(
+            rope_type="default", rope_theta=1e6, mrope_section=[16, 24, 24] if qwen else [2, 3, 3]
+        ),
+    )  # fmt: skip
     vision = dict(
         depth=2, hidden_size=32, num_heads=2, intermediate_size=64, window_size=112, fullatt_block_indexes=[1],
-        out_hidden_size=heads["hidden_size"],
+        out_hidden_size=hidden,
+    )  # fmt: skip
+    audio = dict(d_model=32, encoder_layers=2, encoder_attention_heads=2, encoder_ffn_dim=64, output_dim=hidden)
+    return Qwen2_5OmniThinkerConfig(
+        text_config=text,
+        vision_config=vision,
+        audio_config=audio,
+        tie_word_embeddings=tied,
+        audio_token_index=AUDIO,
+        image_token_index=IMAGE,
+        video_token_index=VIDEO,
+        audio_start_token_id=AUDIO_START,
+        audio_end_token_id=AUDIO_END,
+        vision_start_token_id=VISION_START,
+        vision_end_token_id=VISION_END,
     )
-    audio = dict(
-        d_model=32, encoder_layers=2, encoder_attention_heads=2, encoder_ffn_dim=64, n_window=100,
-        output_dim=heads["hidden_size"],
+
+
+def tiny_thinker(config: Qwen2_5OmniThinkerConfig, seed: int = 0) -> Qwen2_5OmniThinkerForConditionalGeneration:
+    """A Thinker in float32 whose weights are large enough to tell mistakes apart: its logits' deviation is about 2."""
+    model = Qwen2_5OmniThinkerForConditionalGeneration(config).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() > 1:
+                parameter.copy_(noise * (2 if "lm_head" in name else 1) / parameter[0].numel() ** 0.5)
+            else:
+                parameter.copy_(0.2 * noise + (0 if "bias" in name else 1))
+        scale = 2 / config.text_config.hidden_size**0.5 if config.tie_word_embeddings else 1.0
+        embedding = model.get_input_embeddings().weight
+        embedding.copy_(scale * torch.randn(embedding.shape, generator=generator))
+    return model
+
+
+def tiny_prompts(config: Qwen2_5OmniThinkerConfig, seed: int = 0) -> dict[str, Prompt]:
+    """One prompt of each of KINDS: 4 s of 2-fps video (8 frames of 56 x 84 pixels) and of sound."""
+    rng = np.random.default_rng(seed)
+
+    def text(n: int) -> list[int]:
+        return rng.integers(0, TEXT, n).tolist()
+
+    video = [VIDEO] * 6
+    layouts = {
+        # Chunks of 2 s: two frame pairs of 2 x 3 tokens, then 50 audio tokens.
+        "audio_in_video": [VISION_START, AUDIO_START, *((video * 2 + [AUDIO] * 50) * 2), AUDIO_END, VISION_END],
+        "video": [VISION_START, *(video * 4), VISION_END],
+        "audio": [AUDIO_START, *([AUDIO] * 100), AUDIO_END],
+        "text": [],
+    }
+    with torch.device("meta"):
+        meta = Qwen2_5OmniThinkerForConditionalGeneration(config)
+    prompts = {}
+    for kind in KINDS:
+        ids = torch.tensor([text(5) + layouts[kind] + text(7)])
+        grid = torch.tensor([[4, 4, 6]]) if "video" in kind else None
+        lengths = torch.tensor([400]) if "audio" in kind else None
+        positions, _ = meta.get_rope_index(
+            ids,
+            video_grid_thw=grid,
+            attention_mask=torch.ones_like(ids),
+            use_audio_in_video=kind == "audio_in_video",
+            audio_seqlens=lengths,
+            second_per_grids=torch.tensor([1.0]),
+        )
+        prompts[kind] = Prompt(
+            sample_id=kind,
+            variant="plain",
+            token_ids=ids[0].numpy(),
+            positions=positions[:, 0].numpy(),
+            pixels=None if grid is None else torch.from_numpy(rng.standard_normal((96, 1176), np.float32)),
+            grid_thw=grid,
+            mel=None if lengths is None else torch.from_numpy(rng.standard_normal((128, 400), np.float32)),
+            mel_lengths=lengths,
+        )
+    return prompts
+
+
+def thinker_logits(
+    model: Qwen2_5OmniThinkerForConditionalGeneration, prompt: Prompt, completion: np.ndarray | None = None
+) -> torch.Tensor:
+    """transformers' logits [P + L, V] of a prompt and, if given, one completion [L]."""
+    completion = np.zeros(0, np.int64) if completion is None else completion
+    ids = torch.from_numpy(np.concatenate([prompt.token_ids, completion]))[None]
+    new = prompt.next_position + np.arange(len(completion))
+    positions = torch.from_numpy(np.concatenate([prompt.positions, np.tile(new, (3, 1))], axis=1))[:, None]
+    media = {}
+    if prompt.pixels is not None:
+        media |= dict(pixel_values_videos=prompt.pixels, video_grid_thw=prompt.grid_thw)
+    if prompt.mel is not None:
+        mask = torch.ones(1, prompt.mel.shape[1], dtype=torch.long)
+        media |= dict(input_features=prompt.mel[None], feature_attention_mask=mask)
+    # Without the mask, transformers would fall back to one-dimensional positions.
+    return model(input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=positions, **media).logits[0]
+
+
+def launch(script: str | Path, processes: int, *args: str | Path, timeout: float = 240) -> None:
+    """Run a script on several ranks with torchrun and one thread each; its output is the error's message."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    root = Path(__file__).resolve().parents[2]
+    path = os.pathsep.join([str(root), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", processes, "--master-port", port]
+    result = subprocess.run(
+        [str(part) for part in (*command, script, *args)],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=timeout,
     )
-    config = Qwen2_5OmniThinkerConfig(
-        text_config=text, vision_config=vision, audio_config=audio, tie_word_embeddings=tied,
-        audio_token_index=AUDIO, image_token_index=IMAGE, video_token_index=VIDEO,
-        audio_start_token_id=AUDIO_START, audio_end_token_id=AUDIO_END,
-        vision_start_token_id=VISION_START, vision_end_token_id=VISION_END,
-    )
-    return config
+    assert result.returncode == 0, result.stdout[-8000:]
