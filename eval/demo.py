@@ -84,7 +84,7 @@ class PeakMemory(threading.Thread):
 
 
 def run_phase(jobs: list[Job], title: str) -> dict[str, float]:
-    """Run the jobs side by side with a progress bar each; seconds each took. SystemExit with the reason if one fails."""
+    """Run the jobs side by side, a progress bar each; the seconds each took. SystemExit with the reason if one fails."""
     began, seconds = time.monotonic(), {}
     columns = (TextColumn("[bold]{task.description:<22}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
                TimeRemainingColumn())

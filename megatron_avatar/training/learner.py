@@ -77,8 +77,6 @@ class Learner:
         rows = [[g.trajectories[k].completion.token_ids for k in kept]
                 for g, (_, kept) in zip(groups, members, strict=True)]
         batch = pack_groups([g.prompt for g in groups], rows, [g.weight for g in groups])
-        if self.policy.config.sequence_parallel:
-            batch = batch.pad_to(self.backend.tp)
         return MicroBatch(batch.to(self.backend.device), [g.prompt for g in groups], media, members, {})
 
     def _attach(self, micro: MicroBatch, groups: list[Group], per_token: dict[str, list[list[np.ndarray]]]) -> None:
@@ -196,14 +194,14 @@ class Learner:
             )
             on = t["on"]
             bins = (t["position"] * POSITION_BINS).long().clamp(max=POSITION_BINS - 1)
-            surrogate = stats.pop("per_token_surrogate").abs().double()
+            surrogate = stats.pop("per_token_surrogate").abs()
             stats = {k: v.detach().double() for k, v in stats.items()}
             stats["loss"] = value.detach().double().clone()
             stats["entropy_sum"] = entropy.detach().double().sum()
             stats["error_sum"] = (logprobs.detach() - t["old"]).abs().double().exp()[on].sum()
             stats["on_tokens"] = on.sum().double()
-            stats["surrogate_bins"] = torch.zeros(POSITION_BINS, dtype=torch.float64).index_add(0, bins.cpu(), surrogate.cpu())
-            stats["position_bins"] = torch.bincount(bins.cpu(), minlength=POSITION_BINS).double()
+            stats["surrogate_bins"] = torch.bincount(bins, surrogate, minlength=POSITION_BINS).double()
+            stats["position_bins"] = torch.bincount(bins, minlength=POSITION_BINS).double()
             return value * scale, stats
 
         self.optimization.zero_grad()

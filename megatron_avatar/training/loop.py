@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from megatron_avatar.policy.backend import Backend
 from megatron_avatar.policy.generate import GenerationStopped, generate
 from megatron_avatar.policy.model import build_policy
 from megatron_avatar.policy.weights import export_hf, load_hf
-from megatron_avatar.records import Group, Sample, Trajectory
+from megatron_avatar.records import Completion, Group, Sample, Trajectory
 from megatron_avatar.rl.hints import HintPolicy
 from megatron_avatar.rl.replay.buffer import ReplayBuffer
 from megatron_avatar.rl.replay.store import collect_garbage, read_shards, write_shards
@@ -64,11 +65,23 @@ class Run:
         self.policy = build_policy(config.model.path, backend, config.model, config.parallel)
         load_hf(self.policy, config.model.path)
         self.builder = PromptBuilder(tokenizer, self.policy.hf_config, config.data, config.model.context)
+        self.check_lengths()
         self.loader = MediaLoader(self.builder, manifest.parent, config.data.workers, config.data.decode_deadline_s)
         self.telemetry = Telemetry(self.folder, config, backend)
         self.judge = RuleJudge()
         self.step = 0  # optimizer steps applied, over all stages
         self.completions_generated = 0
+
+    def check_lengths(self) -> None:
+        """Refuse prompts that leave no room for a completion (ValueError), before anything is decoded."""
+        room = self.config.model.context - self.config.rl.sampling.max_new_tokens
+        for sample in self.samples.values():
+            if (length := self.builder.length(sample, "hinted" if sample.hint else "plain")) > room:
+                raise ValueError(
+                    f"{self.config.data.manifest}: sample {sample.id} has a prompt of {length} tokens; model.context="
+                    f"{self.config.model.context} minus rl.sampling.max_new_tokens leaves {room}. Media are never "
+                    "truncated: lower data.max_frames or data.frame_max_pixels, or leave the sample out"
+                )
 
     def stage_samples(self, stage: StageConfig) -> dict[str, Sample]:
         split = stage_split(stage)
@@ -82,9 +95,11 @@ class Run:
         config, stage = self.config, self.config.stages[name]
         self.stage_name, self.stage, self.stage_step = name, stage, 0
         self.pool = self.stage_samples(stage)
-        self.policy.set_trainable(towers=stage.train_towers)
+        if hasattr(self, "optimization"):
+            self.optimization.close()
+        self.policy.set_train_towers(stage.train_towers)
         self.optimization = build_optimizer(
-            self.policy, self.backend, config.optim, lr=stage.lr or config.optim.lr,
+            self.policy, self.backend, config.optim, lr=stage.lr or config.optim.lr, parallel=config.parallel,
             total_steps=stage.steps * (config.rl.updates_per_rollout if stage.kind == "rl" else 1),
         )
         self.learner = Learner(self.policy, self.optimization, self.backend, config.rl,
@@ -115,7 +130,8 @@ class Run:
                 state["hints"] = self.hints.state_dict() if self.hints else None
                 if self.buffer is not None:
                     if self.backend.rank == 0:
-                        known = checkpoint.last_state(self.folder).get("replay", {})
+                        states = checkpoint.all_states(self.folder)
+                        known = states[-1].get("replay", {}) if states else {}
                         state["replay"] = write_shards(self.folder / "replay", self.buffer.trajectories, known=known)
             checkpoint.save(
                 self.folder, self.step, policy=self.policy, optimization=self.optimization,
@@ -174,6 +190,16 @@ class Run:
         return {"loss": stats["loss"], "entropy": stats["entropy"], "grad_norm": stats["grad_norm"],
                 "lr": self.optimization.lr, "tokens": stats["tokens"]}
 
+    def sample(self, prompts: list, media: list, keys: list[str]) -> list[list[Completion]]:
+        """n_on completions a prompt; GenerationStopped on every rank when a stop signal reached any of them."""
+        rl, rows = self.config.rl, None
+        with suppress(GenerationStopped):
+            rows = generate(self.policy, prompts, rl.n_on, rl.sampling, keys, media=media, stop=self.stop)
+        if any(self.backend.all_gather_object(rows is None)):
+            raise GenerationStopped
+        assert rows is not None
+        return rows
+
     def rl_step(self) -> dict:
         """B fresh prompts with n_on completions each and B replay groups: one rollout, one update."""
         config, rl, backend, timer = self.config, self.config.rl, self.backend, self.telemetry.timer
@@ -188,8 +214,7 @@ class Run:
         media = self.embed(prompts)
 
         with timer("generate"):
-            rows = generate(self.policy, prompts, rl.n_on, rl.sampling, [v.key for v in mine], media=media,
-                            stop=self.stop if backend.world == 1 else None)
+            rows = self.sample(prompts, media, [v.key for v in mine])
         with timer("reward"):
             groups = score_completions(
                 prompts, rows, self.pool, self.builder.decode, self.stage.rewards, self.judge,
@@ -240,7 +265,8 @@ class Run:
             by_prompt.setdefault((t.sample_id, t.variant), []).append(t)
         for (sample_id, variant), rows in by_prompt.items():
             self.tracker.update(sample_id, variant, [t.reward for t in rows], [t.parts["accuracy"] for t in rows])
-            if self.hints:
+        if self.hints:
+            for (sample_id, variant), rows in by_prompt.items():
                 self.hints.update(sample_id, variant, kl=float(np.mean([t.kl_ref for t in rows])))
         if self.buffer is not None:
             self.buffer.append(fresh, self.tracker.tiers())
@@ -269,7 +295,8 @@ class Run:
                     record |= self.held_out()
                 stopping = self.stop.agree(self.backend)
                 # Logged before it is saved: at a checkpoint the metrics file is complete up to its step.
-                self.telemetry.log({"step": self.step, "stage": self.stage_name, "stage_step": self.stage_step, **record})
+                place = {"step": self.step, "stage": self.stage_name, "stage_step": self.stage_step}
+                self.telemetry.log(place | record)
                 if stopping or self.step % config.checkpoint.every == 0 or self.stage_step == stage.steps:
                     self.save()
                 bar.update(record)

@@ -7,11 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
-from megatron_avatar.config.schema import RLConfig
 from megatron_avatar.data.loader import SampleOrder
-from megatron_avatar.policy.generate import generate
 from megatron_avatar.records import Completion, Group, Prompt, Sample, Trajectory, Variant
 from megatron_avatar.rl.advantages import off_policy_advantages, on_policy_advantages, vanished
 from megatron_avatar.rl.hints import HintPolicy
@@ -52,14 +49,6 @@ def choose_prompts(
         visit_key = "/".join(map(str, (*key, sample_id, occurrence)))
         visits.append(Visit(sample_id, variant, visit_key, index >= n - n_revisit))
     return visits
-
-
-def sample_completions(
-    policy: torch.nn.Module, prompts: list[Prompt], media: list, visits: Sequence[Visit], rl: RLConfig,
-    stop: Callable[[], bool],
-) -> list[list[Completion]]:
-    """n_on completions a prompt under the policy as it is now; raises GenerationStopped on a stop signal."""
-    return generate(policy, prompts, rl.n_on, rl.sampling, [v.key for v in visits], media=media, stop=stop)
 
 
 def score_completions(
