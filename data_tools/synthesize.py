@@ -20,6 +20,7 @@ from pathlib import Path
 import av
 import numpy as np
 import soundfile
+from av.video.reformatter import VideoReformatter
 from rich.progress import Progress
 
 from data_tools.families import FAMILIES, LETTERS, Draft, judge_words
@@ -148,9 +149,11 @@ def write_video(path: Path, frames: np.ndarray) -> None:
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
         stream.codec_context.thread_count = 1
+        converter = VideoReformatter()
         for frame in frames:
             picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
-            container.mux(stream.encode(picture.reformat(format="yuv420p", dst_colorspace="ITU601")))
+            picture = converter.reformat(picture, format="yuv420p", dst_colorspace="ITU601")
+            container.mux(stream.encode(picture))
         container.mux(stream.encode())
 
 
