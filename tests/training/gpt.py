@@ -32,15 +32,19 @@ def build_gpt(backend: Backend, *, hidden: int = 32, layers: int = 2, seed: int 
     )
 
 
+def batch(step: int) -> tuple[torch.Tensor, ...]:
+    """Random tokens keyed by `step`: tokens, targets and positions [2, LENGTH], mask (True: not to be seen)."""
+    tokens = torch.randint(VOCABULARY, (2, LENGTH + 1), generator=torch.Generator().manual_seed(step))
+    mask = torch.triu(torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool), diagonal=1)
+    return tokens[:, :-1], tokens[:, 1:], torch.arange(LENGTH).expand(2, LENGTH), mask
+
+
 def train_step(optimization: Optimization, step: int) -> tuple[float, bool]:
-    """One update on random tokens keyed by `step`: (gradient norm, skipped)."""
+    """One update on the batch of `step`: (gradient norm, skipped)."""
 
     def forward(_, model):
-        tokens = torch.randint(VOCABULARY, (2, LENGTH + 1), generator=torch.Generator().manual_seed(step))
-        positions = torch.arange(LENGTH).expand(2, LENGTH)
-        mask = torch.triu(torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool), diagonal=1)
-        losses = model(tokens[:, :-1], positions, mask, labels=tokens[:, 1:])
-        return losses, lambda out: (out.mean(), {})
+        tokens, targets, positions, mask = batch(step)
+        return model(tokens, positions, mask, labels=targets), lambda losses: (losses.mean(), {})
 
     optimization.zero_grad()
     get_forward_backward_func()(
