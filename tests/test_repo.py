@@ -1,0 +1,127 @@
+"""The repository keeps its own promises: floors, targets, pins, and nothing of anyone's machine."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PYTHON_FILES = [path for folder in ("megatron_avatar", "data_tools", "eval") for path in (ROOT / folder).rglob("*.py")]
+# What a room may import of the project besides itself and records.py; None: everything below floor 5.
+FLOORS = {
+    "config": set(),
+    "rl": {"config"},
+    "data": {"config"},
+    "policy": {"config"},
+    "training": {"config", "rl", "data", "policy"},
+}
+# Packages that a room's own floor keeps out.
+BARRED = {
+    "config": {"torch", "megatron", "transformers", "numpy"},
+    "rl": {"megatron", "transformers"},
+    "data": {"megatron"},
+}
+
+
+def tracked() -> list[Path]:
+    listing = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=False)
+    if listing.returncode:
+        pytest.skip("needs a git checkout")
+    return [ROOT / name for name in listing.stdout.decode().split("\0") if name and (ROOT / name).is_file()]
+
+
+def imports(path: Path) -> set[str]:
+    """Absolute names of the modules that a file imports, wherever in it."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("room", FLOORS)
+def test_imports_go_down_the_floors_only(room):
+    files = list((ROOT / "megatron_avatar" / room).rglob("*.py"))
+    assert files
+    for path in files:
+        names = imports(path)
+        assert not {n.split(".")[0] for n in names} & ({"data_tools", "eval", "tests"} | BARRED.get(room, set())), path
+        used = {name.split(".")[1] for name in names if name.startswith("megatron_avatar.")}
+        assert used <= FLOORS[room] | {room, "records"}, f"{path} imports {used}"
+
+
+def test_records_stand_on_nothing():
+    assert not {name for name in imports(ROOT / "megatron_avatar/records.py") if name.startswith("megatron_avatar")}
+
+
+def test_every_import_is_a_pinned_requirement():
+    pins = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "requirements.txt").read_text(), re.MULTILINE))
+    pinned = {name.lower().replace("_", "-") for name in pins}
+    assert "apex" not in pinned
+    owners = packages_distributions()
+    own = {"megatron_avatar", "data_tools", "eval", "tests"}
+    optional = {"transformer_engine", "apex"}
+    lacking = set()
+    for path in PYTHON_FILES:
+        for package in {name.split(".")[0] for name in imports(path)} - own - optional - sys.stdlib_module_names:
+            distributions = {owner.lower().replace("_", "-") for owner in owners.get(package, [package])}
+            if not distributions & pinned:
+                lacking.add(f"{path.relative_to(ROOT)}: {package}")
+    assert not lacking
+
+
+def test_requirements_are_exact():
+    lines = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and line[0] != "#"]
+    assert lines and all(re.fullmatch(r"[\w-]+==[\w.]+", line) for line in lines)
+
+
+def test_the_readme_names_targets_and_files_that_exist():
+    readme, makefile = (ROOT / "README.md").read_text(), (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
+    named = set(re.findall(r"\bmake ([a-z-]+)", " ".join(re.findall(r"`[^`]+`|^    .*$", readme, re.MULTILINE))))
+    assert {"demo", "test"} <= named <= targets
+    for link in re.findall(r"\]\(([^)#:]+)\)", readme):
+        assert (ROOT / link).exists(), link
+    for module in re.findall(r"python -m ((?:megatron_avatar|data_tools|eval)[\w.]*)", readme):
+        assert (ROOT / (module.replace(".", "/") + ".py")).exists(), module
+    for recipe in re.findall(r"recipe=(\w+)", readme):
+        assert (ROOT / f"megatron_avatar/config/recipe/{recipe}.yaml").exists(), recipe
+    for ablation in re.findall(r"ablation=(\w+)", readme):
+        assert (ROOT / f"megatron_avatar/config/ablation/{ablation}.yaml").exists(), ablation
+
+
+def test_make_help_lists_every_target():
+    shown = subprocess.run(["make", "-s", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    phony = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split()
+    assert re.findall(r"^make (\S+)", shown, re.MULTILINE) == phony
+
+
+@pytest.mark.parametrize(
+    ("refuses", "message"),
+    [("version_info", "Python 3.11 or newer was not found"), ("ensurepip|pip", "neither venv nor pip")],
+)
+def test_make_says_what_a_bare_machine_lacks(tmp_path, refuses, message):
+    for name in ("Makefile", "requirements.txt"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/bash\n[[ "$*" =~ {refuses} ]] && exit 1\nexit 0\n')
+    python.chmod(0o755)
+    run = subprocess.run(["make", "test", f"PYTHON={python}"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert run.returncode and message in run.stderr
+    assert not (tmp_path / ".venv").exists()
+
+
+def test_nothing_names_a_machines_folders():
+    folders = re.compile(rb"(?<![\w.$}])/(?:home|root|work|Users|mnt|scratch|opt)/\w")
+    for path in tracked():
+        if path.suffix in {".py", ".md", ".yaml", ".toml", ".txt", ".sh", ".json", ""} and path != Path(__file__):
+            assert not folders.search(path.read_bytes()), f"{path} holds {folders.search(path.read_bytes())}"
