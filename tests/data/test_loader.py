@@ -1,0 +1,210 @@
+"""Workers that hang, crash and refuse; the cache; the order of samples."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_avatar.config.schema import DataConfig
+from megatron_avatar.data.loader import MediaLoader, SampleOrder
+from megatron_avatar.data.prompt import PromptBuilder
+from megatron_avatar.records import Media, Prompt, Sample
+from tests.data.media import make_audio, make_config, make_tokenizer, make_video
+
+
+def named(name, *media):
+    return Sample(name, "1", "train", "f", "what moves ?", "A", "other", media=media, hint="look twice")
+
+
+@dataclass
+class Scripted:
+    """A builder that does what the sample's id says; leaves a mark for every build."""
+
+    marks: str
+
+    def build(self, sample, root, variant="plain"):
+        with open(self.marks, "a") as file:
+            file.write(f"{sample.id} {variant} {os.getpid()}\n")
+        if sample.id.startswith("hang"):
+            time.sleep(1000)
+        if sample.id.startswith("crash"):
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if sample.id.startswith("refuse"):
+            raise ValueError(f"{sample.id} is damaged; replace it")
+        if sample.id.startswith("bug"):
+            raise KeyError("ours")
+        return Prompt(sample.id, variant, np.arange(3), np.zeros((3, 3), np.int64), pixels=torch.ones(10, 1176))
+
+
+def requests(*names, variant="plain"):
+    return [(named(name), variant) for name in names]
+
+
+def built(path):
+    return [tuple(line.split()[:2]) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+@pytest.fixture
+def marks(tmp_path):
+    return tmp_path / "marks"
+
+
+@pytest.fixture
+def start(marks):
+    loaders = []
+
+    def start(workers, deadline_s=30.0, **options):
+        loaders.append(MediaLoader(Scripted(str(marks)), ".", workers, deadline_s, **options))
+        return loaders[-1]
+
+    yield start
+    for loader in loaders:
+        loader.close()
+
+
+def test_bad_samples_alone_are_set_aside(start, tmp_path):
+    loader = start(2, deadline_s=1.0)
+    names = ["a", "hang", "b", "crash", "c", "refuse", "d", "e"]
+    loader.prefetch(requests(*names))
+    assert not loader.quarantined  # only asking decides: prefetching must not change results
+    prompts = loader.get(requests(*names))
+    assert [p and p.sample_id for p in prompts] == ["a", None, "b", None, "c", None, "d", "e"]
+    assert list(loader.quarantined) == ["hang", "crash", "refuse"]
+    assert "not decoded within 1 s (data.decode_deadline_s)" in loader.quarantined["hang"]
+    assert "crashed" in loader.quarantined["crash"]
+    assert loader.quarantined["refuse"] == "refuse is damaged; replace it"
+    again = len(built(tmp_path / "marks"))
+    assert loader.get(requests("hang", "a", "crash"))[0] is None
+    assert len(built(tmp_path / "marks")) == again  # neither retried nor decoded anew
+    pids = [worker._process.pid for worker in loader._workers.values()]
+    assert len(pids) == 2
+    started = time.monotonic()
+    loader.close()
+    loader.close()
+    assert time.monotonic() - started < 5
+    deadline = time.monotonic() + 5
+    while any(os.path.exists(f"/proc/{pid}") for pid in pids):
+        assert time.monotonic() < deadline, "a worker outlived its loader"
+        time.sleep(0.05)
+
+
+def test_workers_leave_signals_to_the_trainer_and_bugs_surface(start):
+    loader = start(1)
+    loader.get(requests("a"))
+    (pid,) = (worker._process.pid for worker in loader._workers.values())
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        os.kill(pid, number)
+    assert loader.get(requests("b"))[0].sample_id == "b" and not loader.quarantined
+    assert loader._workers[0]._process.pid == pid
+    with pytest.raises(RuntimeError, match="in a decode worker:(.|\n)*KeyError: 'ours'"):
+        loader.get(requests("bug"))
+    assert loader.get(requests("c"))[0].sample_id == "c"
+
+
+def test_cache_is_bounded_and_keyed_by_variant(start, marks):
+    one = 10 * 1176 * 4 + 12 * 8
+    loader = start(0, cache_bytes=2 * one)
+    first = loader.get(requests("a", "b"))
+    assert loader.get(requests("a", "b"))[0] is first[0]
+    loader.get(requests("a", variant="hinted"))  # pushes out the least recently used: a
+    assert built(marks) == [("a", "plain"), ("b", "plain"), ("a", "hinted")]
+    loader.get(requests("b"))
+    assert len(built(marks)) == 3
+    loader.get(requests("a"))
+    assert built(marks)[3:] == [("a", "plain")]
+    assert [p.sample_id for p in loader.get(requests("c", "d", "e", "c"))] == ["c", "d", "e", "c"]
+    loader.prefetch(requests("z"))
+    assert len(built(marks)) == 7 and len(loader._prompts) <= 2
+    assert loader.get(requests("refuse", "refuse")) == [None, None]
+    assert loader.quarantined == {"refuse": "refuse is damaged; replace it"}
+
+
+def test_real_media_in_workers_equal_in_process(tmp_path):
+    make_video(tmp_path / "v.webm")
+    make_audio(tmp_path / "a.flac")
+    (tmp_path / "bad.webm").write_text("no video")
+    good = Media("v.webm", "video", 16, 8.0, None, 84, 84, "a.flac", 32_000, True)
+    wanted = [(named("x", good), "plain"), (named("x", good), "hinted"), (named("text"), "plain")]
+    wanted.append((named("bad", Media("bad.webm", "video", 16, 8.0, None, 84, 84)), "plain"))
+    data = DataConfig(fps=4.0, frame_min_pixels=784, frame_max_pixels=7056)
+    builder = PromptBuilder(make_tokenizer(), make_config(), data, 1000)
+    loaders = [MediaLoader(builder, tmp_path, workers, 60.0) for workers in (0, 1)]
+    for here, there in zip(*(loader.get(wanted) for loader in loaders), strict=True):
+        assert (here is None) == (there is None)
+        for name, value in vars(here).items() if here else ():
+            other = getattr(there, name)
+            assert type(value) is type(other)
+            assert np.array_equal(value, other) if hasattr(value, "shape") else value == other
+    assert loaders[0].quarantined == loaders[1].quarantined and "bad.webm" in loaders[0].quarantined["bad"]
+    for loader in loaders:
+        loader.close()
+
+
+def test_a_program_that_forgets_to_close_still_ends(tmp_path):
+    script = tmp_path / "forgets.py"
+    script.write_text(
+        textwrap.dedent("""
+        import time
+        from megatron_avatar.data.loader import MediaLoader
+        from megatron_avatar.records import Prompt, Sample
+
+        class Builder:
+            def build(self, sample, root, variant):
+                time.sleep(1000 if sample.id == "hang" else 0)
+                return Prompt(sample.id, variant, None, None)
+
+        def request(name):
+            return Sample(name, "1", "train", "f", "q", "a", "other"), "plain"
+
+        if __name__ == "__main__":
+            loader = MediaLoader(Builder(), ".", 1, 1000.0)
+            loader.get([request("a")])
+            loader.prefetch([request("hang"), request("b")])
+            print(loader._workers[0]._process.pid)
+        """)
+    )
+    path = os.pathsep.join(p for p in sys.path if p)
+    done = subprocess.run(
+        [sys.executable, script], cwd=tmp_path, env=os.environ | {"PYTHONPATH": path}, capture_output=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    deadline = time.monotonic() + 5
+    while os.path.exists(f"/proc/{int(done.stdout)}"):
+        assert time.monotonic() < deadline, "a worker outlived its program"
+        time.sleep(0.05)
+
+
+names = st.lists(st.text(min_size=1, max_size=3), min_size=1, max_size=12, unique=True)
+
+
+@given(names, st.integers(0, 9), st.lists(st.integers(0, 20), max_size=5))
+def test_order_is_a_permutation_an_epoch_and_resumes(ids, seed, sizes):
+    order = SampleOrder(ids, seed, "s")
+    taken = [i for size in sizes for i in order.take(size)]
+    assert taken == SampleOrder(reversed(ids), seed, "s").take(len(taken))
+    for epoch in range(len(taken) // len(ids)):
+        assert Counter(taken[epoch * len(ids) : (epoch + 1) * len(ids)]) == Counter(ids)
+    resumed = SampleOrder(ids, seed, "s")
+    resumed.load_state_dict(order.state_dict())
+    assert resumed.take(30) == order.take(30)
+
+
+def test_orders_differ_and_foreign_states_are_refused():
+    ids = [str(i) for i in range(50)]
+    orders = [SampleOrder(ids, 0, "a"), SampleOrder(ids, 1, "a"), SampleOrder(ids, 0, "b")]
+    drawn = [tuple(order.take(50)) for order in orders] + [tuple(orders[0].take(50))]
+    assert len(set(drawn)) == 4
+    with pytest.raises(ValueError, match="other samples, seed or stage"):
+        orders[0].load_state_dict(SampleOrder(ids[1:], 0, "a").state_dict())
+    with pytest.raises(ValueError, match="stage a has no samples"):
+        SampleOrder([], 0, "a")
