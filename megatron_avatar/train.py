@@ -13,6 +13,7 @@ def main(arguments: list[str]) -> int:
     from megatron_avatar.config import load_config
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("megatron.core").setLevel(logging.WARNING)
     try:
         config = load_config(arguments)
     except ValueError as error:

@@ -1,0 +1,133 @@
+"""Whole runs of the product's entry point: resume, layouts, the gate, refusals. Few launches, many checks in each."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.training.small import ROOT, arguments, make, train
+
+TIMES = ("time", "peak_rss_mib")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    make(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(world):
+    """An uninterrupted AVATAR run of three stages."""
+    out = world / "whole"
+    done = train(*arguments(world, out, "checkpoint.every=2", steps=3))
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def metrics(out):
+    """Records of a run without what depends on the clock."""
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in r.items() if k.split("/")[0] not in TIMES} for r in records]
+
+
+def weights(out, stage="localisation"):
+    return load_file(out / "export" / stage / "model.safetensors")
+
+
+def assert_equal_runs(one, two):
+    assert metrics(one) == metrics(two)
+    left, right = weights(one), weights(two)
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_a_run_logs_what_it_did(world, whole):
+    records = metrics(whole)
+    assert [r["step"] for r in records] == list(range(1, 10))
+    assert [r["stage_step"] for r in records] == [1, 2, 3] * 3
+    assert records[-1]["completions_generated"] == 9 * 4 * 4 == json.loads((whole / "done.json").read_text())[
+        "completions_generated"]
+    assert all(abs(r["logprob_error"] - 1) < 1e-5 for r in records)
+    assert [r["replay/completions"] for r in records[:3]] == [0, 16, 16]  # only completions of earlier steps
+    assert records[3]["replay/completions"] == 0  # a new stage starts with an empty buffer
+    assert all(r["ratio/max"] == pytest.approx(1, abs=1e-4) for r in records if r["replay/completions"] == 0)
+    assert records[1]["replay/age"] == 1 and records[2]["replay/size"] == 48
+    assert records[0]["reward/judge"] is None and records[-1]["reward/judge"] is not None
+    before = load_file(world / "base" / "model.safetensors")
+    after = weights(whole)
+    assert before.keys() == after.keys()
+    moved = {n for n in before if not torch.equal(before[n].float(), after[n].float())}
+    assert moved and not any(n.startswith(("visual", "audio_tower")) for n in moved)  # frozen towers
+    again = train(*arguments(world, whole, "checkpoint.every=2", steps=3))
+    assert again.returncode == 0 and "complete" in again.stderr
+
+
+def test_killed_and_interrupted_runs_continue_bit_for_bit(world, whole):
+    """SIGKILL after the fourth step, then SIGINT later: the same command ends in the same bits."""
+    out = world / "killed"
+    command = [sys.executable, "-m", "megatron_avatar.train", *arguments(world, out, "checkpoint.every=2", steps=3)]
+
+    def start_and_signal(number, after_step):
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                                   env={**os.environ, "OMP_NUM_THREADS": "1"})
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and process.poll() is None:
+            if (out / "metrics.jsonl").exists() and len((out / "metrics.jsonl").read_text().splitlines()) >= after_step:
+                process.send_signal(number)
+                break
+            time.sleep(0.01)
+        _, errors = process.communicate(timeout=60)
+        return process.returncode, errors
+
+    code, _ = start_and_signal(signal.SIGKILL, 5)
+    assert code == -signal.SIGKILL and not (out / "done.json").exists()
+    code, errors = start_and_signal(signal.SIGINT, 6)
+    assert code == 75, errors
+    assert "The same command continues" in errors
+    done = train(*arguments(world, out, "checkpoint.every=2", steps=3))
+    assert done.returncode == 0, done.stderr
+    assert_equal_runs(whole, out)
+
+
+def test_settings_of_another_run_are_refused(world, whole):
+    other = train(*arguments(world, whole, "checkpoint.every=2", "rl.shaping.lam=0.5", steps=3))
+    assert other.returncode != 0 and "rl.shaping.lam" in other.stderr
+    unknown = train(*arguments(world, world / "x", "rl.shaping.lamda=0.5"))
+    assert unknown.returncode == 2 and "rl.shaping.lam" in unknown.stderr
+    long = train(*arguments(world, world / "x", "model.context=100"))
+    assert long.returncode != 0 and "model.context" in long.stderr and not (world / "x" / "metrics.jsonl").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [("parallel.tp=2",), ("parallel.pp=2",), ()], ids=["tp2", "pp2", "dp2"])
+def test_layouts_take_the_same_steps(world, whole, layout):
+    """Two ranks by tensor, pipeline or data parallelism: same prompts, tokens and rewards, losses within 1e-4."""
+    out = world / ("-".join(layout) or "dp2")
+    done = train(*arguments(world, out, "checkpoint.every=2", steps=3, *layout), ranks=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for ours, theirs in zip(metrics(out), metrics(whole), strict=True):
+        for key in ("step", "reward", "vanished", "length", "replay/completions", "hints", "completions_generated"):
+            assert ours[key] == pytest.approx(theirs[key]), key
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
+    left, right = weights(out), weights(whole)
+    assert max(float((left[n].float() - right[n].float()).abs().max()) for n in left) < 1e-3
+
+
+def test_supervised_fine_tuning_lowers_the_loss_and_trains_the_towers(world):
+    out = world / "sft"
+    done = train(*arguments(world, out, "stages.sft.prompts_per_step=8", "parallel.threads=1", recipe="tiny_sft", steps=12))
+    assert done.returncode == 0, done.stderr
+    losses = [r["loss"] for r in metrics(out)]
+    assert np.mean(losses[-3:]) < 0.8 * losses[0]
+    before, after = load_file(world / "base" / "model.safetensors"), weights(out, "sft")
+    assert any(n.startswith("visual") and not torch.equal(before[n].float(), after[n].float()) for n in before)
