@@ -190,6 +190,8 @@ def redirect_cuda_to_cpu() -> None:
     if torch.cuda.is_available() or getattr(redirect_cuda_to_cpu, "done", False):
         return
     redirect_cuda_to_cpu.done = True
+    with torch.device("cpu"):  # `with torch.device(...)` remembers the factories of its first use: the real ones
+        torch.empty(0)
 
     for name in FACTORIES:
         setattr(torch, name, _factory_on_cpu(getattr(torch, name)))
