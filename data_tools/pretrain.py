@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-
 import tempfile
 import time
 from collections import defaultdict
@@ -35,9 +34,8 @@ from megatron_avatar.records import Prompt, Sample
 VIEW = DataConfig(fps=4.0, min_frames=8, max_frames=8, frame_max_pixels=7056, frame_min_pixels=7056, decoder="pyav")
 REUSE = 4  # times a clip is trained on before it is replaced
 BUFFER = 512  # clips to draw from
-ASPECTS = ("clip", "objects", "sounds", "times", "letters")
-ASPECT_SHARE = (0.35, 0.2, 0.15, 0.2, 0.1)
-Example = tuple[Prompt, np.ndarray]  # prompt and target ids [L]
+ASPECTS = ("clip", "sounds", "times", "letters")
+Example = tuple[Prompt, list[tuple[np.ndarray, np.ndarray]]]  # clip; request and description ids of each turn
 
 
 def tiny_config(tokenizer: PreTrainedTokenizerBase) -> Qwen2_5OmniThinkerConfig:
@@ -100,21 +98,20 @@ def tiny_config(tokenizer: PreTrainedTokenizerBase) -> Qwen2_5OmniThinkerConfig:
 # --- examples -------------------------------------------------------------------------------------
 
 
-def describe(scene: Scene, aspect: str, rng: np.random.Generator) -> tuple[str, tuple[str, ...], str]:
-    """Request, listed options and description of one aspect of a scene. 'letters' is about the list alone."""
+def describe(scene: Scene, aspect: str, rng: np.random.Generator) -> tuple[str, str]:
+    """Request and description of one aspect of a scene. 'letters' is about a list alone, no clip needed."""
     if aspect == "letters":
         words = list((SHAPES, tuple(COLORS), COLUMNS)[int(rng.integers(3))])
         listed = [words[i] for i in rng.permutation(len(words))]
         told = [int(i) for i in rng.permutation(len(words))]
-        return "Describe the letters.", tuple(listed), " ".join(f"{listed[i]} is {LETTERS[i]}." for i in told)
+        lines = [f"{letter}. {word}" for letter, word in zip(LETTERS, listed, strict=False)]
+        return "\n".join(["Describe the letters.", *lines]), " ".join(f"{listed[i]} is {LETTERS[i]}." for i in told)
     description = {
         "clip": lambda: f"{describe_things(scene)} {describe_sound(scene.sound)}",
-        "objects": lambda: describe_things(scene),
         "sounds": lambda: describe_sound(scene.sound),
         "times": lambda: describe_times(scene),
     }[aspect]()
-    request = "Describe what happens when." if aspect == "times" else f"Describe the {aspect}."
-    return request, (), description
+    return "Describe what happens when." if aspect == "times" else f"Describe the {aspect}.", description
 
 
 def draw_scene(rng: np.random.Generator) -> Scene:
@@ -123,20 +120,26 @@ def draw_scene(rng: np.random.Generator) -> Scene:
     return family.draft(str(rng.choice(family.answers)), rng).scene
 
 
-def make_example(builder: PromptBuilder, folder: Path, key: str, aspect: str | None = None) -> Example:
-    """A fresh clip, written, read back and removed, with one description."""
+def make_example(builder: PromptBuilder, folder: Path, key: str, aspects: tuple[str, ...] = ASPECTS) -> Example:
+    """A fresh clip, written, read back and removed, with a description of each aspect."""
     rng = keyed_rng("base", key)
     scene = draw_scene(rng)
-    aspect = aspect or str(rng.choice(ASPECTS, p=ASPECT_SHARE))
-    request, choices, text = describe(scene, aspect, rng)
     media = clip_media(key, scene)
     write_clip((media, scene), folder)
-    sample = Sample(key, "base", "base", aspect, request, text, "free_form", choices, (media,))
+    sample = Sample(key, "base", "base", "describe", "Describe the clip.", "", "free_form", (), (media,))
     prompt = builder.build(sample, folder)
     for path in (media.path, media.audio_path):
         if path:
             (folder / path).unlink()
-    return prompt, builder.completion_ids(text)
+    end = builder.tokenizer.convert_tokens_to_ids("<|vision_eos|>")
+    shared = int(np.flatnonzero(prompt.token_ids == end)[0]) + 1
+    prompt.token_ids, prompt.positions = prompt.token_ids[:shared], prompt.positions[:, :shared]
+    turns = []
+    for aspect in aspects:
+        request, description = describe(scene, aspect, rng)
+        asked = f"{request}<|im_end|>\n<|im_start|>assistant\n"
+        turns.append((np.array(builder.tokenizer(asked)["input_ids"]), builder.completion_ids(description)))
+    return prompt, turns
 
 
 class Clips(torch.utils.data.IterableDataset):
@@ -159,34 +162,56 @@ class Clips(torch.utils.data.IterableDataset):
                     yield buffer[int(rng.integers(len(buffer)))]
 
 
-def aspect_logits(
+def description_logits(
     model: Qwen2_5OmniThinkerForConditionalGeneration, batch: list[Example]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits [sum L, vocabulary] at the target tokens of a batch, and the targets [sum L]."""
-    ids, positions, chosen, targets = [], [], [], []
-    width = max(len(prompt) + len(target) for prompt, target in batch)
-    for row, (prompt, target) in enumerate(batch):
-        told = np.arange(len(target) - 1) + prompt.next_position
-        filler = width - len(prompt) - len(target) + 1
-        ids.append(np.concatenate([prompt.token_ids, target[:-1], np.zeros(filler, np.int64)]))
-        positions.append(np.concatenate([prompt.positions, np.tile(told, (3, 1)), np.zeros((3, filler), np.int64)], 1))
-        chosen.append(np.arange(len(target)) + len(prompt) - 1 + row * width)
-        targets.append(target)
-    id_tensor = torch.from_numpy(np.stack(ids))
-    embedded = model.get_input_embeddings()(id_tensor)
+    """Logits [sum L, vocabulary] at the target tokens of a batch, and the targets [sum L].
+
+    A clip's descriptions share its tokens: each sees the clip and itself, its positions go on from the clip's end.
+    """
+    rows = [_row(prompt, turns) for prompt, turns in batch]
+    width = max(row["ids"].size for row in rows)
+    ids, turn, target = (np.stack([_pad(row[key], width) for row in rows]) for key in ("ids", "turn", "target"))
+    positions = np.stack([_pad(row["positions"], width) for row in rows], 1)
+    ids, turn, target, positions = (torch.from_numpy(x) for x in (ids, turn, target, positions))
+    sees = (turn[:, None, :] == 0) | (turn[:, None, :] == turn[:, :, None])
+    mask = (sees & torch.ones(width, width, dtype=torch.bool).tril())[:, None]
+    embedded = model.get_input_embeddings()(ids)
     prompts = [prompt for prompt, _ in batch]
     with_sound = [p for p in prompts if p.mel is not None]
-    pictures = model.model.visual(torch.cat([p.pixels for p in prompts]), torch.cat([p.grid_thw for p in prompts]))
-    embedded = _fill(embedded, id_tensor == model.config.video_token_id, pictures.pooler_output)
+    towers = model.model
+    seen = towers.visual(torch.cat([p.pixels for p in prompts]), torch.cat([p.grid_thw for p in prompts])).pooler_output
+    embedded = _fill(embedded, ids == model.config.video_token_id, seen)
     if with_sound:
         mels, lengths = torch.cat([p.mel for p in with_sound], 1), torch.cat([p.mel_lengths for p in with_sound])
-        heard = model.model.audio_tower(mels, feature_lens=lengths).last_hidden_state
-        embedded = _fill(embedded, id_tensor == model.config.audio_token_id, heard)
-    hidden = model.model.language_model(
-        inputs_embeds=embedded, position_ids=torch.from_numpy(np.stack(positions, 1)), use_cache=False
+        heard = towers.audio_tower(mels, feature_lens=lengths).last_hidden_state
+        embedded = _fill(embedded, ids == model.config.audio_token_id, heard)
+    hidden = towers.language_model(
+        inputs_embeds=embedded, attention_mask=mask, position_ids=positions, use_cache=False
     ).last_hidden_state
-    picked = hidden.flatten(0, 1)[torch.from_numpy(np.concatenate(chosen))]
-    return model.lm_head(picked), torch.from_numpy(np.concatenate(targets))
+    told = target > 0
+    return model.lm_head(hidden[told]), target[told]
+
+
+def _row(prompt: Prompt, turns: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Arrays [S]: token ids, turn (0: the clip), the next token where it is told (0: elsewhere), positions [3, S]."""
+    pieces = [np.concatenate([asked, told[:-1]]) for asked, told in turns]
+    first = int(prompt.positions[0, -1]) + 1
+    return {
+        "ids": np.concatenate([prompt.token_ids, *pieces]),
+        "turn": np.repeat(np.arange(len(turns) + 1), [len(prompt), *map(len, pieces)]),
+        "target": np.concatenate(
+            [np.zeros(len(prompt), np.int64)]
+            + [np.concatenate([np.zeros(len(asked) - 1, np.int64), told]) for asked, told in turns]
+        ),
+        "positions": np.concatenate(
+            [prompt.positions, *(np.tile(first + np.arange(len(p)), (3, 1)) for p in pieces)], axis=1
+        ),
+    }
+
+
+def _pad(values: np.ndarray, width: int) -> np.ndarray:
+    return np.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, width - values.shape[-1])])
 
 
 def _fill(embedded: torch.Tensor, where: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
@@ -210,9 +235,10 @@ def accuracy(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, example
     hits = defaultdict(list)
     for start in range(0, len(examples), 16):
         batch = examples[start : start + 16]
-        logits, targets = aspect_logits(model, batch)
-        right = (logits.argmax(-1) == targets).split([len(target) for _, target in batch])
-        for (_, target), flags in zip(batch, right, strict=True):
+        logits, targets = description_logits(model, batch)
+        told = [target for _, turns in batch for _, target in turns]
+        right = (logits.argmax(-1) == targets).split([len(target) for target in told])
+        for target, flags in zip(told, right, strict=True):
             for name, index in _classed(tokenizer, target):
                 hits[name].append(bool(flags[index]))
     return {name: float(np.mean(values)) for name, values in sorted(hits.items())}
@@ -229,8 +255,8 @@ def _classed(tokenizer: PreTrainedTokenizerBase, target: np.ndarray) -> Iterator
         end = words.index(".", index) if "." in words[index:] else len(words)
         heard = bool(set(words[sentence:end]) & {"tone", "tones", "beep", "beeps", "chirp", "noise", "sound"})
         if heard:
-            name = "beeps" if {"beep", "beeps"} & set(words[sentence:end]) else "pattern" if words[sentence] == "tones" else "sound"
-            yield name, index
+            beeps, pattern = {"beep", "beeps"} & set(words[sentence:end]), words[sentence] == "tones"
+            yield "beeps" if beeps else "pattern" if pattern else "sound", index
         else:
             classes = [name for name, members in WORD_CLASSES.items() if word in members]
             if classes:
@@ -255,7 +281,10 @@ def pretrain(out: Path, minutes: float, batch_size: int, lr: float, start: Path 
         model = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(start, dtype=torch.float32)
     builder = PromptBuilder(tokenizer, config, VIEW, context=512)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
-    clips = iter(torch.utils.data.DataLoader(Clips(builder, run), batch_size, num_workers=1, collate_fn=list, prefetch_factor=8))
+    loader = torch.utils.data.DataLoader(
+        Clips(builder, run), batch_size, num_workers=1, collate_fn=list, prefetch_factor=8
+    )
+    clips = iter(loader)
     begun, step = time.monotonic(), 0
     with Progress(*Progress.get_default_columns(), TextColumn("{task.fields[loss]}")) as bar:
         task = bar.add_task("pretraining", total=minutes * 60, loss="")
@@ -263,7 +292,7 @@ def pretrain(out: Path, minutes: float, batch_size: int, lr: float, start: Path 
             part = spent / (minutes * 60)
             for group in optimizer.param_groups:
                 group["lr"] = lr * min(1.0, (step + 1) / 100, max(0.02, 3 * (1 - part)))
-            logits, targets = aspect_logits(model, next(clips))
+            logits, targets = description_logits(model, next(clips))
             loss = functional.cross_entropy(logits, targets)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -271,7 +300,7 @@ def pretrain(out: Path, minutes: float, batch_size: int, lr: float, start: Path 
             optimizer.zero_grad(set_to_none=True)
             step += 1
             bar.update(task, completed=spent, loss=f"step {step} loss {loss.item():.3f}")
-            if step % 100 == 0:
+            if step % 50 == 0:
                 bar.console.print(f"step {step}, {spent:.0f} s, loss {loss.item():.3f}")
                 save(model, tokenizer, out)
     save(model, tokenizer, out)
@@ -279,7 +308,9 @@ def pretrain(out: Path, minutes: float, batch_size: int, lr: float, start: Path 
     print(json.dumps({k: round(v, 3) for k, v in report.items()}))
 
 
-def evaluate(model: torch.nn.Module, builder: PromptBuilder, tokenizer: PreTrainedTokenizerBase, n: int = 320) -> dict[str, float]:
+def evaluate(
+    model: torch.nn.Module, builder: PromptBuilder, tokenizer: PreTrainedTokenizerBase, n: int = 200
+) -> dict[str, float]:
     """Held-out accuracy of the description by class of word."""
     with tempfile.TemporaryDirectory() as name:
         (Path(name) / "clips").mkdir()
