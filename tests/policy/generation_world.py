@@ -1,0 +1,113 @@
+"""Runs on four ranks: generation and vocabulary-parallel log-probabilities in every layout.
+
+Usage (through tiny.launch): generation_world.py FOLDER. Reads the model there; rank 0 writes FOLDER/results.json:
+layout -> completions as [token ids, log-probabilities, finished].
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+
+import tiny
+import torch
+from megatron.core import parallel_state
+
+from megatron_avatar.config.schema import ModelConfig, ParallelConfig, SamplingConfig
+from megatron_avatar.policy import backend as backends
+from megatron_avatar.policy.generate import GenerationStopped, generate
+from megatron_avatar.policy.logprobs import completion_logprobs
+from megatron_avatar.policy.model import OmniPolicy, build_policy
+from megatron_avatar.policy.weights import load_hf
+
+LAYOUTS = [(2, 1, True), (1, 2, False), (2, 2, False), (2, 2, True)]  # (tp, pp, sequence parallel)
+STOP_IDS = list(range(1, 10))  # many, so that completions of a random model end at different times
+SAMPLING = SamplingConfig(temperature=0.8, max_new_tokens=40)
+KEYS = [f"seed/stage/step/{kind}/0" for kind in tiny.KINDS]
+ROWS = 3  # odd, so that sequence parallelism has to pad a decode step
+
+
+def make_folder(folder: Path) -> Path:
+    config = tiny.tiny_config()
+    config.eos_token_id = STOP_IDS
+    tiny.tiny_thinker(config).save_pretrained(folder)
+    return folder
+
+
+def open_policy(folder: Path, parallel: ParallelConfig) -> OmniPolicy:
+    policy = build_policy(folder, backends.start(parallel), ModelConfig(path=str(folder)), parallel)
+    load_hf(policy, folder)
+    return policy
+
+
+def check_layout(folder: Path, parallel: ParallelConfig) -> list:
+    policy = open_policy(folder, parallel)
+    backend = policy.backend
+    prompts = list(tiny.tiny_prompts(policy.hf_config).values())[:3]
+    groups = generate(policy, prompts, ROWS, SAMPLING, KEYS[:3])
+    rows = [[row.token_ids.tolist(), row.logprobs.tolist(), row.finished] for group in groups for row in group]
+    assert all(other == rows for other in backend.all_gather_object(rows)), "ranks hold different completions"
+
+    # Only the sampling rank's signal counts, and stops all ranks of its replica at the same token.
+    sampling_rank = backend.is_last_stage and backend.tp_rank == 0
+    polls = 0
+
+    def stop() -> bool:
+        nonlocal polls
+        polls += 1
+        return polls == 3 if sampling_rank else polls == 1
+
+    try:
+        generate(policy, prompts, 1, dataclasses.replace(SAMPLING, max_new_tokens=5), KEYS[:3], stop=stop)
+    except GenerationStopped:
+        polls = -polls
+    assert backend.all_gather_object(polls) == [-3] * backend.world
+    backends.stop()
+    return rows
+
+
+def check_logprobs() -> None:
+    """Value and gradients of vocabulary-parallel log-probabilities, on vocabularies that leave a rank padding only."""
+    backend = backends.start(ParallelConfig(tp=2))
+    for vocab_size, width in ((11, 7), (5, 6), (12, 6)):  # width: padded vocabulary entries a rank
+        generator = torch.Generator().manual_seed(vocab_size)
+        hidden = torch.randn(9, 4, generator=generator).requires_grad_()
+        weight = torch.randn(2 * width, 4, generator=generator).requires_grad_()
+        ids = torch.randint(vocab_size, (9,), generator=generator)
+        shard = slice(width * backend.tp_rank, width * (backend.tp_rank + 1))
+        ours = [hidden.detach().clone().requires_grad_(), weight.detach()[shard].clone().requires_grad_()]
+        logprobs, entropy = completion_logprobs(
+            *ours, ids, temperature=0.7, vocab_size=vocab_size, chunk_logits=4 * width,
+            group=parallel_state.get_tensor_model_parallel_group(),
+        )  # fmt: skip
+        full = torch.log_softmax(hidden @ weight[:vocab_size].T / 0.7, -1)
+        expected = full[range(9), ids]
+        probe = torch.linspace(-1, 1, 9)
+        (logprobs * probe).sum().backward()
+        (expected * probe).sum().backward()
+        for got, want in (
+            (logprobs, expected),
+            (entropy, -(full.exp() * full).sum(-1)),
+            (ours[0].grad, hidden.grad),
+            (ours[1].grad, weight.grad[shard]),
+        ):
+            torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    backends.stop()
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    check_logprobs()
+    results = {}
+    for tp, pp, sequence_parallel in LAYOUTS:
+        parallel = ParallelConfig(tp=tp, pp=pp, sequence_parallel=sequence_parallel)
+        results[f"{tp}-{pp}-{sequence_parallel}"] = check_layout(folder, parallel)
+    if os.environ["RANK"] == "0":
+        (folder / "results.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

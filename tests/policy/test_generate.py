@@ -1,0 +1,240 @@
+"""Generation against the training forward, transformers' generate, and itself on other layouts."""
+
+import dataclasses
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from generation_world import KEYS, LAYOUTS, ROWS, SAMPLING, STOP_IDS, make_folder, open_policy
+from transformers import Qwen2_5OmniThinkerForConditionalGeneration, TopKLogitsWarper, TopPLogitsWarper
+
+from megatron_avatar.config.schema import ParallelConfig, SamplingConfig
+from megatron_avatar.policy import backend as backends
+from megatron_avatar.policy.attention import pack_groups
+from megatron_avatar.policy.generate import GenerationStopped, draw, generate
+
+BANNED = {
+    tiny.AUDIO, tiny.IMAGE, tiny.VIDEO, tiny.VISION_START, tiny.VISION_END, tiny.AUDIO_START, tiny.AUDIO_END
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_folder(tmp_path_factory.mktemp("thinker"))
+
+
+@pytest.fixture(scope="module")
+def policy(folder):
+    yield open_policy(folder, ParallelConfig())
+    backends.stop()
+
+
+@pytest.fixture(scope="module")
+def prompts(policy):
+    return list(tiny.tiny_prompts(policy.hf_config).values())
+
+
+@pytest.fixture(scope="module")
+def generated(policy, prompts):
+    return generate(policy, prompts, ROWS, SAMPLING, KEYS)
+
+
+def train_scores(policy, prompts, generated, temperature=SAMPLING.temperature, shift=0):
+    """Log-probabilities of the training forward, one array a completion; positions of completions moved by `shift`."""
+    batch = pack_groups(prompts, [[c.token_ids for c in rows] for rows in generated])
+    if shift:
+        moved = batch.positions.clone()
+        moved[:, :, ~batch.is_prompt] += shift
+        batch = dataclasses.replace(batch, positions=moved)
+    scores, _ = policy(batch, policy.embed_media(prompts), temperature)
+    return scores.detach().split(batch.lengths)
+
+
+def same(first, second, atol=1e-5):
+    for ours, theirs in zip(first, second, strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            assert a.token_ids.tolist() == b.token_ids.tolist() and a.finished == b.finished
+            np.testing.assert_allclose(a.logprobs, b.logprobs, atol=atol)
+
+
+def error(recorded, scores):
+    """The run's gate: mean exp|log-probability difference| over all tokens."""
+    return np.exp(np.abs(np.concatenate(recorded) - np.concatenate(scores))).mean()
+
+
+def test_completions_are_well_formed(generated):
+    rows = [row for group in generated for row in group]
+    assert {row.finished for row in rows} == {True, False}, "the case should show both"
+    ends = [max(len(row) for row in group) for group in generated]
+    assert min(ends) < max(ends), "a prompt should leave the batch before the others"
+    for row in rows:
+        assert len(row) <= SAMPLING.max_new_tokens and row.logprobs.dtype == np.float32
+        assert not set(row.token_ids.tolist()) & BANNED
+        stops = np.isin(row.token_ids, STOP_IDS)
+        assert not stops[:-1].any() and stops[-1] == row.finished
+        assert row.finished or len(row) == SAMPLING.max_new_tokens
+    assert len({tuple(row.token_ids.tolist()) for row in rows}) == len(rows), "completions differ"
+
+
+def test_logprobs_equal_the_training_forward(policy, prompts, generated):
+    recorded = [row.logprobs for group in generated for row in group]
+    scores = train_scores(policy, prompts, generated)
+    for ours, theirs in zip(recorded, scores, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    assert error(recorded, scores) < 1 + 1e-5
+
+
+def test_the_gate_sees_a_shift_by_one(policy, prompts, generated):
+    """Negative controls: positions or tokens off by one, and a forgotten temperature, trip the limit of 1.05."""
+    recorded = [row.logprobs for group in generated for row in group]
+    assert error(recorded, train_scores(policy, prompts, generated, shift=1)) > 1.05
+    assert error(recorded, train_scores(policy, prompts, generated, temperature=1.0)) > 1.05
+    scores = train_scores(policy, prompts, generated)
+    assert error([r[1:] for r in recorded], [s[:-1] for s in scores]) > 1.05
+
+
+def test_greedy_equals_transformers(policy, prompts, folder):
+    model = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(folder).eval()
+    ours = generate(policy, prompts, 1, SamplingConfig(max_new_tokens=24), KEYS, greedy=True)
+    for prompt, (row,) in zip(prompts, ours, strict=True):
+        ids = torch.from_numpy(prompt.token_ids)[None]
+        inputs = dict(input_ids=ids, attention_mask=torch.ones_like(ids), video_second_per_grid=torch.ones(1))
+        if prompt.pixels is not None:
+            inputs |= dict(pixel_values_videos=prompt.pixels, video_grid_thw=prompt.grid_thw)
+        if prompt.mel is not None:
+            mask = torch.ones(1, prompt.mel.shape[1], dtype=torch.long)
+            inputs |= dict(input_features=prompt.mel[None], feature_attention_mask=mask)
+        theirs = model.generate(
+            **inputs,
+            use_audio_in_video=prompt.sample_id == "audio_in_video",
+            max_new_tokens=24,
+            do_sample=False,
+            eos_token_id=STOP_IDS,
+            suppress_tokens=list(BANNED),
+        )
+        assert row.token_ids.tolist() == theirs[0, len(prompt) :].tolist()
+    assert max(len(row) for (row,) in ours) > 4
+
+
+def test_tokens_do_not_depend_on_the_batch(policy, prompts, generated):
+    for i in (0, 2):
+        alone = generate(policy, [prompts[i]], 2, SAMPLING, [KEYS[i]])
+        same(alone, [generated[i][:2]])
+    backwards = generate(policy, prompts[::-1], 3, SAMPLING, KEYS[::-1], media=policy.embed_media(prompts[::-1]))
+    same(backwards[::-1], generated)
+    other_key = generate(policy, prompts[:1], 1, SAMPLING, ["seed/step/a/1"])
+    assert other_key[0][0].token_ids.tolist() != generated[0][0].token_ids.tolist()
+    # A longer limit continues the same completion
+    longer = dataclasses.replace(SAMPLING, max_new_tokens=SAMPLING.max_new_tokens + 5)
+    cut = next((i, j) for i, group in enumerate(generated) for j, row in enumerate(group) if not row.finished)
+    whole = generate(policy, [prompts[cut[0]]], cut[1] + 1, longer, [KEYS[cut[0]]])[0][cut[1]]
+    assert whole.token_ids[: SAMPLING.max_new_tokens].tolist() == generated[cut[0]][cut[1]].token_ids.tolist()
+
+
+def test_packed_groups_train_like_their_rows(policy, prompts, generated):
+    """Losses and parameter gradients of several groups in one batch equal those of one batch a completion."""
+    completions = [[row.token_ids for row in group] for group in generated]
+    media = policy.embed_media(prompts)
+    rows = [
+        ([prompt], [[row]], [embedding])
+        for prompt, group, embedding in zip(prompts, completions, media, strict=True)
+        for row in group
+    ]
+
+    def score(batches):
+        policy.zero_grad()
+        scores = torch.cat([policy(pack_groups(*batch), embeddings, 0.8)[0] for *batch, embeddings in batches])
+        scores.mean().backward()
+        return scores.detach(), {name: p.grad for name, p in policy.named_parameters() if p.grad is not None}
+
+    packed, packed_grads = score([(prompts, completions, media)])
+    single, single_grads = score(rows)
+    policy.zero_grad()
+    torch.testing.assert_close(packed, single, atol=1e-5, rtol=0)
+    assert (
+        packed_grads.keys() == single_grads.keys()
+        and "language_model.decoder.layers.0.mlp.linear_fc1.weight" in packed_grads
+    )
+    for name, grad in packed_grads.items():
+        assert (grad - single_grads[name]).abs().max() <= 1e-5 * single_grads[name].abs().max(), name
+
+
+@pytest.fixture(scope="module")
+def by_layout(folder):
+    tiny.launch(Path(__file__).with_name("generation_world.py"), 4, folder)
+    return json.loads((folder / "results.json").read_text())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "-".join(map(str, layout)))
+def test_layouts_generate_alike(by_layout, generated, layout):
+    rows = by_layout["-".join(map(str, layout))]
+    expected = [row for group in generated[:3] for row in group]
+    for (ids, logprobs, finished), row in zip(rows, expected, strict=True):
+        assert ids == row.token_ids.tolist() and finished == row.finished
+        np.testing.assert_allclose(logprobs, row.logprobs, atol=1e-5)
+
+
+def test_stop_and_what_is_left_behind(policy, prompts):
+    polls = iter([False, False, True])
+    policy.train()
+    with pytest.raises(GenerationStopped):
+        generate(policy, prompts, 2, SAMPLING, KEYS, stop=lambda: next(polls))
+    assert policy.training and next(polls, None) is None
+    assert all(layer.self_attention.core_attention.cache is None for layer in policy.language_model.decoder.layers)
+
+
+@pytest.mark.parametrize("wrong", [dict(temperature=0.0), dict(max_new_tokens=0), dict(top_p=0.0), dict(top_k=-1)])
+def test_settings_out_of_range_are_refused(policy, prompts, wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        generate(policy, prompts, 1, SamplingConfig(**wrong), KEYS)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# One draw
+
+
+def draws(sampling, logits, banned=(), count=4000):
+    """How often each token comes out of evenly spaced uniform numbers, as shares; and the log-probabilities."""
+    mask = torch.zeros(len(logits), dtype=torch.bool)
+    mask[list(banned)] = True
+    uniforms = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    ids, scores = draw(logits.expand(count, -1), uniforms, sampling, mask)
+    full = torch.log_softmax(logits / sampling.temperature, -1)
+    torch.testing.assert_close(scores, full[ids])  # whatever was banned or truncated
+    shares = Counter(ids.tolist())
+    return torch.tensor([shares[i] / count for i in range(len(logits))])
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_draw_follows_the_distribution(temperature):
+    logits = torch.randn(11, generator=torch.Generator().manual_seed(3)) * 2
+    sampling = SamplingConfig(temperature=temperature)
+    torch.testing.assert_close(draws(sampling, logits), (logits / temperature).softmax(-1), atol=1 / 4000, rtol=0)
+    allowed = logits.clone()
+    allowed[[2, 10]] = float("-inf")
+    shares = draws(sampling, logits, banned=(2, 10))
+    torch.testing.assert_close(shares, (allowed / temperature).softmax(-1), atol=1 / 4000, rtol=0)
+    assert shares[2] == shares[10] == 0
+
+
+@pytest.mark.parametrize("top_k, top_p", [(3, 1.0), (0, 0.6), (5, 0.7), (0, 1e-9), (1, 1.0), (99, 1.0)])
+def test_truncation_equals_transformers(top_k, top_p):
+    logits = torch.randn(11, generator=torch.Generator().manual_seed(5)) * 2
+    wanted = logits[None] / 0.9
+    if top_k:
+        wanted = TopKLogitsWarper(top_k)(None, wanted)
+    if top_p < 1:
+        wanted = TopPLogitsWarper(top_p)(None, wanted)
+    shares = draws(SamplingConfig(temperature=0.9, top_k=top_k, top_p=top_p), logits)
+    torch.testing.assert_close(shares, wanted[0].softmax(-1), atol=1 / 4000, rtol=0)
+
+
+def test_extreme_uniforms_never_draw_a_banned_token():
+    mask = torch.tensor([True, False, True, False, True])
+    uniforms = torch.tensor([0.0, np.nextafter(1.0, 0.0)], dtype=torch.float64)
+    ids, _ = draw(torch.zeros(2, 5), uniforms, SamplingConfig(), mask)
+    assert ids.tolist() == [1, 3]
