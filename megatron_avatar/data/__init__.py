@@ -1,1 +1,1 @@
-"""data."""
+"""From manifest lines and media files to prompts."""

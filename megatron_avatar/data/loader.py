@@ -125,7 +125,7 @@ class MediaLoader:
         while (task := self._tasks.get()) is not None and not self._closed:
             future, request = task
             try:
-                if slot not in self._workers:
+                if slot not in self._workers or not self._workers[slot].is_idle():
                     self._workers[slot] = _Worker(self._builder, self._root)
                 if self._closed:
                     break
@@ -174,6 +174,10 @@ class _Worker:
         if isinstance(reply, str):
             raise RuntimeError(f"in a decode worker:\n{reply}")
         return reply if isinstance(reply, Refusal) else _from_arrays(reply)
+
+    def is_idle(self) -> bool:
+        """False for a worker that died after its last answer: its next sample is not to blame."""
+        return not self._pipe.poll()
 
     def kill(self) -> None:
         self._process.kill()  # whoever waits at the pipe meets its end

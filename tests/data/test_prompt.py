@@ -8,6 +8,7 @@ import soundfile
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from transformers.models.qwen2_5_omni import modeling_qwen2_5_omni as modeling
 from transformers.models.qwen2_5_omni.processing_qwen2_5_omni import Qwen2_5OmniProcessor
 
@@ -188,6 +189,28 @@ def test_mute_and_blind(clip):
     assert not np.isin(blind.token_ids, (CONFIG.video_token_id, CONFIG.vision_start_token_id)).any()
     assert both.pixels is None and both.mel is None
     assert text_of(both.token_ids) == text_of(builder().build(sample(), root).token_ids)
+
+
+def test_one_frame_and_mute_clips_are_legal(tmp_path):
+    make_video(tmp_path / "one.webm", frames=1)
+    media = Media("one.webm", "video", 1, 8.0, None, 84, 84, audio_in_video=True)
+    prompt = builder().build(sample(media), tmp_path)
+    assert prompt.grid_thw.tolist() == [[1, 6, 6]] and prompt.mel is None
+    assert not np.isin(prompt.token_ids, (CONFIG.audio_token_id, CONFIG.audio_start_token_id)).any()
+    pair = prompt.pixels.view(36, 3, 2, 196)
+    assert torch.equal(pair[:, :, 0], pair[:, :, 1])
+
+
+def test_images_are_shown_twice_and_features_follow_the_order_of_the_media(clip):
+    root, asked = clip
+    Image.fromarray(np.full((90, 120, 3), 200, np.uint8)).save(root / "i.png")
+    make_audio(root / "b.flac", seconds=1.0)
+    image = Media("i.png", "image", height=90, width=120)
+    prompt = builder().build(sample(image, *asked.media, Media("b.flac", "audio", audio_samples=16_000)), root)
+    assert prompt.grid_thw.tolist() == [[1, 6, 8], [4, 6, 6]] and prompt.mel_lengths.tolist() == [200, 100]
+    alone = builder().build(asked, root)
+    assert torch.equal(prompt.pixels[48:], alone.pixels) and torch.equal(prompt.mel[:, :200], alone.mel)
+    assert (prompt.pixels[:48] == prompt.pixels[:1]).all()  # one colour
 
 
 def test_refusals(clip, tmp_path):
