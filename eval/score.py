@@ -123,7 +123,7 @@ def majority_scores(predictions: list[Prediction]) -> dict[str, float]:
     }
     sizes = Counter(p["family"] for p in predictions)
     by_family = {name: hits[name] / sizes[name] for name in hits}
-    return {"overall": sum(hits.values()) / max(1, len(predictions)), **by_family}
+    return {"overall": sum(hits.values()) / len(predictions), **by_family} if predictions else {}
 
 
 def _estimate(values: np.ndarray, seed: int, resamples: int) -> Estimate:

@@ -6,8 +6,7 @@ import math
 import re
 import unicodedata
 from functools import lru_cache
-
-from rouge_score.rouge_scorer import RougeScorer
+from typing import Any
 
 from megatron_avatar.records import Sample
 from megatron_avatar.rl.rewards import algebra
@@ -109,5 +108,7 @@ def _word_accuracy(words: list[str], gold: list[str]) -> float:
 
 
 @lru_cache(maxsize=1)
-def _rouge() -> RougeScorer:
+def _rouge() -> Any:
+    from rouge_score.rouge_scorer import RougeScorer  # seconds to import, and only free_form needs it
+
     return RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)

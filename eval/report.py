@@ -1,0 +1,320 @@
+"""The report of a run: comparison table, figures, clips with the systems' answers, and how it was measured.
+
+    python -m eval.report runs/demo        # report.html, report.md and figures/ beside results.json
+
+Nothing in it is written by hand: what was not measured says so.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import sys
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader
+from markupsafe import Markup
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from eval import figures
+from eval.score import (
+    Difference,
+    Estimate,
+    Prediction,
+    estimates,
+    majority_scores,
+    paired_difference,
+    read_predictions,
+)
+from megatron_avatar.config.schema import DataConfig
+from megatron_avatar.data.decode import MediaError, decode_audio, decode_frames, plan_frames
+from megatron_avatar.data.features import SAMPLE_RATE
+from megatron_avatar.data.manifest import load_manifest
+from megatron_avatar.records import Media, Sample
+
+SYSTEMS = ("base", "sft", "grpo", "avatar")
+TRAINED = ("sft", "grpo", "avatar")
+PAIRS = (("avatar", "grpo"), ("avatar", "sft"), ("grpo", "sft"), ("sft", "base"))
+MISSING = "not measured"
+SIGNIFICANT = 0.05
+FRAME_HEIGHT = 120  # pixels of a picture in the report
+
+CAPTIONS = {
+    "families": "Accuracy on the held-out samples by question family, with 95 % bootstrap intervals.",
+    "curves": f"Training, step by step. Thin: as measured; bold: mean over {figures.WINDOW} steps.",
+    "solvability": "Share of a stage's training prompts that at least one completion has solved.",
+    "advantages": "Advantages of all completions of the run. A group whose rewards are all equal piles up at zero.",
+    "surrogate_position": "Mean absolute surrogate of a token by its place. Temporal shaping raises both ends by "
+    "construction: this checks the mechanism, not a benefit.",
+    "tiers": "The replay buffer by the tier that each completion's prompt is in at that step.",
+    "health": "Groups without a signal, distance from the reference, entropy and length.",
+    "step_time": "Where a step's time goes, averaged over the run.",
+    "sft_loss": "Loss of the cold start.",
+}
+
+
+@dataclass
+class Measurements:
+    """What a run's folder holds; whatever is absent stays empty.
+
+    predictions and estimates by system; metrics by training run; quarantined as (where, sample id, reason).
+    """
+
+    root: Path
+    results: dict[str, Any]
+    predictions: dict[str, list[Prediction]]
+    metrics: dict[str, figures.Records]
+    quarantined: list[tuple[str, str, str]] = field(default_factory=list)
+
+    @cached_property
+    def estimates(self) -> dict[str, dict[str, Estimate]]:
+        return {name: estimates(predictions) for name, predictions in self.predictions.items()}
+
+    @cached_property
+    def floor(self) -> dict[str, float]:
+        return majority_scores(next(iter(self.predictions.values()), []))
+
+    @cached_property
+    def differences(self) -> dict[tuple[str, str], Difference]:
+        have = self.predictions
+        return {(a, b): paired_difference(have[a], have[b]) for a, b in PAIRS if a in have and b in have}
+
+
+def measurements(root: Path) -> Measurements:
+    """Read a run's folder. Raises ValueError naming the file and line of damaged predictions."""
+    root = Path(root)
+    files = {name: root / "eval" / f"{name}.jsonl" for name in SYSTEMS}
+    predictions = {name: read_predictions(file) for name, file in files.items() if file.exists()}
+    predictions = {name: found for name, found in predictions.items() if found}
+    set_aside = []
+    for name in TRAINED:
+        for sample_id, reason in sorted(_read_json(root / name / "quarantine.json").items()):
+            set_aside.append((f"training {name}", sample_id, str(reason)))
+    for name, found in predictions.items():
+        set_aside += [(f"evaluation of {name}", p["id"], p["error"]) for p in found if p["error"] is not None]
+    return Measurements(
+        root=root,
+        results=_read_json(root / "results.json"),
+        predictions=predictions,
+        metrics={name: figures.read_metrics(root / name / "metrics.jsonl") for name in TRAINED},
+        quarantined=set_aside,
+    )
+
+
+def verdict(found: Measurements) -> str:
+    """One honest sentence on AVATAR against GRPO, from the paired test and nothing else."""
+    difference = found.differences.get(("avatar", "grpo"))
+    if difference is None:
+        return f"AVATAR against GRPO: {MISSING}."
+    if difference.p >= SIGNIFICANT:
+        judgement = "this run does not tell the two apart"
+    else:
+        judgement = f"AVATAR is {'ahead of' if difference.value > 0 else 'behind'} GRPO in this run"
+    points = [f"{100 * value:+.1f}" for value in (difference.value, difference.low, difference.high)]
+    return (
+        f"On the same {difference.n} held-out samples AVATAR answers "
+        f"{percent(found.estimates['avatar']['overall'].value)} correctly and GRPO "
+        f"{percent(found.estimates['grpo']['overall'].value)}: a difference of {points[0]} points "
+        f"(95 % interval {points[1]} to {points[2]}, paired bootstrap p {p_value(difference.p)}), so {judgement}. "
+        "The interval is over samples; it says nothing about other seeds."
+    )
+
+
+def effort(found: Measurements) -> str:
+    """One sentence on updates and completions generated."""
+    steps, generated = found.results.get("steps"), found.results.get("completions_generated") or {}
+    if steps is None or not {"grpo", "avatar"} <= generated.keys():
+        return f"Updates and completions generated: {MISSING}."
+    grpo, avatar = generated["grpo"], generated["avatar"]
+    share = f", {100 * abs(1 - avatar / grpo):.0f} % {'fewer' if avatar <= grpo else 'more'}" if grpo else ""
+    return f"Both made {steps} updates. GRPO generated {grpo:,} completions for them, AVATAR {avatar:,}{share}."
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def p_value(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"= {p:.3f}"
+
+
+def duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
+
+
+def table(found: Measurements) -> tuple[list[str], list[tuple[str, list[Estimate | None], float | None]]]:
+    """Columns (overall, then families), and for each system its name, estimates, and share in the format."""
+    columns = list(dict.fromkeys(name for system in found.estimates.values() for name in system)) or ["overall"]
+    rows = []
+    for system in SYSTEMS:
+        predictions = found.predictions.get(system, [])
+        cells = [found.estimates.get(system, {}).get(column) for column in columns]
+        in_format = sum(p["format"] for p in predictions) / len(predictions) if predictions else None
+        rows.append((figures.NAMES[system], cells, in_format))
+    return columns, rows
+
+
+def facts(found: Measurements) -> list[tuple[str, str]]:
+    """Name and value of what the run measured about itself."""
+    results = found.results
+    generated, wall = results.get("completions_generated") or {}, results.get("wall_s") or {}
+    peak, machine = results.get("peak_rss_mib"), results.get("machine") or {}
+    known = [
+        ("seed", results.get("seed")),
+        ("updates of each RL run", results.get("steps")),
+        *((f"completions generated, {figures.NAMES[name]}", generated.get(name)) for name in ("grpo", "avatar")),
+        *((f"time, {figures.NAMES.get(name, name)}", wall.get(name)) for name in ("data", *TRAINED, "eval")),
+        ("peak memory, all processes", None if peak is None else f"{peak:,.0f} MiB"),
+        ("machine", ", ".join(f"{key} {value}" for key, value in machine.items()) or None),
+        *((name, version) for name, version in (results.get("versions") or {"versions": None}).items()),
+    ]
+    return [(name, _fact(name, value)) for name, value in known]
+
+
+def _fact(name: str, value: Any) -> str:
+    if value is None:
+        return MISSING
+    if name.startswith("time"):
+        return duration(value)
+    return f"{value:,}" if isinstance(value, int) and name != "seed" else str(value)
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A held-out sample as a person sees and hears it; `frames` are data URLs, `trouble` says what is missing."""
+
+    sample: Sample
+    frames: list[str]
+    sound: Markup | None
+    trouble: list[str]
+    answers: list[tuple[str, Prediction | None]]
+
+
+def clips(found: Measurements) -> list[Clip]:
+    """The first held-out sample with a video of each stage: picked by the manifest's order, not by results."""
+    manifest = found.root / "data" / "manifest.jsonl"
+    if not manifest.exists() or not found.predictions:
+        return []
+    answers = {name: {p["id"]: p for p in found.predictions.get(name, [])} for name in SYSTEMS}
+    first: dict[str, Sample] = {}
+    for sample in load_manifest(manifest, check_media=False):
+        if any(sample.id in by_id for by_id in answers.values()) and any(m.kind == "video" for m in sample.media):
+            first.setdefault(sample.stage, sample)
+    return [
+        _clip(sample, manifest.parent, [(figures.NAMES[name], answers[name].get(sample.id)) for name in SYSTEMS])
+        for sample in list(first.values())[:3]
+    ]
+
+
+def _clip(sample: Sample, root: Path, answers: list[tuple[str, Prediction | None]]) -> Clip:
+    media = next(m for m in sample.media if m.kind == "video")
+    frames, sound, trouble = [], None, []
+    try:
+        frames = [_picture(frame) for frame in _frames(media, root)]
+    except MediaError as error:
+        trouble.append(f"no pictures: {error}")
+    try:
+        if media.audio_path is None:
+            trouble.append("no sound track")
+        else:
+            wave = figures.waveform(decode_audio(root / media.audio_path), SAMPLE_RATE)
+            sound = Markup(figures.to_svg(wave, f"wave-{sample.id}"))
+    except MediaError as error:
+        trouble.append(f"no sound: {error}")
+    return Clip(sample, frames, sound, trouble, answers)
+
+
+def _frames(media: Media, root: Path) -> Any:
+    return decode_frames(root / media.path, plan_frames(media, DataConfig(min_frames=8, max_frames=8)), "pyav")
+
+
+def _picture(frame: Any) -> str:
+    image, buffer = Image.fromarray(frame), io.BytesIO()
+    image = image.resize((max(1, round(image.width * FRAME_HEIGHT / image.height)), FRAME_HEIGHT))
+    image.save(buffer, format="JPEG", quality=88)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def render(root: Path) -> None:
+    """Write report.html (self-contained), report.md and figures/ into the run's folder."""
+    root = Path(root)
+    found = measurements(root)
+    drawn = figures.draw(found.metrics, found.estimates, found.floor)
+    elements = figures.save(drawn, root / "figures")
+    columns, rows = table(found)
+    values = {
+        "verdict": verdict(found),
+        "effort": effort(found),
+        "seed": found.results.get("seed", MISSING),
+        "columns": columns,
+        "rows": rows,
+        "floor": found.floor,
+        "differences": [(f"{figures.NAMES[a]} − {figures.NAMES[b]}", d) for (a, b), d in found.differences.items()],
+        "figures": [(name, CAPTIONS[name]) for name in drawn],
+        "svg": {name: Markup(element) for name, element in elements.items()},
+        "unmeasured": [CAPTIONS[name] for name in CAPTIONS if name not in drawn],
+        "clips": clips(found),
+        "facts": facts(found),
+        "quarantined": found.quarantined,
+        "n": len(next(iter(found.predictions.values()), [])),
+        "missing": MISSING,
+    }
+    for name, escaped in (("report.html", True), ("report.md", False)):
+        environment = Environment(
+            loader=FileSystemLoader(Path(__file__).parent), autoescape=escaped, trim_blocks=True, lstrip_blocks=True
+        )
+        environment.filters |= {"percent": percent, "p_value": p_value, "cell": _cell}
+        text = environment.get_template(f"{name}.j2").render(values)
+        (root / name).write_text(text, encoding="utf-8")
+
+
+def _cell(text: Any) -> str:
+    """Foreign text for one cell of a Markdown table: on one line, as code, so that nothing in it is read as markup."""
+    line = " ".join(str(text).split()).replace("`", "'").replace("|", "¦")
+    return f"`{line}`" if line else "(empty)"
+
+
+def print_table(results: dict[str, Any], console: Console) -> None:
+    """Print results.json's accuracy table."""
+    systems = results["systems"]
+    columns = list(dict.fromkeys(name for scores in systems.values() for name in scores))
+    grid = Table(title="held-out accuracy, %")
+    grid.add_column("")
+    for name in columns:
+        grid.add_column(name, justify="right")
+    for system, scores in systems.items():
+        cells = [str(scores[c]) if c == "n" else f"{100 * scores[c]:.1f}" if c in scores else "–" for c in columns]
+        grid.add_row(figures.NAMES.get(system, system), *cells)
+    console.print(grid)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def main(arguments: list[str]) -> int:
+    if len(arguments) != 1 or arguments[0].startswith("-"):
+        print("usage: python -m eval.report RUN_FOLDER", file=sys.stderr)
+        return 2
+    root = Path(arguments[0])
+    if not root.is_dir():
+        print(f"error: {root}: no such folder; run make demo first, or name a run's folder", file=sys.stderr)
+        return 2
+    try:
+        render(root)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(root / "report.html")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,200 @@
+"""The figures and the report, on a made-up run and on runs that lack parts."""
+
+import base64
+import json
+import re
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from eval import figures
+from eval.report import SYSTEMS, clips, facts, main, measurements, print_table, render, table, verdict
+from eval.score import read_predictions, system_scores
+from tests.eval.made_up import ATTACK, write_lines, write_run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    root = write_run(tmp_path_factory.mktemp("run"))
+    render(root)
+    return root
+
+
+class Page(HTMLParser):
+    """Text, tags and attributes of a page; every tag must be closed that has to be."""
+
+    VOID = {"meta", "img", "link", "br"}
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.text, self.sources = [], [], [], []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.sources += [value for key, value in attributes if key in ("src", "href", "xlink:href")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        if tag not in self.VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def test_the_page_stands_alone_and_nothing_foreign_is_markup(run):
+    html = (run / "report.html").read_text()
+    page = Page(html)
+    assert "script" not in page.tags and "b" not in page.tags
+    assert all(source.startswith(("data:image/jpeg;base64,", "#")) for source in page.sources)
+    text = "".join(page.text)
+    for system in SYSTEMS:
+        assert text.count(f"{system} says {ATTACK}") == 3  # shown as the system wrote it
+    assert "Which shape is <b>red</b>? (0)" in text and "s<9>" in text and "clip.webm: damaged <file>" in text
+    ids = re.findall(r'\sid="([^"]+)"', html)
+    clashing = {i for i in ids if ids.count(i) > 1 and not i.startswith("DejaVu")}
+    referenced = set(re.findall(r'url\(#([^)]+)\)', html))
+    assert not clashing & referenced
+
+
+def test_the_table_is_that_of_the_predictions(run):
+    text = "".join(Page((run / "report.html").read_text()).text)
+    columns, rows = table(measurements(run))
+    assert columns == ["overall", "what", "count", "sync", "where"] and [row[0] for row in rows][3] == "AVATAR"
+    for system, (_, cells, in_format) in zip(SYSTEMS, rows, strict=True):
+        correct = [p["correct"] for p in read_predictions(run / "eval" / f"{system}.jsonl")]
+        assert cells[0].value == np.mean(correct) and cells[0].low < cells[0].value < cells[0].high
+        assert f"{100 * cells[0].value:.1f} %{cells[0].low * 100:.1f} – " in text
+        assert in_format == float(system != "base")
+    markdown = (run / "report.md").read_text()
+    assert f"| AVATAR | {100 * rows[3][1][0].value:.1f} % (" in markdown
+    answers = [line for line in markdown.splitlines() if line.startswith("|") and " says " in line]
+    assert len(answers) == 12  # pipes and backticks of a completion cannot break the table
+    assert all(line.count("|") == 4 and line.count("`") == 2 for line in answers)
+
+
+def test_the_verdict_follows_the_paired_test(run, tmp_path):
+    assert "AVATAR is ahead of GRPO" in verdict(measurements(run))
+    assert verdict(measurements(run)) in "".join(Page((run / "report.html").read_text()).text)
+    avatar, grpo = (read_predictions(run / "eval" / f"{name}.jsonl") for name in ("avatar", "grpo"))
+    write_lines(tmp_path / "eval" / "avatar.jsonl", grpo)
+    write_lines(tmp_path / "eval" / "grpo.jsonl", avatar)
+    assert "AVATAR is behind GRPO" in verdict(measurements(tmp_path))
+    write_lines(tmp_path / "eval" / "grpo.jsonl", [*grpo[:-1], {**grpo[-1], "correct": 1 - grpo[-1]["correct"]}])
+    assert "does not tell the two apart" in verdict(measurements(tmp_path))
+
+
+def test_clips_show_pictures_sound_and_all_systems(run):
+    shown = clips(measurements(run))
+    assert [clip.sample.id for clip in shown] == ["s0", "s2", "s3"]  # the first of each stage
+    for clip in shown:
+        assert len(clip.frames) == 8 and clip.trouble == [] and "<svg" in clip.sound
+        assert [name for name, _ in clip.answers] == ["base", "SFT", "GRPO", "AVATAR"]
+    picture = base64.b64decode(shown[0].frames[0].split(",")[1])
+    assert picture[:3] == b"\xff\xd8\xff"  # JPEG
+    html = (run / "report.html").read_text()
+    assert html.count('src="data:image/jpeg') == 24 and html.count('aria-label="waveform"') == 3
+
+
+def test_a_damaged_clip_is_named_and_the_report_goes_on(run, tmp_path):
+    root = write_run(tmp_path, items=8, steps=3)
+    (root / "data" / "clip.webm").write_bytes(b"no video")
+    (root / "data" / "clip.flac").unlink()
+    for name in ("sft", "grpo", "avatar"):
+        (root / name / "metrics.jsonl").unlink()
+    render(root)
+    text = "".join(Page((root / "report.html").read_text()).text)
+    assert "no pictures: " in text and "no sound: " in text and "clip.flac" in text
+
+
+def test_facts_are_those_of_results_json(run):
+    known = dict(facts(measurements(run)))
+    assert known["seed"] == "11" and known["completions generated, GRPO"] == "1,920"
+    assert known["time, GRPO"] == "3 min 20 s" and known["time, eval"] == "not measured"
+    assert known["peak memory, all processes"] == "3,457 MiB" and known["torch"] == "2.13.0"
+    assert "50 % fewer" in (run / "report.md").read_text()
+
+
+def test_an_empty_run_says_what_was_not_measured(tmp_path):
+    render(tmp_path)
+    page = Page((tmp_path / "report.html").read_text())
+    text = "".join(page.text)
+    assert "AVATAR against GRPO: not measured." in text and "svg" not in page.tags
+    assert text.count("not measured") > 15 and not re.search(r"\d+\.\d %", text)
+
+
+def test_every_figure_is_drawn_and_written(run):
+    expected = {"families", "curves", "solvability", "advantages", "surrogate_position", "tiers", "health"}
+    expected |= {"step_time", "sft_loss"}
+    assert {path.stem for path in (run / "figures").glob("*.png")} == expected
+    for name in expected:
+        pixels = imread(run / "figures" / f"{name}.png")[..., :3]
+        assert pixels[0, 0].min() == 1.0 and pixels.std() > 0.05  # on white, and not empty
+        assert ElementTree.parse(run / "figures" / f"{name}.svg").getroot().tag.endswith("svg")
+        assert f"(figures/{name}.png)" in (run / "report.md").read_text()
+
+
+def test_figures_plot_what_was_measured(run):
+    metrics = measurements(run).metrics
+    figure = figures.surrogate_position({name: metrics[name] for name in ("grpo", "avatar")})
+    lines = {line.get_label(): line.get_ydata() for line in figure.axes[0].lines}
+    assert np.isnan(lines["AVATAR"][0])  # a bin without tokens is a gap, not a zero
+    np.testing.assert_allclose(lines["GRPO"][1:], 1.0)
+    assert lines["AVATAR"][-1] / lines["AVATAR"][10] == pytest.approx((1 + 0.3 * 0.95**2) / (1 + 0.3 * 0.05**2))
+
+    bars = figures.advantages({name: metrics[name] for name in ("grpo", "avatar")}).axes
+    for axes, count in zip(bars, (40, 80), strict=True):  # GRPO replays nothing
+        assert len(axes.patches) == count and sum(p.get_height() for p in axes.patches) == pytest.approx(1.0)
+
+    assert figures.step_time({"grpo": metrics["grpo"]}).axes[0].patches[-1].get_width() == pytest.approx(2.0 - 1.75)
+    assert len(figures.tiers(metrics["avatar"]).axes[0].collections) == 3
+    assert figures.tiers(metrics["sft"]) is None and figures.curves({"sft": metrics["sft"]}, {"kl": "KL"}) is None
+
+
+def test_metrics_are_read_up_to_a_cut_line_and_gaps_are_left_out(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    write_lines(path, [{"step": 1, "kl": 0.5}, {"step": 2, "kl": None}, {"step": 3}, {"step": 4, "kl": 0.7}])
+    path.write_text(path.read_text() + '{"step": 5, "k')
+    steps, values = figures.series(figures.read_metrics(path), "kl")
+    assert steps.tolist() == [1, 4] and values.tolist() == [0.5, 0.7]
+    assert figures.read_metrics(tmp_path / "none.jsonl") == []
+    assert figures.running_mean(np.array([1.0, 3.0, 5.0, 7.0]), window=2).tolist() == [1.0, 2.0, 4.0, 6.0]
+
+
+def test_systems_are_told_apart_in_grey():
+    def luminance(color):
+        red, green, blue = (int(color[i : i + 2], 16) / 255 for i in (1, 3, 5))
+        return 0.299 * red + 0.587 * green + 0.114 * blue
+
+    shades = [luminance(figures.COLORS[name]) for name in SYSTEMS]
+    assert all(a > b for a, b in zip(shades, shades[1:], strict=False))
+    for look in (figures.LINES, [(figures.HATCHES[name], shades[i] > 0.5) for i, name in enumerate(SYSTEMS)]):
+        assert len(set(look.values() if isinstance(look, dict) else look)) == 4
+
+
+def test_the_command_line(tmp_path, capsys):
+    assert main([str(tmp_path)]) == 0 and "report.html" in capsys.readouterr().out
+    assert main([str(tmp_path / "none")]) == 2 and "no such folder" in capsys.readouterr().err
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval" / "sft.jsonl").write_text("broken\n")
+    assert main([str(tmp_path)]) == 2 and "sft.jsonl, line 1" in capsys.readouterr().err
+
+
+def test_the_table_is_printed(run):
+    from rich.console import Console
+
+    scores = {name: system_scores(read_predictions(run / "eval" / f"{name}.jsonl")) for name in SYSTEMS}
+    console = Console(record=True, width=120)
+    print_table(json.loads(json.dumps({"systems": scores})), console)
+    printed = console.export_text()
+    assert "AVATAR" in printed and f"{100 * scores['grpo']['overall']:.1f}" in printed and "160" in printed
