@@ -7,6 +7,7 @@ requests for CUDA are answered by the CPU, so that every layout runs, and is tes
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import re
 import socket
@@ -29,6 +30,8 @@ FACTORIES = (
     "arange as_tensor empty empty_like eye full full_like linspace ones ones_like rand rand_like randint randn "
     "randn_like randperm tensor zeros zeros_like"
 ).split()
+
+_starts = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,9 @@ def start(parallel: ParallelConfig, *, seed: int = 0) -> Backend:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     else:
         _check_master()
-        dist.init_process_group(backend, "env://", rank=rank, world_size=world, timeout=TIMEOUT)
+        store, _, _ = next(dist.rendezvous("env://", rank, world, timeout=TIMEOUT))
+        store = dist.PrefixStore(f"start_{next(_starts)}", store)  # apart from the addresses of an earlier start
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tp,
         pipeline_model_parallel_size=parallel.pp,
