@@ -296,10 +296,10 @@ def judge_words(draft: Draft) -> dict[str, dict[str, list[str]]]:
     """What a rule-based judge expects, and what contradicts the scene, for each of its four criteria."""
     scene, target = draft.scene, draft.target
     words = {"low", "medium", "high", "chirp", "noise", "beep", "beeps", "tone", "tones"}
-    audible = set(describe_sound(scene.sound).replace(".", "").split())
-    audible |= {"tone", "tones"} if audible & set(PITCHES) else set()
-    audible |= {"beep", "beeps"} if audible & {"beep", "beeps"} else set()
-    heard = sorted({w for item in draft.heard for w in item.split()}) or sorted(audible & words)
+    said = words & set(describe_sound(scene.sound).replace(".", "").split())
+    plurals = ({"tone", "tones"}, {"beep", "beeps"})
+    audible = said.union(*(pair for pair in plurals if pair & said), *([plurals[0]] if said & set(PITCHES) else []))
+    heard = sorted({w for item in draft.heard for w in item.split()} or said)
     wrong_sounds = sorted(words - audible)
     seen = {t.shape for t in scene.things} | {t.color for t in scene.things}
     shown = [target.color, target.shape] if target else []
@@ -311,5 +311,5 @@ def judge_words(draft: Draft) -> dict[str, dict[str, list[str]]]:
             "expect": [column] if column else [],
             "contradict": [c for c in COLUMNS if c != column] if column else [],
         },
-        "caption_corr_score": {"expect": sorted(audible & words) or ["no"], "contradict": wrong_sounds},
+        "caption_corr_score": {"expect": sorted(said) or ["no"], "contradict": wrong_sounds},
     }
