@@ -55,7 +55,8 @@ def test_special_tokens_are_one_token_and_dropped_when_asked():
 
 def test_the_chat_format_is_qwens():
     content = [{"type": "video"}, {"type": "text", "text": "What color is the circle?"}]
-    text = TOKENIZER.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
+    turns = [{"role": "user", "content": content}]
+    text = TOKENIZER.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     assert text == (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
         "<|im_start|>user\n<|vision_bos|><|VIDEO|><|vision_eos|>What color is the circle?<|im_end|>\n"
@@ -67,7 +68,8 @@ def test_the_chat_format_is_qwens():
 def test_all_that_the_synthesiser_says_is_known_words():
     known = set(words())
     for sample, _ in draw_samples(0, "demo"):
-        text = " ".join([sample.question, sample.hint, sample.audio_caption, sample.scene["caption"], sample.trace or ""])
+        told = [sample.question, sample.hint, sample.audio_caption, sample.scene["caption"], sample.trace or ""]
+        text = " ".join(told)
         for mark in (*TAGS, ".", "?", ","):
             text = text.replace(mark, " ")
         assert set(text.split()) <= known, sample.id
