@@ -15,6 +15,7 @@ never waits for the device.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
@@ -241,13 +242,9 @@ def _attend(
 ) -> Tensor:
     """Causal attention of segments of `lengths` to a prefix [P, kv heads, d] and to themselves: [sum L, heads, d]."""
     count, longest = len(lengths), max(lengths)
-    real = None
-    if count * longest > len(query):
-        # A short segment is filled up with its first token: later than its own tokens, so never seen by them.
-        starts, steps = np.cumsum([0, *lengths[:-1]])[:, None], np.arange(longest)
-        mask = steps < np.array(lengths)[:, None]
-        place = torch.from_numpy(np.where(mask, starts + steps, starts).ravel()).to(query.device)
-        real = torch.from_numpy(mask.ravel().nonzero()[0]).to(query.device)
+    ragged = count * longest > len(query)
+    if ragged:
+        place, real = _padding(tuple(lengths), query.device)
         query, key, value = query[place], key[place], value[place]
     query, key, value = (x.unflatten(0, (count, longest)) for x in (query, key, value))
     if len(prefix_key):
@@ -262,4 +259,16 @@ def _attend(
         enable_gqa=query.shape[2] != key.shape[2],
     )
     output = output.transpose(1, 2).flatten(0, 1)
-    return output if real is None else output[real]
+    return output[real] if ragged else output
+
+
+@functools.lru_cache(maxsize=256)  # every layer and pass of a batch asks again
+def _padding(lengths: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Segments filled up to the longest: sources of all tokens [c * Lmax], and places of the real ones [sum L].
+
+    A short segment is filled up with its first token: later than its own tokens, so never seen by them.
+    """
+    starts, steps = np.cumsum([0, *lengths[:-1]])[:, None], np.arange(max(lengths))
+    real = steps < np.array(lengths)[:, None]
+    place = np.where(real, starts + steps, starts)
+    return torch.from_numpy(place.ravel()).to(device), torch.from_numpy(real.ravel().nonzero()[0]).to(device)

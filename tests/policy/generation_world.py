@@ -23,7 +23,7 @@ from megatron_avatar.policy.logprobs import completion_logprobs
 from megatron_avatar.policy.model import OmniPolicy, build_policy
 from megatron_avatar.policy.weights import load_hf
 
-LAYOUTS = [(2, 1, True), (1, 2, False), (2, 2, False), (2, 2, True)]  # (tp, pp, sequence parallel)
+LAYOUTS = [(2, 1, False), (1, 2, False), (2, 2, True)]  # (tp, pp, sequence parallel)
 STOP_IDS = list(range(1, 10))  # many, so that completions of a random model end at different times
 SAMPLING = SamplingConfig(temperature=0.8, max_new_tokens=40)
 KEYS = [f"seed/stage/step/{kind}/0" for kind in tiny.KINDS]
