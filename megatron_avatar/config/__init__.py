@@ -1,6 +1,6 @@
 """Typed settings: the schema, the YAML groups, loading and validation. Needs neither torch nor Megatron."""
 
-from megatron_avatar.config.load import config_hash, differing_keys, load_config, save_config
+from megatron_avatar.config.load import differing_keys, load_config, save_config
 from megatron_avatar.config.schema import (
     CheckpointConfig,
     Config,
@@ -35,7 +35,6 @@ __all__ = [
     "ShapingConfig",
     "StageConfig",
     "check_world",
-    "config_hash",
     "differing_keys",
     "load_config",
     "save_config",

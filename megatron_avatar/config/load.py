@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -54,13 +52,6 @@ def load_config(overrides: list[str]) -> Config:
 def save_config(config: Config, path: Path) -> None:
     """Write the resolved configuration as YAML, every key named."""
     path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
-
-
-def config_hash(config: Config) -> str:
-    """16 hex digits, equal for configurations that compute the same: name, output folder, logging and checkpoint
-    frequency don't count."""
-    tree = {key: value for key, value in asdict(config).items() if key not in _BOOKKEEPING}
-    return hashlib.sha256(json.dumps(tree).encode()).hexdigest()[:16]
 
 
 def differing_keys(path: Path, config: Config) -> list[str]:

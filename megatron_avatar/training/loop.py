@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from transformers import AutoTokenizer
 
-from megatron_avatar.config import differing_keys, save_config
+from megatron_avatar.config import check_world, differing_keys, save_config
 from megatron_avatar.config.schema import Config, StageConfig
 from megatron_avatar.data.loader import MediaLoader, SampleOrder
 from megatron_avatar.data.manifest import load_manifest
@@ -331,6 +331,7 @@ def train(config: Config, backend: Backend) -> None:
     Raises Interrupted after a stop signal (state saved), ValueError for a user's mistake.
     """
     folder = Path(config.output_dir)
+    check_world(config, backend.world)
     check_same_run(folder, config)
     if (folder / "done.json").exists():
         log.info("%s is complete; nothing to do", folder)
