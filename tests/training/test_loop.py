@@ -111,7 +111,7 @@ def test_settings_of_another_run_are_refused(world, whole):
 def test_layouts_take_the_same_steps(world, whole, layout):
     """Two ranks by tensor, pipeline or data parallelism: same prompts, tokens and rewards, losses within 1e-4."""
     out = world / ("-".join(layout) or "dp2")
-    done = train(*arguments(world, out, "checkpoint.every=2", steps=3, *layout), ranks=2)
+    done = train(*arguments(world, out, "checkpoint.every=2", *layout, steps=3), ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
     for ours, theirs in zip(metrics(out), metrics(whole), strict=True):
         for key in ("step", "reward", "vanished", "length", "replay/completions", "hints", "completions_generated"):
@@ -124,7 +124,8 @@ def test_layouts_take_the_same_steps(world, whole, layout):
 
 def test_supervised_fine_tuning_lowers_the_loss_and_trains_the_towers(world):
     out = world / "sft"
-    done = train(*arguments(world, out, "stages.sft.prompts_per_step=8", "parallel.threads=1", recipe="tiny_sft", steps=12))
+    settings = ("stages.sft.prompts_per_step=8", "parallel.threads=1")
+    done = train(*arguments(world, out, *settings, recipe="tiny_sft", steps=12))
     assert done.returncode == 0, done.stderr
     losses = [r["loss"] for r in metrics(out)]
     assert np.mean(losses[-3:]) < 0.8 * losses[0]
