@@ -45,13 +45,15 @@ def make_config(**overrides) -> Qwen2_5OmniThinkerConfig:
     )
 
 
-def make_video(path: Path, frames=16, h=84, w=84, fps=8, codec="libvpx-vp9", pts=None) -> Path:
-    """A square that moves and changes colour; `pts` (ms a frame) makes the frame rate variable."""
+def make_video(path: Path, frames=16, h=84, w=84, fps=8, codec="libvpx-vp9", pts=None, tag=None) -> Path:
+    """A square that moves and changes colour; `pts` (ms a frame) makes the frame rate variable; `tag`: its matrix."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=fps)
         stream.width, stream.height = w, h
         stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
         stream.options = OPTIONS.get(codec, {})
+        if tag is not None:
+            stream.codec_context.colorspace = tag
         if pts is not None:
             stream.time_base = Fraction(1, 1000)
         for i in range(frames):

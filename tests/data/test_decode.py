@@ -5,6 +5,7 @@ import pickle
 import numpy as np
 import pytest
 import soundfile
+from av.video.reformatter import Colorspace
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -59,6 +60,12 @@ def test_dali_equals_pyav(tmp_path, codec, name, size):
         assert dali.dtype == np.uint8 and dali.shape == (len(indices), *size, 3)
         assert np.array_equal(dali, pyav) and np.array_equal(auto, pyav)
     assert not np.array_equal(dali[0], dali[-1])
+
+
+def test_colour_tag_changes_neither_head(tmp_path):
+    plain, tagged = (make_video(tmp_path / f"{tag}.webm", tag=tag) for tag in (None, Colorspace.ITU709))
+    frames = [decode_frames(path, np.arange(0, 16, 5), b) for path in (plain, tagged) for b in ("dali", "pyav")]
+    assert all(np.array_equal(frames[0], other) for other in frames[1:])
 
 
 def test_variable_frame_rate(tmp_path):

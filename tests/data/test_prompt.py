@@ -109,6 +109,13 @@ def test_interleaving_equals_transformers(media, fps):
     assert "".join(names[i] for i in ids.tolist()) == expected
 
 
+def test_seconds_per_grid_are_those_really_sampled():
+    clip = Media("v", "video", 16, 8.0, None, 84, 84)
+    assert plan_media(clip, DATA).seconds_per_grid == 0.5  # 8 frames of 2 s
+    long = replace(clip, frame_count=480)
+    assert plan_media(long, replace(DATA, max_frames=8)).seconds_per_grid == 15.0  # 8 frames of 60 s, not 2 / fps
+
+
 def test_each_video_has_its_own_sound_flag():
     """A clip without sound beside one with: the tokens of each are those that it has alone."""
     mute = Media("v", "video", 16, 8.0, None, 84, 84)
