@@ -174,6 +174,9 @@ def test_token_weights_average_each_part(completions: list[tuple[int, bool]], al
 
 def test_fillers_contribute_nothing() -> None:
     case = make_case(4, [3, 4])
+    # What becomes filler has ratios that would be clipped, and the largest ones.
+    case = case._replace(old=case.new.detach() - torch.tensor([0.0] * 3 + [3.0] * 4), advantages=torch.ones(7))
+    assert case.loss(*grpo_weights([3, 4]))[1]["clipped_tokens"] == 4
     weights, kl_weights = grpo_weights([3, 4])
     weights[3:] = kl_weights[3:] = 0
     loss, stats = case.loss(weights, kl_weights)

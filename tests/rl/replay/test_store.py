@@ -1,0 +1,199 @@
+import json
+import logging
+import os
+import resource
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_avatar.records import Completion, Trajectory
+from megatron_avatar.rl.replay import store
+from megatron_avatar.rl.replay.store import collect_garbage, read_shards, write_shards
+
+number = st.floats(allow_nan=False, allow_infinity=False)
+
+
+@st.composite
+def trajectories(draw: st.DrawFn) -> Trajectory:
+    length = draw(st.integers(1, 12))
+    completion = Completion(
+        token_ids=np.array(draw(st.lists(st.integers(0, 2**31 - 1), min_size=length, max_size=length)), np.int64),
+        logprobs=np.array(draw(st.lists(st.floats(-50, 0, width=32), min_size=length, max_size=length)), np.float32),
+        finished=draw(st.booleans()),
+    )
+    parts = draw(st.dictionaries(st.text(max_size=5), st.floats(0, 1) | st.just(float("nan")), max_size=4))
+    return Trajectory(
+        sample_id=draw(st.text(max_size=8)), variant=draw(st.sampled_from(["plain", "hinted"])), completion=completion,
+        reward=draw(number), parts=parts, kl_ref=draw(number), ref_id=draw(st.text(max_size=4)), stage="stage-2",
+        step=draw(st.integers(0, 10**9)), policy_version=draw(st.integers(0, 10**9)), text=draw(st.text(max_size=9)),
+    )
+
+
+def make(n: int, first: int = 0, stage: str = "s") -> dict[int, Trajectory]:
+    """Trajectories of 1..5 tokens with serials first .. first + n - 1."""
+    rows = {}
+    for k in range(first, first + n):
+        size = 1 + k % 5
+        completion = Completion(np.arange(size) + k, np.full(size, -0.1 * k, np.float32), True)
+        rows[k] = Trajectory(f"id{k}", "plain", completion, k / 7, {"accuracy": 1.0}, 0.01, "ref", stage, k, k)
+    return rows
+
+
+def assert_same(found: dict[int, Trajectory], expected: dict[int, Trajectory]) -> None:
+    assert list(found) == sorted(expected)
+    for serial, t in expected.items():
+        got = found[serial]
+        np.testing.assert_equal(asdict(got), asdict(t))  # NaN equals NaN
+        assert type(got.completion.finished) is bool and type(got.reward) is float and type(got.step) is int
+        assert got.completion.token_ids.dtype == np.int64 and got.completion.logprobs.dtype == np.float32
+
+
+def files(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.dictionaries(st.integers(0, 10**6), trajectories(), max_size=8))
+def test_everything_survives_exactly(tmp_path_factory: pytest.TempPathFactory, rows: dict[int, Trajectory]) -> None:
+    folder = tmp_path_factory.mktemp("replay")
+    index = json.loads(json.dumps(write_shards(folder, rows, known={})))
+    found, damaged = read_shards(folder, index)
+    assert_same(found, rows)
+    assert not damaged
+    assert write_shards(folder, found, known=index) == index  # what was read is known to be stored
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 4)), min_size=1, max_size=6), st.integers(1, 4))
+def test_any_history_of_checkpoints_reads_back(
+    tmp_path_factory: pytest.TempPathFactory, history: list[tuple[int, int]], rows_per_shard: int
+) -> None:
+    """Appending and evicting between checkpoints, two of which are kept: neither loses a trajectory."""
+    folder = tmp_path_factory.mktemp("replay")
+    rows, first, kept = {}, 0, [({}, {})]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store, "ROWS_PER_SHARD", rows_per_shard)
+        for added, evicted in history:
+            rows = dict(list({**rows, **make(added, first)}.items())[evicted:])
+            first += added
+            index = write_shards(folder, rows, known=kept[-1][0])
+            kept = [*kept[-1:], (index, rows)]
+            collect_garbage(folder, [index for index, _ in kept])
+            for index, expected in kept:
+                found, damaged = read_shards(folder, index)
+                assert_same(found, expected)
+                assert not damaged
+            assert files(folder) == {name for index, _ in kept for name in index}
+            assert all(2 * len(s["live"]) >= s["rows"] for s in kept[-1][0].values())  # dead rows stay bounded
+
+
+def test_only_new_trajectories_are_written(tmp_path: Path) -> None:
+    first = write_shards(tmp_path, make(10), known={})
+    (old,) = files(tmp_path)
+    stamp = (tmp_path / old).stat()
+    second = write_shards(tmp_path, make(13), known=first)
+    (new,) = files(tmp_path) - {old}
+    assert second[old] == first[old] and second[new]["rows"] == 3
+    assert (tmp_path / old).stat() == stamp
+    partly = write_shards(tmp_path, make(9, 4), known=second)  # 4 of the old shard's 10 are gone: it stays
+    assert partly.keys() == second.keys() and len(partly[old]["live"]) == 6
+    assert_same(read_shards(tmp_path, partly)[0], make(9, 4))
+    third = write_shards(tmp_path, make(5, 8), known=partly)  # 8 of the old shard's 10 are gone: compacted
+    assert old not in third and old in files(tmp_path)
+    assert_same(read_shards(tmp_path, third)[0], make(5, 8))
+    assert_same(read_shards(tmp_path, second)[0], make(13))
+    assert collect_garbage(tmp_path, [third]) == [old]
+
+
+def test_a_serial_used_again_is_another_trajectory(tmp_path: Path) -> None:
+    """A later stage's buffer counts from zero again: nothing of the earlier stage may come back."""
+    index = write_shards(tmp_path, make(4, stage="one"), known={})
+    later = write_shards(tmp_path, make(4, stage="two"), known=index)
+    assert not later.keys() & index.keys()
+    assert_same(read_shards(tmp_path, later)[0], make(4, stage="two"))
+
+
+def test_eight_bytes_a_token_and_few_reads(tmp_path: Path) -> None:
+    rows = make(50)
+    for t in rows.values():
+        t.completion = Completion(np.arange(2048), np.zeros(2048, np.float32), True)
+    (name,) = write_shards(tmp_path, rows, known={})
+    assert (tmp_path / name).stat().st_size / (50 * 2048) < 8.2
+    with h5py.File(tmp_path / name) as file:  # a plain HDF5 file of four datasets
+        assert {key: file[key].shape for key in ("rows", "token_ids", "logprobs")} == {
+            "rows": (50,), "token_ids": (50 * 2048,), "logprobs": (50 * 2048,)}
+        assert len(file) == 4 and file["token_ids"].dtype == np.int32
+
+
+@pytest.mark.parametrize("harm", ["flip", "truncate", "empty", "remove"])
+def test_a_damaged_shard_is_set_aside_and_the_rest_goes_on(
+    tmp_path: Path, harm: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    index = write_shards(tmp_path, make(6), known={})
+    (name,) = index
+    index = write_shards(tmp_path, make(9), known=index)
+    path = tmp_path / name
+    image = bytearray(path.read_bytes())
+    image[len(image) // 2] ^= 1
+    changed = {"flip": bytes(image), "truncate": bytes(image[:-1]), "empty": b""}
+    path.unlink() if harm == "remove" else path.write_bytes(changed[harm])
+
+    with caplog.at_level(logging.ERROR):
+        found, damaged = read_shards(tmp_path, index)
+    assert_same(found, make(3, 6))
+    assert damaged == [name]
+    assert name in caplog.text and "6 trajectories" in caplog.text
+    assert name not in files(tmp_path) and (harm == "remove" or f"{name}.damaged" in files(tmp_path))
+    assert read_shards(tmp_path, index)[1] == [name]  # a rank that comes later counts it, too
+    following = write_shards(tmp_path, found, known=index)
+    assert name not in following and read_shards(tmp_path, following)[1] == []
+    collect_garbage(tmp_path, [following])
+    assert harm == "remove" or f"{name}.damaged" in files(tmp_path)  # kept for the user to look at
+
+
+def test_a_full_disk_loses_nothing(tmp_path: Path) -> None:
+    """The kernel itself refuses the write: files of this process may not grow beyond 20 kB."""
+    index = write_shards(tmp_path, make(3), known={})
+    big = make(4)
+    big[3].completion = Completion(np.arange(5000), np.zeros(5000, np.float32), True)
+    before, limits = files(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"cannot write \d+ bytes.*earlier checkpoints are intact") as failure:
+            write_shards(tmp_path, big, known=index)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert str(tmp_path) in str(failure.value) and failure.value.errno
+    assert files(tmp_path) == before
+    assert_same(read_shards(tmp_path, index)[0], make(3))
+    assert_same(read_shards(tmp_path, write_shards(tmp_path, big, known=index))[0], big)  # room again
+
+
+def test_killed_while_writing_leaves_no_shard(tmp_path: Path) -> None:
+    """A process that dies before the rename leaves a file that no index can name, and garbage."""
+    index = write_shards(tmp_path, make(3), known={})
+    script = (
+        "import os, sys, pathlib\n"
+        "from megatron_avatar.rl.replay import store\n"
+        "store.os.fsync = lambda fd: os._exit(9)\n"
+        "store._write_whole(pathlib.Path(sys.argv[1]), 'shard-0.h5', b'half')\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    assert subprocess.run([sys.executable, "-c", script, str(tmp_path)], env=environment).returncode == 9
+    (left,) = files(tmp_path) - index.keys()
+    assert left.endswith(".tmp")
+    assert collect_garbage(tmp_path, [index]) == [left]
+    assert_same(read_shards(tmp_path, index)[0], make(3))
+
+
+def test_nothing_to_do(tmp_path: Path) -> None:
+    assert write_shards(tmp_path / "new", {}, known={}) == {}
+    assert read_shards(tmp_path / "new", {}) == ({}, [])
+    assert collect_garbage(tmp_path / "new", []) == []
