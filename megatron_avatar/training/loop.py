@@ -171,9 +171,15 @@ class Run:
     # ---- steps ---------------------------------------------------------------------------------
 
     def prompts(self, requests: list[tuple[Sample, str]]) -> list:
-        """Decoded prompts (None: quarantined) and, on the first stage, their frozen media features."""
+        """Decoded prompts; None for a quarantined sample, on all ranks of a model replica alike."""
+        backend = self.backend
         with self.telemetry.timer("decode"):
-            return self.loader.get(requests)
+            prompts = self.loader.get(requests)
+            if backend.tp * backend.pp > 1:  # a deadline may have passed on one of them only
+                lost = backend.all_gather_object((backend.dp_rank, [p is None for p in prompts]))
+                for _, gone in (entry for entry in lost if entry[0] == backend.dp_rank):
+                    prompts = [None if g else p for p, g in zip(prompts, gone, strict=True)]
+            return prompts
 
     def embed(self, prompts: list) -> list:
         with self.telemetry.timer("towers"):

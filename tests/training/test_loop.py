@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -95,6 +96,48 @@ def test_killed_and_interrupted_runs_continue_bit_for_bit(world, whole):
     done = train(*arguments(world, out, "checkpoint.every=2", steps=3))
     assert done.returncode == 0, done.stderr
     assert_equal_runs(whole, out)
+
+
+def test_damage_is_named_and_survived(world, whole):
+    """A damaged checkpoint: the one before it, same bits. A damaged shard: the rest of the buffer, and a loud line."""
+    out = world / "damaged"
+    shutil.copytree(whole, out)
+    (out / "done.json").unlink()
+    newest = max((out / "checkpoints").iterdir())
+    victim = max((f for f in newest.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
+    victim.write_bytes(victim.read_bytes()[:-7])
+    command = arguments(world, out, "checkpoint.every=2", steps=3)
+    done = train(*command)
+    assert done.returncode == 0 and "DAMAGED CHECKPOINT" in done.stderr and victim.name in done.stderr, done.stderr
+    assert_equal_runs(whole, out)
+
+    (out / "done.json").unlink()
+    shutil.rmtree(max((out / "checkpoints").iterdir()))
+    shard = next((out / "replay").glob("shard-*.h5"))
+    shard.write_bytes(b"not a shard")
+    done = train(*command)
+    assert done.returncode == 0 and shard.name in done.stderr and "no longer bit-equal" in done.stderr, done.stderr
+    assert len(metrics(out)) == 9
+
+
+def test_a_damaged_clip_is_set_aside_and_listed(world):
+    data = world / "dirty"
+    shutil.copytree(world / "data", data)
+    lines = [json.loads(line) for line in (data / "manifest.jsonl").read_text().splitlines()]
+    victims = [line["id"] for line in lines if line["split"] == "train" and line["stage"] == "visual"][:2]
+    for victim in victims:
+        clip = data / "clips" / f"{victim}.webm"
+        clip.write_bytes(clip.read_bytes()[:200])
+    out = world / "dirty_run"
+    visual = len([x for x in lines if x["split"] == "train" and x["stage"] == "visual"])
+    settings = [f"data.manifest={data / 'manifest.jsonl'}", "~stages.audio_visual", "~stages.localisation",
+                f"stages.visual.prompts_per_step={visual}"]
+    stages = ("stages.audio_visual.", "stages.localisation.")
+    done = train(*[a for a in arguments(world, out, *settings, steps=1) if not a.startswith(stages)])
+    assert done.returncode == 0, done.stderr
+    listed = json.loads((out / "done.json").read_text())["quarantined"]
+    assert sorted(listed) == sorted(victims) and all(victim in listed[victim] for victim in victims)
+    assert metrics(out)[0]["completions_generated"] == 4 * (visual - 2)
 
 
 def test_settings_of_another_run_are_refused(world, whole):
