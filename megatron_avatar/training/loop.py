@@ -23,7 +23,7 @@ from megatron_avatar.records import Completion, Group, Sample, Trajectory
 from megatron_avatar.rl.hints import HintPolicy
 from megatron_avatar.rl.replay.buffer import ReplayBuffer
 from megatron_avatar.rl.replay.store import collect_garbage, read_shards, write_shards
-from megatron_avatar.rl.rewards import RuleJudge
+from megatron_avatar.rl.rewards import RuleJudge, combine
 from megatron_avatar.rl.tracker import RewardTracker
 from megatron_avatar.training import checkpoint, metrics
 from megatron_avatar.training.evaluate import evaluate
@@ -109,7 +109,9 @@ class Run:
             return
         self.learner.snapshot_reference()
         rl = config.rl
-        if rl.replay.carry_over_stages and hasattr(self, "tracker"):
+        if rl.replay.carry_over_stages and getattr(self, "buffer", None) is not None:
+            self.buffer.rescore(lambda parts: combine(parts, stage.rewards))
+            self.tracker.refill(self.buffer.trajectories.values())
             return
         self.tracker = RewardTracker(window=rl.vcrs_window)
         self.hints = HintPolicy(rl.hints, self.tracker) if rl.hints.enabled else None
@@ -253,7 +255,7 @@ class Run:
             fresh=fresh, drawn=drawn, stats=stats, off_advantages=off_advantages,
             on_advantages=backend.all_gather_object_dp([g.advantages for g in groups]), clipped=clipped,
             vanished=gone / max(len(visits), 1), step=self.step, tracker=self.tracker, buffer=self.buffer,
-            hinted=sum(v.variant == "hinted" for v in visits), pool=len(self.pool),
+            hinted=sum(v.variant == "hinted" for v in visits), pool=self.pool,
             completions_generated=self.completions_generated, lr=self.optimization.lr,
         )
 

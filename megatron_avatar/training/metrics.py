@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -34,7 +34,7 @@ def histogram(values: Sequence[float], edges: np.ndarray) -> list[int]:
 def rl_record(
     *, fresh: list[Trajectory], drawn: list[list[Trajectory]], stats: dict, on_advantages: list[list[np.ndarray]],
     off_advantages: list[np.ndarray], clipped: float, vanished: float, step: int, tracker: RewardTracker,
-    buffer: ReplayBuffer | None, hinted: int, pool: int, completions_generated: int, lr: float,
+    buffer: ReplayBuffer | None, hinted: int, pool: Collection[str], completions_generated: int, lr: float,
 ) -> dict:
     """What a step of reinforcement learning logs; statistics are those of the whole step, over all ranks."""
     replayed = [t for group in drawn for t in group]
@@ -64,7 +64,7 @@ def rl_record(
         "entropy": float(stats["entropy_sum"]) / tokens,
         "length": float(np.mean([len(t.completion) for t in fresh])),
         "finished": float(np.mean([t.completion.finished for t in fresh])),
-        "solvability": len(tracker.solved) / pool,
+        "solvability": len(tracker.solved.intersection(pool)) / len(pool),
         "hints": hinted,
         "logprob_error": stats["logprob_error"],
         "loss": float(stats["loss"]),
