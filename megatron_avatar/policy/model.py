@@ -272,6 +272,7 @@ class OmniPolicy(MegatronModule):
         dist.send(hidden.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank(), group)
         return None
 
+    @torch.no_grad()
     def logits(self, batch: GroupBatch, media: Sequence[Tensor | None] | None = None) -> Tensor | None:
         """Logits [S, V] of every token on the last stage, None before: for comparisons, not for training."""
         hidden = self.run_pipeline(*self._inputs(batch, media))

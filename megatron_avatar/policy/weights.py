@@ -187,6 +187,7 @@ def export_hf(
             _write_folder(gathered, Path(folder), Path(source_folder), dtype or policy.config.params_dtype)
         except (OSError, ValueError, SafetensorError) as error:
             outcome = [f"export to {folder} failed: {error}"]
+            shutil.rmtree(_aside(Path(folder)), ignore_errors=True)
     for _ in gathered:  # the other ranks send; after a failure rank 0 still takes what they have sent
         pass
     dist.broadcast_object_list(outcome, 0)
@@ -230,9 +231,13 @@ def _gather(policy: OmniPolicy, dtype: torch.dtype) -> Iterator[tuple[str, Tenso
                 yield name, received.cpu()
 
 
+def _aside(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.writing")
+
+
 def _write_folder(tensors: Iterable[tuple[str, Tensor]], folder: Path, source: Path, dtype: torch.dtype) -> None:
     """Write aside, then rename."""
-    aside, old = (folder.with_name(f"{folder.name}.{suffix}") for suffix in ("writing", "old"))
+    aside, old = _aside(folder), folder.with_name(f"{folder.name}.old")
     for leftover in (aside, old):
         shutil.rmtree(leftover, ignore_errors=True)
     aside.mkdir(parents=True)

@@ -6,6 +6,7 @@ The same classes as the 7B, made in a second. Positions come from transformers.
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -121,6 +122,12 @@ def tiny_prompts(config: Qwen2_5OmniThinkerConfig, seed: int = 0) -> dict[str, P
     return prompts
 
 
+def tiny_completions() -> list[np.ndarray]:
+    """Three completions of different length."""
+    rng = np.random.default_rng(1)
+    return [rng.integers(0, TEXT, n) for n in (6, 1, 9)]
+
+
 def thinker_logits(
     model: Qwen2_5OmniThinkerForConditionalGeneration, prompt: Prompt, completion: np.ndarray | None = None
 ) -> torch.Tensor:
@@ -147,12 +154,17 @@ def launch(script: str | Path, processes: int, *args: str | Path, timeout: float
     root = Path(__file__).resolve().parents[2]
     path = os.pathsep.join([str(root), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", processes, "--master-port", port]
-    result = subprocess.run(
+    process = subprocess.Popen(
         [str(part) for part in (*command, script, *args)],
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=timeout,
+        start_new_session=True,
     )
-    assert result.returncode == 0, result.stdout[-8000:]
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except BaseException:  # too long, or interrupted: torchrun alone would leave its ranks behind
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    assert process.returncode == 0, output[-8000:]

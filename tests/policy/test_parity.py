@@ -1,0 +1,199 @@
+"""The policy equals transformers' Qwen2.5-Omni Thinker: logits, scores of packed groups, and gradients.
+
+Tolerance: 1e-5 of the logits' standard deviation, in float32. The layouts with several ranks share one launch.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from parity_world import GRADIENT_KINDS, LAYOUTS, MODELS, models_of
+from safetensors.torch import load_file, save_file
+from tiny import AUDIO, KINDS, launch, thinker_logits, tiny_completions, tiny_config, tiny_prompts, tiny_thinker
+
+from megatron_avatar.config.schema import ModelConfig, ParallelConfig
+from megatron_avatar.policy import backend as backends
+from megatron_avatar.policy.attention import pack_groups
+from megatron_avatar.policy.model import build_policy
+from megatron_avatar.policy.weights import load_hf, policy_slots
+
+TOLERANCE = 1e-5
+CONFIGS = {"tiny": {}, "tied": dict(tied=True), "qwen": dict(qwen=True, layers=2)}
+
+
+def write_references(folder):
+    """The models, with transformers' logits, scores and gradients."""
+    for name in MODELS:
+        config = tiny_config(**CONFIGS[name])
+        model, prompts = tiny_thinker(config), tiny_prompts(config)
+        model.save_pretrained(folder / name)
+        with torch.no_grad():
+            save_file({kind: thinker_logits(model, prompts[kind]) for kind in KINDS}, folder / f"{name}.logits")
+        if name != "qwen":
+            scores = {f"scores.{kind}": row_scores(model, prompts[kind]) for kind in GRADIENT_KINDS}
+            (-sum(score[0].sum() for score in scores.values()) / len(scores)).backward()
+            save_file({kind: score.detach() for kind, score in scores.items()}, folder / f"{name}.scores")
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.copy_(torch.zeros(()) if parameter.grad is None else parameter.grad)
+            model.save_pretrained(folder / "gradients")
+            (folder / "gradients" / "model.safetensors").rename(folder / f"{name}.gradients")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_references(tmp_path_factory.mktemp("parity"))
+
+
+def row_scores(model, prompt, temperature=0.8):
+    """transformers' log-probability and entropy [2, N] of the completions, each in a row of its own."""
+    parts = []
+    for completion in tiny_completions():
+        logits = thinker_logits(model, prompt, completion)[len(prompt) - 1 : -1] / temperature
+        logprobs = logits.log_softmax(-1)
+        entropy = -(logprobs.exp() * logprobs).sum(-1)
+        parts.append(torch.stack([logprobs[range(len(completion)), completion], entropy.detach()]))
+    return torch.cat(parts, dim=1)
+
+
+@pytest.fixture(scope="module")
+def results(folder):
+    launch(Path(__file__).parent / "parity_world.py", 4, folder)
+    return json.loads((folder / "results.json").read_text())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_every_layout_equals_transformers(results, layout):
+    """Logits of every kind of prompt; scores and gradients of groups; weights after export and import."""
+    checks = results["-".join(map(str, layout))]
+    expected = {f"{model}.{kind}" for model in models_of(layout[0]) for kind in KINDS}
+    expected |= {
+        f"{model}.{check}" for model in ("tiny", "tied") for check in ("export", "round_trip", "scores", "gradients")
+    }
+    assert set(checks) == expected
+    assert all(checks[name] == 0 for name in checks if name.endswith(("export", "round_trip")))
+    assert {name: error for name, error in checks.items() if error > TOLERANCE} == {}
+
+
+@pytest.fixture(scope="module")
+def backend():
+    yield backends.start(ParallelConfig())
+    backends.stop()
+
+
+def load(folder, backend, **parallel):
+    policy = build_policy(folder, backend, ModelConfig(), ParallelConfig(**parallel))
+    load_hf(policy, folder)
+    return policy
+
+
+def logits_error(policy, prompt, reference, media=None):
+    """Largest difference of the logits in units of their standard deviation."""
+    media = policy.embed_media([prompt]) if media is None else media
+    logits = policy.logits(pack_groups([prompt], [[prompt.token_ids[:1]]]), media)
+    return float((logits - reference).abs().max() / reference.std())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_one_rank_equals_transformers_and_mistakes_show(folder, backend, name):
+    policy, references = load(folder / name, backend), load_file(folder / f"{name}.logits")
+    prompts = tiny_prompts(policy.hf_config)
+    for kind, prompt in prompts.items():
+        assert references[kind].std() >= 1
+        assert logits_error(policy, prompt, references[kind]) <= TOLERANCE
+
+    prompt, reference = prompts["audio_in_video"], references["audio_in_video"]
+    mistakes = {}
+    flat = np.broadcast_to(np.arange(len(prompt)), (3, len(prompt)))
+    mistakes["1-D positions"] = logits_error(policy, dataclasses.replace(prompt, positions=flat), reference)
+
+    (media,) = policy.embed_media([prompt])
+    heard = torch.from_numpy(prompt.token_ids[np.isin(prompt.token_ids, policy.placeholder_ids)] == AUDIO)
+    shifted = media.clone()
+    shifted[heard] = media[heard].roll(1, dims=0)
+    mistakes["shifted audio"] = logits_error(policy, prompt, reference, [shifted])
+
+    section = policy.language_model.mrope_section
+    policy.language_model.mrope_section = section[1:] + section[:1]
+    mistakes["permuted sections"] = logits_error(policy, prompt, reference)
+    policy.language_model.mrope_section = section
+
+    with torch.no_grad():
+        for slot in policy_slots(policy):
+            if any(".k_proj.weight" in tensor and "model.layers" in tensor for tensor in slot.shapes):
+                query, key, value = slot.join([slot.parameter])
+                slot.parameter.copy_(slot.take([query, value, key], 1, 0))
+    mistakes["swapped k and v"] = logits_error(policy, prompt, reference)
+    assert {name: error for name, error in mistakes.items() if error < 100 * TOLERANCE} == {}
+
+
+def test_recomputation_gives_the_same_gradients(folder, backend):
+    gradients = []
+    for recompute in (False, True):
+        policy = load(folder / "tiny", backend, recompute=recompute).train()
+        prompts = [tiny_prompts(policy.hf_config)[kind] for kind in GRADIENT_KINDS]
+        batch = pack_groups(prompts, [tiny_completions()] * len(prompts))
+        policy(batch, policy.embed_media(prompts))[0].sum().backward()
+        gradients.append({name: value.grad for name, value in policy.language_model.named_parameters()})
+    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
+
+
+def test_frozen_towers_and_encoders_of_many_prompts(folder, backend):
+    """One call for all prompts gives what single calls give; frozen, the encoders are outside of the graph."""
+    policy = load(folder / "tiny", backend)
+    prompts = list(tiny_prompts(policy.hf_config).values())
+    together = policy.embed_media(prompts)
+    for prompt, media in zip(prompts, together, strict=True):
+        (alone,) = policy.embed_media([prompt])
+        if prompt.sample_id == "text":
+            assert media is None and alone is None
+        else:
+            torch.testing.assert_close(media, alone, atol=1e-5, rtol=0)
+            assert not media.requires_grad
+    assert not any(value.requires_grad for tower in (policy.visual, policy.audio_tower) for value in tower.parameters())
+    assert policy.embed_media(prompts[:1], grad=True)[0].grad_fn is None, "frozen weights need no graph"
+
+
+def test_bfloat16_stays_close_and_scores_in_float32(folder, backend):
+    policy = build_policy(folder / "tiny", backend, ModelConfig(dtype="bfloat16"), ParallelConfig())
+    load_hf(policy, folder / "tiny")
+    prompts = [tiny_prompts(policy.hf_config)[kind] for kind in GRADIENT_KINDS]
+    scores = policy(pack_groups(prompts, [tiny_completions()] * 2), policy.embed_media(prompts), temperature=0.8)
+    theirs = load_file(folder / "tiny.scores")
+    theirs = torch.cat([theirs[f"scores.{kind}"] for kind in GRADIENT_KINDS], dim=1)
+    assert scores.dtype == torch.float32
+    assert 1e-4 < (scores - theirs).abs().mean() < 0.1
+
+
+def test_features_that_do_not_fit_the_placeholders_are_refused(folder, backend):
+    policy = load(folder / "tiny", backend)
+    prompt = tiny_prompts(policy.hf_config)["audio"]
+    with pytest.raises(ValueError, match="'audio'.*100 audio placeholders.*99 audio embeddings"):
+        policy.embed_media([dataclasses.replace(prompt, mel=prompt.mel[:, :396], mel_lengths=torch.tensor([396]))])
+
+
+@pytest.mark.parametrize(
+    "tp, pp, match", [(3, 1, "parallel.tp=3.*4 attention heads"), (1, 3, "parallel.pp=3.*4 layers")]
+)
+def test_layouts_that_do_not_fit_are_refused(folder, backend, tp, pp, match):
+    with pytest.raises(ValueError, match=match):
+        load(folder / "tiny", dataclasses.replace(backend, tp=tp, pp=pp))
+
+
+def test_other_architectures_are_refused(folder, backend, tmp_path):
+    with pytest.raises(ValueError, match="config.json doesn't exist"):
+        load(tmp_path, backend)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ValueError, match="model_type is 'llama'"):
+        load(tmp_path, backend)
+    with pytest.raises(ValueError, match="model.dtype='float8'"):
+        build_policy(folder / "tiny", backend, ModelConfig(dtype="float8"), ParallelConfig())
+    config = json.loads((folder / "tiny" / "config.json").read_text())
+    config["text_config"]["use_sliding_window"] = True
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="sliding windows"):
+        load(tmp_path, backend)
