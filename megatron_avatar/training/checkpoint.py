@@ -274,7 +274,7 @@ def load(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             loaded = dist_checkpointing.load(wanted, str(path / WEIGHTS))
-    except (CheckpointException, CheckpointingException, KeyError) as error:
+    except (CheckpointException, CheckpointingException, KeyError, ValueError) as error:
         raise CheckpointError(
             f"the checkpoint {path} doesn't fit this model: {_reason(error)}. Use the model.path and the stages "
             "(train_towers) that it was saved with"
@@ -339,7 +339,8 @@ def _refuse_code(path: Path) -> None:
 def _reason(error: BaseException) -> str:
     """One line; torch's CheckpointException holds the ranks' own errors."""
     failures = getattr(error, "failures", None)
-    return str(next(iter(failures.values()))[0] if failures else error).splitlines()[0][:300]
+    error = next(iter(failures.values()))[0] if failures else error
+    return f"{type(error).__name__}: {str(error)[:300]}".splitlines()[0]
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -74,13 +74,12 @@ class Optimization:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what a checkpoint returned for `sharded_state_dict`; settings stay as configured now."""
         settings = [{k: v for k, v in group.items() if k not in ("params", "step")} for group in self._groups]
-        parts = [state["optimizer"]] if len(self._optimizer.chained_optimizers) == 1 else state["optimizer"].values()
-        for part in parts:  # Megatron-Core leaves the step out of a state without any update
-            part.get("optimizer", part)["state"].setdefault("common_step", torch.tensor(0.0))
+        if USING_PYTORCH_OPTIMIZER:  # Megatron-Core leaves the step out of a state without any update
+            adamw = state["optimizer"].get("optimizer", state["optimizer"])  # bf16 has master weights beside it
+            adamw["state"].setdefault("common_step", torch.tensor(0.0))
         self._optimizer.load_state_dict(state["optimizer"])
         for group, own in zip(self._groups, settings, strict=True):
             group.update(own)
-        self._complete_state()
         self._scheduler.num_steps = state["schedule"]["points"]
         self._scheduler.step(0)
         self.skipped = state["schedule"]["skipped"]

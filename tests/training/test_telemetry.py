@@ -1,0 +1,236 @@
+"""Telemetry: no gaps, no repeats, no secrets; progress that suits the output; signals that become a flag."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_avatar.config.schema import Config
+from megatron_avatar.training import telemetry
+from megatron_avatar.training.telemetry import StopSignal, Telemetry, Timer
+
+KEY = "0123456789abcdef" * 2 + "fedcba98"
+
+
+def open_telemetry(run, *, wandb="disabled", rank=0) -> Telemetry:
+    config = Config(name="recipe")
+    config.log.wandb = wandb
+    return Telemetry(run, config, SimpleNamespace(rank=rank))
+
+
+def records(run) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+# ---- metrics.jsonl -----------------------------------------------------------------------------
+
+
+def test_records_are_the_loops_own_and_plain_json(tmp_path):
+    log = open_telemetry(tmp_path)
+    with log.timer("generate"):
+        time.sleep(0.01)
+    log.log({
+        "step": 1, "stage": "visual", "reward": np.float32(0.5), "ess": None, "skipped": False, "n": np.int64(3),
+        "masked": float("nan"), "inner": {"hist": np.array([1, 2]), "ratio": torch.tensor(float("inf"))},
+    })
+    log.log({"step": 2})
+    first, second = records(tmp_path)
+    assert 0.01 <= first.pop("time/generate") < 5
+    assert abs(first.pop("time") - time.time()) < 60
+    assert 10 < first.pop("peak_rss_mib") < 100_000
+    assert first == {
+        "step": 1, "stage": "visual", "reward": 0.5, "ess": None, "skipped": False, "n": 3, "masked": None,
+        "inner": {"hist": [1, 2], "ratio": None},
+    }
+    assert set(second) == {"step", "time", "peak_rss_mib"}  # phases start anew after each record
+
+
+def test_rewind_leaves_no_gap_and_no_repeat(tmp_path):
+    for first, last, checkpoint in ((1, 8, 0), (5, 9, 4), (9, 12, 8)):
+        log = open_telemetry(tmp_path)
+        log.rewind(checkpoint)
+        for step in range(first, last):
+            log.log({"step": step, "attempt": first})
+        with open(tmp_path / "metrics.jsonl", "a") as file:
+            file.write('{"step": 3, "rew')  # killed while writing
+    log = open_telemetry(tmp_path)
+    log.rewind(10)
+    log.log({"step": 11, "attempt": 11})
+    assert [(r["step"], r["attempt"]) for r in records(tmp_path)] == [
+        *((step, 1) for step in range(1, 5)), *((step, 5) for step in range(5, 9)), (9, 9), (10, 9), (11, 11),
+    ]
+    assert os.listdir(tmp_path) == ["metrics.jsonl"]
+
+
+def test_rewind_within_a_run_that_goes_on(tmp_path):
+    log = open_telemetry(tmp_path)
+    for step in (1, 2, 3):
+        log.log({"step": step})
+    log.rewind(1)
+    log.log({"step": 2})
+    assert [r["step"] for r in records(tmp_path)] == [1, 2]
+
+
+def test_other_ranks_write_nothing(tmp_path, capfd):
+    log = open_telemetry(tmp_path / "run", rank=1, wandb="offline")
+    log.rewind(0)
+    with log.progress("visual", 0, 1) as bar:
+        log.log({"step": 1, "reward": 1.0})
+        bar.update({"reward": 1.0})
+    log.close()
+    assert not (tmp_path / "run").exists()
+    assert capfd.readouterr() == ("", "")
+
+
+def test_timer_adds_up_by_phase():
+    timer = Timer()
+    with timer("step"):
+        for _ in range(2):
+            with timer("decode"):
+                time.sleep(0.02)
+    with pytest.raises(RuntimeError), timer("reward"):
+        raise RuntimeError
+    seconds = timer.take()
+    assert set(seconds) == {"step", "decode", "reward"}
+    assert 0.04 <= seconds["decode"] <= seconds["step"] and seconds["reward"] < 0.02
+    assert timer.take() == {}
+
+
+# ---- wandb -------------------------------------------------------------------------------------
+
+
+def test_wandb_offline_continues_under_its_id_and_keeps_the_secret(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    for step in (1, 2):
+        log = open_telemetry(tmp_path, wandb="offline")
+        log.log({"step": step, "reward": 0.5})
+        log.close()
+    name = (tmp_path / "wandb_id").read_text()
+    runs = list((tmp_path / "wandb").glob(f"offline-run-*-{name}"))
+    assert runs and all(list(run.glob("*.wandb")) for run in runs)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) > 3
+    assert not [path for path in files if KEY.encode() in path.read_bytes()]
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("setting", "key", "reachable", "modes"),
+    [("auto", None, True, ["offline"]), ("auto", KEY, True, ["online"]), ("auto", KEY, False, ["online", "offline"]),
+     ("offline", KEY, True, ["offline"]), ("disabled", KEY, True, [])],
+)  # fmt: skip
+def test_wandb_is_online_only_with_a_key(tmp_path, monkeypatch, capfd, setting, key, reachable, modes):
+    import wandb
+
+    used, logged = [], []
+
+    def init(*, mode, config, **_):
+        used.append(mode)
+        assert KEY not in str(config)
+        if mode == "online" and not reachable:
+            raise wandb.Error(f"cannot log in with {KEY}")
+        return SimpleNamespace(define_metric=lambda *_, **__: None, log=logged.append, finish=lambda: None)
+
+    monkeypatch.setattr(wandb, "init", init)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    if key:
+        monkeypatch.setenv("WANDB_API_KEY", key)
+    log = open_telemetry(tmp_path, wandb=setting)
+    log.log({"step": 1, "reward": float("nan"), "kl": 0.25, "hist": [1]})
+    log.close()
+    assert used == modes
+    assert [(r["step"], r["kl"], "hist" in r, "reward" in r) for r in logged] == [(1, 0.25, False, False)] * bool(modes)
+    output = "".join(capfd.readouterr())
+    assert KEY not in output and ("wandb sync" in output) == (not reachable)
+
+
+def test_without_wandb_the_run_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    log = open_telemetry(tmp_path, wandb="auto")
+    log.log({"step": 1})
+    assert len(records(tmp_path)) == 1 and "wandb is not installed" in capsys.readouterr().err
+
+
+def test_unknown_wandb_mode_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="log.wandb='onlin'.*auto"):
+        open_telemetry(tmp_path, wandb="onlin")
+
+
+# ---- progress ----------------------------------------------------------------------------------
+
+
+def run_stage(tmp_path) -> None:
+    log = open_telemetry(tmp_path)
+    with log.progress("localisation", 2, 6) as bar:
+        for reward in (0.1, None, 0.3, 0.4):
+            bar.update({"reward": reward, "loss": 7.0})
+
+
+def test_progress_as_lines_without_a_terminal(tmp_path, monkeypatch, capsys):
+    run_stage(tmp_path)
+    (line,) = capsys.readouterr().err.splitlines()  # quick steps: only the end is worth a line
+    assert line.startswith("localisation 6/6 reward 0.400") and line.endswith("0:00:00 left")
+    monkeypatch.setattr(telemetry, "PLAIN_INTERVAL_S", 0.0)
+    run_stage(tmp_path)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split()[1] for line in lines] == ["3/6", "4/6", "5/6", "6/6"]
+    assert all("s/step" in line and "loss" not in line for line in lines)
+
+
+def test_progress_as_a_bar_on_a_terminal(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    run_stage(tmp_path)
+    shown = capsys.readouterr().err
+    assert "localisation" in shown and "6/6" in shown and "reward 0.400" in shown and "s/step" not in shown
+
+
+# ---- signals -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stop():
+    before = {number: signal.getsignal(number) for number in StopSignal.SIGNALS}
+    yield StopSignal()
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", StopSignal.SIGNALS)
+def test_a_signal_becomes_a_flag(stop, number, capfd):
+    assert not stop()
+    os.kill(os.getpid(), number)
+    assert stop()
+    assert number.name in capfd.readouterr().err
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
+
+
+@pytest.mark.parametrize("told", [0, 1, None])
+def test_ranks_agree(stop, told):
+    backend = SimpleNamespace(all_gather_object=lambda mine: [mine or told == 0, told == 1])
+    assert stop.agree(backend) == (told is not None) == stop()
+
+
+def test_a_forked_worker_still_dies_of_a_signal(stop):
+    ready, tell = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(tell, b".")
+        time.sleep(30)
+        os._exit(0)
+    os.read(ready, 1)  # Python drops signals that reach a child in the middle of the fork
+    os.kill(child, signal.SIGTERM)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGTERM
+    assert not stop()
