@@ -84,7 +84,7 @@ class PeakMemory(threading.Thread):
 
 
 def run_phase(jobs: list[Job], title: str) -> dict[str, float]:
-    """Run the jobs side by side, a progress bar each; the seconds each took. SystemExit with the reason if one fails."""
+    """Run the jobs side by side, a progress bar each; the seconds each took. SystemExit names what failed."""
     began, seconds = time.monotonic(), {}
     columns = (TextColumn("[bold]{task.description:<22}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
                TimeRemainingColumn())
@@ -138,14 +138,18 @@ class Ledger:
         aside.replace(self.path)
 
 
-def phases(out: Path, seed: int, size: str, overrides: list[str]) -> list[tuple[str, Callable[[], list[Job]]]]:
-    """The demo's phases in order; the jobs of one phase run side by side."""
+def phases(out: Path, seed: int, smoke: bool) -> list[tuple[str, Callable[[], list[Job]]]]:
+    """The demo's phases in order; the jobs of one phase run side by side. `smoke`: a few steps on a few clips."""
     manifest = out / "data" / "manifest.jsonl"
+    size = "tiny" if smoke else "demo"
 
     def training(name: str, recipe: str, *extra: str) -> Job:
         arguments = [f"recipe={recipe}", f"output_dir={out / name}", f"data.manifest={manifest}", f"seed={seed}",
-                     f"name=demo_{name}", *extra, *overrides]
+                     f"name=demo_{name}", *extra]
         config = load_config(arguments)
+        if smoke:
+            arguments += [f"stages.{stage}.steps=2" for stage in config.stages]
+            config = load_config(arguments)
         return Job(name, ["-m", "megatron_avatar.train", *arguments], out / name / "metrics.jsonl",
                    sum(stage.steps for stage in config.stages.values()), out / name / "train.log")
 
@@ -177,8 +181,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--size", default="demo", help="size of the synthetic data set: demo or tiny")
-    parser.add_argument("overrides", nargs="*", help="settings for all trainings, e.g. stages.visual.steps=2")
+    parser.add_argument("--smoke", action="store_true", help="two steps a stage on a few clips: does everything run?")
     arguments = parser.parse_args()
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
@@ -186,7 +189,7 @@ def main() -> None:
     memory = PeakMemory()
     memory.start()
     ledger = Ledger(out / "phases.json")
-    for index, (title, jobs) in enumerate(phases(out, arguments.seed, arguments.size, arguments.overrides)):
+    for index, (title, jobs) in enumerate(phases(out, arguments.seed, arguments.smoke)):
         mark = f"{index}-{title}"
         if mark in ledger.state["done"]:
             console.print(f"{title}: done before, reused")

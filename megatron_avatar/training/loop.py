@@ -344,10 +344,10 @@ def train(config: Config, backend: Backend) -> None:
     if (folder / "done.json").exists():
         log.info("%s is complete; nothing to do", folder)
         return
-    if backend.rank == 0:
+    run = Run(config, backend)
+    if backend.rank == 0:  # once the settings, the data and the weights have proved usable
         folder.mkdir(parents=True, exist_ok=True)
         save_config(config, folder / "config.yaml")
-    run = Run(config, backend)
     try:
         names = list(config.stages)
         resumed = run.restore()
