@@ -94,7 +94,7 @@ def measurements(root: Path) -> Measurements:
     predictions = {name: found for name, found in predictions.items() if found}
     set_aside = []
     for name in TRAINED:
-        for sample_id, reason in sorted(_read_json(root / name / "quarantine.json").items()):
+        for sample_id, reason in sorted(_read_json(root / name / "done.json").get("quarantined", {}).items()):
             set_aside.append((f"training {name}", sample_id, str(reason)))
     for name, found in predictions.items():
         set_aside += [(f"evaluation of {name}", p["id"], p["error"]) for p in found if p["error"] is not None]
@@ -284,14 +284,14 @@ def _cell(text: Any) -> str:
 def print_table(results: dict[str, Any], console: Console) -> None:
     """Print results.json's accuracy table."""
     systems = results["systems"]
-    columns = list(dict.fromkeys(name for scores in systems.values() for name in scores))
+    rows = list(dict.fromkeys(name for scores in systems.values() for name in scores))
     grid = Table(title="held-out accuracy, %")
     grid.add_column("")
-    for name in columns:
-        grid.add_column(name, justify="right")
-    for system, scores in systems.items():
-        cells = [str(scores[c]) if c == "n" else f"{100 * scores[c]:.1f}" if c in scores else "–" for c in columns]
-        grid.add_row(figures.NAMES.get(system, system), *cells)
+    for system in systems:
+        grid.add_column(figures.NAMES.get(system, system), justify="right")
+    for row in rows:
+        values = [scores.get(row) for scores in systems.values()]
+        grid.add_row(row, *["–" if v is None else str(v) if row == "n" else f"{100 * v:.1f}" for v in values])
     console.print(grid)
 
 

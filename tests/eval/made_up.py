@@ -66,7 +66,8 @@ def write_run(root: Path, items: int = 160, steps: int = 30) -> Path:
     ])  # fmt: skip
     for name in ("grpo", "avatar"):
         write_lines(root / name / "metrics.jsonl", [rl_step(name, s, steps) for s in range(steps)])
-    (root / "avatar" / "quarantine.json").write_text(json.dumps({"s<9>": "clip.webm: ends before frame 12"}))
+    damaged = {"quarantined": {"s<9>": "clip.webm: ends before frame 12"}}
+    (root / "avatar" / "done.json").write_text(json.dumps(damaged))
     (root / "results.json").write_text(json.dumps({
         "systems": {}, "steps": steps, "completions_generated": {"grpo": 64 * steps, "avatar": 32 * steps},
         "wall_s": {"data": 20.5, "sft": 61.0, "grpo": 200.2, "avatar": 181.9}, "peak_rss_mib": 3456.7, "seed": 11,
