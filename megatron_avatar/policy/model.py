@@ -32,6 +32,12 @@ from megatron_avatar.policy.logprobs import completion_logprobs
 from megatron_avatar.records import Prompt
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# Which axis of its weight a layer shares out among tensor-parallel ranks; the gradient norm asks for it.
+SHARDED_AXIS = {
+    tensor_parallel.VocabParallelEmbedding: 0,
+    tensor_parallel.ColumnParallelLinear: 0,
+    tensor_parallel.RowParallelLinear: 1,
+}
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -80,6 +86,10 @@ class OmniPolicy(MegatronModule):
             rotary_base=text.rope_parameters["rope_theta"],
             scatter_embedding_sequence_parallel=False,  # media embeddings go in before the scatter
         )
+        for module in self.language_model.modules():  # Megatron-Core marks its shards only where it initialises them
+            axis = SHARDED_AXIS.get(type(module))
+            if axis is not None and module.weight is not None:
+                tensor_parallel.set_tensor_model_parallel_attributes(module.weight, True, axis, 1)
         if self.pre_process:
             with no_init_weights():
                 self.visual = Qwen2_5OmniVisionEncoder._from_config(hf_config.vision_config, dtype=config.params_dtype)
