@@ -56,7 +56,9 @@ class Job:
         with self.log.open("a") as out:
             self.process = subprocess.Popen(
                 [sys.executable, "-u", *self.command], stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-                preexec_fn=die_with_parent if sys.platform == "linux" else None, env={**os.environ, "COLUMNS": "120"},
+                preexec_fn=die_with_parent if sys.platform == "linux" else None,
+                # Threads that wait asleep: spinning ones would take the other job's core.
+                env={**os.environ, "COLUMNS": "120", "OMP_WAIT_POLICY": "PASSIVE"},
             )
 
     def done_lines(self) -> int:

@@ -14,12 +14,15 @@ from megatron_avatar.training.optim import Optimization
 VOCABULARY, LENGTH = 64, 16
 
 
-def build_gpt(backend: Backend, *, hidden: int = 32, layers: int = 2, seed: int = 0) -> GPTModel:
+def build_gpt(
+    backend: Backend, *, hidden: int = 32, layers: int = 2, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> GPTModel:
     """The same architecture as the policy's language model: RMSNorm, SwiGLU, grouped-query attention, biased QKV."""
     torch.manual_seed(seed)
     config = TransformerConfig(
         num_layers=layers, hidden_size=hidden, num_attention_heads=4, num_query_groups=2, ffn_hidden_size=2 * hidden,
-        tensor_model_parallel_size=backend.tp, pipeline_model_parallel_size=backend.pp, pipeline_dtype=torch.float32,
+        tensor_model_parallel_size=backend.tp, pipeline_model_parallel_size=backend.pp, pipeline_dtype=dtype,
+        params_dtype=dtype, bf16=dtype is torch.bfloat16,
         use_cpu_initialization=True, gated_linear_unit=True, activation_func=torch.nn.functional.silu,
         normalization="RMSNorm", add_bias_linear=False, add_qkv_bias=True, attention_dropout=0.0, hidden_dropout=0.0,
         persist_layer_norm=False, bias_activation_fusion=False, masked_softmax_fusion=False, bias_dropout_fusion=False,
