@@ -128,7 +128,7 @@ def build_optimizer(
     trainable = [p for p in policy.parameters() if p.requires_grad]
     if not trainable:
         raise ValueError("no parameter of the policy is trainable: nothing to optimize")
-    half = any(p.dtype == torch.bfloat16 for p in trainable)
+    (dtype,) = {p.dtype for p in trainable}  # Megatron-Core mixes up the moments of a model of two dtypes
     optimizer_config = OptimizerConfig(
         optimizer="adam",
         lr=lr,
@@ -138,8 +138,8 @@ def build_optimizer(
         adam_beta2=optim.beta2,
         adam_eps=optim.eps,
         clip_grad=optim.clip_grad,
-        bf16=half,
-        params_dtype=torch.bfloat16 if half else torch.float32,
+        bf16=dtype is torch.bfloat16,
+        params_dtype=dtype,
     )
     schedule = {
         "init_lr": 0.0,

@@ -28,11 +28,12 @@ def build_gpt(
         persist_layer_norm=False, bias_activation_fusion=False, masked_softmax_fusion=False, bias_dropout_fusion=False,
         apply_rope_fusion=False, gradient_accumulation_fusion=False,
     )
-    return GPTModel(
+    model = GPTModel(
         config, get_gpt_layer_local_spec(normalization="RMSNorm"), VOCABULARY, 64, position_embedding_type="rope",
         pre_process=backend.is_first_stage, post_process=backend.is_last_stage, parallel_output=True,
         share_embeddings_and_output_weights=True,
     )
+    return model.to(dtype)
 
 
 def batch(step: int) -> tuple[torch.Tensor, ...]:
