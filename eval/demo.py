@@ -26,7 +26,7 @@ import psutil
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from megatron_avatar.config import load_config
+from megatron_avatar.config import Config, load_config
 
 console = Console()
 SYSTEMS = ("base", "sft", "grpo", "avatar")
@@ -42,6 +42,7 @@ class Job:
     lines: Path
     total: int
     log: Path
+    config: Config | None = None
     process: subprocess.Popen | None = field(default=None, repr=False)
 
     def start(self) -> None:
@@ -140,37 +141,47 @@ class Ledger:
         aside.replace(self.path)
 
 
+def training(out: Path, name: str, recipe: str, seed: int, *overrides: str, smoke: bool = False) -> Job:
+    """The job that trains OUT/NAME; GRPO and AVATAR start from OUT's cold start unless told otherwise."""
+    arguments = [f"recipe={recipe}", f"output_dir={out / name}", f"data.manifest={out / 'data' / 'manifest.jsonl'}",
+                 f"seed={seed}", f"name=demo_{name}"]
+    if recipe != "tiny_sft":
+        arguments.append(f"model.path={out / 'sft' / 'export' / 'sft'}")
+    arguments += overrides
+    config = load_config(arguments)
+    if smoke:
+        arguments += [f"stages.{stage}.steps=2" for stage in config.stages]
+        config = load_config(arguments)
+    steps = sum(stage.steps for stage in config.stages.values())
+    command = ["-m", "megatron_avatar.train", *arguments]
+    return Job(name, command, out / name / "metrics.jsonl", steps, out / name / "train.log", config)
+
+
+def evaluation(out: Path, name: str, model: Path) -> Job:
+    """The job that answers OUT's held-out samples with the Hugging Face folder `model`."""
+    manifest, file = out / "data" / "manifest.jsonl", out / "eval" / f"{name}.jsonl"
+    command = ["-m", "eval.run", "--model", str(model), "--manifest", str(manifest), "--recipe", "tiny_avatar",
+               "--split", "eval", "--out", str(file)]
+    return Job(name, command, file, count_samples(manifest, "eval"), out / "eval" / f"{name}.log")
+
+
 def phases(out: Path, seed: int, smoke: bool) -> list[tuple[str, Callable[[], list[Job]]]]:
     """The demo's phases in order; the jobs of one phase run side by side. `smoke`: a few steps on a few clips."""
-    manifest = out / "data" / "manifest.jsonl"
     size = "tiny" if smoke else "demo"
-
-    def training(name: str, recipe: str, *extra: str) -> Job:
-        arguments = [f"recipe={recipe}", f"output_dir={out / name}", f"data.manifest={manifest}", f"seed={seed}",
-                     f"name=demo_{name}", *extra]
-        config = load_config(arguments)
-        if smoke:
-            arguments += [f"stages.{stage}.steps=2" for stage in config.stages]
-            config = load_config(arguments)
-        return Job(name, ["-m", "megatron_avatar.train", *arguments], out / name / "metrics.jsonl",
-                   sum(stage.steps for stage in config.stages.values()), out / name / "train.log")
-
-    def evaluation(name: str, folder: Path) -> Job:
-        file = out / "eval" / f"{name}.jsonl"
-        command = ["-m", "eval.run", "--model", str(folder), "--manifest", str(manifest), "--recipe", "tiny_avatar",
-                   "--split", "eval", "--out", str(file)]
-        return Job(name, command, file, count_samples(manifest, "eval"), out / "eval" / f"{name}.log")
-
-    sft = f"model.path={out / 'sft' / 'export' / 'sft'}"
     data = Job("data", ["-m", "data_tools.synthesize", "--out", str(out / "data"), "--seed", str(seed), "--size", size],
-               manifest, 1, out / "data.log")
-    base = Path(load_config(["recipe=tiny_sft", f"data.manifest={manifest}"]).model.path)
+               out / "data" / "manifest.jsonl", 1, out / "data.log")
+
+    def exported(name: str) -> Path:
+        if name == "base":
+            return Path(load_config(["recipe=tiny_sft", "data.manifest=-"]).model.path)
+        return out / name / "export" / ("sft" if name == "sft" else "localisation")
+
     return [
         ("data", lambda: [data]),
-        ("sft", lambda: [training("sft", "tiny_sft")]),
-        ("train", lambda: [training("grpo", "tiny_grpo", sft), training("avatar", "tiny_avatar", sft)]),
-        ("eval", lambda: [evaluation("base", base), evaluation("sft", out / "sft" / "export" / "sft")]),
-        ("eval", lambda: [evaluation(n, out / n / "export" / "localisation") for n in ("grpo", "avatar")]),
+        ("sft", lambda: [training(out, "sft", "tiny_sft", seed, smoke=smoke)]),
+        ("train", lambda: [training(out, n, f"tiny_{n}", seed, smoke=smoke) for n in ("grpo", "avatar")]),
+        ("eval", lambda: [evaluation(out, n, exported(n)) for n in ("base", "sft")]),
+        ("eval", lambda: [evaluation(out, n, exported(n)) for n in ("grpo", "avatar")]),
     ]
 
 
