@@ -26,7 +26,8 @@ class HintPolicy:
         self._tracker = tracker
         self._visits: dict[str, int] = {}  # visits since injection of every prompt whose hint is in use
 
-    def __len__(self) -> int:
+    @property
+    def in_use(self) -> int:
         """Prompts whose hint is in use."""
         return len(self._visits)
 

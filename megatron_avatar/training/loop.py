@@ -129,7 +129,7 @@ class Run:
             }
             if self.stage.kind == "rl":
                 state["tracker"] = self.tracker.state_dict()
-                state["hints"] = self.hints.state_dict() if self.hints else None
+                state["hints"] = self.hints.state_dict() if self.hints is not None else None
                 if self.buffer is not None:
                     if self.backend.rank == 0:
                         states = checkpoint.all_states(self.folder)
@@ -159,7 +159,7 @@ class Run:
         self.loader.quarantined.update(state["quarantined"])
         if self.stage.kind == "rl":
             self.tracker.load_state_dict(state["tracker"])
-            if self.hints:
+            if self.hints is not None:
                 self.hints.load_state_dict(state["hints"])
             if self.buffer is not None:
                 trajectories, damaged = read_shards(self.folder / "replay", state["replay"])
@@ -273,7 +273,7 @@ class Run:
             by_prompt.setdefault((t.sample_id, t.variant), []).append(t)
         for (sample_id, variant), rows in by_prompt.items():
             self.tracker.update(sample_id, variant, [t.reward for t in rows], [t.parts["accuracy"] for t in rows])
-        if self.hints:
+        if self.hints is not None:
             for (sample_id, variant), rows in by_prompt.items():
                 self.hints.update(sample_id, variant, kl=float(np.mean([t.kl_ref for t in rows])))
         if self.buffer is not None:

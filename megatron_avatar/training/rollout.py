@@ -38,14 +38,18 @@ def choose_prompts(
 ) -> list[Visit]:
     """Choose n prompts of a step: fresh ones in loader order, the rest revisits of seen prompts
     that are hard now (paper supplement, "Stratified replay"). Equal on every rank.
+
+    A step revisits n * revisit_share prompts, rounded up or down so that the share holds in the mean: with
+    one prompt a step, a quarter of the steps are revisits.
     """
     hard = sorted(i for i, tier in tracker.tiers().items() if tier == "hard" and i in samples)
-    n_revisit = min(round(n * revisit_share), len(hard))
-    revisits = list(keyed_rng(*key, "revisit").choice(hard, n_revisit, replace=False)) if n_revisit else []
+    rng = keyed_rng(*key, "revisit")
+    n_revisit = min(int(n * revisit_share + rng.random()), len(hard))
+    revisits = list(rng.choice(hard, n_revisit, replace=False)) if n_revisit else []
     visits, seen = [], {}
     for index, sample_id in enumerate([*order.take(n - n_revisit), *map(str, revisits)]):
         occurrence = seen[sample_id] = seen.get(sample_id, -1) + 1
-        variant = hints.variant(sample_id, samples[sample_id].hint is not None) if hints else "plain"
+        variant = hints.variant(sample_id, samples[sample_id].hint is not None) if hints is not None else "plain"
         visit_key = "/".join(map(str, (*key, sample_id, occurrence)))
         visits.append(Visit(sample_id, variant, visit_key, index >= n - n_revisit))
     return visits
@@ -85,7 +89,7 @@ def assign_on_policy(groups: list[Group], tracker: RewardTracker, batch_mean: fl
         group.advantages = on_policy_advantages(
             rewards, baseline=baseline, running_std=tracker.running_std, batch_mean=batch_mean
         )
-        gone += len(rewards) >= 3 and vanished(rewards)
+        gone += vanished(rewards)
     return gone
 
 

@@ -30,7 +30,7 @@ def test_injected_after_patience_and_every_fourth_visit_plain() -> None:
     policy = HintPolicy(HintConfig(), tracker)
     shown = [visit(policy, tracker) for _ in range(11)]
     assert shown == ["plain"] * 3 + ["hinted"] * 3 + ["plain"] + ["hinted"] * 3 + ["plain"]
-    assert len(policy) == 1
+    assert policy.in_use == 1
     assert policy.variant("q", has_hint=False) == "plain" and policy.variant("other0", has_hint=True) == "plain"
 
 
@@ -46,7 +46,7 @@ def test_only_hard_prompts_are_hinted(below: int, hinted: bool) -> None:
     """Of 21 prompts the lowest eight are hard."""
     tracker = crowd(below)
     policy = HintPolicy(HintConfig(), tracker)
-    assert ("hinted" in [visit(policy, tracker, reward=0.5) for _ in range(6)]) == hinted == len(policy)
+    assert ("hinted" in [visit(policy, tracker, reward=0.5) for _ in range(6)]) == hinted == policy.in_use
 
 
 @pytest.mark.parametrize(("below", "stays"), [(8, True), (9, False)])
@@ -58,7 +58,7 @@ def test_withdrawn_beyond_the_hysteresis(below: int, stays: bool) -> None:
         visit(policy, tracker)
     assert visit(policy, tracker) == "hinted"
     assert visit(policy, tracker, reward=0.5) == "plain"
-    assert tracker.tier("q") == "medium" and len(policy) == stays
+    assert tracker.tier("q") == "medium" and policy.in_use == stays
     assert visit(policy, tracker) == ("hinted" if stays else "plain")
 
 
@@ -72,7 +72,7 @@ def test_a_prompt_that_others_fell_below_is_shown_plain_at_once() -> None:
         tracker.update(f"other{k}", "plain", [0.1], [0.0])
     assert policy.variant("q", True) == "plain"
     visit(policy, tracker, reward=0.5)
-    assert len(policy) == 0
+    assert policy.in_use == 0
 
 
 def test_hinted_visits_do_not_move_plain_history() -> None:
@@ -82,7 +82,7 @@ def test_hinted_visits_do_not_move_plain_history() -> None:
     for _ in range(3):
         visit(policy, tracker)
     assert [visit(policy, tracker, reward=1.0, solved=True) for _ in range(3)] == ["hinted"] * 3
-    assert tracker.streak("q") == 3 and tracker.tier("q") == "hard" and len(policy) == 1
+    assert tracker.streak("q") == 3 and tracker.tier("q") == "hard" and policy.in_use == 1
 
 
 def test_the_kl_threshold_replaces_the_streak() -> None:

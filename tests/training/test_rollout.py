@@ -1,0 +1,89 @@
+"""Choosing a step's prompts, feeding its rewards back, and the advantages of its groups."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from megatron_avatar.config.schema import HintConfig
+from megatron_avatar.data.loader import SampleOrder
+from megatron_avatar.records import Completion, Group, Prompt, Sample, Trajectory
+from megatron_avatar.rl.hints import HintPolicy
+from megatron_avatar.rl.tracker import RewardTracker
+from megatron_avatar.training.loop import Run
+from megatron_avatar.training.rollout import assign_off_policy, assign_on_policy, choose_prompts
+
+POOL = {f"p{k}": Sample(f"p{k}", "s", "train", "f", "?", "1", "numerical", hint="Count.") for k in range(20)}
+
+
+def seen(window: int = 20) -> RewardTracker:
+    """A tracker that knows all of the pool; p0 to p7, its lowest 40 %, are hard."""
+    tracker = RewardTracker(window)
+    for k, name in enumerate(POOL):
+        tracker.update(name, "plain", [k / 20], [0.0])
+    return tracker
+
+
+def choose(n: int, share: float, step: int, tracker: RewardTracker, hints: HintPolicy | None = None) -> list:
+    return choose_prompts(n, share, SampleOrder(POOL, 0, "s"), tracker, hints, POOL, (0, "s", step))
+
+
+def trajectory(name: str, reward: float, step: int = 0) -> Trajectory:
+    completion = Completion(np.array([1]), np.zeros(1, np.float32), True)
+    return Trajectory(name, "plain", completion, reward, {"accuracy": reward}, 0.0, "ref", "s", step, step)
+
+
+@pytest.mark.parametrize(("n", "share"), [(1, 0.25), (8, 0.25), (6, 0.25), (3, 0.0), (2, 1.0)])
+def test_revisits_are_hard_and_their_share_holds_in_the_mean(n, share):
+    """Also with one prompt a step, where a rounded share would be none for ever."""
+    tracker, counts = seen(), []
+    hard = {name for name, tier in tracker.tiers().items() if tier == "hard"}
+    for step in range(600):
+        visits = choose(n, share, step, tracker)
+        again = [v.sample_id for v in visits if v.revisit]
+        assert len(visits) == n and len(set(again)) == len(again) and set(again) <= hard
+        assert [v.sample_id for v in visits if not v.revisit] == SampleOrder(POOL, 0, "s").take(n - len(again))
+        assert len({v.key for v in visits}) == n  # a prompt met twice in a step has randomness of its own
+        counts.append(len(again))
+    assert abs(np.mean(counts) - n * share) < 0.07 and np.ptp(counts) <= 1
+    assert choose(n, share, 3, tracker) == choose(n, share, 3, tracker)
+
+
+def test_without_history_every_prompt_is_fresh():
+    assert not any(v.revisit for v in choose(8, 1.0, 0, RewardTracker()))
+
+
+def test_a_step_feeds_hints_that_nobody_uses_yet():
+    """From an empty hint policy: a fourth visit without a solution brings the hint into the prompt."""
+    tracker = seen(window=4)
+    run = SimpleNamespace(tracker=tracker, hints=HintPolicy(HintConfig(patience=4), tracker), buffer=None)
+    for step in range(3):
+        assert {v.variant for v in choose(20, 0.0, step, tracker, run.hints)} == {"plain"}
+        Run.commit(run, [trajectory("p0", 0.0, step) for _ in range(4)])
+    variants = {v.sample_id: v.variant for v in choose(20, 0.0, 3, tracker, run.hints)}
+    assert [name for name, variant in variants.items() if variant == "hinted"] == ["p0"]
+    assert {v.variant for v in choose(20, 0.0, 3, tracker, None)} == {"plain"}
+
+
+def test_small_groups_meet_the_baseline_of_their_own_variant():
+    tracker = seen()
+    tracker.update("p0", "hinted", [0.9], [1.0])
+    groups = [
+        Group(Prompt("p0", variant, np.zeros(1), np.zeros((3, 1))), [trajectory("p0", 0.5)])
+        for variant in ("plain", "hinted")
+    ] + [Group(Prompt("p1", "plain", np.zeros(1), np.zeros((3, 1))), [trajectory("p1", 1.0)] * 3)]
+    scale = max(tracker.running_std, 0.1)
+    assert assign_on_policy(groups, tracker, batch_mean=0.7) == 1  # three equal rewards; one completion never counts
+    np.testing.assert_allclose([g.advantages[0] for g in groups], [0.5 / scale, -0.4 / scale, 0.0], rtol=1e-5)
+
+
+def test_replayed_groups_meet_r_bar_or_without_vcrs_the_batch_mean():
+    tracker = seen()
+    drawn = [[trajectory("p4", 0.0), trajectory("p4", 1.0)], [trajectory("unseen", 0.5)]]
+    sigma = np.std([0.0, 1.0, 0.5])
+    (first, second), clipped = assign_off_policy(drawn, tracker, vcrs=True, clip=5.0)
+    np.testing.assert_allclose(first, [-0.2 / sigma, 0.8 / sigma], rtol=1e-5)
+    assert second[0] == 0.0 and clipped == 0.0  # no history: the mean of the batch
+    (first, _), _ = assign_off_policy(drawn, tracker, vcrs=False, clip=5.0)
+    np.testing.assert_allclose(first, [-0.5 / sigma, 0.5 / sigma], rtol=1e-5)
+    assert assign_off_policy([], tracker, vcrs=True, clip=5.0) == ([], 0.0)
