@@ -97,7 +97,10 @@ def decode_frames(path: Path, indices: np.ndarray, backend: str = "auto") -> np.
 def _video_stream(container: av.container.InputContainer, path: Path) -> av.VideoStream:
     if not container.streams.video:
         raise MediaError(path, "holds no video stream", "correct the media kind in the manifest")
-    return container.streams.video[0]
+    stream = container.streams.video[0]
+    if stream.codec_context is None:
+        raise MediaError(path, "no decoder knows its codec", "encode it anew, as VP9 or H.264")
+    return stream
 
 
 def _codec(path: Path) -> str:
@@ -174,7 +177,7 @@ def decode_image(path: Path) -> np.ndarray:
     try:
         with Image.open(path) as picture:
             return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))[None]
-    except OSError as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # as Pillow's formats raise
         raise MediaError(path, f"not a picture, or damaged ({error})") from error
 
 
@@ -182,7 +185,7 @@ def decode_audio(path: Path) -> np.ndarray:
     """Sound [n] float32, 16 kHz, channels averaged.
 
     soundfile reads FLAC, WAV and Ogg; PyAV reads everything else (AAC, MP3, the track of a video).
-    Raises MediaError for a file that is missing, empty, without sound, or damaged.
+    Raises MediaError for a file that is missing, empty, without sound, not finite, or damaged.
     """
     path = Path(path)
     _require_content(path)
@@ -195,6 +198,8 @@ def decode_audio(path: Path) -> np.ndarray:
         raise MediaError(path, f"not a sound file, or damaged ({error})") from error
     if len(waveform) == 0:
         raise MediaError(path, "holds no sound", "leave audio_path out of the manifest line of a mute clip")
+    if not np.isfinite(waveform).all():
+        raise MediaError(path, "holds samples that are not finite numbers")
     return waveform
 
 

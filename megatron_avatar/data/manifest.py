@@ -8,6 +8,7 @@ import os
 import string
 from collections.abc import Collection, Iterable
 from dataclasses import MISSING, fields
+from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any, get_args
 
@@ -82,7 +83,7 @@ def load_manifest(
     if not path.is_file():
         raise ValueError(f"{path}: no such manifest; set data.manifest to a JSONL file")
     chosen, lines_of = [], {}
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
@@ -100,11 +101,11 @@ def load_manifest(
     return chosen
 
 
-def _parsed(line: str) -> Any:
+def _parsed(line: bytes) -> Any:
     try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON ({error}); write one JSON object a line") from None
+        return json.loads(line.decode())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"not JSON ({error}); write one JSON object a line, as UTF-8") from None
 
 
 def _checked(entry: Any, record: type, what: str) -> dict[str, Any]:
@@ -135,6 +136,8 @@ def _media(entry: Any, what: str) -> Media:
     values = _checked(entry, Media, what)
     _allowed(values["kind"], f"{what}.kind", get_args(MediaKind))
     if values.get("pts") is not None:
+        if not all(isinstance(second, int | float) for second in values["pts"]):
+            raise ValueError(f"{what}.pts must be numbers, one time in seconds a frame; measure {values['path']} again")
         values["pts"] = tuple(float(second) for second in values["pts"])
     media = Media(**values)
     for key in ("path", "audio_path"):
@@ -147,7 +150,7 @@ def _media(entry: Any, what: str) -> Media:
         if not getattr(media, key) > 0:
             raise ValueError(f"{what}.{key} must be above 0; measure {media.path} again")
     if media.pts is not None and (
-        len(media.pts) != media.frame_count or any(a >= b for a, b in zip(media.pts, media.pts[1:], strict=False))
+        len(media.pts) != media.frame_count or not all(a < b for a, b in pairwise(media.pts))
     ):
         raise ValueError(f"{what}.pts must be one rising time in seconds a frame; measure {media.path} again")
     if (media.kind == "audio" or media.audio_path is not None) and media.audio_samples < MIN_AUDIO_SAMPLES:

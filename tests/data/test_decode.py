@@ -116,6 +116,12 @@ def test_messages_name_what_is_wrong(tmp_path):
             decode_frames(tmp_path / name, np.array([0]))
     with pytest.raises(MediaError, match=r"ends before frame 16, .*truncated"):
         decode_frames(make_video(tmp_path / "v.webm"), np.array([0, 16]))
+    content = (tmp_path / "v.webm").read_bytes()
+    assert content.count(b"V_VP9") == 1
+    (tmp_path / "odd.webm").write_bytes(content.replace(b"V_VP9", b"V_VPX"))
+    for backend in ("auto", "pyav"):
+        with pytest.raises(MediaError, match="no decoder knows its codec; encode it anew"):
+            decode_frames(tmp_path / "odd.webm", np.array([0]), backend)
     error = pickle.loads(pickle.dumps(MediaError(tmp_path, "what", "remedy")))
     assert str(error) == f"{tmp_path}: what; remedy"
 
@@ -138,6 +144,7 @@ def test_damaged_audio_is_named(tmp_path):
     (tmp_path / "text.mp3").write_text("no sound at all")
     (tmp_path / "empty.flac").touch()
     soundfile.write(tmp_path / "none.wav", np.zeros(0), 16_000)
+    soundfile.write(tmp_path / "nan.wav", np.array([0.1, np.nan, 0.1]), 16_000, subtype="FLOAT")
     make_video(tmp_path / "mute.webm")
     for name, what in {
         "half.flac": "damaged",
@@ -145,6 +152,7 @@ def test_damaged_audio_is_named(tmp_path):
         "text.mp3": "not a sound file",
         "empty.flac": "the file is empty",
         "none.wav": "holds no sound; leave audio_path out",
+        "nan.wav": "not finite numbers",
         "mute.webm": "holds no audio stream; leave audio_path out",
         "missing.flac": "the file is missing",
     }.items():
@@ -152,7 +160,7 @@ def test_damaged_audio_is_named(tmp_path):
             decode_audio(tmp_path / name)
 
 
-def test_image(tmp_path):
+def test_image(tmp_path, monkeypatch):
     picture = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by 90 degrees
@@ -160,6 +168,8 @@ def test_image(tmp_path):
     assert np.array_equal(decode_image(tmp_path / "i.png"), np.rot90(picture, -1)[None])
     (tmp_path / "half.png").write_bytes((tmp_path / "i.png").read_bytes()[:2000])
     (tmp_path / "text.png").write_text("no picture")
-    for name in ("half.png", "text.png", "missing.png"):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 900)
+    Image.fromarray(picture).save(tmp_path / "bomb.png")  # over twice the limit: no OSError
+    for name in ("half.png", "text.png", "missing.png", "bomb.png"):
         with pytest.raises(MediaError, match=rf"{name}: "):
             decode_image(tmp_path / name)

@@ -79,6 +79,8 @@ def test_write_load_and_choose(tmp_path):
         ({"media": [VIDEO | {"frame_count": True}]}, r"`frame_count` of type bool; write int"),
         ({"media": [VIDEO | {"fps": float("nan")}]}, r"media\[0\].fps must be above 0"),
         ({"media": [VIDEO | {"frame_count": 2, "pts": [1.0, 1.0]}]}, r"media\[0\].pts must be one rising time"),
+        ({"media": [VIDEO | {"frame_count": 2, "pts": [0, float("nan")]}]}, r"media\[0\].pts must be one rising time"),
+        ({"media": [VIDEO | {"frame_count": 2, "pts": [0.0, None]}]}, r"media\[0\].pts must be numbers"),
         ({"media": [VIDEO | SOUND | {"audio_samples": 0}]}, r"audio_samples is 0, .* leave audio_path out"),
     ],
 )  # fmt: skip
@@ -104,6 +106,9 @@ def test_broken_lines_duplicates_and_no_file(tmp_path):
         load_manifest(path)
     path.write_text(json.dumps(LINE)[:-5])
     with pytest.raises(ValueError, match=r"line 1: not JSON .*; write one JSON object a line"):
+        load_manifest(path)
+    path.write_bytes(json.dumps(LINE).encode() + b'\n{"id": "\xff"}\n')
+    with pytest.raises(ValueError, match=r"m\.jsonl, line 2: not JSON .*as UTF-8"):
         load_manifest(path)
     with pytest.raises(ValueError, match=r"nothing\.jsonl: no such manifest; set data\.manifest"):
         load_manifest(tmp_path / "nothing.jsonl")
