@@ -124,11 +124,21 @@ def run_phase(jobs: list[Job], title: str) -> dict[str, float]:
 
 
 class Ledger:
-    """Which phases are done and how long each took, over all attempts."""
+    """Which phases are done and how long each took, over all attempts of one demo: `settings` tell it from another.
 
-    def __init__(self, path: Path) -> None:
+    Raises ValueError where the file belongs to a demo of other settings.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, int | bool]) -> None:
         self.path = path
-        self.state = json.loads(path.read_text()) if path.exists() else {"done": [], "wall_s": {}, "peak_rss_mib": 0.0}
+        self.state = {"settings": settings, "done": [], "wall_s": {}, "peak_rss_mib": 0.0}
+        if path.exists():
+            self.state |= json.loads(path.read_text())
+        if self.state["settings"] != settings:
+            raise ValueError(
+                f"{path.parent} holds a demo of {self.state['settings']}, not of {settings}: choose another --out, or "
+                "remove that folder to start anew"
+            )
 
     def add(self, seconds: dict[str, float], peak_mib: float, done: str | None = None) -> None:
         for name, value in seconds.items():
@@ -198,10 +208,13 @@ def main() -> None:
     arguments = parser.parse_args()
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
+    try:
+        ledger = Ledger(out / "phases.json", {"seed": arguments.seed, "smoke": arguments.smoke})
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
     began = time.monotonic()
     memory = PeakMemory()
     memory.start()
-    ledger = Ledger(out / "phases.json")
     for index, (title, jobs) in enumerate(phases(out, arguments.seed, arguments.smoke)):
         mark = f"{index}-{title}"
         if mark in ledger.state["done"]:
