@@ -20,16 +20,21 @@ def main(arguments: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     from megatron_avatar.policy.backend import start, stop  # torch and Megatron only once the settings are sound
+    from megatron_avatar.training.checkpoint import CheckpointError
     from megatron_avatar.training.learner import LogprobMismatch
     from megatron_avatar.training.loop import Interrupted, train
 
-    backend = start(config.parallel, seed=config.seed)
+    try:
+        backend = start(config.parallel, seed=config.seed)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     try:
         train(config, backend)
     except Interrupted:
         print(f"stopped; state saved in {config.output_dir}. The same command continues.", file=sys.stderr)
         return INTERRUPTED
-    except (ValueError, LogprobMismatch, OSError) as error:
+    except (ValueError, LogprobMismatch, CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     finally:

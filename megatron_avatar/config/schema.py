@@ -38,7 +38,7 @@ class DataConfig:
     min_frames: int = 4
     max_frames: int = 16
     frame_max_pixels: int = 50176
-    frame_min_pixels: int = 50176  # METHOD: the smaller of 100,352 and the recipe's maximum
+    frame_min_pixels: int = 50176  # the smaller of 100,352 (Qwen's) and frame_max_pixels
     image_max_pixels: int = 401408
     workers: int = 1  # decode processes a rank; 0 decodes in the trainer's own process
     decode_deadline_s: float = 60.0
@@ -91,7 +91,7 @@ class ShapingConfig:
 
 @dataclass
 class ReplayConfig:
-    """Stratified replay, METHOD section 5. n_off = 0 in RLConfig switches it off."""
+    """Stratified replay (paper, replay buffer). n_off = 0 in RLConfig switches it off."""
 
     capacity: int = 10000
     capacity_share: list[float] = field(default_factory=lambda: [0.25, 0.35, 0.40])  # easy, medium, hard
@@ -107,7 +107,7 @@ class ReplayConfig:
 
 @dataclass
 class HintConfig:
-    """Hint injection and withdrawal, METHOD section 6."""
+    """Hint injection and withdrawal (paper, hints)."""
 
     enabled: bool = True
     patience: int = 3  # plain visits in a row without a solved completion

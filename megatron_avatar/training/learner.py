@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ class MicroBatch:
     prompts: list[Prompt]
     media: list[torch.Tensor | None]
     members: list[tuple[int, list[int]]]  # (index of the group, indices of its trajectories)
-    tensors: dict[str, torch.Tensor]  # each [N]; empty for a filler
+    tensors: dict[str, torch.Tensor]  # each [N]; zeros for a filler
 
 
 def filler_group() -> Group:
@@ -60,13 +61,13 @@ class Learner:
     # ---- micro-batches -------------------------------------------------------------------------
 
     def micro_batches(self, groups: list[Group], media: list[torch.Tensor | None]) -> list[MicroBatch]:
-        """Fill micro-batches to the token budget; equal counts on all data-parallel ranks."""
+        """Fill micro-batches to the token budget; equal counts on all data-parallel ranks, one at least."""
         plan = plan_micro_batches(
             [len(g.prompt) for g in groups],
             [[len(t.completion) for t in g.trajectories] for g in groups],
             self.rl.tokens_per_micro_batch,
         )
-        count = max(self.backend.all_gather_object_dp(len(plan)))
+        count = max(1, *self.backend.all_gather_object_dp(len(plan)))
         batches = [self._pack([groups[i] for i, _ in members], [media[i] for i, _ in members], members)
                    for members in plan]
         while len(batches) < count:
@@ -83,18 +84,21 @@ class Learner:
         """Concatenate per-completion arrays in the order of the batch's completion tokens."""
         for name, rows in per_token.items():
             flat = [rows[i][k] for i, kept in micro.members if i >= 0 for k in kept]
-            values = np.concatenate(flat) if flat else np.zeros(len(micro.batch.target_ids))
+            values = np.concatenate(flat) if flat else np.zeros(len(micro.batch.target_ids), np.float32)
             micro.tensors[name] = torch.as_tensor(values, device=self.backend.device)
 
     # ---- the schedule --------------------------------------------------------------------------
 
-    def _run(self, micros: list[MicroBatch], loss: Callable, *, forward_only: bool, media_grad: bool = False) -> list:
-        """Run Megatron's schedule (pipelined or not); what `loss` returned last, one entry a micro-batch."""
+    def _run(self, micros: list[MicroBatch], loss: Callable, *, forward_only: bool, embed: bool) -> list:
+        """Run Megatron's schedule (pipelined or not); what `loss` returned last, one entry a micro-batch.
+
+        `embed` runs the encoders here, in place of the embeddings that the micro-batches hold.
+        """
         temperature = self.rl.sampling.temperature
 
         def forward_step(iterator: Iterator[MicroBatch], model: torch.nn.Module) -> tuple:
             micro = next(iterator)
-            media = self.policy.embed_media(micro.prompts, grad=True) if media_grad else micro.media
+            media = self.policy.embed_media(micro.prompts, grad=True) if embed else micro.media
             output = model(micro.batch, media, temperature)
             return output, lambda out, non_loss_data=False: loss(micro, out)
 
@@ -130,7 +134,9 @@ class Learner:
         """Log-probabilities [L] of every completion under the stage's reference, on every rank."""
         micros = self.micro_batches(groups, media)
         with self._reference_weights():
-            outputs = self._run(micros, lambda micro, out: out[0].cpu().numpy(), forward_only=True)
+            # Encoders that train have changed since the snapshot: the reference embeds the media by its own.
+            outputs = self._run(micros, lambda micro, out: out[0].cpu().numpy(), forward_only=True,
+                                embed=self.train_towers)
         outputs = self.backend.broadcast_from_last_stage(outputs)
         scores: list[list[np.ndarray]] = [[np.zeros(0)] * len(g.trajectories) for g in groups]
         for micro, values in zip(micros, outputs, strict=True):
@@ -185,41 +191,39 @@ class Learner:
         def loss(micro: MicroBatch, out: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
             logprobs, entropy = out
             t = micro.tensors
-            if micro.members[0][0] < 0:
-                return logprobs.sum() * 0.0, {}
             value, stats = policy_loss(
                 logprobs, t["old"], t["ref"], t["advantage"], t["surrogate_weight"].float(), t["kl_weight"].float(),
                 t["completion"] - t["completion"][0], clip_low=rl.clip_low, clip_high=rl.clip_high,
                 dual_clip=rl.dual_clip, ratio_level=rl.ratio_level, beta=rl.beta,
             )
-            on = t["on"]
+            on, real = t["on"].bool(), t["surrogate_weight"] > 0  # a filler has neither
             bins = (t["position"] * POSITION_BINS).long().clamp(max=POSITION_BINS - 1)
             surrogate = stats.pop("per_token_surrogate").abs()
             stats = {k: v.detach().double() for k, v in stats.items()}
             stats["loss"] = value.detach().double().clone()
-            stats["entropy_sum"] = entropy.detach().double().sum()
+            stats["entropy_sum"] = entropy.detach()[real].double().sum()
             stats["error_sum"] = (logprobs.detach() - t["old"]).abs().double().exp()[on].sum()
             stats["on_tokens"] = on.sum().double()
-            stats["surrogate_bins"] = torch.bincount(bins, surrogate, minlength=POSITION_BINS).double()
-            stats["position_bins"] = torch.bincount(bins, minlength=POSITION_BINS).double()
+            stats["surrogate_bins"] = torch.bincount(bins[real], surrogate[real], minlength=POSITION_BINS).double()
+            stats["position_bins"] = torch.bincount(bins[real], minlength=POSITION_BINS).double()
             return value * scale, stats
 
         self.optimization.zero_grad()
-        stored = self._run(micros, loss, forward_only=False, media_grad=self.train_towers)
-        stats = self._reduce(stored)
+        stats = self._reduce(self._run(micros, loss, forward_only=False, embed=self.train_towers))
         error = float(stats["error_sum"] / max(stats["on_tokens"], 1.0))
-        if check_logprobs and error > rl.logprob_error_limit:
+        if check_logprobs and not error <= rl.logprob_error_limit:  # NaN too
             raise LogprobMismatch(
                 f"mean exp|log-probability difference| between generation and training is {error:.3f}, above "
                 f"rl.logprob_error_limit={rl.logprob_error_limit}: the two forwards disagree (positions, weights or "
                 "precision). No update was applied; the last checkpoint is good."
             )
         stats["logprob_error"] = error
-        stats["grad_norm"], stats["skipped"] = self.optimization.step()
+        # Where every prompt of the step was set aside, momentum alone must not move the weights.
+        stats["grad_norm"], stats["skipped"] = self.optimization.step() if n_on + n_off else (0.0, True)
         return stats
 
     def update_sft(self, groups: list[Group], media: list) -> dict[str, float]:
-        """One step of cross-entropy on the completions, averaged over all tokens of the step."""
+        """One step of cross-entropy on the completions, averaged over all tokens of the step (NaN without any)."""
         micros = self.micro_batches(groups, media)
         tokens = sum(self.backend.all_gather_object_dp(
             sum(len(t.completion) for g in groups for t in g.trajectories if g.weight > 0)))
@@ -232,9 +236,10 @@ class Learner:
                                  "entropy_sum": out[1].detach().double().sum() * float(real)}
 
         self.optimization.zero_grad()
-        stats = self._reduce(self._run(micros, loss, forward_only=False, media_grad=self.train_towers))
-        grad_norm, skipped = self.optimization.step()
-        return {"loss": float(stats["nll"] / max(tokens, 1)), "entropy": float(stats["entropy_sum"] / max(tokens, 1)),
+        stats = self._reduce(self._run(micros, loss, forward_only=False, embed=self.train_towers))
+        grad_norm, skipped = self.optimization.step() if tokens else (0.0, True)
+        count = tokens or math.nan
+        return {"loss": float(stats["nll"] / count), "entropy": float(stats["entropy_sum"] / count),
                 "grad_norm": grad_norm, "skipped": skipped, "tokens": tokens}
 
     def _reduce(self, stored: list[dict[str, torch.Tensor]]) -> dict[str, np.ndarray]:

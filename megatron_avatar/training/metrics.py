@@ -28,6 +28,7 @@ def mean_or_none(values: Sequence[float]) -> float | None:
 
 
 def histogram(values: Sequence[float], edges: np.ndarray) -> list[int]:
+    """Counts in the bins between `edges`; what lies beyond them counts in the outermost."""
     return np.histogram(np.clip(values, edges[0], edges[-1]), edges)[0].tolist()
 
 
@@ -44,26 +45,27 @@ def rl_record(
     on = [float(a) for rank in on_advantages for group in rank for a in group]
     tokens = max(float(stats["tokens"]), 1.0)
     on_tokens = max(float(stats["on_tokens"]), 1.0)
+    squares = stats["off_weight_sq_sum"]
     surrogate = stats["surrogate_bins"] / np.maximum(stats["position_bins"], 1)
     names = sorted({name for t in fresh for name in t.parts} | {"format", "accuracy", "self", "judge"})
     return {
-        "reward": float(np.mean([t.reward for t in fresh])),
+        "reward": mean_or_none([t.reward for t in fresh]),
         **{f"reward/{n}": mean_or_none([t.parts.get(n, np.nan) for t in fresh]) for n in names},
         "vanished": vanished,
         **{f"tier/{name}": int(sizes.get(name, 0)) for name in ("easy", "medium", "hard")},
         "rbar_hist": histogram(rbar, np.linspace(0, 1, 11)),
         "replay/size": len(buffer) if buffer else 0,
         "replay/completions": len(replayed),
-        "replay/age": float(np.mean([step - t.step for t in replayed])) if replayed else None,
-        "replay/ess": float(stats["off_weight_sum"] ** 2 / stats["off_weight_sq_sum"]) if replayed else None,
+        "replay/age": mean_or_none([step - t.step for t in replayed]),
+        "replay/ess": float(stats["off_weight_sum"] ** 2 / squares) if squares else None,
         "replay/clipped_advantages": clipped,
         "ratio/mean": float(stats["ratio_sum"]) / tokens,
         "ratio/max": float(stats["ratio_max"]),
         "clip_fraction": float(stats["clipped_tokens"]) / tokens,
         "kl": float(stats["kl_sum"]) / on_tokens,
         "entropy": float(stats["entropy_sum"]) / tokens,
-        "length": float(np.mean([len(t.completion) for t in fresh])),
-        "finished": float(np.mean([t.completion.finished for t in fresh])),
+        "length": mean_or_none([len(t.completion) for t in fresh]),
+        "finished": mean_or_none([t.completion.finished for t in fresh]),
         "solvability": len(tracker.solved.intersection(pool)) / len(pool),
         "hints": hinted,
         "logprob_error": stats["logprob_error"],

@@ -1,0 +1,109 @@
+"""The learner on the real policy: micro-batches leave the step alone, and what happens at its edges."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_avatar.config.schema import ModelConfig, OptimConfig, ParallelConfig, RLConfig
+from megatron_avatar.policy.model import build_policy
+from megatron_avatar.policy.weights import load_hf
+from megatron_avatar.records import Completion, Group, Trajectory
+from megatron_avatar.training import metrics
+from megatron_avatar.training.learner import Learner, LogprobMismatch
+from megatron_avatar.training.optim import build_optimizer
+from tests.policy.tiny import tiny_config, tiny_prompts, tiny_thinker
+
+LENGTHS = {"audio_in_video": (3, 5, 4), "text": (2, 6)}
+
+
+@pytest.fixture
+def world(backend, tmp_path):
+    """(policy, groups): two prompts, fresh and replayed completions with random log-probabilities at generation."""
+    config = tiny_config(layers=2)
+    tiny_thinker(config).save_pretrained(tmp_path)
+    policy = build_policy(tmp_path, backend, ModelConfig(path=str(tmp_path)), ParallelConfig())
+    load_hf(policy, tmp_path)
+    rng = np.random.default_rng(0)
+    groups = []
+    for kind, lengths in LENGTHS.items():
+        completions = [Completion(rng.integers(0, 180, n), -rng.random(n, np.float32), True) for n in lengths]
+        rows = [Trajectory(kind, "plain", c, 0.5, {}, 0.0, "", "", 0, 0) for c in completions]
+        advantages = rng.standard_normal(len(rows)).astype(np.float32)
+        groups.append(Group(tiny_prompts(config)[kind], rows, advantages, np.full(len(rows), kind != "text")))
+    return policy, groups
+
+
+def learner(policy, backend, *, train_towers=False, **settings) -> Learner:
+    policy.set_train_towers(train_towers)
+    optimization = build_optimizer(policy, backend, OptimConfig(), lr=1e-2, total_steps=9, parallel=ParallelConfig())
+    return Learner(policy, optimization, backend, RLConfig(**settings), train_towers=train_towers)
+
+
+def update(learner: Learner, groups: list[Group], **kwargs) -> dict:
+    learner.snapshot_reference()
+    media = learner.policy.embed_media([g.prompt for g in groups])
+    on, off = (sum(int((g.on_policy == side).sum()) for g in groups) for side in (True, False))
+    return learner.update(groups, media, learner.reference_logprobs(groups, media), n_on=on, n_off=off, **kwargs)
+
+
+def weights(policy) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in policy.named_parameters()}
+
+
+def test_micro_batches_change_neither_loss_nor_gradient(world, backend):
+    policy, groups = world
+    start, results = weights(policy), []
+    for budget in (1, 150, 4096):
+        with torch.no_grad():
+            for name, parameter in policy.named_parameters():
+                parameter.copy_(start[name])
+        results.append(update(learner(policy, backend, tokens_per_micro_batch=budget), groups, check_logprobs=False))
+    for other in results[1:]:
+        for name in ("loss", "grad_norm", "tokens", "kl_sum", "ratio_max", "entropy_sum"):
+            assert float(other[name]) == pytest.approx(float(results[0][name]), rel=1e-4), name
+        assert np.allclose(other["surrogate_bins"], results[0]["surrogate_bins"], rtol=1e-4)
+    assert results[0]["tokens"] == results[0]["position_bins"].sum() == 20
+
+
+def test_a_step_whose_prompts_are_all_set_aside_moves_nothing(world, backend):
+    policy, groups = world
+    ours = learner(policy, backend)
+    update(ours, groups, check_logprobs=False)  # momentum from here on
+    before = weights(policy)
+    stats = update(ours, [])
+    assert stats["skipped"] and stats["tokens"] == 0 and stats["position_bins"].sum() == 0
+    supervised = ours.update_sft([], [])
+    assert supervised["skipped"] and math.isnan(supervised["loss"])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(policy).items())
+    record = metrics.rl_record(
+        fresh=[], drawn=[], stats=stats, on_advantages=[[]], off_advantages=[], clipped=0.0, vanished=0.0, step=1,
+        tracker=metrics.RewardTracker(), buffer=None, hinted=0, pool=["a"], completions_generated=0, lr=0.0,
+    )
+    assert record["reward"] is None and record["replay/ess"] is None and record["tokens"] == 0
+
+
+@pytest.mark.parametrize("fault", [3.0, math.nan])
+def test_the_gate_stops_before_anything_is_applied(world, backend, fault):
+    policy, groups = world
+    before = weights(policy)
+    for trajectory in groups[0].trajectories:
+        trajectory.completion.logprobs += np.float32(fault)
+    with pytest.raises(LogprobMismatch, match="No update was applied"):
+        update(learner(policy, backend), groups)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(policy).items())
+
+
+def test_the_reference_keeps_its_own_encoders(world, backend):
+    policy, groups = world
+    ours = learner(policy, backend, train_towers=True)
+    ours.snapshot_reference()
+    prompts = [g.prompt for g in groups]
+    before = ours.reference_logprobs(groups, policy.embed_media(prompts))
+    with torch.no_grad():
+        policy.visual.merger.ln_q.weight.mul_(1.5)
+    after = ours.reference_logprobs(groups, policy.embed_media(prompts))
+    assert all(np.array_equal(a, b) for x, y in zip(before, after, strict=True) for a, b in zip(x, y, strict=True))
