@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -14,39 +14,35 @@ from megatron_avatar.policy.generate import generate
 from megatron_avatar.policy.model import OmniPolicy
 from megatron_avatar.records import Sample
 from megatron_avatar.rl.rewards import grade
+from megatron_avatar.training.rollout import load_prompts
 
 
 @torch.no_grad()
 def evaluate(
     policy: OmniPolicy, backend: Backend, builder: PromptBuilder, loader: MediaLoader, samples: Sequence[Sample],
-    *, max_new_tokens: int, batch: int = 16, on_batch: Callable[[list[dict]], None] | None = None,
+    *, max_new_tokens: int, batch: int = 16,
 ) -> list[dict]:
-    """One greedy completion a sample, in the order given, on every rank.
+    """Predictions from one greedy completion a sample, in the order given, on every rank. All ranks call it together.
 
     A quarantined sample stays in the denominator: it counts as wrong and carries its reason in `error`.
-    `on_batch` is called on this rank with each batch's predictions as soon as they exist.
     """
     sampling = SamplingConfig(max_new_tokens=max_new_tokens)
     mine = list(samples[backend.dp_rank :: backend.dp])
     predictions: list[dict] = []
-    for start in range(0, len(mine), batch):
+    for start in range(0, -(-len(samples) // backend.dp), batch):  # as often on every rank
         part = mine[start : start + batch]
-        prompts = loader.get([(s, "plain") for s in part])
+        prompts = load_prompts(loader, backend, [(s, "plain") for s in part])
         loader.prefetch([(s, "plain") for s in mine[start + batch : start + 2 * batch]])
         alive = [p for p in prompts if p is not None]
         rows = iter(generate(policy, alive, 1, sampling, ["greedy"] * len(alive), media=policy.embed_media(alive),
                              greedy=True) if alive else [])
-        done = []
         for sample, prompt in zip(part, prompts, strict=True):
             text = builder.decode(next(rows)[0].token_ids) if prompt is not None else ""
-            done.append({
+            predictions.append({
                 "id": sample.id, "family": sample.family, "stage": sample.stage, "gold": sample.answer,
                 "problem_type": sample.problem_type, "choices": list(sample.choices), **grade(sample, text),
                 "error": None if prompt is not None else loader.quarantined.get(sample.id, "not decoded"),
             })
-        predictions += done
-        if on_batch:
-            on_batch(done)
     gathered = backend.all_gather_object_dp(predictions)
     by_id = {p["id"]: p for rank in gathered for p in rank}
     return [by_id[s.id] for s in samples]

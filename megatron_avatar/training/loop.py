@@ -19,24 +19,25 @@ from megatron_avatar.policy.backend import Backend
 from megatron_avatar.policy.generate import GenerationStopped, generate
 from megatron_avatar.policy.model import build_policy
 from megatron_avatar.policy.weights import export_hf, load_hf
-from megatron_avatar.records import Completion, Group, Sample, Trajectory
+from megatron_avatar.records import Completion, Group, Prompt, Sample, Trajectory, Variant
 from megatron_avatar.rl.hints import HintPolicy
 from megatron_avatar.rl.replay.buffer import ReplayBuffer
-from megatron_avatar.rl.replay.store import collect_garbage, read_shards, write_shards
+from megatron_avatar.rl.replay.store import Index, collect_garbage, read_shards, write_shards
 from megatron_avatar.rl.rewards import RuleJudge, combine
 from megatron_avatar.rl.tracker import RewardTracker
 from megatron_avatar.training import checkpoint, metrics
 from megatron_avatar.training.evaluate import evaluate
 from megatron_avatar.training.learner import Learner
-from megatron_avatar.training.optim import build_optimizer
+from megatron_avatar.training.optim import Optimization, build_optimizer
 from megatron_avatar.training.rollout import (
     assign_off_policy,
     assign_on_policy,
     choose_prompts,
+    load_prompts,
     rewards_of,
     score_completions,
 )
-from megatron_avatar.training.sft import sft_groups
+from megatron_avatar.training.sft import check_traces, sft_groups
 from megatron_avatar.training.telemetry import StopSignal, Telemetry
 
 log = logging.getLogger(__name__)
@@ -61,6 +62,13 @@ class Run:
                     f"{manifest}: no sample for stages.{name}: it needs stage in {stage.data} and "
                     f"split '{stage_split(stage)}'; prepare that data or correct stages.{name}.data"
                 )
+            if stage.kind == "sft":
+                check_traces(self.stage_samples(stage).values())
+            if config.eval.every and not self.held_out_samples(stage):
+                raise ValueError(
+                    f"{manifest}: no sample has split 'eval' and a stage in {stage.data}, so eval.every="
+                    f"{config.eval.every} has nothing to evaluate: prepare that data or write eval.every=0"
+                )
         tokenizer = AutoTokenizer.from_pretrained(config.model.path)
         self.policy = build_policy(config.model.path, backend, config.model, config.parallel)
         load_hf(self.policy, config.model.path)
@@ -69,6 +77,9 @@ class Run:
         self.loader = MediaLoader(self.builder, manifest.parent, config.data.workers, config.data.decode_deadline_s)
         self.telemetry = Telemetry(self.folder, config, backend)
         self.judge = RuleJudge()
+        self.optimization: Optimization | None = None  # the stage's, like the buffer
+        self.buffer: ReplayBuffer | None = None
+        self.shards: Index = {}  # replay shards that hold what the newest checkpoint names (rank 0 writes them)
         self.step = 0  # optimizer steps applied, over all stages
         self.completions_generated = 0
 
@@ -95,7 +106,7 @@ class Run:
         config, stage = self.config, self.config.stages[name]
         self.stage_name, self.stage, self.stage_step = name, stage, 0
         self.pool = self.stage_samples(stage)
-        if hasattr(self, "optimization"):
+        if self.optimization is not None:
             self.optimization.close()
         self.policy.set_train_towers(stage.train_towers)
         self.optimization = build_optimizer(
@@ -109,7 +120,7 @@ class Run:
             return
         self.learner.snapshot_reference()
         rl = config.rl
-        if rl.replay.carry_over_stages and getattr(self, "buffer", None) is not None:
+        if rl.replay.carry_over_stages and self.buffer is not None:
             self.buffer.rescore(lambda parts: combine(parts, stage.rewards))
             self.tracker.refill(self.buffer.trajectories.values())
             return
@@ -125,16 +136,14 @@ class Run:
             state = {
                 "stage": self.stage_name, "stage_step": self.stage_step, "step": self.step,
                 "completions_generated": self.completions_generated, "order": self.order.state_dict(),
-                "quarantined": self.loader.quarantined,
+                "quarantined": self.quarantined(),
             }
             if self.stage.kind == "rl":
                 state["tracker"] = self.tracker.state_dict()
                 state["hints"] = self.hints.state_dict() if self.hints is not None else None
                 if self.buffer is not None:
-                    if self.backend.rank == 0:
-                        states = checkpoint.all_states(self.folder)
-                        known = states[-1].get("replay", {}) if states else {}
-                        state["replay"] = write_shards(self.folder / "replay", self.buffer.trajectories, known=known)
+                    self.write_replay(self.buffer)
+                    state["replay"] = self.shards
             checkpoint.save(
                 self.folder, self.step, policy=self.policy, optimization=self.optimization,
                 reference=self.learner.reference, state=state, backend=self.backend,
@@ -143,6 +152,22 @@ class Run:
             if self.stage.kind == "rl" and self.buffer is not None and self.backend.rank == 0:
                 kept = [s.get("replay", {}) for s in checkpoint.all_states(self.folder)]
                 collect_garbage(self.folder / "replay", kept)
+
+    def write_replay(self, buffer: ReplayBuffer) -> None:
+        """Write what the shards don't hold yet, on rank 0; OSError on all ranks if the disk fails it."""
+        error = None
+        if self.backend.rank == 0:
+            try:
+                self.shards = write_shards(self.folder / "replay", buffer.trajectories, known=self.shards)
+            except OSError as failure:
+                error = failure
+        if (failed := self.backend.all_gather_object(error)[0]) is not None:
+            raise failed
+
+    def quarantined(self) -> dict[str, str]:
+        """Samples set aside so far on any rank, with the reasons."""
+        return {i: reason for part in self.backend.all_gather_object(self.loader.quarantined)
+                for i, reason in sorted(part.items())}
 
     def restore(self) -> bool:
         """Continue from the newest sound checkpoint, if there is one."""
@@ -163,7 +188,10 @@ class Run:
                 self.hints.load_state_dict(state["hints"])
             if self.buffer is not None:
                 trajectories, damaged = read_shards(self.folder / "replay", state["replay"])
-                self.buffer.restore(trajectories)
+                damaged = sorted({name for part in self.backend.all_gather_object(damaged) for name in part})
+                lost = {int(serial) for name in damaged for serial in state["replay"][name]["live"]}
+                self.buffer.restore({serial: t for serial, t in trajectories.items() if serial not in lost})
+                self.shards = {name: shard for name, shard in state["replay"].items() if name not in damaged}
                 if damaged:
                     log.error("replay shards %s are damaged and set aside: this run is no longer bit-equal", damaged)
         self.telemetry.rewind(self.step)
@@ -172,16 +200,9 @@ class Run:
 
     # ---- steps ---------------------------------------------------------------------------------
 
-    def prompts(self, requests: list[tuple[Sample, str]]) -> list:
-        """Decoded prompts; None for a quarantined sample, on all ranks of a model replica alike."""
-        backend = self.backend
+    def prompts(self, requests: list[tuple[Sample, Variant]]) -> list[Prompt | None]:
         with self.telemetry.timer("decode"):
-            prompts = self.loader.get(requests)
-            if backend.tp * backend.pp > 1:  # a deadline may have passed on one of them only
-                lost = backend.all_gather_object((backend.dp_rank, [p is None for p in prompts]))
-                for _, gone in (entry for entry in lost if entry[0] == backend.dp_rank):
-                    prompts = [None if g else p for p, g in zip(prompts, gone, strict=True)]
-            return prompts
+            return load_prompts(self.loader, self.backend, requests)
 
     def embed(self, prompts: list) -> list:
         with self.telemetry.timer("towers"):
@@ -233,8 +254,8 @@ class Run:
             metrics.set_kl(groups, reference)
 
         fresh = [t for part in backend.all_gather_object_dp([t for g in groups for t in g.trajectories]) for t in part]
-        rewards = rewards_of(fresh)
-        gone = sum(backend.all_gather_object_dp(assign_on_policy(groups, self.tracker, float(rewards.mean()))))
+        batch_mean = float(rewards_of(fresh).mean()) if fresh else 0.0
+        gone = sum(backend.all_gather_object_dp(assign_on_policy(groups, self.tracker, batch_mean)))
         drawn: list[list[Trajectory]] = []
         if self.buffer is not None:
             tiers = self.tracker.tiers()
@@ -242,13 +263,14 @@ class Run:
                                      self.tracker.mean, self.tracker.running_std, "/".join(map(str, (*key, "replay"))))
         off_advantages, clipped = assign_off_policy(drawn, self.tracker, rl.vcrs, rl.advantage_clip)
         replayed, replay_media = self.replay_groups(drawn, off_advantages)
+        replayable = sum(backend.all_gather_object_dp(sum(len(g.trajectories) for g in replayed)))
         everything = [*groups, *replayed]
         scores = [*reference, *([t.completion.logprobs for t in g.trajectories] for g in replayed)]
 
         with timer("update"):
             for update in range(rl.updates_per_rollout):
                 stats = self.learner.update(everything, [*media, *replay_media], scores, n_on=len(fresh),
-                                            n_off=sum(map(len, drawn)), check_logprobs=update == 0)
+                                            n_off=replayable, check_logprobs=update == 0)
         self.commit(fresh)
         self.completions_generated += len(fresh)
         return metrics.rl_record(
@@ -305,17 +327,26 @@ class Run:
                 # Logged before it is saved: at a checkpoint the metrics file is complete up to its step.
                 place = {"step": self.step, "stage": self.stage_name, "stage_step": self.stage_step}
                 self.telemetry.log(place | record)
-                if stopping or self.step % config.checkpoint.every == 0 or self.stage_step == stage.steps:
+                if (stopping or self.step % config.checkpoint.every == 0 or self.step in config.checkpoint.milestones
+                        or self.stage_step == stage.steps):
                     self.save()
                 bar.update(record)
                 if stopping:
                     raise Interrupted
 
+    def held_out_samples(self, stage: StageConfig) -> list[Sample]:
+        """At most eval.samples of the stage's held-out samples, spread over the manifest: its families come in turn."""
+        held = [s for s in self.samples.values() if s.split == "eval" and s.stage in stage.data]
+        count = min(self.config.eval.samples, len(held))
+        return [held[k * len(held) // count] for k in range(count)]
+
     def held_out(self) -> dict:
-        """Greedy accuracy on the first held-out samples of the stage's own families."""
-        held = [s for s in self.samples.values() if s.split == "eval" and s.stage in self.stage.data]
-        predictions = evaluate(self.policy, self.backend, self.builder, self.loader, held[: self.config.eval.samples],
-                               max_new_tokens=self.config.rl.sampling.max_new_tokens)
+        """Greedy accuracy on the stage's held-out samples."""
+        with self.telemetry.timer("eval"):
+            predictions = evaluate(
+                self.policy, self.backend, self.builder, self.loader, self.held_out_samples(self.stage),
+                max_new_tokens=self.config.rl.sampling.max_new_tokens,
+            )
         return {"eval/overall": float(np.mean([p["correct"] for p in predictions]))}
 
 
@@ -356,10 +387,12 @@ def train(config: Config, backend: Backend) -> None:
                 run.enter_stage(name)
             run.train_stage()
             export_hf(run.policy, folder / "export" / name, config.model.path)
+        summary = {"steps": run.step, "completions_generated": run.completions_generated,
+                   "export": f"export/{names[-1]}", "quarantined": run.quarantined()}
         if backend.rank == 0:
-            summary = {"steps": run.step, "completions_generated": run.completions_generated,
-                       "export": f"export/{names[-1]}", "quarantined": run.loader.quarantined}
-            (folder / "done.json").write_text(json.dumps(summary, indent=2) + "\n")
+            aside = folder / "done.json.tmp"
+            aside.write_text(json.dumps(summary, indent=2) + "\n")
+            aside.replace(folder / "done.json")  # there, whole, or not at all: the run is over
     finally:
         run.loader.close()
         run.telemetry.close()

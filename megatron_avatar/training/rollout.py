@@ -8,11 +8,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_avatar.data.loader import SampleOrder
+from megatron_avatar.data.loader import MediaLoader, SampleOrder
+from megatron_avatar.policy.backend import Backend
 from megatron_avatar.records import Completion, Group, Prompt, Sample, Trajectory, Variant
 from megatron_avatar.rl.advantages import off_policy_advantages, on_policy_advantages, vanished
 from megatron_avatar.rl.hints import HintPolicy
-from megatron_avatar.rl.rewards import score_group
+from megatron_avatar.rl.rewards import Judge, score_group
 from megatron_avatar.rl.tracker import RewardTracker
 
 
@@ -55,9 +56,25 @@ def choose_prompts(
     return visits
 
 
+def load_prompts(
+    loader: MediaLoader, backend: Backend, requests: list[tuple[Sample, Variant]]
+) -> list[Prompt | None]:
+    """Decoded prompts in the order asked for; None for a quarantined sample, on all ranks of a model replica alike.
+
+    Called by all ranks together: a deadline may have passed on one rank of a replica only.
+    """
+    prompts = loader.get(requests)
+    if backend.tp * backend.pp == 1:
+        return prompts
+    for replica, gone in backend.all_gather_object((backend.dp_rank, [p is None for p in prompts])):
+        if replica == backend.dp_rank:
+            prompts = [None if lost else p for p, lost in zip(prompts, gone, strict=True)]
+    return prompts
+
+
 def score_completions(
     prompts: list[Prompt], completions: list[list[Completion]], samples: dict[str, Sample],
-    decode: Callable[[np.ndarray], str], weights: dict[str, float], judge: object,
+    decode: Callable[[np.ndarray], str], weights: dict[str, float], judge: Judge,
     *, stage: str, step: int, version: int, ref_id: str,
 ) -> list[Group]:
     """Score each prompt's completions; kl_ref is filled in once the reference has scored them."""
@@ -77,6 +94,7 @@ def score_completions(
 
 
 def rewards_of(trajectories: Sequence[Trajectory]) -> np.ndarray:
+    """Rewards [n] float64."""
     return np.array([t.reward for t in trajectories], dtype=np.float64)
 
 

@@ -1,5 +1,6 @@
 """Whole runs of the product's entry point: resume, layouts, the gate, refusals. Few launches, many checks in each."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -13,6 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megatron_avatar.config import load_config
+from megatron_avatar.training import loop
 from tests.training.small import ROOT, arguments, make, train
 
 TIMES = ("time", "peak_rss_mib")
@@ -29,7 +32,7 @@ def world(tmp_path_factory):
 def whole(world):
     """An uninterrupted AVATAR run of three stages."""
     out = world / "whole"
-    done = train(*arguments(world, out, "checkpoint.every=2", steps=3))
+    done = train(*arguments(world, out, "checkpoint.every=2", "checkpoint.milestones=[5]", steps=3))
     assert done.returncode == 0, done.stderr
     return out
 
@@ -63,6 +66,8 @@ def test_a_run_logs_what_it_did(world, whole):
     assert all(r["ratio/max"] == pytest.approx(1, abs=1e-4) for r in records if r["replay/completions"] == 0)
     assert records[1]["replay/age"] == 1 and records[2]["replay/size"] == 48
     assert records[0]["reward/judge"] is None and records[-1]["reward/judge"] is not None
+    kept = sorted(path.name for path in (whole / "checkpoints").iterdir())
+    assert kept == ["step_00000005", "step_00000008", "step_00000009"]  # a milestone, and the newest two
     before = load_file(world / "base" / "model.safetensors")
     after = weights(whole)
     moved = {n for n in after if not torch.equal(before[n].float(), after[n].float())}
@@ -99,17 +104,24 @@ def test_killed_and_interrupted_runs_continue_bit_for_bit(world, whole):
 
 
 def test_damage_is_named_and_survived(world, whole):
-    """A damaged checkpoint: the one before it, same bits. A damaged shard: the rest of the buffer, and a loud line."""
+    """A damaged checkpoint and the shard it alone names: the one before it, same bits, both written anew.
+    A damaged shard that is needed: the rest of the buffer, and a loud line."""
     out = world / "damaged"
     shutil.copytree(whole, out)
     (out / "done.json").unlink()
     newest = max((out / "checkpoints").iterdir())
     victim = max((f for f in newest.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
     victim.write_bytes(victim.read_bytes()[:-7])
+    last, before = (json.loads((path / "state.json").read_text())["replay"]
+                    for path in sorted((out / "checkpoints").iterdir(), reverse=True)[:2])
+    (name,) = last.keys() - before.keys()
+    (out / "replay" / name).write_bytes(b"torn")
     command = arguments(world, out, "checkpoint.every=2", steps=3)
     done = train(*command)
     assert done.returncode == 0 and "DAMAGED CHECKPOINT" in done.stderr and victim.name in done.stderr, done.stderr
     assert_equal_runs(whole, out)
+    for name, entry in json.loads((newest / "state.json").read_text())["replay"].items():
+        assert hashlib.sha256((out / "replay" / name).read_bytes()).hexdigest() == entry["sha256"]
 
     (out / "done.json").unlink()
     shutil.rmtree(max((out / "checkpoints").iterdir()))
@@ -147,6 +159,23 @@ def test_settings_of_another_run_are_refused(world, whole):
     assert unknown.returncode == 2 and "rl.shaping.lam" in unknown.stderr
     long = train(*arguments(world, world / "x", "model.context=100"))
     assert long.returncode != 0 and "model.context" in long.stderr and not (world / "x" / "metrics.jsonl").exists()
+
+
+def test_missing_traces_and_held_out_samples_are_named_before_anything_is_built(world, monkeypatch):
+    monkeypatch.setattr(loop, "StopSignal", object)  # the test's process keeps its own handlers
+    lines = [json.loads(line) for line in (world / "data" / "manifest.jsonl").read_text().splitlines()]
+    manifest = world / "data" / "poor.jsonl"
+    poor = [{**line, "trace": None} for line in lines if line["split"] != "eval"]
+    manifest.write_text("".join(json.dumps(line) + "\n" for line in poor))
+
+    def refusal(recipe, *settings):
+        with pytest.raises(ValueError) as error:
+            settings = [f"data.manifest={manifest}", *settings]
+            loop.Run(load_config(arguments(world, world / "x", *settings, recipe=recipe)), None)
+        return str(error.value)
+
+    assert "key 'trace' is empty" in refusal("tiny_sft")
+    assert "write eval.every=0" in refusal("tiny_avatar", "eval.every=2")
 
 
 @pytest.mark.slow
