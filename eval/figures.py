@@ -201,7 +201,7 @@ def family_bars(systems: Mapping[str, Mapping[str, Estimate]], floor: Mapping[st
             if name in floor:
                 label = "most frequent answer" if place == 0 else None
                 axes.hlines(floor[name], place - 0.45, place + 0.45, colors=INK, linestyles=(0, (4, 2)), label=label)
-        axes.set_xticks(range(len(names)), names, rotation=20 if len(names) > 6 else 0)
+        axes.set_xticks(range(len(names)), names, rotation=20 if len(names) > 6 else 0, parse_math=False)
         axes.set(ylim=(0, 1.02), ylabel="accuracy", xlim=(-0.6, len(names) - 0.4))
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
         axes.legend(ncols=5, loc="lower center", bbox_to_anchor=(0.5, 1.0))

@@ -138,7 +138,10 @@ class PromptBuilder:
         )
 
     def _plans(self, sample: Sample) -> list[MediaPlan]:
-        return [plan for media in sample.media if (plan := plan_media(media, self.data)) is not None]
+        try:
+            return [plan for media in sample.media if (plan := plan_media(media, self.data)) is not None]
+        except ValueError as error:
+            raise ValueError(f"sample {sample.id}: {error}") from None
 
     def _patches(self, plan: MediaPlan, root: Path) -> torch.Tensor:
         """[N, 1176] float32."""

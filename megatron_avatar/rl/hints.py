@@ -19,9 +19,7 @@ class HintPolicy:
     """
 
     def __init__(self, config: HintConfig, tracker: RewardTracker) -> None:
-        for key in ("patience", "plain_every"):
-            if getattr(config, key) < 1:
-                raise ValueError(f"rl.hints.{key} is {getattr(config, key)}: it counts visits, give at least 1")
+        assert config.patience >= 1 and config.plain_every >= 1, config
         self._config = config
         self._tracker = tracker
         self._visits: dict[str, int] = {}  # visits since injection of every prompt whose hint is in use

@@ -26,8 +26,7 @@ class RewardTracker:
     """Everything known of past rewards in a stage; alike on every rank that was fed alike."""
 
     def __init__(self, window: int = 20) -> None:
-        if window < 1:
-            raise ValueError(f"rl.vcrs_window is {window}: it counts completions, give at least 1")
+        assert window >= 1, window
         self.window = window
         self.reset()
 
@@ -35,7 +34,6 @@ class RewardTracker:
         """Forget everything: at a stage change the reward's scale changes."""
         self.solved: set[str] = set()  # prompts solved at least once, in either variant
         self.solved_plain: set[str] = set()  # the same without a hint
-        self._visits: dict[tuple[str, Variant], int] = {}
         self._streaks: dict[str, int] = {}
         self._forget_rewards()
 
@@ -51,7 +49,6 @@ class RewardTracker:
         key = (sample_id, variant)
         for reward in rewards:
             self._append(key, reward)
-        self._visits[key] = self._visits.get(key, 0) + 1
         solved = any(accuracy >= SOLVED_ACCURACY for accuracy in accuracies)
         if solved:
             self.solved.add(sample_id)
@@ -88,9 +85,6 @@ class RewardTracker:
         """Population standard deviation of all on-policy rewards of the stage so far (0 without any)."""
         return math.sqrt(self._square_sum / self._count) if self._count else 0.0
 
-    def visits(self, sample_id: str, variant: Variant) -> int:
-        return self._visits.get((sample_id, variant), 0)
-
     def streak(self, sample_id: str) -> int:
         """Plain visits in a row, up to the last one, without a solved completion."""
         return self._streaks.get(sample_id, 0)
@@ -125,7 +119,6 @@ class RewardTracker:
         """JSON-able and exact: floats survive JSON bit for bit."""
         return {
             "windows": [[*key, list(rewards)] for key, rewards in self._windows.items()],
-            "visits": [[*key, count] for key, count in self._visits.items()],
             "streaks": dict(self._streaks),
             "solved": sorted(self.solved),
             "solved_plain": sorted(self.solved_plain),
@@ -135,7 +128,6 @@ class RewardTracker:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.reset()
         self._windows = {(i, v): deque(rewards, maxlen=self.window) for i, v, rewards in state["windows"]}
-        self._visits = {(i, v): count for i, v, count in state["visits"]}
         self._streaks = dict(state["streaks"])
         self.solved, self.solved_plain = set(state["solved"]), set(state["solved_plain"])
         self._count, self._mean, self._square_sum = state["moments"]

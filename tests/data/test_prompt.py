@@ -229,5 +229,7 @@ def test_refusals(clip, tmp_path):
         builder().build(sample(replace(media, width=112)), root)
     with pytest.raises(MediaError, match="a.flac: holds 32000 samples, the manifest says 48000"):
         builder().build(sample(replace(media, audio_samples=48_000)), root)
+    with pytest.raises(ValueError, match="sample s: a picture of 9000x40 has an aspect ratio above 200; crop it"):
+        builder().length(sample(Media("i", "image", height=40, width=9000)))
     with pytest.raises(ValueError, match="num_mel_bins"):
         PromptBuilder(TOKENIZER, make_config(vision_config={"patch_size": 16}), DATA, 100)

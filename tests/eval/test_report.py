@@ -12,7 +12,7 @@ from matplotlib.image import imread
 
 from eval import figures
 from eval.report import SYSTEMS, clips, facts, main, measurements, print_table, render, table, verdict
-from eval.score import read_predictions, system_scores
+from eval.score import Estimate, read_predictions, system_scores
 from tests.eval.made_up import ATTACK, write_lines, write_run
 
 
@@ -159,6 +159,11 @@ def test_figures_plot_what_was_measured(run):
     assert figures.step_time({"grpo": metrics["grpo"]}).axes[0].patches[-1].get_width() == pytest.approx(2.0 - 1.75)
     assert len(figures.tiers(metrics["avatar"]).axes[0].collections) == 3
     assert figures.tiers(metrics["sft"]) is None and figures.curves({"sft": metrics["sft"]}, {"kl": "KL"}) is None
+
+
+def test_a_familys_name_is_no_formula():
+    figure = figures.family_bars({"base": {r"$\frac{$": Estimate(0.5, 0.4, 0.6, 9)}}, {})
+    assert "<svg" in figures.to_svg(figure, "x")
 
 
 def test_metrics_are_read_up_to_a_cut_line_and_gaps_are_left_out(tmp_path):

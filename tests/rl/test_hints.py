@@ -117,9 +117,3 @@ def test_resumed_anywhere_it_continues_alike(outcomes: list, cut: int, plain_eve
         shown.append(row)
     assert shown[0] == shown[1]
     assert plain_every > 1 or "hinted" not in shown[0]
-
-
-@pytest.mark.parametrize("key", ["patience", "plain_every"])
-def test_impossible_settings_are_named(key: str) -> None:
-    with pytest.raises(ValueError, match=f"rl.hints.{key}"):
-        HintPolicy(HintConfig(**{key: 0}), RewardTracker())

@@ -111,6 +111,13 @@ def test_a_choice_is_its_letter_in_any_usual_spelling(answer):
     assert accuracy_reward(answer, make("multiple_choice", "blue square", CHOICES)) == 1.0
 
 
+def test_a_letter_numbers_a_choice_before_it_spells_one():
+    spelled = make("multiple_choice", "A", ("B", "x", "y"))
+    assert accuracy_reward("A", spelled) == 1.0 and accuracy_reward("B", spelled) == 0.0
+    assert accuracy_reward("x", make("multiple_choice", "B", ("B", "x", "y"))) == 1.0  # X numbers none of three
+    assert accuracy_reward("E", make("multiple_choice", "E")) == 1.0  # choices inside of the question's text
+
+
 @pytest.mark.parametrize("answer", ["A", "", "A or B", "A B", "B. red circle", "Both", "square", "BB", "A, B, C"])
 def test_hedges_and_other_choices_are_wrong(answer):
     assert accuracy_reward(answer, make("multiple_choice", "B", CHOICES)) == 0.0

@@ -30,7 +30,6 @@ def test_history_is_that_of_the_visits(visits: list, window: int) -> None:
             rewards = [r for i, v, outcomes in visits if (i, v) == (sample_id, variant) for r, _ in outcomes]
             expected = np.mean(rewards[-window:]) if rewards else None
             assert tracker.mean(sample_id, variant) == (expected if expected is None else pytest.approx(expected))
-            assert tracker.visits(sample_id, variant) == sum((i, v) == (sample_id, variant) for i, v, _ in visits)
         plain = [any(a >= 0.5 for _, a in o) for i, v, o in visits if (i, v) == (sample_id, "plain")]
         assert tracker.streak(sample_id) == (plain[::-1].index(True) if True in plain else len(plain))
         assert (sample_id in tracker.solved_plain) == any(plain)
@@ -106,16 +105,11 @@ def test_reset_forgets_everything() -> None:
     assert tracker.tiers() == {} and tracker.mean("a", "plain") is None
 
 
-def test_refill_rebuilds_baselines_but_keeps_visits() -> None:
+def test_refill_rebuilds_baselines_but_keeps_streaks() -> None:
     tracker = RewardTracker(window=2)
     feed(tracker, [("a", "plain", [(0.9, 0.0)] * 3)])
     completion = Completion(np.ones(1, np.int64), np.zeros(1, np.float32), True)
     tracker.refill([Trajectory("a", "plain", completion, r, {}, 0.0, "ref", "s", 0, 0) for r in (0.0, 0.2, 0.4)])
     assert tracker.mean("a", "plain") == pytest.approx(0.3)
     assert tracker.running_std == pytest.approx(np.std([0.0, 0.2, 0.4]))
-    assert tracker.streak("a") == 1 and tracker.visits("a", "plain") == 1
-
-
-def test_a_window_of_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match="rl.vcrs_window"):
-        RewardTracker(0)
+    assert tracker.streak("a") == 1

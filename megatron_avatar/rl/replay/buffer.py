@@ -20,7 +20,6 @@ from megatron_avatar.rl.advantages import ADVANTAGE_CLIP, SIGMA_FLOOR
 from megatron_avatar.rl.tracker import TIERS, Tier
 
 UNRANKED: Tier = "medium"  # a prompt without plain history: nothing is known of its difficulty
-ORDERS = ("priority", "uniform", "fifo")
 
 Baseline = Callable[[str, Variant], float | None]
 
@@ -33,7 +32,6 @@ class ReplayBuffer:
     """
 
     def __init__(self, config: ReplayConfig) -> None:
-        _check(config)
         self._config = config
         # Rounding the running sums keeps the tiers' capacities adding up to the whole.
         edges = np.rint(np.cumsum([0.0, *config.capacity_share]) * config.capacity).astype(int)
@@ -92,10 +90,6 @@ class ReplayBuffer:
             sizes[tiers.get(trajectory.sample_id, UNRANKED)] += 1
         return sizes
 
-    def ages(self, step: int) -> np.ndarray:
-        """Age in steps [len] int64 of every trajectory, oldest first."""
-        return np.array([step - t.step for t in self._rows.values()], np.int64)
-
     # ---- drawing -------------------------------------------------------------------------------
 
     def draw(
@@ -143,6 +137,7 @@ class ReplayBuffer:
         noise = rng.gumbel(size=len(rows))
         if config.order == "uniform":
             return noise
+        assert config.order == "priority", config.order
         rbar = {key: baselines(*key) for key in {(t.sample_id, t.variant) for t in rows}}
         scale = max(sigma, SIGMA_FLOOR)
         scores = np.empty(len(rows))
@@ -200,17 +195,3 @@ def _content_order(trajectory: Trajectory) -> tuple[int, bytes]:
     digest.update(np.ascontiguousarray(trajectory.completion.token_ids).tobytes())
     digest.update(np.ascontiguousarray(trajectory.completion.logprobs).tobytes())
     return trajectory.step, digest.digest()
-
-
-def _check(config: ReplayConfig) -> None:
-    """Refuse settings that cannot work, naming the key."""
-    if config.order not in ORDERS:
-        raise ValueError(f"rl.replay.order is {config.order!r}: choose one of {', '.join(ORDERS)}")
-    if not config.temperature > 0:
-        raise ValueError(f"rl.replay.temperature is {config.temperature}: give a number above 0")
-    if config.capacity < 1:
-        raise ValueError(f"rl.replay.capacity is {config.capacity}: give at least 1, or set rl.n_off=0 for no replay")
-    for key in ("capacity_share", "draw_share"):
-        share = getattr(config, key)
-        if len(share) != len(TIERS) or min(share) < 0 or not math.isclose(sum(share), 1.0, abs_tol=1e-6):
-            raise ValueError(f"rl.replay.{key} is {share}: give three shares (easy, medium, hard) that sum to 1")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 
+from megatron_avatar.config.validate import REWARDS
 from megatron_avatar.records import Sample
 from megatron_avatar.rl.rewards.accuracy import accuracy_reward, canonical
 from megatron_avatar.rl.rewards.agreement import self_rewards
@@ -30,8 +31,6 @@ __all__ = [
     "score_group",
     "self_rewards",
 ]
-
-REWARDS = ("format", "accuracy", "self", "judge")
 
 
 def score_group(

@@ -59,19 +59,18 @@ def canonical(answer: str, sample: Sample) -> str:
 def choice_letter(answer: str, choices: tuple[str, ...]) -> str | None:
     """The capital letter of `B`, `(b)`, `B.`, `B. second choice` or `second choice`; None for anything else.
 
-    A letter that is followed by the text of another choice names no choice.
+    A lone letter that numbers a choice is that choice, even where another choice's text is this letter. One that
+    is followed by the text of another choice names no choice.
     """
     texts = [normalise(choice) for choice in choices]
+    match = _LETTER.fullmatch(answer.strip())
+    letter, text = (match.group(1).upper(), match.group(2)) if match else (None, None)
+    index = ord(letter) - ord("A") if letter else len(texts)
+    if letter and text is None and (index < len(texts) or not texts):
+        return letter
     if normalise(answer) in texts:
         return chr(ord("A") + texts.index(normalise(answer)))
-    match = _LETTER.fullmatch(answer.strip())
-    if match is None:
-        return None
-    letter, text = match.group(1).upper(), match.group(2)
-    if text is None:
-        return letter
-    index = ord(letter) - ord("A")
-    return letter if index < len(texts) and texts[index] == normalise(text) else None
+    return letter if text is not None and index < len(texts) and texts[index] == normalise(text) else None
 
 
 def number(answer: str) -> float | None:
