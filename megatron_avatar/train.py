@@ -32,7 +32,8 @@ def main(arguments: list[str]) -> int:
     try:
         train(config, backend)
     except Interrupted:
-        print(f"stopped; state saved in {config.output_dir}. The same command continues.", file=sys.stderr)
+        if backend.rank == 0:
+            print(f"stopped; state saved in {config.output_dir}. The same command continues.", file=sys.stderr)
         return INTERRUPTED
     except (ValueError, LogprobMismatch, CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

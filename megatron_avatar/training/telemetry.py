@@ -195,7 +195,7 @@ class StopSignal:
         else:
             self._requested = True
             name = signal.Signals(number).name
-            os.write(2, f"\n{name}: stopping after this step; Ctrl-C again stops at once\n".encode())
+            os.write(2, f"\n{name}: saving state and stopping; Ctrl-C again stops at once, without saving\n".encode())
 
 
 def _start_wandb(folder: Path, config: Config) -> Any:

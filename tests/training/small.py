@@ -1,4 +1,4 @@
-"""A run small enough for tests: 22 synthetic clips, a random model of the demo's classes, three RL stages of a few steps.
+"""A run small enough for tests: 22 synthetic clips, a random model of the demo's classes, three short RL stages.
 
 `python -m tests.training.small FOLDER` makes model and data; everything else goes through the product's commands.
 """
