@@ -69,8 +69,8 @@ class Scene:
         return asdict(self)
 
     def signature(self) -> str:
-        """Equal for two clips that look and sound alike."""
-        return repr((self.things, self.sound))
+        """Equal for two clips that look and sound alike, in whatever order their things are listed."""
+        return repr((sorted(map(repr, self.things)), self.sound))
 
 
 # --- captions -----------------------------------------------------------------------------------
