@@ -301,11 +301,12 @@ def judge_words(draft: Draft) -> dict[str, dict[str, list[str]]]:
     audible = said.union(*(pair for pair in plurals if pair & said), *([plurals[0]] if said & set(PITCHES) else []))
     heard = sorted({w for item in draft.heard for w in item.split()} or said)
     wrong_sounds = sorted(words - audible)
+    wrong_times = [slot for slot in SLOTS if slot not in heard] if set(heard) & set(SLOTS) else []
     seen = {t.shape for t in scene.things} | {t.color for t in scene.things}
     shown = [target.color, target.shape] if target else []
     column = COLUMNS[target.column] if target and target.act != "slides" else None
     return {
-        "audio_grounding_score": {"expect": heard, "contradict": wrong_sounds},
+        "audio_grounding_score": {"expect": heard, "contradict": [*wrong_sounds, *wrong_times]},
         "visual_id_score": {"expect": shown, "contradict": sorted({*SHAPES, *COLORS} - seen)},
         "location_acc_score": {
             "expect": [column] if column else [],

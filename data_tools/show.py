@@ -43,7 +43,10 @@ def main() -> None:
         parser.error(f"{args.manifest} has no sample {args.id!r}")
     print(json.dumps(sample_to_dict(found[0]), indent=2, ensure_ascii=False))
     for media in found[0].media:
-        print(media_facts(media, args.manifest.parent))
+        try:
+            print(media_facts(media, args.manifest.parent))
+        except (OSError, ValueError, soundfile.SoundFileError) as error:  # a damaged file is what one looks for here
+            print(f"damaged: {error}")
 
 
 if __name__ == "__main__":

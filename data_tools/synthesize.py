@@ -38,7 +38,7 @@ from data_tools.world import (
 from megatron_avatar.data.manifest import write_manifest
 from megatron_avatar.records import Media, Sample
 
-WORLD = 1  # raised when the same seed gives other clips or questions
+WORLD = 2  # raised when the same seed gives other clips or questions
 MARKER = "complete.json"
 # Samples a family by split; train differs by stage so that each stage has about 160 prompts.
 SIZES: dict[str, dict[str, dict[str, int]]] = {
@@ -48,7 +48,7 @@ SIZES: dict[str, dict[str, dict[str, int]]] = {
         "eval": {"visual": 1, "audio_visual": 2, "localisation": 2},
     },
     "demo": {
-        "sft": {"visual": 36, "audio_visual": 36, "localisation": 48},
+        "sft": {"visual": 144, "audio_visual": 144, "localisation": 192},
         "train": {"visual": 40, "audio_visual": 32, "localisation": 80},
         "eval": {"visual": 24, "audio_visual": 24, "localisation": 24},
     },

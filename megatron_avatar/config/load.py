@@ -22,6 +22,7 @@ CONFIG_DIR = Path(__file__).parent.resolve()
 
 # Settings that say what a run is called and what it writes where, not what it computes.
 _BOOKKEEPING = ("name", "output_dir", "log", "checkpoint")
+_DECODING_COST = ("data.workers", "data.decode_deadline_s")
 
 
 def load_config(overrides: list[str]) -> Config:
@@ -68,7 +69,8 @@ def differing_keys(path: Path, config: Config) -> list[str]:
     saved = flat(OmegaConf.to_container(OmegaConf.load(path)))  # type: ignore[arg-type]
     now = flat(OmegaConf.to_container(OmegaConf.structured(config)))  # type: ignore[arg-type]
     keys = sorted(saved.keys() | now.keys())
-    return [k for k in keys if saved.get(k) != now.get(k) and k.split(".")[0] not in ignored]
+    different = [k for k in keys if saved.get(k) != now.get(k)]
+    return [k for k in different if k.split(".")[0] not in ignored and k not in _DECODING_COST]
 
 
 def _run_name(name: str, overrides: list[str]) -> str:

@@ -277,7 +277,8 @@ class Run:
             fresh=fresh, drawn=drawn, stats=stats, off_advantages=off_advantages,
             on_advantages=backend.all_gather_object_dp([g.advantages for g in groups]), clipped=clipped,
             vanished=gone / max(len(visits), 1), step=self.step, tracker=self.tracker, buffer=self.buffer,
-            hinted=sum(v.variant == "hinted" for v in visits), pool=self.pool,
+            hinted=sum(v.variant == "hinted" for v in visits),
+            in_use=self.hints.in_use if self.hints is not None else 0, pool=self.pool,
             completions_generated=self.completions_generated, lr=self.optimization.lr,
         )
 

@@ -35,7 +35,7 @@ def histogram(values: Sequence[float], edges: np.ndarray) -> list[int]:
 def rl_record(
     *, fresh: list[Trajectory], drawn: list[list[Trajectory]], stats: dict, on_advantages: list[list[np.ndarray]],
     off_advantages: list[np.ndarray], clipped: float, vanished: float, step: int, tracker: RewardTracker,
-    buffer: ReplayBuffer | None, hinted: int, pool: Collection[str], completions_generated: int, lr: float,
+    buffer: ReplayBuffer | None, hinted: int, in_use: int, pool: Collection[str], completions_generated: int, lr: float,
 ) -> dict:
     """What a step of reinforcement learning logs; statistics are those of the whole step, over all ranks."""
     replayed = [t for group in drawn for t in group]
@@ -67,7 +67,9 @@ def rl_record(
         "length": mean_or_none([len(t.completion) for t in fresh]),
         "finished": mean_or_none([t.completion.finished for t in fresh]),
         "solvability": len(tracker.solved.intersection(pool)) / len(pool),
-        "hints": hinted,
+        "solvability/plain": len(tracker.solved_plain.intersection(pool)) / len(pool),
+        "hints": in_use,
+        "hints/visits": hinted,
         "logprob_error": stats["logprob_error"],
         "loss": float(stats["loss"]),
         "grad_norm": stats["grad_norm"],

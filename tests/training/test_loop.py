@@ -65,6 +65,7 @@ def test_a_run_logs_what_it_did(world, whole):
     assert records[3]["replay/completions"] == 0  # a new stage starts with an empty buffer
     assert all(r["ratio/max"] == pytest.approx(1, abs=1e-4) for r in records if r["replay/completions"] == 0)
     assert records[1]["replay/age"] == 1 and records[2]["replay/size"] == 48
+    assert any(r["hints/visits"] > 0 for r in records) and max(r["hints"] for r in records) > 0
     assert records[0]["reward/judge"] is None and records[-1]["reward/judge"] is not None
     kept = sorted(path.name for path in (whole / "checkpoints").iterdir())
     assert kept == ["step_00000005", "step_00000008", "step_00000009"]  # a milestone, and the newest two
