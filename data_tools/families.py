@@ -190,7 +190,7 @@ def _sync(answer: str, rng: np.random.Generator) -> Draft:
     evidence = f"{heard} {target.when}. {target.when} {target.name} moves."
     question = f"Which shape moves when the {heard} sounds?"
     scene = _scene(rng, _shuffled(rng, things), sound)
-    return Draft(scene, question, answer, evidence, _shapes(things), target, (heard, target.when))
+    return Draft(scene, question, answer, evidence, target=target, heard=(heard, target.when))
 
 
 def _slot_sound(kind_at: dict[str, str]) -> Sound:
@@ -247,7 +247,7 @@ def _where(answer: str, rng: np.random.Generator) -> Draft:
     evidence = f"{heard} {target.when}. {target.when} {target.name} flashes."
     scene = _scene(rng, _shuffled(rng, things), sound)
     question = "Where is the object that makes the sound?"
-    return Draft(scene, question, answer, evidence, COLUMNS, target, (heard, target.when))
+    return Draft(scene, question, answer, evidence, target=target, heard=(heard, target.when))
 
 
 def _source(answer: str, rng: np.random.Generator) -> Draft:
@@ -269,7 +269,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "order": Family("visual", _V, SHAPES, 1 / 3, "multiple_choice", "Find what appears at each time.", _order),
     "sync": Family(
-        "audio_visual", _AV, SHAPES, 1 / 3, "multiple_choice",
+        "audio_visual", _AV, SHAPES, 1 / 3, "other",
         "Find when the tone sounds, then what moves at that time.", _sync,
     ),
     "beeps": Family("audio_visual", _A, _DIGITS, 1 / 4, "numerical", "Listen and count every beep.", _beep_count),
@@ -283,7 +283,7 @@ FAMILIES: dict[str, Family] = {
         "audio_visual", _A, tuple(PITCHES), 1 / 3, "other", "Find the part that repeats in the tones.", _next
     ),
     "where": Family(
-        "localisation", _AV, COLUMNS, 1 / 3, "multiple_choice",
+        "localisation", _AV, COLUMNS, 1 / 3, "other",
         "Find when the sound is, then what flashes at that time.", _where,
     ),
     "source": Family(

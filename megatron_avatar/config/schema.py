@@ -16,7 +16,6 @@ class ModelConfig:
     path: str = ""  # folder with config.json, safetensors, tokenizer
     context: int = 16384  # prompt + completion tokens; a longer prompt is refused
     dtype: str = "float32"  # float32 | bfloat16
-    train_towers: bool = False  # SFT stages may override (StageConfig.train_towers)
 
 
 @dataclass

@@ -345,7 +345,7 @@ def build_policy(hf_folder: str | Path, backend: Backend, model: ModelConfig, pa
            if parallel.recompute else {}),
     )  # fmt: skip
     policy = OmniPolicy(hf_config, config, backend).to(backend.device)
-    policy.set_train_towers(model.train_towers)
+    policy.set_train_towers(False)
     return policy
 
 

@@ -110,7 +110,7 @@ class Run:
             self.optimization.close()
         self.policy.set_train_towers(stage.train_towers)
         self.optimization = build_optimizer(
-            self.policy, self.backend, config.optim, lr=stage.lr or config.optim.lr, parallel=config.parallel,
+            self.policy, config.optim, lr=stage.lr or config.optim.lr,
             total_steps=stage.steps * (config.rl.updates_per_rollout if stage.kind == "rl" else 1),
         )
         self.learner = Learner(self.policy, self.optimization, self.backend, config.rl,

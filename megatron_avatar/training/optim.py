@@ -13,8 +13,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.utils import get_model_config
 from torch import nn
 
-from megatron_avatar.config.schema import OptimConfig, ParallelConfig
-from megatron_avatar.policy.backend import Backend
+from megatron_avatar.config.schema import OptimConfig
 
 SCHEDULES = ("constant", "linear", "cosine")
 
@@ -110,7 +109,7 @@ class Optimization:
 
 
 def build_optimizer(
-    policy: nn.Module, backend: Backend, optim: OptimConfig, *, lr: float, total_steps: int, parallel: ParallelConfig
+    policy: nn.Module, optim: OptimConfig, *, lr: float, total_steps: int
 ) -> Optimization:
     """Wrap `policy` and build AdamW for its trainable parameters; call again, after `close`, at every stage.
 

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_avatar.config.schema import OptimConfig, ParallelConfig
+from megatron_avatar.config.schema import OptimConfig
 from megatron_avatar.policy.backend import Backend
 from megatron_avatar.training import checkpoint
 from megatron_avatar.training.optim import build_optimizer
@@ -41,7 +41,7 @@ class Trainer:
         )
         self.reference = {name: p.detach().clone() for name, p in self.policy.named_parameters()}
         self.optimization = build_optimizer(
-            self.policy, self.backend, OptimConfig(weight_decay=0.1), lr=1e-2, total_steps=20, parallel=ParallelConfig()
+            self.policy, OptimConfig(weight_decay=0.1), lr=1e-2, total_steps=20
         )
 
     def train(self, first: int, last: int) -> list[float]:
@@ -115,8 +115,7 @@ def test_skipped_updates_survive_and_settings_are_those_of_today(trainer, backen
     other = Trainer(backend)
     other.optimization.close()
     other.optimization = build_optimizer(
-        other.policy, backend, OptimConfig(warmup_fraction=0.0, schedule="constant", beta1=0.5), lr=3e-3, total_steps=9,
-        parallel=ParallelConfig(),
+        other.policy, OptimConfig(warmup_fraction=0.0, schedule="constant", beta1=0.5), lr=3e-3, total_steps=9,
     )
     other.load(path)
     other.train(2, 3)
@@ -272,7 +271,7 @@ def test_another_model_is_refused(trainer, backend, tmp_path):
         parameter.requires_grad_(False)
     trained_less = checkpoint.save(
         tmp_path / "frozen", 1, policy=frozen.policy, optimization=build_optimizer(
-            frozen.policy, backend, OptimConfig(), lr=1e-3, total_steps=2, parallel=ParallelConfig()),
+            frozen.policy, OptimConfig(), lr=1e-3, total_steps=2),
         reference=None, state={}, backend=backend, keep=1,
     )
     with pytest.raises(checkpoint.CheckpointError, match="train_towers"):

@@ -39,7 +39,7 @@ def world(backend, tmp_path):
 
 def learner(policy, backend, *, train_towers=False, **settings) -> Learner:
     policy.set_train_towers(train_towers)
-    optimization = build_optimizer(policy, backend, OptimConfig(), lr=1e-2, total_steps=9, parallel=ParallelConfig())
+    optimization = build_optimizer(policy, OptimConfig(), lr=1e-2, total_steps=9)
     return Learner(policy, optimization, backend, RLConfig(**settings), train_towers=train_towers)
 
 
@@ -81,7 +81,7 @@ def test_a_step_whose_prompts_are_all_set_aside_moves_nothing(world, backend):
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(policy).items())
     record = metrics.rl_record(
         fresh=[], drawn=[], stats=stats, on_advantages=[[]], off_advantages=[], clipped=0.0, vanished=0.0, step=1,
-        tracker=metrics.RewardTracker(), buffer=None, hinted=0, pool=["a"], completions_generated=0, lr=0.0,
+        tracker=metrics.RewardTracker(), buffer=None, hinted=0, in_use=0, pool=["a"], completions_generated=0, lr=0.0,
     )
     assert record["reward"] is None and record["replay/ess"] is None and record["tokens"] == 0
 

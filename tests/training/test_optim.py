@@ -7,14 +7,14 @@ import math
 import pytest
 import torch
 
-from megatron_avatar.config.schema import OptimConfig, ParallelConfig
+from megatron_avatar.config.schema import OptimConfig
 from megatron_avatar.training.optim import build_optimizer
 from tests.training.gpt import batch, build_gpt, train_step
 
 
 def optimize(policy, backend, optim=None, *, lr=1e-2, total_steps=5):
     optim = optim or OptimConfig()
-    return build_optimizer(policy, backend, optim, lr=lr, total_steps=total_steps, parallel=ParallelConfig())
+    return build_optimizer(policy, optim, lr=lr, total_steps=total_steps)
 
 
 def weights(policy) -> dict[str, torch.Tensor]:
@@ -68,7 +68,7 @@ def test_schedule_warms_up_and_never_wastes_an_update(backend, schedule):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_non_finite_gradient_skips_the_update(backend, bad):
     policy = build_gpt(backend)
-    optimization = optimize(policy, backend, OptimConfig(warmup_fraction=0.0))
+    optimization = optimize(policy, OptimConfig(warmup_fraction=0.0))
     train_step(optimization, 0)
     before = weights(policy)
     optimization.zero_grad()

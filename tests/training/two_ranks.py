@@ -32,7 +32,8 @@ class OmniTrainer(Trainer):
 
     def __init__(self, layout: ParallelConfig, folder: Path, *, blank: bool = False) -> None:
         self.backend = backends.start(layout)
-        self.policy = build_policy(folder / "hf", self.backend, ModelConfig(train_towers=True), layout)
+        self.policy = build_policy(folder / "hf", self.backend, ModelConfig(), layout)
+        self.policy.set_train_towers(True)
         load_hf(self.policy, folder / "hf")
         if blank:
             with torch.no_grad():
@@ -40,7 +41,7 @@ class OmniTrainer(Trainer):
                     parameter.fill_(0.5)
         self.reference = {n: p.detach().clone() for n, p in self.policy.named_parameters() if p.requires_grad}
         self.optimization = build_optimizer(
-            self.policy, self.backend, OptimConfig(), lr=1e-3, total_steps=20, parallel=layout
+            self.policy, OptimConfig(), lr=1e-3, total_steps=20
         )
         self.prompt = tiny_prompts(self.policy.hf_config)["audio_in_video"]
 

@@ -190,8 +190,10 @@ class ReplayBuffer:
 
 
 def _content_order(trajectory: Trajectory) -> tuple[int, bytes]:
-    """Order of one append, whatever the order of gathering: by step, then by a hash of the content."""
+    """Order of one append, whatever the order of gathering: by step, then by a hash of the tokens.
+
+    Log-probabilities stay out: their last bits depend on the layout of the ranks, and the draws must not.
+    """
     digest = hashlib.blake2b(f"{trajectory.sample_id}\0{trajectory.variant}\0".encode(), digest_size=16)
     digest.update(np.ascontiguousarray(trajectory.completion.token_ids).tobytes())
-    digest.update(np.ascontiguousarray(trajectory.completion.logprobs).tobytes())
     return trajectory.step, digest.digest()
