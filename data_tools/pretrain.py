@@ -1,9 +1,10 @@
-"""Pretrain the tiny base: the Thinker's own classes learn to describe clips, and nothing else (`make base`).
+"""Pretrain the tiny base: the Thinker's own classes learn to describe clips (`make base`).
 
-    python -m data_tools.pretrain --out assets/tiny_base --minutes 25
+    python -m data_tools.pretrain --out assets/tiny_base --steps 2300
 
-Like the paper's base it then perceives, but knows neither the questions nor the <think>, <answer> format. It trains
-on fresh clips that go through real files and the trainer's own prompt builder, drawn with a key of their own.
+Like the paper's base it then perceives, but knows neither the questions nor the <think>, <answer> format. It also
+learns to say which letter stands for which choice of a list. It trains on fresh clips that go through real files and
+the trainer's own prompt builder, drawn with a key of their own.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-import time
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -274,8 +274,9 @@ def _classed(tokenizer: PreTrainedTokenizerBase, target: np.ndarray) -> Iterator
 # --- training -------------------------------------------------------------------------------------
 
 
-def pretrain(out: Path, minutes: float, batch_size: int, lr: float, start: Path | None, run: str, threads: int) -> None:
-    """Train for a while and save the folder (bfloat16). `start` goes on from an earlier folder."""
+def pretrain(out: Path, steps: int, batch_size: int, lr: float, start: Path | None, run: str, threads: int) -> None:
+    """Train for `steps` updates and save the folder (bfloat16). `start` goes on from an earlier folder; `run` keys the
+    clips, so that a continued training sees new ones."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     tokenizer = build_tokenizer()
@@ -289,24 +290,18 @@ def pretrain(out: Path, minutes: float, batch_size: int, lr: float, start: Path 
         Clips(builder, run), batch_size, num_workers=1, collate_fn=list, prefetch_factor=8
     )
     clips = iter(loader)
-    begun, step = time.monotonic(), 0
     with Progress(*Progress.get_default_columns(), TextColumn("{task.fields[loss]}")) as bar:
-        task = bar.add_task("pretraining", total=minutes * 60, loss="")
-        while (spent := time.monotonic() - begun) < minutes * 60:
-            part = spent / (minutes * 60)
-            for group in optimizer.param_groups:
-                group["lr"] = lr * min(1.0, (step + 1) / 100, max(0.02, 3 * (1 - part)))
+        task = bar.add_task("pretraining", total=steps, loss="")
+        for step in range(steps):
+            for group in optimizer.param_groups:  # warm-up, then constant, then a fall over the last third
+                group["lr"] = lr * min(1.0, (step + 1) / 100, max(0.02, 3 * (1 - step / steps)))
             logits, targets = description_logits(model, next(clips))
             loss = functional.cross_entropy(logits, targets)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            step += 1
-            bar.update(task, completed=spent, loss=f"step {step} loss {loss.item():.3f}")
-            if step % 50 == 0:
-                bar.console.print(f"step {step}, {spent:.0f} s, loss {loss.item():.3f}")
-                save(model, tokenizer, out)
+            bar.update(task, advance=1, loss=f"loss {loss.item():.3f}")
     save(model, tokenizer, out)
     report = evaluate(model, builder, tokenizer)
     print(json.dumps({k: round(v, 3) for k, v in report.items()}))
@@ -332,14 +327,14 @@ def save(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, out: Path) 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("assets/tiny_base"))
-    parser.add_argument("--minutes", type=float, default=25.0)
+    parser.add_argument("--steps", type=int, default=2300)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--start", type=Path, help="go on from this folder")
     parser.add_argument("--run", default="a", help="key of the clips")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
-    pretrain(args.out, args.minutes, args.batch, args.lr, args.start, args.run, args.threads)
+    pretrain(args.out, args.steps, args.batch, args.lr, args.start, args.run, args.threads)
 
 
 if __name__ == "__main__":

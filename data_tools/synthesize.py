@@ -40,7 +40,7 @@ from megatron_avatar.records import Media, Sample
 
 WORLD = 2  # raised when the same seed gives other clips or questions
 MARKER = "complete.json"
-# Samples a family by split; train differs by stage so that each stage has about 160 prompts.
+# Samples a family by split; train differs by stage so that each stage has 640 prompts.
 SIZES: dict[str, dict[str, dict[str, int]]] = {
     "tiny": {
         "sft": {"visual": 2, "audio_visual": 2, "localisation": 2},
@@ -49,8 +49,8 @@ SIZES: dict[str, dict[str, dict[str, int]]] = {
     },
     "demo": {
         "sft": {"visual": 144, "audio_visual": 144, "localisation": 192},
-        "train": {"visual": 40, "audio_visual": 32, "localisation": 80},
-        "eval": {"visual": 24, "audio_visual": 24, "localisation": 24},
+        "train": {"visual": 160, "audio_visual": 128, "localisation": 320},
+        "eval": {"visual": 36, "audio_visual": 36, "localisation": 36},
     },
 }
 
