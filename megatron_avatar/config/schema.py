@@ -127,6 +127,7 @@ class RLConfig:
     dual_clip: float | None = None
     ratio_level: str = "token"  # token | sequence
     updates_per_rollout: int = 1
+    numerical: str = "graded"  # reward of a number: graded (relative error, the paper) | exact (released trainer)
     vcrs: bool = True  # off-policy baseline R-bar; False: the off-policy batch mean
     vcrs_window: int = 20
     advantage_clip: float = 5.0

@@ -144,6 +144,7 @@ def _check_rl(config: Config) -> None:
     if rl.dual_clip is not None and not rl.dual_clip > 1 + rl.clip_high:
         raise ValueError(f"rl.dual_clip={rl.dual_clip} must be above 1 + rl.clip_high={rl.clip_high}, or null")
     _one_of("rl.ratio_level", rl.ratio_level, RATIO_LEVELS)
+    _one_of("rl.numerical", rl.numerical, ("graded", "exact"))
     _at_least("rl.updates_per_rollout", rl.updates_per_rollout, 1)
     _at_least("rl.vcrs_window", rl.vcrs_window, 1)
     _above("rl.advantage_clip", rl.advantage_clip, 0)

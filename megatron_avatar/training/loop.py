@@ -248,6 +248,7 @@ class Run:
             groups = score_completions(
                 prompts, rows, self.pool, self.builder.decode, self.stage.rewards, self.judge,
                 stage=self.stage_name, step=self.step, version=self.step, ref_id=self.stage_name,
+                numerical=rl.numerical,
             )
         with timer("logprobs"):
             reference = self.learner.reference_logprobs(groups, media)

@@ -75,13 +75,13 @@ def load_prompts(
 def score_completions(
     prompts: list[Prompt], completions: list[list[Completion]], samples: dict[str, Sample],
     decode: Callable[[np.ndarray], str], weights: dict[str, float], judge: Judge,
-    *, stage: str, step: int, version: int, ref_id: str,
+    *, stage: str, step: int, version: int, ref_id: str, numerical: str = "graded",
 ) -> list[Group]:
     """Score each prompt's completions; kl_ref is filled in once the reference has scored them."""
     groups = []
     for prompt, rows in zip(prompts, completions, strict=True):
         texts = [decode(row.token_ids) for row in rows]
-        scored = score_group(samples[prompt.sample_id], texts, weights, judge)
+        scored = score_group(samples[prompt.sample_id], texts, weights, judge, numerical=numerical)
         trajectories = [
             Trajectory(
                 sample_id=prompt.sample_id, variant=prompt.variant, completion=row, reward=reward, parts=parts,

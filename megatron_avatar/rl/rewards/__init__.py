@@ -34,7 +34,8 @@ __all__ = [
 
 
 def score_group(
-    sample: Sample, texts: list[str], weights: dict[str, float], judge: Judge | None = None
+    sample: Sample, texts: list[str], weights: dict[str, float], judge: Judge | None = None, *,
+    numerical: str = "graded",
 ) -> list[tuple[float, dict[str, float]]]:
     """Reward and parts of each completion in `texts`, all on-policy completions of one prompt.
 
@@ -44,7 +45,7 @@ def score_group(
     check_weights(weights)
     answers = [parse(text)[1] for text in texts]
     parts = [
-        {"format": format_reward(text), "accuracy": accuracy_reward(answer, sample)}
+        {"format": format_reward(text), "accuracy": accuracy_reward(answer, sample, numerical=numerical)}
         for text, answer in zip(texts, answers, strict=True)
     ]
     if weights.get("self", 0) > 0:

@@ -16,18 +16,20 @@ _LETTER = re.compile(r"[(\[]?([A-Za-z])[)\]]?[.:)]?(?:\s+(.*))?", re.DOTALL)
 _FENCE = re.compile(r"^\s*```[^\n]*\n(.*?)\n?```\s*$", re.DOTALL)
 
 
-def accuracy_reward(answer: str | None, sample: Sample) -> float:
+def accuracy_reward(answer: str | None, sample: Sample, *, numerical: str = "graded") -> float:
     """Score in [0, 1] of an answer against `sample.answer`; an answer that was not parsed (None) scores 0.
 
     multiple_choice: the letter, case-folded. numerical: 1 - min(1, |x - gold| / |gold|), for gold 0 whether
-    |x| < 1e-5. math: equality as expressions. ocr: 1 - word error rate, not below 0. free_form: mean F1 of
-    ROUGE-1, -2 and -L. code: equality after normalising. other: exact text.
+    |x| < 1e-5; with `numerical` "exact" (the released trainer's rule) 1 within a relative 1e-3, else 0.
+    math: equality as expressions. ocr: 1 - word error rate, not below 0. free_form: mean F1 of ROUGE-1, -2
+    and -L. code: equality after normalising. other: exact text.
     """
     if answer is None:
         return 0.0
     match sample.problem_type:
         case "numerical":
-            return _relative(number(answer), number(sample.answer))
+            closeness = _relative(number(answer), number(sample.answer))
+            return closeness if numerical == "graded" else float(closeness >= 1 - 1e-3)
         case "math":
             same_text = answer.split() == sample.answer.split()
             return float(same_text or algebra.equal(answer, sample.answer))
