@@ -31,6 +31,8 @@ def validate(config: Config) -> None:
         raise ValueError("stages is empty: a recipe needs at least one stage, as stages: {visual: {kind: rl, ...}}")
     for name, stage in config.stages.items():
         _check_stage(f"stages.{name}", stage)
+        if stage.lr is not None and stage.lr < config.optim.min_lr:
+            raise ValueError(f"stages.{name}.lr={stage.lr} is below optim.min_lr={config.optim.min_lr}: lower that")
     if any(stage.kind == "rl" for stage in config.stages.values()):
         _check_rl(config)
 

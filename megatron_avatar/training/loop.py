@@ -64,6 +64,9 @@ class Run:
                 )
             if stage.kind == "sft":
                 check_traces(self.stage_samples(stage).values())
+            if stage.rewards.get("judge") and not any(s.scene for s in self.stage_samples(stage).values()):
+                log.warning("stages.%s weighs the judge, but the rule-based one knows synthetic scenes only: this part "
+                            "is masked and its weight goes to the others", name)
             if config.eval.every and not self.held_out_samples(stage):
                 raise ValueError(
                     f"{manifest}: no sample has split 'eval' and a stage in {stage.data}, so eval.every="
@@ -84,15 +87,20 @@ class Run:
         self.completions_generated = 0
 
     def check_lengths(self) -> None:
-        """Refuse prompts that leave no room for a completion (ValueError), before anything is decoded."""
-        room = self.config.model.context - self.config.rl.sampling.max_new_tokens
-        for sample in self.samples.values():
-            if (length := self.builder.length(sample, "hinted" if sample.hint else "plain")) > room:
-                raise ValueError(
-                    f"{self.config.data.manifest}: sample {sample.id} has a prompt of {length} tokens; model.context="
-                    f"{self.config.model.context} minus rl.sampling.max_new_tokens leaves {room}. Media are never "
-                    "truncated: lower data.max_frames or data.frame_max_pixels, or leave the sample out"
-                )
+        """Refuse prompts that leave no room for a completion or trace (ValueError), before anything is decoded."""
+        context = self.config.model.context
+        for stage in self.config.stages.values():
+            for sample in self.stage_samples(stage).values():
+                length = self.builder.length(sample, "hinted" if sample.hint else "plain")
+                room, traced = self.config.rl.sampling.max_new_tokens, stage.kind == "sft" and sample.trace
+                if traced:
+                    room = len(self.builder.completion_ids(sample.trace))
+                if length + room > context:
+                    raise ValueError(
+                        f"{self.config.data.manifest}: sample {sample.id} has a prompt of {length} tokens and needs "
+                        f"{room} for its {'trace' if traced else 'completion'}, but model.context={context}. Media are "
+                        "never truncated: lower data.max_frames or data.frame_max_pixels, or leave the sample out"
+                    )
 
     def stage_samples(self, stage: StageConfig) -> dict[str, Sample]:
         split = stage_split(stage)
