@@ -38,6 +38,7 @@ from megatron.core.dist_checkpointing.strategies import torch as torch_dist
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
 from megatron_avatar.policy.backend import Backend
 from megatron_avatar.training.optim import Optimization
@@ -314,8 +315,17 @@ def _damage(path: Path, backend: Backend) -> list[str]:
     return damage
 
 
+def _memory_format(owner: Any, name: Any) -> Any:
+    """What `getattr` may do in an index: Python 3.11.2 pickles an enumeration's member as getattr(class, name)."""
+    if owner is not _MEM_FORMAT_ENCODING or name not in owner.__members__:
+        raise pickle.UnpicklingError(f"it asks for builtins.getattr({owner!r}, {name!r})")
+    return owner[name]
+
+
 class _IndexUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _memory_format
         if name in INDEX_CLASSES.get(module, ()):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
