@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import itertools
 import json
 import multiprocessing
@@ -260,6 +261,21 @@ def test_files_that_would_run_code_are_refused(trainer, tmp_path, name):
     with pytest.raises(checkpoint.CheckpointError, match=f"{name} could run code"):
         trainer.load(path)
     assert not proof.exists()
+
+
+class Lookup:
+    """Asks a loader for an attribute of a class of the index that is no member of its enumeration."""
+
+    def __reduce__(self):
+        return getattr, (checkpoint._MEM_FORMAT_ENCODING, "mro")
+
+
+def test_an_index_may_name_members_of_its_enumeration_only():
+    member = checkpoint._MEM_FORMAT_ENCODING.TORCH_CONTIGUOUS_FORMAT
+    assert checkpoint._IndexUnpickler(io.BytesIO(pickle.dumps(member))).load() is member
+    assert checkpoint._memory_format(type(member), member.name) is member
+    with pytest.raises(pickle.UnpicklingError, match="getattr"):
+        checkpoint._IndexUnpickler(io.BytesIO(pickle.dumps(Lookup()))).load()
 
 
 def test_another_model_is_refused(trainer, backend, tmp_path):

@@ -1,21 +1,25 @@
 """The gate on generation against training: a shift by one position stops a run before it learns from it."""
 
 import dataclasses
+import signal
 from pathlib import Path
 
 import pytest
 
 from megatron_avatar.config import load_config
 from megatron_avatar.policy import backend as backends
-from megatron_avatar.training import learner, loop
+from megatron_avatar.training import learner, loop, telemetry
 from tests.training.small import ROOT, arguments, make
 
 
 @pytest.fixture
 def backend():
     config = load_config(["recipe=tiny_avatar", "model.path=x", "data.manifest=y"])
+    handlers = {number: signal.getsignal(number) for number in telemetry.StopSignal.SIGNALS}
     yield backends.start(config.parallel)
     backends.stop()
+    for number, handler in handlers.items():  # the run in this process took them
+        signal.signal(number, handler)
 
 
 def test_a_shift_by_one_position_stops_the_run(tmp_path: Path, backend, monkeypatch):
