@@ -8,14 +8,27 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass
+class LoraConfig:
+    """Low-rank adapters beside frozen linear layers; the reference policy is the model with its adapters off."""
+
+    rank: int = 0  # 0: off, all weights of the language model train
+    alpha: float = 32.0  # adapters count alpha / rank
+    targets: list[str] = field(default_factory=lambda: list(LORA_TARGETS))  # layers by their Hugging Face names
+
 
 @dataclass
 class ModelConfig:
     """Where weights, tokenizer and architecture come from: one Hugging Face folder."""
 
     path: str = ""  # folder with config.json, safetensors, tokenizer
+    shape: str = ""  # the published model that the recipe is for; a dry run needs no folder: config/shapes/SHAPE.json
     context: int = 16384  # prompt + completion tokens; a longer prompt is refused
-    dtype: str = "float32"  # float32 | bfloat16
+    dtype: str = "float32"  # float32 | bfloat16; bfloat16 keeps float32 main weights in the optimizer
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
 
 @dataclass
@@ -24,9 +37,21 @@ class ParallelConfig:
 
     tp: int = 1
     pp: int = 1
+    first_stage_layers: int | None = None  # layers of the first stage, which carries the encoders; null: even stages
     sequence_parallel: bool = False
-    recompute: bool = False
+    recompute: str = "none"  # none | selective (core attention, feed-forward) | full (every layer)
+    distributed_optimizer: bool = False  # main weights and moments sharded over the data-parallel ranks
+    kernels: str = "auto"  # auto (Apex and Transformer Engine where importable) | torch
     threads: int = 1  # CPU threads a rank; pinned, so that sums are made in one order
+
+
+@dataclass
+class ClusterConfig:
+    """What the plan of a dry run counts with."""
+
+    gpus: int = 0  # in all; a dry run needs it
+    gpu_memory_gib: float = 80.0
+    gpu: str = "h100"  # a100 | h100: peak rates for the estimated time
 
 
 @dataclass
@@ -165,8 +190,10 @@ class Config:
     name: str = ""  # the recipe's name, shown everywhere
     seed: int = 0
     output_dir: str = ""
+    dry_run: bool = False  # plan memory and time of every rank, start nothing
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     rl: RLConfig = field(default_factory=RLConfig)

@@ -6,7 +6,6 @@ a call; with sequence parallelism the decoder holds S / tp of them a rank.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,17 +20,16 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
-from transformers import Qwen2_5OmniConfig, Qwen2_5OmniThinkerConfig
-from transformers.initialization import no_init_weights
-from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import Qwen2_5OmniAudioEncoder, Qwen2_5OmniVisionEncoder
+from transformers import Qwen2_5OmniThinkerConfig
 
 from megatron_avatar.config.schema import ModelConfig, ParallelConfig
+from megatron_avatar.policy.architecture import read_thinker_config, transformer_config
 from megatron_avatar.policy.attention import GroupBatch, GroupCoreAttention
 from megatron_avatar.policy.backend import Backend
 from megatron_avatar.policy.logprobs import completion_logprobs
+from megatron_avatar.policy.towers import Towers
 from megatron_avatar.records import Prompt
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Which axis of its weight a layer shares out among tensor-parallel ranks; the gradient norm asks for it.
 SHARDED_AXIS = {
     tensor_parallel.VocabParallelEmbedding: 0,
@@ -56,7 +54,7 @@ class LanguageModel(GPTModel):
 
 
 class OmniPolicy(MegatronModule):
-    """One pipeline stage of the policy. Encoders (`visual`, `audio_tower`) live on the first stage only."""
+    """One pipeline stage of the policy. The encoders (`towers`) live on the first stage only."""
 
     def __init__(self, hf_config: Qwen2_5OmniThinkerConfig, config: TransformerConfig, backend: Backend) -> None:
         super().__init__(config=config)
@@ -91,19 +89,16 @@ class OmniPolicy(MegatronModule):
             if axis is not None and module.weight is not None:
                 tensor_parallel.set_tensor_model_parallel_attributes(module.weight, True, axis, 1)
         if self.pre_process:
-            with no_init_weights():
-                self.visual = Qwen2_5OmniVisionEncoder._from_config(hf_config.vision_config, dtype=config.params_dtype)
-                self.audio_tower = Qwen2_5OmniAudioEncoder._from_config(
-                    hf_config.audio_config, dtype=config.params_dtype
-                )
+            self.towers = Towers(hf_config, config.params_dtype)
 
     def set_train_towers(self, train: bool) -> None:
         """Freeze or train the encoders. Call it before the model is wrapped for data parallelism."""
         if self.pre_process:
-            self.visual.requires_grad_(train)
-            self.audio_tower.requires_grad_(train)
-            # The Thinker embeds these two tokens as text: their parameter never gets a gradient.
-            self.audio_tower.audio_bos_eos_token.requires_grad_(False)
+            self.towers.set_train(train)
+
+    def embed_media(self, prompts: Sequence[Prompt], grad: bool = False) -> list[Tensor | None]:
+        """Embeddings [M, H] of each prompt's media (see Towers); None for all prompts off the first stage."""
+        return self.towers(prompts, grad) if self.pre_process else [None] * len(prompts)
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor | None] | None) -> None:
         """The hidden states [S, 1, H] that the previous pipeline stage sent."""
@@ -111,80 +106,6 @@ class OmniPolicy(MegatronModule):
 
     def shared_embedding_or_output_weight(self) -> Tensor | None:
         return self.language_model.shared_embedding_or_output_weight()
-
-    # ------------------------------------------------------------------------------------------------------------
-    # Media
-
-    def embed_media(self, prompts: Sequence[Prompt], grad: bool = False) -> list[Tensor | None]:
-        """Embeddings [M, H] of each prompt's media, in the order of its placeholders; None without media.
-
-        Each encoder runs once over all prompts. With `grad` (training towers) it runs even without media, on a
-        dummy that gets a gradient of zero, so that all data-parallel ranks reduce the same parameters.
-        None for all prompts off the first pipeline stage. Raises ValueError where placeholders and features differ
-        in number.
-        """
-        if not self.pre_process:
-            return [None] * len(prompts)
-        with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
-            visual, visual_counts = self._embed_pixels(prompts, grad)
-            audio, audio_counts = self._embed_sound(prompts, grad)
-            media = [
-                self._interleave(*parts)
-                for parts in zip(prompts, visual.split(visual_counts), audio.split(audio_counts), strict=True)
-            ]
-            if grad and media:  # an empty slice ties the dummy to the loss
-                media[0] = torch.cat([visual[:0], audio[:0], visual[:0] if media[0] is None else media[0]])
-        return media
-
-    def _embed_pixels(self, prompts: Sequence[Prompt], always: bool) -> tuple[Tensor, list[int]]:
-        """Embeddings of all pictures [sum, H], and how many of them each prompt has."""
-        vision = self.hf_config.vision_config
-        merged = vision.spatial_merge_size**2
-        shown = [prompt for prompt in prompts if prompt.pixels is not None]
-        counts = [0 if prompt.pixels is None else len(prompt.pixels) // merged for prompt in prompts]
-        if not shown and not always:
-            return self._no_media(), counts
-        if shown:
-            pixels, grid = (torch.cat([getattr(p, name) for p in shown]) for name in ("pixels", "grid_thw"))
-        else:
-            side = vision.spatial_merge_size
-            width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-            pixels, grid = torch.zeros(merged, width), torch.tensor([[1, side, side]])
-        device = self.backend.device
-        features = self.visual(pixels.to(device, self.config.params_dtype), grid.to(device)).pooler_output
-        return features[: sum(counts)], counts
-
-    def _embed_sound(self, prompts: Sequence[Prompt], always: bool) -> tuple[Tensor, list[int]]:
-        """Embeddings of all sounds [sum, H], and how many of them each prompt has."""
-        heard = [prompt for prompt in prompts if prompt.mel is not None]
-        counts = [0 if p.mel is None else sum(_audio_tokens(n) for n in p.mel_lengths.tolist()) for p in prompts]
-        if not heard and not always:
-            return self._no_media(), counts
-        if heard:
-            mel, lengths = torch.cat([p.mel for p in heard], dim=1), torch.cat([p.mel_lengths for p in heard])
-        else:
-            mel, lengths = torch.zeros(self.hf_config.audio_config.num_mel_bins, 4), torch.tensor([4])
-        device = self.backend.device
-        features = self.audio_tower(mel.to(device, self.config.params_dtype), lengths.to(device)).last_hidden_state
-        return features[: sum(counts)], counts
-
-    def _no_media(self) -> Tensor:
-        return torch.empty(0, self.config.hidden_size, dtype=self.config.params_dtype, device=self.backend.device)
-
-    def _interleave(self, prompt: Prompt, visual: Tensor, audio: Tensor) -> Tensor | None:
-        """Put one prompt's visual and audio embeddings into the order of its placeholders."""
-        ids = torch.from_numpy(prompt.token_ids)
-        is_audio = ids[torch.isin(ids, torch.tensor(self.placeholder_ids))] == self.hf_config.audio_token_id
-        for name, features, wanted in (("visual", visual, ~is_audio), ("audio", audio, is_audio)):
-            if len(features) != wanted.sum():
-                raise ValueError(
-                    f"prompt of sample {prompt.sample_id!r} has {wanted.sum()} {name} placeholders, but its media give "
-                    f"{len(features)} {name} embeddings: its tokens and its media don't belong together"
-                )
-        if not len(is_audio):
-            return None
-        order = torch.where(is_audio, len(visual) + is_audio.cumsum(0) - 1, (~is_audio).cumsum(0) - 1)
-        return torch.cat([visual, audio])[order.to(visual.device)]
 
     # ------------------------------------------------------------------------------------------------------------
     # Language model
@@ -295,89 +216,9 @@ def build_policy(hf_folder: str | Path, backend: Backend, model: ModelConfig, pa
     Raises ValueError where the folder holds another architecture, or doesn't split into tp and pp.
     """
     hf_config = read_thinker_config(hf_folder)
-    text = hf_config.text_config
-    heads, groups, tp, pp = text.num_attention_heads, text.num_key_value_heads, backend.tp, backend.pp
-    if heads % tp or text.intermediate_size % tp or (groups % tp and tp % groups):
-        raise ValueError(
-            f"parallel.tp={tp} doesn't divide the {heads} attention heads, {groups} key-value heads and "
-            f"{text.intermediate_size} feed-forward units of {hf_folder}: choose a tp that does"
-        )
-    if text.num_hidden_layers % pp:
-        raise ValueError(
-            f"parallel.pp={pp} doesn't divide the {text.num_hidden_layers} layers of {hf_folder}: choose a pp that does"
-        )
-    if model.dtype not in DTYPES:
-        raise ValueError(f"model.dtype={model.dtype!r} is unknown: choose one of {', '.join(DTYPES)}")
-    dtype = DTYPES[model.dtype]
-    config = TransformerConfig(
-        num_layers=text.num_hidden_layers,
-        hidden_size=text.hidden_size,
-        num_attention_heads=heads,
-        num_query_groups=groups,
-        ffn_hidden_size=text.intermediate_size,
-        normalization="RMSNorm",
-        layernorm_epsilon=text.rms_norm_eps,
-        add_bias_linear=False,
-        add_qkv_bias=True,
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        mrope_section=list(text.rope_parameters["mrope_section"]),
-        tensor_model_parallel_size=tp,
-        pipeline_model_parallel_size=pp,
-        sequence_parallel=parallel.sequence_parallel and tp > 1,
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        bf16=dtype is torch.bfloat16,
-        perform_initialization=False,
-        use_cpu_initialization=backend.device.type == "cpu",
-        variable_seq_lengths=True,
-        moe_token_dispatcher_type="alltoall",  # asked for by variable_seq_lengths, even in a dense model
-        # Fused kernels need Apex or Transformer Engine.
-        masked_softmax_fusion=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        apply_rope_fusion=False,
-        persist_layer_norm=False,
-        gradient_accumulation_fusion=False,
-        **(dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
-           if parallel.recompute else {}),
-    )  # fmt: skip
+    config = transformer_config(hf_config, model, parallel, on_cpu=backend.device.type == "cpu")
     policy = OmniPolicy(hf_config, config, backend).to(backend.device)
     policy.set_train_towers(False)
     return policy
 
 
-def read_model_type(hf_folder: str | Path) -> str:
-    """The folder's class: "qwen2_5_omni" (all of it) or "qwen2_5_omni_thinker"; ValueError for everything else."""
-    path = Path(hf_folder) / "config.json"
-    if not path.is_file():
-        raise ValueError(f"{path} doesn't exist: model.path has to name a Hugging Face folder of Qwen2.5-Omni")
-    model_type = json.loads(path.read_text(encoding="utf-8")).get("model_type")
-    if model_type not in ("qwen2_5_omni", "qwen2_5_omni_thinker"):
-        raise ValueError(
-            f"{path}: model_type is {model_type!r}, but the policy is built for 'qwen2_5_omni' and "
-            "'qwen2_5_omni_thinker': point model.path to a Qwen2.5-Omni folder"
-        )
-    return model_type
-
-
-def read_thinker_config(hf_folder: str | Path) -> Qwen2_5OmniThinkerConfig:
-    """The Thinker's configuration in a folder of the full Omni class or of the Thinker alone."""
-    if read_model_type(hf_folder) == "qwen2_5_omni":
-        config = Qwen2_5OmniConfig.from_pretrained(hf_folder).thinker_config
-    else:
-        config = Qwen2_5OmniThinkerConfig.from_pretrained(hf_folder)
-    rope = config.text_config.rope_parameters
-    if config.text_config.use_sliding_window or rope["rope_type"] != "default" or "mrope_section" not in rope:
-        raise ValueError(
-            f"{hf_folder}/config.json: sliding windows and scaled or one-dimensional rotary positions are not "
-            "supported; expected use_sliding_window false and rope_parameters of rope_type 'default' with mrope_section"
-        )
-    return config
-
-
-def _audio_tokens(mel_frames: int) -> int:
-    """Audio embeddings that the encoder makes of a clip: two convolutions, then pooling by two (25 a second)."""
-    return ((mel_frames - 1) // 2 + 1 - 2) // 2 + 1

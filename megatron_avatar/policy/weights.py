@@ -22,7 +22,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_avatar.policy.model import OmniPolicy, read_model_type
+from megatron_avatar.policy.architecture import read_model_type
+from megatron_avatar.policy.model import OmniPolicy
 
 SHARD_BYTES = 4 << 30
 INDEX = "model.safetensors.index.json"
@@ -70,7 +71,7 @@ def policy_slots(policy: OmniPolicy) -> list[Slot]:
     slots = []
     if policy.pre_process:
         for tower in ("visual", "audio_tower"):
-            for name, parameter in getattr(policy, tower).named_parameters():
+            for name, parameter in getattr(policy.towers, tower).named_parameters():
                 slots.append(Slot(parameter, {f"{tower}.{name}": tuple(parameter.shape)}))
         slots.append(Slot(gpt.embedding.word_embeddings.weight, {"model.embed_tokens.weight": vocabulary}, dim=0))
     for layer in gpt.decoder.layers:

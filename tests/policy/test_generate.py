@@ -169,7 +169,7 @@ def test_packed_groups_train_like_their_rows(policy, prompts, generated):
 
 def test_recomputation_gives_the_same_gradients(policy, prompts, generated, folder):
     """Layers that run again in the backward pass still find the segment table."""
-    again = build_policy(folder, policy.backend, ModelConfig(path=str(folder)), ParallelConfig(recompute=True))
+    again = build_policy(folder, policy.backend, ModelConfig(path=str(folder)), ParallelConfig(recompute="full"))
     load_hf(again, folder)
     batch = (prompts, [[row.token_ids for row in group] for group in generated], policy.embed_media(prompts))
     same_training(score(again.train(), [batch]), score(policy, [batch]))

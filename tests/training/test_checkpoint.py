@@ -305,7 +305,8 @@ def test_two_ranks_reshard_and_agree(tmp_path):
     assert checks == other
     assert checks["equal"] == {"tp2 pp1 dp1": True, "tp1 pp2 dp1": True, "tp1 pp1 dp2": True}
     assert checks["negative_control"] is False
-    for part in ("exp_avg.visual", "exp_avg_sq.audio_tower", "step.", "reference.language_model", "output_layer"):
+    for part in ("exp_avg.towers.visual", "exp_avg_sq.towers.audio_tower", "step.", "reference.language_model",
+                 "output_layer"):
         assert any(part in name for name in checks["tensors"]), part
     assert checks["norms"] == pytest.approx([checks["norms"][0]] * 4, rel=1e-5)
     assert checks["fell_back_to"] == "step_00000003"

@@ -104,6 +104,6 @@ def test_the_reference_keeps_its_own_encoders(world, backend):
     prompts = [g.prompt for g in groups]
     before = ours.reference_logprobs(groups, policy.embed_media(prompts))
     with torch.no_grad():
-        policy.visual.merger.ln_q.weight.mul_(1.5)
+        policy.towers.visual.merger.ln_q.weight.mul_(1.5)
     after = ours.reference_logprobs(groups, policy.embed_media(prompts))
     assert all(np.array_equal(a, b) for x, y in zip(before, after, strict=True) for a, b in zip(x, y, strict=True))
