@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from megatron_avatar.data.loader import MediaLoader, SampleOrder
+from megatron_avatar.keyed import keyed_rng
 from megatron_avatar.policy.backend import Backend
 from megatron_avatar.records import Completion, Group, Prompt, Sample, Trajectory, Variant
 from megatron_avatar.rl.advantages import off_policy_advantages, on_policy_advantages, vanished
 from megatron_avatar.rl.hints import HintPolicy
 from megatron_avatar.rl.rewards import Judge, score_group
 from megatron_avatar.rl.tracker import RewardTracker
-
-
-def keyed_rng(*key: object) -> np.random.Generator:
-    """A generator that depends on the key alone, not on call order."""
-    digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=16).digest()
-    return np.random.Generator(np.random.Philox(key=np.frombuffer(digest, dtype=np.uint64)))
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from dataclasses import replace
 import numpy as np
 
 from megatron_avatar.config.schema import ReplayConfig
+from megatron_avatar.keyed import keyed_rng
 from megatron_avatar.records import Trajectory, Variant
 from megatron_avatar.rl.advantages import ADVANTAGE_CLIP, SIGMA_FLOOR
 from megatron_avatar.rl.tracker import TIERS, Tier
@@ -108,8 +109,7 @@ class ReplayBuffer:
         rows = [t for t in self._rows.values() if 0 < step - t.step <= max_age]
         if len(rows) < max(self._config.min_fill, 1):
             return []
-        digest = hashlib.blake2b(rng_key.encode(), digest_size=16).digest()
-        rng = np.random.Generator(np.random.Philox(key=np.frombuffer(digest, "<u8")))
+        rng = keyed_rng(rng_key)
         queues = self._queues(rows, self._sort_keys(rows, baselines, sigma, rng), tiers)
 
         drawn: list[list[Trajectory]] = []
