@@ -8,33 +8,46 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
-from transformers import Qwen2_5OmniConfig, Qwen2_5OmniThinkerConfig
+from transformers import Qwen2_5_VLConfig, Qwen2_5OmniConfig, Qwen2_5OmniThinkerConfig
 
 from megatron_avatar.config.schema import ModelConfig, ParallelConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
+# model_type of config.json -> the configuration's class.
+CONFIGS = {
+    "qwen2_5_omni": Qwen2_5OmniConfig,
+    "qwen2_5_omni_thinker": Qwen2_5OmniThinkerConfig,
+    "qwen2_5_vl": Qwen2_5_VLConfig,
+}
+PolicyConfig = Qwen2_5OmniThinkerConfig | Qwen2_5_VLConfig
+
+
 def read_model_type(hf_folder: str | Path) -> str:
-    """The folder's class: "qwen2_5_omni" (all of it) or "qwen2_5_omni_thinker"; ValueError for everything else."""
+    """The folder's class, a key of CONFIGS: all of Omni, its Thinker alone, or VL. ValueError for everything else."""
     path = Path(hf_folder) / "config.json"
+    remedy = "point model.path to a Hugging Face folder of Qwen2.5-Omni or Qwen2.5-VL"
     if not path.is_file():
-        raise ValueError(f"{path} doesn't exist: model.path has to name a Hugging Face folder of Qwen2.5-Omni")
-    model_type = json.loads(path.read_text(encoding="utf-8")).get("model_type")
-    if model_type not in ("qwen2_5_omni", "qwen2_5_omni_thinker"):
+        raise ValueError(f"{path} doesn't exist: {remedy}")
+    try:
+        model_type = json.loads(path.read_text(encoding="utf-8")).get("model_type")
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}): download or export it again") from None
+    if model_type not in CONFIGS:
         raise ValueError(
-            f"{path}: model_type is {model_type!r}, but the policy is built for 'qwen2_5_omni' and "
-            "'qwen2_5_omni_thinker': point model.path to a Qwen2.5-Omni folder"
+            f"{path}: model_type is {model_type!r}, but the policy is built for {', '.join(CONFIGS)}: {remedy}"
         )
     return model_type
 
 
-def read_thinker_config(hf_folder: str | Path) -> Qwen2_5OmniThinkerConfig:
-    """The Thinker's configuration in a folder of the full Omni class or of the Thinker alone."""
-    if read_model_type(hf_folder) == "qwen2_5_omni":
-        config = Qwen2_5OmniConfig.from_pretrained(hf_folder).thinker_config
-    else:
-        config = Qwen2_5OmniThinkerConfig.from_pretrained(hf_folder)
+def read_config(hf_folder: str | Path) -> PolicyConfig:
+    """What the policy is built from: the Thinker's configuration (of the full Omni class or alone), or VL's.
+
+    Both have `text_config` and `vision_config`; VL, which doesn't hear, has no `audio_config`.
+    """
+    config = CONFIGS[read_model_type(hf_folder)].from_pretrained(hf_folder)
+    config = getattr(config, "thinker_config", config)
     rope = config.text_config.rope_parameters
     if config.text_config.use_sliding_window or rope["rope_type"] != "default" or "mrope_section" not in rope:
         raise ValueError(
@@ -44,8 +57,19 @@ def read_thinker_config(hf_folder: str | Path) -> Qwen2_5OmniThinkerConfig:
     return config
 
 
+def hears(hf_config: PolicyConfig) -> bool:
+    """Whether the model has an audio encoder."""
+    return getattr(hf_config, "audio_config", None) is not None
+
+
+def placeholder_ids(hf_config: PolicyConfig) -> tuple[int, ...]:
+    """The tokens that media embeddings replace: picture, video and, where the model hears, sound."""
+    visual = (hf_config.image_token_id, hf_config.video_token_id)
+    return (*visual, hf_config.audio_token_id) if hears(hf_config) else visual
+
+
 def transformer_config(
-    hf_config: Qwen2_5OmniThinkerConfig, model: ModelConfig, parallel: ParallelConfig, *, on_cpu: bool
+    hf_config: PolicyConfig, model: ModelConfig, parallel: ParallelConfig, *, on_cpu: bool
 ) -> TransformerConfig:
     """Megatron-Core's configuration of the language model, for a rank of a tp x pp layout.
 

@@ -1,4 +1,4 @@
-"""The policy: transformers' Qwen2.5-Omni encoders in front of a Megatron-Core GPTModel.
+"""The policy: transformers' Qwen2.5-Omni or Qwen2.5-VL encoders in front of a Megatron-Core GPTModel.
 
 Shapes: S packed tokens, H hidden size, N completion tokens, M media placeholders, V vocabulary. One row of S tokens
 a call; with sequence parallelism the decoder holds S / tp of them a rank.
@@ -20,10 +20,9 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
-from transformers import Qwen2_5OmniThinkerConfig
 
 from megatron_avatar.config.schema import ModelConfig, ParallelConfig
-from megatron_avatar.policy.architecture import read_thinker_config, transformer_config
+from megatron_avatar.policy.architecture import PolicyConfig, placeholder_ids, read_config, transformer_config
 from megatron_avatar.policy.attention import GroupBatch, GroupCoreAttention
 from megatron_avatar.policy.backend import Backend
 from megatron_avatar.policy.logprobs import completion_logprobs
@@ -56,13 +55,13 @@ class LanguageModel(GPTModel):
 class OmniPolicy(MegatronModule):
     """One pipeline stage of the policy. The encoders (`towers`) live on the first stage only."""
 
-    def __init__(self, hf_config: Qwen2_5OmniThinkerConfig, config: TransformerConfig, backend: Backend) -> None:
+    def __init__(self, hf_config: PolicyConfig, config: TransformerConfig, backend: Backend) -> None:
         super().__init__(config=config)
         text = hf_config.text_config
         self.hf_config = hf_config
         self.backend = backend
         self.vocab_size = text.vocab_size
-        self.placeholder_ids = (hf_config.image_token_id, hf_config.video_token_id, hf_config.audio_token_id)
+        self.placeholder_ids = placeholder_ids(hf_config)
         # What Megatron-Core's schedules and gradient finalisation ask of a model.
         self.model_type = ModelType.encoder_or_decoder
         self.vp_stage = None
@@ -215,10 +214,8 @@ def build_policy(hf_folder: str | Path, backend: Backend, model: ModelConfig, pa
 
     Raises ValueError where the folder holds another architecture, or doesn't split into tp and pp.
     """
-    hf_config = read_thinker_config(hf_folder)
+    hf_config = read_config(hf_folder)
     config = transformer_config(hf_config, model, parallel, on_cpu=backend.device.type == "cpu")
     policy = OmniPolicy(hf_config, config, backend).to(backend.device)
     policy.set_train_towers(False)
     return policy
-
-

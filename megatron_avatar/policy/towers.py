@@ -9,24 +9,31 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from transformers import Qwen2_5OmniThinkerConfig
 from transformers.initialization import no_init_weights
 from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import Qwen2_5OmniAudioEncoder, Qwen2_5OmniVisionEncoder
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
+from megatron_avatar.policy.architecture import PolicyConfig, hears, placeholder_ids
 from megatron_avatar.records import Prompt
 
 
 class Towers(nn.Module):
-    """The vision and the audio encoder, which turn prompts' media into embeddings of the language model."""
+    """The vision and the audio encoder, which turn prompts' media into embeddings of the language model.
 
-    def __init__(self, hf_config: Qwen2_5OmniThinkerConfig, dtype: torch.dtype) -> None:
+    `visual` and `audio_tower` bear their Hugging Face names; `audio_tower` is None for a model that doesn't hear.
+    """
+
+    def __init__(self, hf_config: PolicyConfig, dtype: torch.dtype) -> None:
         super().__init__()
         self.hf_config = hf_config
         self.dtype = dtype
-        self.placeholder_ids = (hf_config.image_token_id, hf_config.video_token_id, hf_config.audio_token_id)
+        self.placeholder_ids = placeholder_ids(hf_config)
+        encoder = Qwen2_5OmniVisionEncoder if hears(hf_config) else Qwen2_5_VisionTransformerPretrainedModel
         with no_init_weights():
-            self.visual = Qwen2_5OmniVisionEncoder._from_config(hf_config.vision_config, dtype=dtype)
-            self.audio_tower = Qwen2_5OmniAudioEncoder._from_config(hf_config.audio_config, dtype=dtype)
+            self.visual = encoder._from_config(hf_config.vision_config, dtype=dtype)
+            self.audio_tower = None
+            if hears(hf_config):
+                self.audio_tower = Qwen2_5OmniAudioEncoder._from_config(hf_config.audio_config, dtype=dtype)
 
     @property
     def device(self) -> torch.device:
@@ -35,8 +42,9 @@ class Towers(nn.Module):
     def set_train(self, train: bool) -> None:
         """Freeze or train the encoders. Call it before the model is wrapped for data parallelism."""
         self.requires_grad_(train)
-        # The Thinker embeds these two tokens as text: their parameter never gets a gradient.
-        self.audio_tower.audio_bos_eos_token.requires_grad_(False)
+        if self.audio_tower is not None:
+            # The Thinker embeds these two tokens as text: their parameter never gets a gradient.
+            self.audio_tower.audio_bos_eos_token.requires_grad_(False)
 
     def forward(self, prompts: Sequence[Prompt], grad: bool = False) -> list[Tensor | None]:
         """Embeddings [M, H] of each prompt's media, in the order of its placeholders; None without media.
@@ -78,7 +86,7 @@ class Towers(nn.Module):
         """Embeddings of all sounds [sum, H], and how many of them each prompt has."""
         heard = [prompt for prompt in prompts if prompt.mel is not None]
         counts = [0 if p.mel is None else sum(_audio_tokens(n) for n in p.mel_lengths.tolist()) for p in prompts]
-        if not heard and not always:
+        if self.audio_tower is None or (not heard and not always):
             return self._no_media(), counts
         if heard:
             mel, lengths = torch.cat([p.mel for p in heard], dim=1), torch.cat([p.mel_lengths for p in heard])
@@ -94,7 +102,8 @@ class Towers(nn.Module):
     def _interleave(self, prompt: Prompt, visual: Tensor, audio: Tensor) -> Tensor | None:
         """Put one prompt's visual and audio embeddings into the order of its placeholders."""
         ids = torch.from_numpy(prompt.token_ids)
-        is_audio = ids[torch.isin(ids, torch.tensor(self.placeholder_ids))] == self.hf_config.audio_token_id
+        ids = ids[torch.isin(ids, torch.tensor(self.placeholder_ids))]
+        is_audio = torch.isin(ids, torch.tensor(self.placeholder_ids[2:]))  # none where the model doesn't hear
         for name, features, wanted in (("visual", visual, ~is_audio), ("audio", audio, is_audio)):
             if len(features) != wanted.sum():
                 raise ValueError(

@@ -1,4 +1,4 @@
-"""Tiny Qwen2.5-Omni Thinkers with random weights, prompts for them, and a launcher for checks on several ranks.
+"""Tiny Qwen2.5-Omni Thinkers and Qwen2.5-VLs with random weights, prompts for them, and a launcher for several ranks.
 
 The same classes as the 7B, made in a second. Positions come from transformers.
 """
@@ -14,7 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditionalGeneration
+from transformers import (
+    PreTrainedModel,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5OmniThinkerConfig,
+    Qwen2_5OmniThinkerForConditionalGeneration,
+)
 
 from megatron_avatar.records import Prompt
 
@@ -23,6 +29,8 @@ TEXT = 180  # ids below are text
 AUDIO, IMAGE, VIDEO = 190, 191, 192  # placeholders
 VISION_START, VISION_END, AUDIO_START, AUDIO_END = 193, 194, 195, 196
 KINDS = ("audio_in_video", "video", "audio", "text")
+VL_KINDS = ("image", "video", "image_and_video", "text")
+VL_GRIDS = {"image": [1, 6, 10], "video": [4, 4, 6]}  # patches
 
 
 def tiny_config(*, layers: int = 4, qwen: bool = False, tied: bool = False) -> Qwen2_5OmniThinkerConfig:
@@ -64,7 +72,11 @@ def tiny_config(*, layers: int = 4, qwen: bool = False, tied: bool = False) -> Q
 
 def tiny_thinker(config: Qwen2_5OmniThinkerConfig, seed: int = 0) -> Qwen2_5OmniThinkerForConditionalGeneration:
     """A Thinker in float32 whose weights are large enough to tell mistakes apart: its logits' deviation is about 2."""
-    model = Qwen2_5OmniThinkerForConditionalGeneration(config).eval()
+    return _with_large_weights(Qwen2_5OmniThinkerForConditionalGeneration(config), seed)
+
+
+def _with_large_weights(model: PreTrainedModel, seed: int) -> PreTrainedModel:
+    model, config = model.eval(), model.config
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -120,6 +132,95 @@ def tiny_prompts(config: Qwen2_5OmniThinkerConfig, seed: int = 0) -> dict[str, P
             mel_lengths=lengths,
         )
     return prompts
+
+
+def tiny_vl_config(*, layers: int = 4, tied: bool = False) -> Qwen2_5_VLConfig:
+    """The tiny Thinker's language model and vision encoder as a Qwen2.5-VL."""
+    thinker = tiny_config(layers=layers, tied=tied)
+    text, vision = thinker.text_config, thinker.vision_config
+    shared = (
+        "vocab_size", "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads",
+        "intermediate_size", "max_position_embeddings", "rope_parameters",
+    )  # fmt: skip
+    seen = (
+        "depth", "hidden_size", "num_heads", "intermediate_size", "window_size", "fullatt_block_indexes",
+        "out_hidden_size",
+    )  # fmt: skip
+    return Qwen2_5_VLConfig(
+        text_config={name: getattr(text, name) for name in shared} | dict(bos_token_id=None, eos_token_id=TEXT - 1),
+        vision_config={name: getattr(vision, name) for name in seen} | {"tokens_per_second": 2},
+        tie_word_embeddings=tied,
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        vision_start_token_id=VISION_START,
+        vision_end_token_id=VISION_END,
+    )
+
+
+def tiny_vl(config: Qwen2_5_VLConfig, seed: int = 0) -> Qwen2_5_VLForConditionalGeneration:
+    """A Qwen2.5-VL in float32, made like the tiny Thinker."""
+    return _with_large_weights(Qwen2_5_VLForConditionalGeneration(config), seed)
+
+
+def tiny_vl_prompts(config: Qwen2_5_VLConfig, seed: int = 0) -> dict[str, Prompt]:
+    """One prompt of each of VL_KINDS: a picture of 84 x 140 pixels, 4 s of 2-fps video (8 frames of 56 x 84)."""
+    rng = np.random.default_rng(seed)
+    tokens = {"image": IMAGE, "video": VIDEO}
+    with torch.device("meta"):
+        meta = Qwen2_5_VLForConditionalGeneration(config)
+    prompts = {}
+    for kind in VL_KINDS:
+        ids = rng.integers(0, TEXT, 5).tolist()
+        shown = [name for name in VL_GRIDS if name in kind]
+        for name in shown:
+            ids += [VISION_START, *[tokens[name]] * (int(np.prod(VL_GRIDS[name])) // 4), VISION_END]
+            ids += rng.integers(0, TEXT, 4).tolist()
+        token_ids = torch.tensor([ids])
+        positions, _ = meta.model.get_rope_index(
+            token_ids, _vl_types(token_ids), attention_mask=torch.ones_like(token_ids), **_vl_grids(token_ids)
+        )
+        patches = sum(int(np.prod(VL_GRIDS[name])) for name in shown)
+        prompts[kind] = Prompt(
+            sample_id=kind,
+            variant="plain",
+            token_ids=token_ids[0].numpy(),
+            positions=positions[:, 0].numpy(),
+            pixels=torch.from_numpy(rng.standard_normal((patches, 1176), np.float32)) if shown else None,
+            grid_thw=torch.tensor([VL_GRIDS[name] for name in shown]) if shown else None,
+        )
+    return prompts
+
+
+def vl_logits(
+    model: Qwen2_5_VLForConditionalGeneration, prompt: Prompt, completion: np.ndarray | None = None
+) -> torch.Tensor:
+    """transformers' logits [P + L, V] of one of tiny_vl_prompts and, if given, one completion [L].
+
+    Positions are transformers' own. Of two media the picture comes first.
+    """
+    completion = np.zeros(0, np.int64) if completion is None else completion
+    ids = torch.from_numpy(np.concatenate([prompt.token_ids, completion]))[None]
+    media = _vl_grids(ids)
+    pictures = int(np.prod(VL_GRIDS["image"])) if "image_grid_thw" in media else 0
+    if pictures:
+        media["pixel_values"] = prompt.pixels[:pictures]
+    if "video_grid_thw" in media:
+        media["pixel_values_videos"] = prompt.pixels[pictures:]
+    return model(input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=_vl_types(ids), **media).logits[
+        0
+    ]
+
+
+def _vl_types(ids: torch.Tensor) -> torch.Tensor:
+    """0 text, 1 picture, 2 video."""
+    return (ids == IMAGE).int() + 2 * (ids == VIDEO).int()
+
+
+def _vl_grids(ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    grids = {"image_grid_thw": torch.tensor([VL_GRIDS["image"]])} if IMAGE in ids else {}
+    if VIDEO in ids:
+        grids |= dict(video_grid_thw=torch.tensor([VL_GRIDS["video"]]), second_per_grid_ts=torch.tensor([1.0]))
+    return grids
 
 
 def tiny_completions() -> list[np.ndarray]:
