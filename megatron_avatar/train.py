@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
+from pathlib import Path
 
 INTERRUPTED = 75  # EX_TEMPFAIL: state is saved, run the same command again
 
@@ -34,6 +36,10 @@ def main(arguments: list[str]) -> int:
     except Interrupted:
         if backend.rank == 0:
             print(f"stopped; state saved in {config.output_dir}. The same command continues.", file=sys.stderr)
+        if marker := os.environ.get("AVATAR_STOPPED"):  # srun would kill the others at the first rank that returns 75
+            if backend.rank == 0:
+                Path(marker).touch()
+            return 0
         return INTERRUPTED
     except (ValueError, LogprobMismatch, CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

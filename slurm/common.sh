@@ -25,5 +25,14 @@ train() {
   export HDF5_USE_FILE_LOCKING=FALSE                    # shared file systems often have no locks
 
   trap : USR1 USR2 TERM # the tasks get these too, save their state and leave; the batch shell has to outlive them
+  export AVATAR_STOPPED="$PWD/.stopped-$SLURM_JOB_ID"
+  rm -f "$AVATAR_STOPPED"
   srun --kill-on-bad-exit=1 --ntasks-per-node="$SLURM_NTASKS_PER_NODE" "$python" -m megatron_avatar.train "$@"
+  [[ -e "$AVATAR_STOPPED" ]] || return 0
+  # Stopped by a signal with its state saved: into the queue again, under the same id where the cluster allows it.
+  rm -f "$AVATAR_STOPPED"
+  scontrol requeue "$SLURM_JOB_ID" || {
+    echo "error: job $SLURM_JOB_ID can't be requeued; its state is saved: submit the same command again" >&2
+    return 75
+  }
 }

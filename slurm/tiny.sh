@@ -1,5 +1,5 @@
 #!/bin/bash
-# The demo's cold start as a job: two CPU tasks on one node, to try a cluster without GPUs.
+# A tiny recipe as a job of CPU tasks, the demo's cold start unless recipe= says otherwise, to try a cluster without GPUs.
 #   make demo && sbatch slurm/tiny.sh data.manifest=runs/demo/data/manifest.jsonl [key=value ...]
 #SBATCH --job-name=tiny_sft
 #SBATCH --nodes=1
@@ -11,4 +11,5 @@
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%x-%j.out
 source "$SLURM_SUBMIT_DIR/slurm/common.sh"
-train recipe=tiny_sft "$@"
+[[ " $* " == *" recipe="* ]] || set -- recipe=tiny_sft "$@"
+train "$@"
