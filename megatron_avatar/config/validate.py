@@ -17,6 +17,8 @@ SHAPES = ("parabolic", "uniform", "linear_decay", "linear_incline", "inverse_par
 REPLAY_ORDERS = ("priority", "uniform", "fifo")
 SCHEDULES = ("constant", "linear", "cosine")
 DTYPES = ("float32", "bfloat16")
+RECOMPUTE = ("none", "selective", "full")
+KERNELS = ("auto", "torch")
 DECODERS = ("auto", "dali", "pyav")
 RATIO_LEVELS = ("token", "sequence")
 WANDB_MODES = ("auto", "offline", "disabled")
@@ -72,6 +74,15 @@ def _check_inputs(config: Config) -> None:
     parallel = config.parallel
     for key in ("tp", "pp", "threads"):
         _at_least(f"parallel.{key}", getattr(parallel, key), 1)
+    if parallel.first_stage_layers is not None:
+        _at_least("parallel.first_stage_layers", parallel.first_stage_layers, 1)
+        if parallel.pp == 1:
+            raise ValueError(
+                f"parallel.first_stage_layers={parallel.first_stage_layers} needs parallel.pp of 2 or more: raise "
+                "that, or write parallel.first_stage_layers=null"
+            )
+    _one_of("parallel.recompute", parallel.recompute, RECOMPUTE)
+    _one_of("parallel.kernels", parallel.kernels, KERNELS)
     if parallel.sequence_parallel and parallel.tp == 1:
         raise ValueError("parallel.sequence_parallel=true needs parallel.tp of 2 or more: raise it or switch that off")
     _at_least("checkpoint.every", config.checkpoint.every, 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +12,16 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from transformers import Qwen2_5_VLConfig, Qwen2_5OmniConfig, Qwen2_5OmniThinkerConfig
 
 from megatron_avatar.config.schema import ModelConfig, ParallelConfig
+from megatron_avatar.policy.kernels import choose_kernels
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# parallel.recompute -> TransformerConfig. The core attention keeps a copy of the prefix per completion, the
+# feed-forward the widest tensors of a layer: dropping both costs a third of a forward pass.
+RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "selective": dict(recompute_granularity="selective", recompute_modules=["core_attn", "mlp"]),
+    "full": dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1),
+}
 
 
 # model_type of config.json -> the configuration's class.
@@ -73,7 +82,7 @@ def transformer_config(
 ) -> TransformerConfig:
     """Megatron-Core's configuration of the language model, for a rank of a tp x pp layout.
 
-    Raises ValueError where the model doesn't split into parallel.tp and parallel.pp.
+    Raises ValueError where the model doesn't split into parallel.tp and parallel.pp, naming a layout that does.
     """
     text = hf_config.text_config
     heads, groups, tp, pp = text.num_attention_heads, text.num_key_value_heads, parallel.tp, parallel.pp
@@ -82,10 +91,7 @@ def transformer_config(
             f"parallel.tp={tp} doesn't divide the {heads} attention heads, {groups} key-value heads and "
             f"{text.intermediate_size} feed-forward units of the model: choose a tp that does"
         )
-    if text.num_hidden_layers % pp:
-        raise ValueError(
-            f"parallel.pp={pp} doesn't divide the {text.num_hidden_layers} layers of the model: choose a pp that does"
-        )
+    _check_stages(text.num_hidden_layers, parallel)
     if model.dtype not in DTYPES:
         raise ValueError(f"model.dtype={model.dtype!r} is unknown: choose one of {', '.join(DTYPES)}")
     dtype = DTYPES[model.dtype]
@@ -114,13 +120,30 @@ def transformer_config(
         use_cpu_initialization=on_cpu,
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",  # asked for by variable_seq_lengths, even in a dense model
-        # Fused kernels need Apex or Transformer Engine.
-        masked_softmax_fusion=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        apply_rope_fusion=False,
-        persist_layer_norm=False,
-        gradient_accumulation_fusion=False,
-        **(dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
-           if parallel.recompute == "full" else {}),
-    )  # fmt: skip
+        num_layers_in_first_pipeline_stage=parallel.first_stage_layers,
+        **RECOMPUTE[parallel.recompute],
+        **choose_kernels(parallel.kernels, on_cpu=on_cpu).settings(),
+    )
+
+
+def _check_stages(layers: int, parallel: ParallelConfig) -> None:
+    """ValueError where the layers don't share out over the pipeline's stages, naming what would."""
+    pp, first = parallel.pp, parallel.first_stage_layers
+    if first is None and layers % pp == 0:
+        return
+    if pp == 1:
+        raise ValueError(f"parallel.first_stage_layers={first} needs parallel.pp of 2 or more: raise it, or write null")
+    fitting = [n for n in range(1, layers - pp + 2) if (layers - n) % (pp - 1) == 0]
+    if first in fitting:
+        return
+    if not fitting:
+        raise ValueError(f"parallel.pp={pp} is more than the {layers} layers of the model: lower it")
+    # The first stage carries the encoders as well: rather fewer layers there than an even share.
+    wanted = layers / pp if first is None else first
+    best = max((n for n in fitting if n <= wanted), default=fitting[0])
+    raise ValueError(
+        (f"parallel.pp={pp} doesn't divide the {layers} layers of the model" if first is None else
+         f"parallel.first_stage_layers={first} leaves {layers - first} of {layers} layers for {pp - 1} further stages")
+        + f": write parallel.first_stage_layers={best} (then {(layers - best) // (pp - 1)} on each other stage; "
+        f"{', '.join(map(str, fitting))} fit) or change parallel.pp"
+    )

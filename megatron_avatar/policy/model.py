@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state, tensor_parallel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
@@ -23,8 +22,9 @@ from torch import Tensor
 
 from megatron_avatar.config.schema import ModelConfig, ParallelConfig
 from megatron_avatar.policy.architecture import PolicyConfig, placeholder_ids, read_config, transformer_config
-from megatron_avatar.policy.attention import GroupBatch, GroupCoreAttention
+from megatron_avatar.policy.attention import GroupBatch
 from megatron_avatar.policy.backend import Backend
+from megatron_avatar.policy.kernels import layer_spec
 from megatron_avatar.policy.logprobs import completion_logprobs
 from megatron_avatar.policy.towers import Towers
 from megatron_avatar.records import Prompt
@@ -35,14 +35,6 @@ SHARDED_AXIS = {
     tensor_parallel.ColumnParallelLinear: 0,
     tensor_parallel.RowParallelLinear: 1,
 }
-
-
-class RMSNorm(torch.nn.RMSNorm):
-    """torch's RMSNorm, with the mark that makes Megatron-Core sum its gradient under sequence parallelism."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
-        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        self.weight.sequence_parallel = config.sequence_parallel
 
 
 class LanguageModel(GPTModel):
@@ -68,12 +60,10 @@ class OmniPolicy(MegatronModule):
         self.pre_process, self.post_process = backend.is_first_stage, backend.is_last_stage
         self.share_embeddings_and_output_weights = hf_config.tie_word_embeddings
 
-        layer = get_gpt_layer_local_spec(normalization="RMSNorm")
-        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
-        layer.submodules.self_attention.submodules.core_attention = GroupCoreAttention
+        layer, norm = layer_spec(config)
         self.language_model = LanguageModel(
             config,
-            TransformerBlockSubmodules([layer] * get_num_layers_to_build(config), RMSNorm),
+            TransformerBlockSubmodules([layer] * get_num_layers_to_build(config), norm),
             vocab_size=-(-self.vocab_size // backend.tp) * backend.tp,
             max_sequence_length=text.max_position_embeddings,
             pre_process=self.pre_process,
@@ -124,6 +114,7 @@ class OmniPolicy(MegatronModule):
         the hidden states: [S, 1, H] on the last stage, [S, 1, H] or with sequence parallelism [S / tp, 1, H] before.
         """
         decoder_input = None
+        recompute = self._set_recompute()
         if self.pre_process:
             decoder_input = self.language_model.embedding(token_ids, None)
             features = [features for features in media or () if features is not None]
@@ -133,11 +124,25 @@ class OmniPolicy(MegatronModule):
                 decoder_input = decoder_input[:, 0].index_copy(0, media_index, features)[:, None]
             if self.config.sequence_parallel:
                 decoder_input = tensor_parallel.scatter_to_sequence_parallel_region(decoder_input)
+            if recompute and not decoder_input.requires_grad:
+                decoder_input.requires_grad_()  # else the first layer's recomputation would drop its gradients
         hidden = self.language_model(token_ids, positions, segments, decoder_input)
         if self.post_process and self.config.sequence_parallel:
             # The head sums its input's gradient over the ranks: each takes its own part of it.
             hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
         return hidden
+
+    def _set_recompute(self) -> bool:
+        """Let layers recompute where a backward pass follows, and there alone; returns whether they do."""
+        if self.config.recompute_granularity is None:
+            return False
+        needed = torch.is_grad_enabled()
+        if self.language_model.training != needed:
+            self.language_model.train(needed)
+            if self.config.recompute_granularity == "selective":
+                for layer in self.language_model.decoder.layers:
+                    layer.recompute_mlp = needed  # Megatron-Core asks for `training` everywhere else
+        return needed
 
     @property
     def output_weight(self) -> Tensor:
