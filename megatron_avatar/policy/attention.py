@@ -1,15 +1,16 @@
-"""Groups as packed sequences, and the attention that understands them.
+"""Attention that understands packed groups: the prompt's keys and values once for all of its completions.
 
-A group is one prompt and its completions. Packed, it costs P - 1 + sum(L) tokens:
+What a completion sees splits in two: (a) its own tokens, causally, and (b) its prefix, all of it. The parts are
+computed apart, by FlashAttention's kernels, and merged by their log-sum-exp:
 
-    prompt without its last token | last, o_1 .. o_{L-1} | last, o_1 .. o_{L-1} | ...
-    prefix, computed once           completion 1            completion 2
+    (a) all segments, prompts too:  causal, each to itself
+    (b) all completions of a group: one block of queries to the group's prefix, not causal
 
-A completion's segment opens with the prompt's last token, so its L outputs predict o_1 .. o_L: labels are
-natural, and logits of the prompt never exist. Every segment sees the prefix and itself.
+So a prefix is neither copied nor read again for each completion, and no mask exists. Backward is the same kernels
+again: given output and log-sum-exp of the merged softmax, each part's gradient is exact, and gradients add.
 
-The segment table takes the place of Megatron-Core's `attention_mask`. It travels through the layers as an
-argument, so recomputation and pipelining need no global state, and it stays on the host, so reading it
+The segment table (see groups.py) takes the place of Megatron-Core's `attention_mask`. It travels through the layers
+as an argument, so recomputation and pipelining need no global state, and it stays on the host, so reading it
 never waits for the device.
 """
 
@@ -17,166 +18,126 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
+from torch.autograd.function import once_differentiable
 
 from megatron_avatar.policy.cache import KeyValueCache
-from megatron_avatar.records import Prompt
+from megatron_avatar.policy.groups import GroupBatch, pack_groups, plan_micro_batches
+from megatron_avatar.policy.kernels import Kernel, Lengths, kernel_for, to_device
+
+__all__ = ["GroupBatch", "GroupCoreAttention", "group_attention", "pack_groups", "plan_micro_batches"]
 
 
-@dataclass(frozen=True)
-class GroupBatch:
-    """Groups packed into one row of S tokens with N completion tokens, C completions, B groups.
+class Layout(NamedTuple):
+    """Who sees what in a row of packed groups.
 
-    token_ids [1, S] int64; positions [3, 1, S] int64; is_prompt [S] bool;
-    segments [n, 4] int32 on the host: start, length, prefix_start, prefix_length (0: sees only itself);
-    target_index [N]: places in S whose outputs predict target_ids [N];
-    target_group [N]: index of the group; target_completion [N]: index of the completion within its group;
-    lengths [C]: tokens of each completion, in packed order, so that `x.split(lengths)` cuts any [N] tensor;
-    weights [B] float32: 0 marks a filler group.
+    segments: lengths of all segments, which tile the row. For groups with a prefix, in order: `queries`, the places of
+    their completions' tokens, `query_lengths` a group; `keys`, the places of their prefixes, `key_lengths` a group.
     """
 
-    token_ids: Tensor
-    positions: Tensor
-    is_prompt: Tensor
-    segments: Tensor
-    target_index: Tensor
-    target_ids: Tensor
-    target_group: Tensor
-    target_completion: Tensor
-    lengths: list[int]
-    weights: Tensor
+    segments: Lengths
+    queries: slice | Tensor
+    query_lengths: Lengths
+    keys: slice | Tensor
+    key_lengths: Lengths
 
-    def __len__(self) -> int:
-        return self.token_ids.shape[1]
 
-    def to(self, device: torch.device | str) -> GroupBatch:
-        """Copy to `device`; the segment table stays on the host."""
-        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-        moved = {name: value.to(device, non_blocking=True) for name, value in tensors.items() if name != "segments"}
-        return replace(self, **moved)
+def read_layout(segments: Tensor, device: torch.device) -> Layout:
+    """The layout that a segment table int32 [n, 4] describes; places are on `device`."""
+    return _layout(tuple(map(tuple, segments.tolist())), device)
 
-    def pad_to(self, multiple: int) -> GroupBatch:
-        """Extend S to a multiple (sequence parallelism needs one). The padding is a segment of its own."""
-        length, padding = len(self), -len(self) % multiple
-        if not padding:
-            return self
-        row = torch.tensor([[length, padding, 0, 0]], dtype=torch.int32)
-        return replace(
-            self,
-            token_ids=F.pad(self.token_ids, (0, padding)),
-            positions=F.pad(self.positions, (0, padding)),
-            is_prompt=F.pad(self.is_prompt, (0, padding)),
-            segments=torch.cat([self.segments, row]),
+
+@functools.lru_cache(maxsize=64)  # every layer and pass of a micro-batch asks again
+def _layout(rows: tuple[tuple[int, int, int, int], ...], device: torch.device) -> Layout:
+    lengths = tuple(length for _, length, _, _ in rows)
+    assert [row[0] for row in rows] == [0, *itertools.accumulate(lengths)][:-1], "segments tile the row"
+    queries, keys = [], []
+    for prefix, run in itertools.groupby(rows, key=lambda row: row[2:]):
+        if prefix[1]:
+            members = list(run)
+            queries.append((members[0][0], sum(length for _, length, _, _ in members)))
+            keys.append(prefix)
+    assert len(set(keys)) == len(keys), "completions of a group lie side by side"
+    return Layout(
+        lengths,
+        _places(queries, device), tuple(length for _, length in queries),
+        _places(keys, device), tuple(length for _, length in keys),
+    )  # fmt: skip
+
+
+def _places(spans: list[tuple[int, int]], device: torch.device) -> slice | Tensor:
+    """All places of spans (start, length): a slice, which copies nothing, where they are one piece."""
+    if len(spans) <= 1:
+        return slice(spans[0][0], sum(spans[0])) if spans else slice(0, 0)
+    places = np.concatenate([np.arange(start, start + length) for start, length in spans])
+    return to_device(torch.from_numpy(places), device)
+
+
+class _GroupAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: Layout, kernel: Kernel, scale: float
+    ) -> Tensor:
+        value = value.contiguous()  # it comes as a view, which would keep the whole projection alive until backward
+        output, lse = kernel.forward(query, key, value, layout.segments, layout.segments, True, scale)
+        if layout.key_lengths:
+            queries, keys = layout.queries, layout.keys
+            prefix_output, prefix_lse = kernel.forward(
+                query[queries], key[keys], value[keys], layout.query_lengths, layout.key_lengths, False, scale
+            )
+            own_output, own_lse = output[queries].to(lse.dtype), lse[queries]
+            share = torch.sigmoid(prefix_lse - own_lse)[..., None]
+            output[queries] = torch.lerp(own_output, prefix_output.to(lse.dtype), share).to(output.dtype)
+            lse[queries] = torch.logaddexp(own_lse, prefix_lse)
+        ctx.save_for_backward(query, key, value, output, lse)
+        ctx.arguments = layout, kernel, scale
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, output, lse = ctx.saved_tensors
+        layout, kernel, scale = ctx.arguments
+        dq, dk, dv = kernel.backward(
+            grad, query, key, value, output, lse, layout.segments, layout.segments, True, scale
         )
+        if layout.key_lengths:
+            queries, keys = layout.queries, layout.keys
+            prefix_dq, prefix_dk, prefix_dv = kernel.backward(
+                grad[queries], query[queries], key[keys], value[keys], output[queries], lse[queries],
+                layout.query_lengths, layout.key_lengths, False, scale,
+            )  # fmt: skip
+            dq[queries] += prefix_dq
+            dk[keys] += prefix_dk
+            dv[keys] += prefix_dv
+        return dq, dk, dv, None, None, None
 
-    def media_index(self, placeholder_ids: Collection[int]) -> Tensor:
-        """Places in S [M] where media embeddings go: the prompts' placeholders, prompt by prompt, in order."""
-        wanted = torch.tensor(sorted(placeholder_ids), device=self.token_ids.device)
-        return (self.is_prompt & torch.isin(self.token_ids[0], wanted)).nonzero()[:, 0]
 
+def group_attention(
+    query: Tensor, key: Tensor, value: Tensor, segments: Tensor, scale: float, kernel: Kernel | None = None
+) -> Tensor:
+    """Attention of every segment to its prefix and, causally, itself.
 
-def pack_groups(
-    prompts: Sequence[Prompt], completions: Sequence[Sequence[np.ndarray]], weights: Sequence[float] | None = None
-) -> GroupBatch:
-    """Pack groups, each a prompt and the token ids [L] of its completions, into one row.
-
-    A group of one completion is a plain causal sequence and gets a single segment.
+    query [S, heads, d], key and value [S, kv heads, d], segments as in GroupBatch; returns [S, heads, d]. The same
+    input gives the same bits on a CPU. `kernel` is chosen by device, type and head size where it isn't given.
     """
-    assert prompts and len(prompts) == len(completions), "one list of completions a prompt"
-    tokens, positions, is_prompt, segments, lengths = [], [], [], [], []
-    index, targets, group_of, completion_of = [], [], [], []
-    start = 0
-    for group, (prompt, outputs) in enumerate(zip(prompts, completions, strict=True)):
-        assert outputs and all(len(output) for output in outputs), "a group needs completions, and those need tokens"
-        prefix_start, prefix_length = start, len(prompt) - 1
-        tokens.append(prompt.token_ids[:-1])
-        positions.append(prompt.positions[:, :-1])
-        start += prefix_length
-        if len(outputs) == 1:
-            segments.append((prefix_start, prefix_length + len(outputs[0]), 0, 0))
-        elif prefix_length:
-            segments.append((prefix_start, prefix_length, 0, 0))
-        is_prompt.append(np.ones(prefix_length, bool))
-        for number, output in enumerate(outputs):
-            length = len(output)
-            tokens += [prompt.token_ids[-1:], output[:-1]]
-            new = np.arange(prompt.next_position, prompt.next_position + length - 1)
-            positions += [prompt.positions[:, -1:], np.broadcast_to(new, (3, length - 1))]
-            is_prompt += [np.ones(1, bool), np.zeros(length - 1, bool)]
-            if len(outputs) > 1:
-                segments.append((start, length, prefix_start, prefix_length))
-            lengths.append(length)
-            index.append(np.arange(start, start + length))
-            targets.append(output)
-            group_of.append(np.full(length, group))
-            completion_of.append(np.full(length, number))
-            start += length
-
-    def tensor(parts: list[np.ndarray], dtype: type = np.int64) -> Tensor:
-        return torch.from_numpy(np.concatenate(parts, axis=-1).astype(dtype))
-
-    return GroupBatch(
-        token_ids=tensor(tokens)[None],
-        positions=tensor(positions)[:, None],
-        is_prompt=tensor(is_prompt, bool),
-        segments=torch.tensor(segments, dtype=torch.int32),
-        target_index=tensor(index),
-        target_ids=tensor(targets),
-        target_group=tensor(group_of),
-        target_completion=tensor(completion_of),
-        lengths=lengths,
-        weights=torch.ones(len(prompts)) if weights is None else torch.tensor(weights, dtype=torch.float32),
-    )
-
-
-def plan_micro_batches(
-    prompt_lengths: Sequence[int], completion_lengths: Sequence[Sequence[int]], budget: int
-) -> list[list[tuple[int, list[int]]]]:
-    """Share groups out over micro-batches of at most `budget` packed tokens.
-
-    A group larger than the budget is split by completions, each part repeating the prompt; a single completion
-    that is too large with its prompt gets a micro-batch of its own. Parts are placed first-fit, largest first.
-    Returns micro-batches as lists of (group, completion indices); the same input gives the same plan.
-    """
-    parts: list[tuple[int, int, list[int]]] = []  # tokens, group, completions
-    for group, (prompt_length, lengths) in enumerate(zip(prompt_lengths, completion_lengths, strict=True)):
-        prefix = prompt_length - 1
-        bins: list[tuple[int, list[int]]] = []
-        for number, length in enumerate(lengths):
-            if not bins or bins[-1][0] + length > budget:
-                bins.append((prefix, []))
-            bins[-1] = (bins[-1][0] + length, [*bins[-1][1], number])
-        parts += [(tokens, group, numbers) for tokens, numbers in bins]
-
-    loads: list[int] = []
-    plan: list[list[tuple[int, list[int]]]] = []
-    for tokens, group, numbers in sorted(parts, key=lambda part: (-part[0], part[1], part[2])):
-        fitting = (i for i, load in enumerate(loads) if load + tokens <= budget)
-        place = next(fitting, len(plan))
-        if place == len(plan):
-            loads.append(0)
-            plan.append([])
-        loads[place] += tokens
-        plan[place].append((group, numbers))
-    return [sorted(batch) for batch in plan]
+    kernel = kernel or kernel_for(query.device, query.dtype, query.shape[2])
+    return _GroupAttention.apply(query, key, value, read_layout(segments, query.device), kernel, scale)
 
 
 class GroupCoreAttention(MegatronModule):
     """Core attention over packed groups, in place of DotProductAttention in a layer spec.
 
     `forward` takes query [S, 1, heads, d], key and value [S, 1, kv heads, d] (heads of this tensor-parallel rank)
-    and the segment table as `attention_mask`; it returns [S, 1, heads * d]. No mask of S x S ever exists.
+    and the segment table as `attention_mask`; it returns [S, 1, heads * d].
     While `cache` is set, prompts leave their keys and values there and decode steps read them (see cache.py).
     """
 
@@ -216,59 +177,4 @@ class GroupCoreAttention(MegatronModule):
         query, key, value = query[:, 0], key[:, 0], value[:, 0]
         if self.cache is not None:
             self.cache.store_prompts(self.layer_number, key, value)
-        outputs = []
-        # Rows that share a prefix lie side by side; rows without one stand alone.
-        rows = enumerate(attention_mask.tolist())
-        for _, run in itertools.groupby(rows, key=lambda item: tuple(item[1][2:]) if item[1][3] else item[0]):
-            segments = [row for _, row in run]
-            start, _, prefix_start, prefix_length = segments[0]
-            lengths = [row[1] for row in segments]
-            own = slice(start, start + sum(lengths))
-            prefix = slice(prefix_start, prefix_start + prefix_length)
-            outputs.append(
-                _attend(query[own], key[own], value[own], key[prefix], value[prefix], lengths, self.softmax_scale)
-            )
-        return torch.cat(outputs).flatten(1)[:, None]
-
-
-def _attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    prefix_key: Tensor,
-    prefix_value: Tensor,
-    lengths: list[int],
-    scale: float,
-) -> Tensor:
-    """Causal attention of segments of `lengths` to a prefix [P, kv heads, d] and to themselves: [sum L, heads, d]."""
-    count, longest = len(lengths), max(lengths)
-    ragged = count * longest > len(query)
-    if ragged:
-        place, real = _padding(tuple(lengths), query.device)
-        query, key, value = query[place], key[place], value[place]
-    query, key, value = (x.unflatten(0, (count, longest)) for x in (query, key, value))
-    if len(prefix_key):
-        key = torch.cat([prefix_key.expand(count, -1, -1, -1), key], dim=1)
-        value = torch.cat([prefix_value.expand(count, -1, -1, -1), value], dim=1)
-    output = F.scaled_dot_product_attention(
-        query.transpose(1, 2),
-        key.transpose(1, 2),
-        value.transpose(1, 2),
-        attn_mask=causal_lower_right(longest, key.shape[1]),
-        scale=scale,
-        enable_gqa=query.shape[2] != key.shape[2],
-    )
-    output = output.transpose(1, 2).flatten(0, 1)
-    return output[real] if ragged else output
-
-
-@functools.lru_cache(maxsize=256)  # every layer and pass of a batch asks again
-def _padding(lengths: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Segments filled up to the longest: sources of all tokens [c * Lmax], and places of the real ones [sum L].
-
-    A short segment is filled up with its first token: later than its own tokens, so never seen by them.
-    """
-    starts, steps = np.cumsum([0, *lengths[:-1]])[:, None], np.arange(max(lengths))
-    real = steps < np.array(lengths)[:, None]
-    place = np.where(real, starts + steps, starts)
-    return torch.from_numpy(place.ravel()).to(device), torch.from_numpy(real.ravel().nonzero()[0]).to(device)
+        return group_attention(query, key, value, attention_mask, self.softmax_scale).flatten(1)[:, None]

@@ -1,0 +1,160 @@
+"""Groups as packed sequences, and micro-batches of them.
+
+A group is one prompt and its completions. Packed, it costs P - 1 + sum(L) tokens:
+
+    prompt without its last token | last, o_1 .. o_{L-1} | last, o_1 .. o_{L-1} | ...
+    prefix, computed once           completion 1            completion 2
+
+A completion's segment opens with the prompt's last token, so its L outputs predict o_1 .. o_L: labels are
+natural, and logits of the prompt never exist. Every segment sees the prefix and itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_avatar.records import Prompt
+
+
+@dataclass(frozen=True)
+class GroupBatch:
+    """Groups packed into one row of S tokens with N completion tokens, C completions, B groups.
+
+    token_ids [1, S] int64; positions [3, 1, S] int64; is_prompt [S] bool;
+    segments [n, 4] int32 on the host: start, length, prefix_start, prefix_length (0: sees only itself);
+    target_index [N]: places in S whose outputs predict target_ids [N];
+    target_group [N]: index of the group; target_completion [N]: index of the completion within its group;
+    lengths [C]: tokens of each completion, in packed order, so that `x.split(lengths)` cuts any [N] tensor;
+    weights [B] float32: 0 marks a filler group.
+    """
+
+    token_ids: Tensor
+    positions: Tensor
+    is_prompt: Tensor
+    segments: Tensor
+    target_index: Tensor
+    target_ids: Tensor
+    target_group: Tensor
+    target_completion: Tensor
+    lengths: list[int]
+    weights: Tensor
+
+    def __len__(self) -> int:
+        return self.token_ids.shape[1]
+
+    def to(self, device: torch.device | str) -> GroupBatch:
+        """Copy to `device`; the segment table stays on the host."""
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        moved = {name: value.to(device, non_blocking=True) for name, value in tensors.items() if name != "segments"}
+        return replace(self, **moved)
+
+    def pad_to(self, multiple: int) -> GroupBatch:
+        """Extend S to a multiple (sequence parallelism needs one). The padding is a segment of its own."""
+        length, padding = len(self), -len(self) % multiple
+        if not padding:
+            return self
+        row = torch.tensor([[length, padding, 0, 0]], dtype=torch.int32)
+        return replace(
+            self,
+            token_ids=F.pad(self.token_ids, (0, padding)),
+            positions=F.pad(self.positions, (0, padding)),
+            is_prompt=F.pad(self.is_prompt, (0, padding)),
+            segments=torch.cat([self.segments, row]),
+        )
+
+    def media_index(self, placeholder_ids: Collection[int]) -> Tensor:
+        """Places in S [M] where media embeddings go: the prompts' placeholders, prompt by prompt, in order."""
+        wanted = torch.tensor(sorted(placeholder_ids), device=self.token_ids.device)
+        return (self.is_prompt & torch.isin(self.token_ids[0], wanted)).nonzero()[:, 0]
+
+
+def pack_groups(
+    prompts: Sequence[Prompt], completions: Sequence[Sequence[np.ndarray]], weights: Sequence[float] | None = None
+) -> GroupBatch:
+    """Pack groups, each a prompt and the token ids [L] of its completions, into one row.
+
+    A group of one completion is a plain causal sequence and gets a single segment.
+    """
+    assert prompts and len(prompts) == len(completions), "one list of completions a prompt"
+    tokens, positions, is_prompt, segments, lengths = [], [], [], [], []
+    index, targets, group_of, completion_of = [], [], [], []
+    start = 0
+    for group, (prompt, outputs) in enumerate(zip(prompts, completions, strict=True)):
+        assert outputs and all(len(output) for output in outputs), "a group needs completions, and those need tokens"
+        prefix_start, prefix_length = start, len(prompt) - 1
+        tokens.append(prompt.token_ids[:-1])
+        positions.append(prompt.positions[:, :-1])
+        start += prefix_length
+        if len(outputs) == 1:
+            segments.append((prefix_start, prefix_length + len(outputs[0]), 0, 0))
+        elif prefix_length:
+            segments.append((prefix_start, prefix_length, 0, 0))
+        is_prompt.append(np.ones(prefix_length, bool))
+        for number, output in enumerate(outputs):
+            length = len(output)
+            tokens += [prompt.token_ids[-1:], output[:-1]]
+            new = np.arange(prompt.next_position, prompt.next_position + length - 1)
+            positions += [prompt.positions[:, -1:], np.broadcast_to(new, (3, length - 1))]
+            is_prompt += [np.ones(1, bool), np.zeros(length - 1, bool)]
+            if len(outputs) > 1:
+                segments.append((start, length, prefix_start, prefix_length))
+            lengths.append(length)
+            index.append(np.arange(start, start + length))
+            targets.append(output)
+            group_of.append(np.full(length, group))
+            completion_of.append(np.full(length, number))
+            start += length
+
+    def tensor(parts: list[np.ndarray], dtype: type = np.int64) -> Tensor:
+        return torch.from_numpy(np.concatenate(parts, axis=-1).astype(dtype))
+
+    return GroupBatch(
+        token_ids=tensor(tokens)[None],
+        positions=tensor(positions)[:, None],
+        is_prompt=tensor(is_prompt, bool),
+        segments=torch.tensor(segments, dtype=torch.int32),
+        target_index=tensor(index),
+        target_ids=tensor(targets),
+        target_group=tensor(group_of),
+        target_completion=tensor(completion_of),
+        lengths=lengths,
+        weights=torch.ones(len(prompts)) if weights is None else torch.tensor(weights, dtype=torch.float32),
+    )
+
+
+def plan_micro_batches(
+    prompt_lengths: Sequence[int], completion_lengths: Sequence[Sequence[int]], budget: int
+) -> list[list[tuple[int, list[int]]]]:
+    """Share groups out over micro-batches of at most `budget` packed tokens.
+
+    A group larger than the budget is split by completions, each part repeating the prompt; a single completion
+    that is too large with its prompt gets a micro-batch of its own. Parts are placed first-fit, largest first.
+    Returns micro-batches as lists of (group, completion indices); the same input gives the same plan.
+    """
+    parts: list[tuple[int, int, list[int]]] = []  # tokens, group, completions
+    for group, (prompt_length, lengths) in enumerate(zip(prompt_lengths, completion_lengths, strict=True)):
+        prefix = prompt_length - 1
+        bins: list[tuple[int, list[int]]] = []
+        for number, length in enumerate(lengths):
+            if not bins or bins[-1][0] + length > budget:
+                bins.append((prefix, []))
+            bins[-1] = (bins[-1][0] + length, [*bins[-1][1], number])
+        parts += [(tokens, group, numbers) for tokens, numbers in bins]
+
+    loads: list[int] = []
+    plan: list[list[tuple[int, list[int]]]] = []
+    for tokens, group, numbers in sorted(parts, key=lambda part: (-part[0], part[1], part[2])):
+        fitting = (i for i, load in enumerate(loads) if load + tokens <= budget)
+        place = next(fitting, len(plan))
+        if place == len(plan):
+            loads.append(0)
+            plan.append([])
+        loads[place] += tokens
+        plan[place].append((group, numbers))
+    return [sorted(batch) for batch in plan]
