@@ -12,7 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from transformers import Qwen2_5_VLConfig, Qwen2_5OmniConfig, Qwen2_5OmniThinkerConfig
 
 from megatron_avatar.config.schema import ModelConfig, ParallelConfig
-from megatron_avatar.policy.kernels import choose_kernels
+from megatron_avatar.policy.fusions import choose_fusions
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # parallel.recompute -> TransformerConfig. The core attention keeps a copy of the prefix per completion, the
@@ -122,7 +122,7 @@ def transformer_config(
         moe_token_dispatcher_type="alltoall",  # asked for by variable_seq_lengths, even in a dense model
         num_layers_in_first_pipeline_stage=parallel.first_stage_layers,
         **RECOMPUTE[parallel.recompute],
-        **choose_kernels(parallel.kernels, on_cpu=on_cpu).settings(),
+        **choose_fusions(parallel.kernels, on_cpu=on_cpu).settings(),
     )
 
 

@@ -24,7 +24,7 @@ from megatron_avatar.config.schema import ModelConfig, ParallelConfig
 from megatron_avatar.policy.architecture import PolicyConfig, placeholder_ids, read_config, transformer_config
 from megatron_avatar.policy.attention import GroupBatch
 from megatron_avatar.policy.backend import Backend
-from megatron_avatar.policy.kernels import layer_spec
+from megatron_avatar.policy.fusions import layer_spec
 from megatron_avatar.policy.logprobs import completion_logprobs
 from megatron_avatar.policy.towers import Towers
 from megatron_avatar.records import Prompt

@@ -1,0 +1,122 @@
+"""Which layers and which Adam run: Transformer Engine's and Apex's where they are installed, else torch's own.
+
+What is installed is Megatron-Core's finding, made when it is imported. A GPU is needed for either; on a CPU, and
+with parallel.kernels=torch, everything is torch's. Parameter names are the same in all cases: Transformer Engine's
+linear layers stay apart from its norms, so that weights and checkpoints fit both.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from megatron.core import optimizer as megatron_optimizer
+from megatron.core.extensions import transformer_engine
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.optimizer import distrib_optimizer
+from megatron.core.tensor_parallel import layers as megatron_layers
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_avatar.policy.attention import GroupCoreAttention
+
+TITLES = {"transformer_engine": "Transformer Engine", "apex": "Apex", "torch": "torch"}
+# Megatron-Core's record of where its Adam comes from: module, name, found here, value for torch's.
+ADAM_FLAGS = [
+    (module, name, getattr(module, name), of_torch)
+    for module, name, of_torch in (
+        (megatron_optimizer, "USING_PYTORCH_OPTIMIZER", True),
+        (distrib_optimizer, "HAVE_APEX_OR_TE", False),
+        (distrib_optimizer, "USING_TE_OPTIMIZER", False),
+        (distrib_optimizer, "USING_APEX_OPTIMIZER", False),
+    )
+]
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """torch's RMSNorm, with the mark that makes Megatron-Core sum its gradient under sequence parallelism.
+
+    torch has a fused kernel for it on a GPU, so Apex's is not needed.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        self.weight.sequence_parallel = config.sequence_parallel
+
+
+@dataclass(frozen=True)
+class Fusions:
+    """The choice: where layers and Adam come from, and what is fused. `missing` is what this machine lacks."""
+
+    layers: str = "torch"  # transformer_engine | torch
+    adam: str = "torch"  # transformer_engine | apex | torch
+    weight_gradients: bool = False  # a layer's backward adds to the float32 buffer by itself (Apex's kernel)
+    swiglu: bool = False  # compiled; the backward pass needs its input only
+    missing: tuple[str, ...] = ()
+
+    def settings(self) -> dict[str, Any]:
+        """TransformerConfig's fields that follow."""
+        return dict(
+            transformer_impl="transformer_engine" if self.layers == "transformer_engine" else "local",
+            gradient_accumulation_fusion=self.weight_gradients,
+            bias_activation_fusion=self.swiglu,
+            # Dropout is off, softmax is the core attention's, and torch's norm has no persistent kernel.
+            bias_dropout_fusion=False,
+            masked_softmax_fusion=False,
+            persist_layer_norm=False,
+            apply_rope_fusion=False,  # Transformer Engine's kernel knows one position a token, mrope has three
+        )
+
+    def __str__(self) -> str:
+        """One line for the log."""
+        names = {package: f"{title} {_version(package)}".strip() for package, title in TITLES.items()}
+        parts = [f"layers of {names[self.layers]}", f"AdamW of {names[self.adam]}"]
+        parts += ["fused gradient accumulation"] * self.weight_gradients + ["fused SwiGLU"] * self.swiglu
+        return ", ".join(parts) + (f"; not installed: {', '.join(self.missing)}" if self.missing else "")
+
+
+def choose_fusions(kernels: str, *, on_cpu: bool) -> Fusions:
+    """What to run for parallel.kernels: `auto` takes everything that Megatron-Core found, `torch` nothing of it."""
+    if on_cpu or kernels == "torch":
+        return Fusions()
+    adam_of_torch = ADAM_FLAGS[0][2]
+    has_engine = transformer_engine.HAVE_TE
+    can_accumulate = megatron_layers._grad_accum_fusion_available
+    missing = ["Transformer Engine"] * (not has_engine) + ["Apex with --cuda_ext"] * (not can_accumulate)
+    return Fusions(
+        layers="transformer_engine" if has_engine else "torch",
+        adam="torch" if adam_of_torch else megatron_optimizer.Adam.__module__.split(".")[0],
+        weight_gradients=can_accumulate,
+        swiglu=importlib.util.find_spec("triton") is not None,
+        missing=tuple(missing),
+    )
+
+
+def pin_adam(fusions: Fusions) -> None:
+    """Make the next optimizer take the chosen Adam: Megatron-Core alone would take whichever it found."""
+    for module, name, found, of_torch in ADAM_FLAGS:
+        setattr(module, name, of_torch if fusions.adam == "torch" else found)
+
+
+def layer_spec(config: TransformerConfig) -> tuple[ModuleSpec, type]:
+    """A decoder layer around our core attention, and the class of its norms, for config.transformer_impl."""
+    layer = get_gpt_layer_local_spec(normalization="RMSNorm")
+    attention, mlp = layer.submodules.self_attention.submodules, layer.submodules.mlp.submodules
+    attention.core_attention = GroupCoreAttention
+    norm: type = RMSNorm
+    if config.transformer_impl == "transformer_engine":
+        norm = transformer_engine.TENorm
+        attention.linear_qkv = mlp.linear_fc1 = transformer_engine.TEColumnParallelLinear
+        attention.linear_proj = mlp.linear_fc2 = transformer_engine.TERowParallelLinear
+    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = norm
+    return layer, norm
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # built from source
+        return ""
