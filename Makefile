@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast base doctor lint clean
+.PHONY: help demo test test-fast test-slurm slurm-up slurm-down base doctor lint clean
 
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in python3.11 python3; do $$p -c '$(NEW_ENOUGH)' 2>/dev/null && { echo $$p; break; }; done)
@@ -20,6 +20,19 @@ test: $(INSTALLED) ## the whole CPU test suite
 
 test-fast: $(INSTALLED) ## the test suite without its slow tests
 	@$(VENV) -m pytest -m "not slow and not slurm and not gpu" -rs
+
+test-slurm: $(INSTALLED) ## real jobs on a Slurm of this machine; installs Debian's packages where it may
+	@command -v slurmctld /usr/sbin/slurmctld >/dev/null || if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends slurm-wlm munge; \
+	else echo 'error: Slurm is not installed: apt install slurm-wlm munge' >&2; exit 1; fi
+	@$(VENV) -m pytest -m slurm -rs
+
+slurm-up: $(INSTALLED) ## start a Slurm of four make-believe nodes on this machine
+	@$(VENV) slurm/local/cluster.py up
+	@echo 'now type: source <($(VENV) slurm/local/cluster.py env)'
+
+slurm-down: $(INSTALLED) ## end it
+	@$(VENV) slurm/local/cluster.py down
 
 base: $(INSTALLED) ## pretrain the demo's tiny base model anew
 	@$(VENV) -m data_tools.pretrain
