@@ -26,6 +26,7 @@ from megatron_avatar.policy.attention import GroupBatch
 from megatron_avatar.policy.backend import Backend
 from megatron_avatar.policy.fusions import layer_spec
 from megatron_avatar.policy.logprobs import completion_logprobs
+from megatron_avatar.policy.lora import add_lora
 from megatron_avatar.policy.towers import Towers
 from megatron_avatar.records import Prompt
 
@@ -214,8 +215,12 @@ class OmniPolicy(MegatronModule):
         return None if hidden is None else self.head(hidden[: len(batch), 0])
 
 
-def build_policy(hf_folder: str | Path, backend: Backend, model: ModelConfig, parallel: ParallelConfig) -> OmniPolicy:
+def build_policy(
+    hf_folder: str | Path, backend: Backend, model: ModelConfig, parallel: ParallelConfig, *, seed: int = 0
+) -> OmniPolicy:
     """This rank's part of the policy that `hf_folder`/config.json describes; weights.load_hf fills it.
+
+    With model.lora the language model is frozen and adapters train, whose first values depend on `seed`.
 
     Raises ValueError where the folder holds another architecture, or doesn't split into tp and pp.
     """
@@ -223,4 +228,6 @@ def build_policy(hf_folder: str | Path, backend: Backend, model: ModelConfig, pa
     config = transformer_config(hf_config, model, parallel, on_cpu=backend.device.type == "cpu")
     policy = OmniPolicy(hf_config, config, backend).to(backend.device)
     policy.set_train_towers(False)
+    if model.lora.rank:
+        add_lora(policy, model.lora, seed)
     return policy

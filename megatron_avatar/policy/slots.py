@@ -1,0 +1,107 @@
+"""Which Hugging Face tensors each parameter of the policy is made of, under any tp and pp."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from megatron_avatar.policy.model import OmniPolicy
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A parameter of this rank and the Hugging Face tensors that it is made of.
+
+    The tensors are cut into `blocks` along dimension 0 and stacked block by block: per query group for q, k, v, per
+    rank for gate and up. The result is split over the ranks along `dim`; None: every rank has all of it.
+    """
+
+    parameter: Tensor
+    shapes: dict[str, Shape]
+    dim: int | None = None
+    blocks: int = 1
+    duplicate: bool = False  # another stage exports it
+
+    def take(self, tensors: list[Tensor], tp: int, tp_rank: int) -> Tensor:
+        """This rank's part of full Hugging Face tensors; a view of them where it can be."""
+        blocks = self.blocks
+        whole_blocks = self.dim == 0 and blocks % tp == 0
+        if whole_blocks:  # cut first, so that only this rank's rows are read
+            tensors, blocks = [tensor.chunk(tp)[tp_rank] for tensor in tensors], blocks // tp
+        full = tensors[0]
+        if len(tensors) > 1:
+            full = torch.cat([tensor.unflatten(0, (blocks, -1)) for tensor in tensors], dim=1).flatten(0, 1)
+        if self.dim is None or whole_blocks:
+            return full
+        size = self.parameter.shape[self.dim]
+        if self.dim == 1:
+            return full[:, tp_rank * size : (tp_rank + 1) * size]
+        part = full[tp_rank * size : (tp_rank + 1) * size]
+        if len(part) < size:  # only the vocabulary is padded
+            part = F.pad(part, (0, 0) * (part.dim() - 1) + (0, size - len(part)))
+        return part
+
+    def join(self, shares: list[Tensor]) -> Iterator[Tensor]:
+        """The full Hugging Face tensors of the parts of all tensor-parallel ranks."""
+        rows = [shape[0] for shape in self.shapes.values()]
+        full = shares[0] if self.dim is None or len(shares) == 1 else torch.cat(shares, self.dim)
+        parts = full[: sum(rows)].unflatten(0, (self.blocks, -1)).split([n // self.blocks for n in rows], dim=1)
+        return (part.flatten(0, 1).contiguous() for part in parts)
+
+
+def linear_slots(policy: OmniPolicy, layer: torch.nn.Module) -> dict[str, Slot]:
+    """The weights of a decoder layer's four fused linear layers, by the fused layers' names."""
+    text, attention, mlp = policy.hf_config.text_config, layer.self_attention, layer.mlp
+    hidden, size, prefix = text.hidden_size, policy.config.kv_channels, f"model.layers.{layer.layer_number - 1}."
+    queries, keys, inner = text.num_attention_heads * size, text.num_key_value_heads * size, text.intermediate_size
+
+    def slot(parameter: Tensor, room: str, rows: dict[str, int], columns: int, **kwargs) -> Slot:
+        return Slot(parameter, {f"{prefix}{room}.{name}.weight": (n, columns) for name, n in rows.items()}, **kwargs)
+
+    qkv = {"q_proj": queries, "k_proj": keys, "v_proj": keys}
+    return {
+        "linear_qkv": slot(
+            attention.linear_qkv.weight, "self_attn", qkv, hidden, dim=0, blocks=text.num_key_value_heads
+        ),
+        "linear_proj": slot(attention.linear_proj.weight, "self_attn", {"o_proj": hidden}, queries, dim=1),
+        "linear_fc1": slot(
+            mlp.linear_fc1.weight, "mlp", {"gate_proj": inner, "up_proj": inner}, hidden, dim=0, blocks=policy.backend.tp
+        ),
+        "linear_fc2": slot(mlp.linear_fc2.weight, "mlp", {"down_proj": hidden}, inner, dim=1),
+    }
+
+
+def policy_slots(policy: OmniPolicy) -> list[Slot]:
+    """All parameters of this rank but LoRA's adapters, with Hugging Face names as a Thinker's folder has them."""
+    text, gpt = policy.hf_config.text_config, policy.language_model
+    hidden, vocabulary = text.hidden_size, (policy.vocab_size, text.hidden_size)
+    slots = []
+    if policy.pre_process:
+        for name, parameter in policy.towers.named_parameters():
+            slots.append(Slot(parameter, {name: tuple(parameter.shape)}))
+        slots.append(Slot(gpt.embedding.word_embeddings.weight, {"model.embed_tokens.weight": vocabulary}, dim=0))
+    for layer in gpt.decoder.layers:
+        prefix, linear = f"model.layers.{layer.layer_number - 1}.", linear_slots(policy, layer)
+        weights = linear["linear_qkv"]
+        biases = {name.replace(".weight", ".bias"): shape[:1] for name, shape in weights.shapes.items()}
+        slots += [
+            Slot(layer.input_layernorm.weight, {f"{prefix}input_layernorm.weight": (hidden,)}),
+            *linear.values(),
+            Slot(layer.self_attention.linear_qkv.bias, biases, dim=0, blocks=weights.blocks),
+            Slot(layer.pre_mlp_layernorm.weight, {f"{prefix}post_attention_layernorm.weight": (hidden,)}),
+        ]
+    if policy.post_process:
+        slots.append(Slot(gpt.decoder.final_layernorm.weight, {"model.norm.weight": (hidden,)}))
+        if not policy.share_embeddings_and_output_weights:
+            slots.append(Slot(gpt.output_layer.weight, {"lm_head.weight": vocabulary}, dim=0))
+        elif not policy.pre_process:  # tied over pipeline stages: the last one holds a copy
+            slots.append(Slot(gpt.output_layer.weight, {"model.embed_tokens.weight": vocabulary}, 0, duplicate=True))
+    return slots
