@@ -39,7 +39,7 @@ class ParallelConfig:
     pp: int = 1
     first_stage_layers: int | None = None  # layers of the first stage, which carries the encoders; null: even stages
     sequence_parallel: bool = False
-    recompute: str = "none"  # none | selective (core attention, feed-forward) | full (every layer)
+    recompute: str = "none"  # none | selective (feed-forward) | full (every layer)
     distributed_optimizer: bool = False  # main weights and moments sharded over the data-parallel ranks
     kernels: str = "auto"  # auto (Apex and Transformer Engine where importable) | torch
     threads: int = 1  # CPU threads a rank; pinned, so that sums are made in one order

@@ -15,11 +15,11 @@ from megatron_avatar.config.schema import ModelConfig, ParallelConfig
 from megatron_avatar.policy.fusions import choose_fusions
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# parallel.recompute -> TransformerConfig. The core attention keeps a copy of the prefix per completion, the
-# feed-forward the widest tensors of a layer: dropping both costs a third of a forward pass.
+# parallel.recompute -> TransformerConfig. A feed-forward keeps three quarters of what a layer keeps; the core attention
+# keeps nothing that its neighbours don't, and recomputing norms needs Transformer Engine in Megatron-Core 0.16.
 RECOMPUTE: dict[str, dict[str, Any]] = {
     "none": {},
-    "selective": dict(recompute_granularity="selective", recompute_modules=["core_attn", "mlp"]),
+    "selective": dict(recompute_granularity="selective", recompute_modules=["mlp"]),
     "full": dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1),
 }
 
