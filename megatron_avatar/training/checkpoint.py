@@ -91,7 +91,7 @@ def save(
     root = Path(run_dir) / "checkpoints"
     final = root / f"step_{step:08d}"
     working = root / f"{HIDDEN}{final.name}"
-    sharded, common = save_preprocess(_sharded_state(policy, optimization, reference))
+    sharded, common = save_preprocess(_sharded_state(policy, optimization, reference, loading=False))
     size = sum(t.data.nbytes for t in nested_values(sharded) if is_main_replica(t.replica_id))
 
     def prepare() -> None:
@@ -156,7 +156,7 @@ def _on_all_ranks(action: Callable[[], Any], backend: Backend, final: Path, size
 
 
 def _sharded_state(
-    policy: nn.Module, optimization: Optimization | None, reference: dict[str, Tensor] | None
+    policy: nn.Module, optimization: Optimization | None, reference: dict[str, Tensor] | None, *, loading: bool
 ) -> dict[str, Any]:
     """Megatron's description of this rank's tensors and their place in the whole."""
     # Extra states are objects, hold nothing without FP8, and would be unpickled on loading.
@@ -165,7 +165,7 @@ def _sharded_state(
     )
     state: dict[str, Any] = {"policy": weights}
     if optimization is not None:
-        state["optimization"] = optimization.sharded_state_dict(weights)
+        state["optimization"] = optimization.sharded_state_dict(weights, loading=loading)
     if reference is not None:
         by_parameter = {id(shard.data): shard for shard in weights.values()}
         state["reference"] = {
@@ -270,7 +270,7 @@ def load(
     Raises CheckpointError where tensors don't fit the model, or the files would run code.
     """
     _refuse_code(path)
-    wanted = _sharded_state(policy, optimization, reference)
+    wanted = _sharded_state(policy, optimization, reference, loading=True)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)

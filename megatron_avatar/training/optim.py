@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import USING_PYTORCH_OPTIMIZER, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.utils import get_model_config
 from torch import nn
 
-from megatron_avatar.config.schema import OptimConfig
+from megatron_avatar.config.schema import OptimConfig, ParallelConfig
+from megatron_avatar.policy.fusions import choose_fusions, pin_adam
 
 SCHEDULES = ("constant", "linear", "cosine")
+# The first data-parallel rank gathers shares on the host and writes tensors shaped like the weights: any layout reads
+# them. On loading every rank reads them whole and keeps its share.
+DISTRIBUTED_FORMAT = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_fully_reshardable_mem_efficient": True,
+}
 
 
 class Optimization:
@@ -23,22 +32,29 @@ class Optimization:
 
     `model` is what the pipeline schedule runs: Megatron's data-parallel wrapper, whose fp32 buffers collect the
     gradients of every trainable parameter. `lr` is the rate of the latest update, `skipped` counts the updates refused
-    for non-finite gradients.
+    for non-finite gradients. With the distributed optimizer a rank keeps main weights and moments of its share of the
+    gradient buffer, and the weights themselves move into a buffer of their own.
     """
 
     def __init__(self, policy: nn.Module, optimizer_config: OptimizerConfig, schedule: dict[str, Any]) -> None:
         config = get_model_config(policy)
-        # Sharding the moments over data-parallel ranks would be switched on here and in OptimizerConfig
-        # (use_distributed_optimizer); over torch's AdamW, Megatron-Core 0.16 restores its state wrongly.
-        buffers = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
+        self._distributed = optimizer_config.use_distributed_optimizer
+        buffers = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True, use_distributed_optimizer=self._distributed
+        )
         self.model = DistributedDataParallel(config, buffers, policy)
         config.finalize_model_grads_func = finalize_model_grads
-        self._optimizer = get_megatron_optimizer(optimizer_config, [self.model])
+        (self._optimizer,) = get_megatron_optimizer(optimizer_config, [self.model]).chained_optimizers
+        self._torch_adam = isinstance(self._optimizer.optimizer, torch.optim.AdamW)
+        for group in self._groups if self._torch_adam and torch.cuda.is_available() else ():
+            group["fused"] = True  # one kernel, and no temporaries as large as the moments
         self._scheduler = OptimizerParamScheduler(self._optimizer, **schedule)
         self._scheduler.step(1)  # update k = 1, 2, … uses the schedule's point k: no update at a rate of zero
-        self._complete_state()
         self.lr = 0.0
         self.skipped = 0
+        # Moments and step exist before the first update, so that any checkpoint can be loaded.
+        self._optimizer.init_state_fn(self._optimizer.optimizer, optimizer_config)
+        self._count_updates()
 
     def zero_grad(self) -> None:
         self.model.zero_grad_buffer()
@@ -54,34 +70,50 @@ class Optimization:
         norm = float(self._optimizer.get_grad_norm())
         finite = math.isfinite(norm)
         if finite:
-            for part in self._optimizer.chained_optimizers:
-                if part.config.clip_grad > 0 and part.get_parameters():
-                    clip_grad_by_total_norm_fp32(part.get_parameters(), part.config.clip_grad, norm)
+            if (limit := self._optimizer.config.clip_grad) > 0 and (parameters := self._optimizer.get_parameters()):
+                clip_grad_by_total_norm_fp32(parameters, limit, norm)
             self._optimizer.step_with_ready_grads()
         self.lr = self._groups[0]["lr"]
         self.skipped += not finite
         self._scheduler.step(1)
         return norm, not finite
 
-    def sharded_state_dict(self, model_state: dict[str, Any]) -> dict[str, Any]:
-        """State for Megatron's distributed checkpoint, sharded like `model_state` (the policy's sharded_state_dict)."""
-        return {
-            "optimizer": self._optimizer.sharded_state_dict(model_state),
-            "schedule": {"points": self._scheduler.num_steps, "skipped": self.skipped},
-        }
+    def sharded_state_dict(self, model_state: dict[str, Any], *, loading: bool) -> dict[str, Any]:
+        """State for Megatron's distributed checkpoint, sharded like `model_state` (the policy's sharded_state_dict).
 
+        Its tensors have the same names with and without the distributed optimizer.
+        """
+        state = self._optimizer.sharded_state_dict(model_state, loading, metadata=DISTRIBUTED_FORMAT)
+        if self._distributed:
+            for tensors in (state["param_state"] or {}).values():  # None: another data-parallel rank writes them
+                main = tensors.pop("param")  # float32 weights are in `model_state` already
+                if self._optimizer.config.bf16:
+                    key = main.key.replace("optimizer.state.param.", "optimizer.state.fp32_param.", 1)
+                    tensors["fp32_param"] = replace(main, key=key)
+        return {"optimizer": state, "schedule": {"points": self._scheduler.num_steps, "skipped": self.skipped}}
+
+    @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what a checkpoint returned for `sharded_state_dict`; settings stay as configured now."""
-        settings = [{k: v for k, v in group.items() if k not in ("params", "step")} for group in self._groups]
-        if USING_PYTORCH_OPTIMIZER:  # Megatron-Core leaves the step out of a state without any update
-            adamw = state["optimizer"].get("optimizer", state["optimizer"])  # bf16 has master weights beside it
-            adamw["state"].setdefault("common_step", torch.tensor(0.0))
-        self._optimizer.load_state_dict(state["optimizer"])
-        for group, own in zip(self._groups, settings, strict=True):
-            group.update(own)
+        """Take over what a checkpoint returned for `sharded_state_dict`; settings stay as configured now.
+
+        The policy's weights must have been loaded before.
+        """
+        if self._distributed:
+            self._load_shares(state["optimizer"]["param_state"])
+        else:
+            adamw = state["optimizer"].get("optimizer", {})  # bf16 has main weights beside it
+            adamw = adamw if "state" in adamw else state["optimizer"]
+            adamw["param_groups"] = [
+                {**own, "params": loaded["params"]}
+                for own, loaded in zip(self._groups, adamw["param_groups"], strict=True)
+            ]
+            if self._torch_adam:  # the distributed optimizer, and a state without updates, leave it out
+                adamw["state"].setdefault("common_step", torch.tensor(0.0))
+            self._optimizer.load_state_dict(state["optimizer"])
         self._scheduler.num_steps = state["schedule"]["points"]
         self._scheduler.step(0)
         self.skipped = state["schedule"]["skipped"]
+        self._count_updates()
 
     def close(self) -> None:
         """Free the gradient buffers and moments; the policy can then be wrapped for the next stage."""
@@ -91,30 +123,53 @@ class Optimization:
                 if hasattr(parameter, attribute):
                     delattr(parameter, attribute)
         self.model.grad_accs.clear()  # the hooks that fill the buffers go with their accumulators
+        parameters, distributed = self.model.params_with_grad, self._distributed
         del self.model, self._optimizer, self._scheduler
+        if distributed:  # one weight that stays frozen from now on would keep the whole buffer
+            for parameter in parameters:
+                parameter.data = parameter.data.clone()
 
     @property
     def _groups(self) -> list[dict[str, Any]]:
         return self._optimizer.param_groups
 
-    def _complete_state(self) -> None:
-        """Give every parameter its moments and step before the first update, so that any checkpoint can be loaded."""
-        for part in self._optimizer.chained_optimizers:
-            if part.is_stub_optimizer:
-                continue
-            part.init_state_fn(part.optimizer, part.config)
-            if USING_PYTORCH_OPTIMIZER:
-                for state in part.optimizer.state.values():
-                    state.setdefault("step", torch.tensor(0.0))
+    def _load_shares(self, tensors: dict[int, dict[str, torch.Tensor]]) -> None:
+        """Take this rank's shares of whole main weights and moments, numbered as the buffers have their weights.
+
+        Megatron-Core's own load_state_dict wants a step where there is none and gives all parameters the same one.
+        """
+        weights = itertools.chain.from_iterable(buffer.param_index_map for buffer in self._optimizer.buffers)
+        for number, weight in enumerate(weights):
+            tensors[number].setdefault("fp32_param", weight)
+        for state in self._optimizer.optimizer.state.values():
+            state.pop("step", None)
+        self._optimizer.load_parameter_state_from_fully_reshardable(tensors)
+
+    def _count_updates(self) -> None:
+        """Write the number of updates into AdamW's state: torch has one for each parameter, the fused ones a group's."""
+        updates = self._scheduler.num_steps - 1 - self.skipped
+        for group in self._groups:
+            if self._torch_adam:
+                for parameter in group["params"]:
+                    step = torch.tensor(float(updates), device=parameter.device)
+                    self._optimizer.optimizer.state[parameter]["step"] = step
+            else:
+                group["step"] = updates
 
 
 def build_optimizer(
-    policy: nn.Module, optim: OptimConfig, *, lr: float, total_steps: int
+    policy: nn.Module,
+    optim: OptimConfig,
+    *,
+    lr: float,
+    total_steps: int,
+    parallel: ParallelConfig | None = None,
 ) -> Optimization:
     """Wrap `policy` and build AdamW for its trainable parameters; call again, after `close`, at every stage.
 
     The rate rises linearly over the first `optim.warmup_fraction` of `total_steps` to `lr`, then stays or falls to
-    `optim.min_lr`. Biases and norms are exempt from weight decay. Raises ValueError for settings out of range.
+    `optim.min_lr`. Biases and norms are exempt from weight decay. `parallel` says whether the optimizer is distributed
+    and which kernels it may take. Raises ValueError for settings out of range.
     """
     if optim.schedule not in SCHEDULES:
         raise ValueError(f"optim.schedule={optim.schedule!r}: choose one of {', '.join(SCHEDULES)}")
@@ -128,6 +183,8 @@ def build_optimizer(
     if not trainable:
         raise ValueError("no parameter of the policy is trainable: nothing to optimize")
     (dtype,) = {p.dtype for p in trainable}  # Megatron-Core mixes up the moments of a model of two dtypes
+    parallel = parallel or ParallelConfig()
+    pin_adam(choose_fusions(parallel.kernels, on_cpu=trainable[0].device.type == "cpu"))
     optimizer_config = OptimizerConfig(
         optimizer="adam",
         lr=lr,
@@ -139,6 +196,7 @@ def build_optimizer(
         clip_grad=optim.clip_grad,
         bf16=dtype is torch.bfloat16,
         params_dtype=dtype,
+        use_distributed_optimizer=parallel.distributed_optimizer,
     )
     schedule = {
         "init_lr": 0.0,
