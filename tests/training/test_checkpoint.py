@@ -11,14 +11,14 @@ import os
 import pickle
 import random
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from megatron_avatar.config.schema import OptimConfig
+from megatron_avatar.config.schema import OptimConfig, ParallelConfig
 from megatron_avatar.policy.backend import Backend
 from megatron_avatar.training import checkpoint
 from megatron_avatar.training.optim import build_optimizer
@@ -35,6 +35,7 @@ class Trainer:
     hidden: int = 32
     layers: int = 2
     dtype: torch.dtype = torch.float32
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
         self.policy = build_gpt(
@@ -42,7 +43,7 @@ class Trainer:
         )
         self.reference = {name: p.detach().clone() for name, p in self.policy.named_parameters()}
         self.optimization = build_optimizer(
-            self.policy, OptimConfig(weight_decay=0.1), lr=1e-2, total_steps=20
+            self.policy, OptimConfig(weight_decay=0.1), lr=1e-2, total_steps=20, parallel=self.parallel
         )
 
     def train(self, first: int, last: int) -> list[float]:
@@ -67,6 +68,9 @@ class Trainer:
             main = getattr(parameter, "main_param", parameter)  # bf16 weights have a master copy
             found |= {f"{key}.{name}": value for key, value in adamw.state.get(main, {}).items()}
             found[f"main.{name}"] = main
+        if self.parallel.distributed_optimizer:  # float32 shares are views of the weights, without a name
+            for number, share in enumerate(self.optimization._optimizer.get_parameters()):
+                found |= {f"share.{key}.{number}": value for key, value in adamw.state[share].items()}
         return {name: value.detach().clone() for name, value in found.items()}
 
 
@@ -85,16 +89,18 @@ def trainer(backend) -> Trainer:
     return trainer
 
 
+@pytest.mark.parametrize("distributed", [False, True])
 @pytest.mark.parametrize(("updates", "dtype"), [(0, torch.float32), (3, torch.float32), (3, torch.bfloat16)])
-def test_restored_run_continues_bit_for_bit(backend, tmp_path, updates, dtype):
-    one = Trainer(backend, dtype=dtype)
+def test_restored_run_continues_bit_for_bit(backend, tmp_path, updates, dtype, distributed):
+    parallel = ParallelConfig(distributed_optimizer=distributed)
+    one = Trainer(backend, dtype=dtype, parallel=parallel)
     one.train(0, updates)
     state = {"loader": [3, 1, 2], "rate": 0.1, "nothing": None, "nested": {"a": [1e-300, 2**60]}}
     path = one.save(tmp_path, updates, **state)
     at_save = one.tensors()
     norms, random_numbers = one.train(updates, updates + 2), torch.rand(3)
 
-    two = Trainer(backend, seed=1, dtype=dtype)
+    two = Trainer(backend, seed=1, dtype=dtype, parallel=parallel)
     two.train(7, 8)  # its own moments, steps and rate must all give way
     assert not same(two.tensors(), at_save)
     assert checkpoint.latest(tmp_path, backend) == path
@@ -106,6 +112,22 @@ def test_restored_run_continues_bit_for_bit(backend, tmp_path, updates, dtype):
     assert two.optimization.lr == one.optimization.lr
     steps = [s["step"] for s in two.optimization._optimizer.optimizer.state.values()]
     assert len({s.data_ptr() for s in steps}) == len(steps)  # one each: a shared one would advance many times
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("saved_by", [False, True])
+def test_a_checkpoint_fits_with_and_without_the_distributed_optimizer(backend, tmp_path, saved_by, dtype):
+    one, two = (
+        Trainer(backend, seed=seed, dtype=dtype, parallel=ParallelConfig(distributed_optimizer=distributed))
+        for seed, distributed in ((0, saved_by), (1, not saved_by))
+    )
+    one.train(0, 3)
+    two.train(7, 8)
+    path = one.save(tmp_path, 3)
+    two.load(path)
+    assert two.train(3, 6) == pytest.approx(one.train(3, 6), rel=1e-5)
+    for a, b in zip(one.policy.parameters(), two.policy.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
 
 
 def test_skipped_updates_survive_and_settings_are_those_of_today(trainer, backend, tmp_path):
