@@ -12,9 +12,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from transformers import Qwen2_5_VLConfig, Qwen2_5OmniConfig, Qwen2_5OmniThinkerConfig
 
 from megatron_avatar.config.schema import ModelConfig, ParallelConfig
+from megatron_avatar.config.validate import DTYPES
 from megatron_avatar.policy.fusions import choose_fusions
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # parallel.recompute -> TransformerConfig. A feed-forward keeps three quarters of what a layer keeps; the core attention
 # keeps nothing that its neighbours don't, and recomputing norms needs Transformer Engine in Megatron-Core 0.16.
 RECOMPUTE: dict[str, dict[str, Any]] = {
@@ -94,7 +94,7 @@ def transformer_config(
     _check_stages(text.num_hidden_layers, parallel)
     if model.dtype not in DTYPES:
         raise ValueError(f"model.dtype={model.dtype!r} is unknown: choose one of {', '.join(DTYPES)}")
-    dtype = DTYPES[model.dtype]
+    dtype = getattr(torch, model.dtype)
     return TransformerConfig(
         num_layers=text.num_hidden_layers,
         hidden_size=text.hidden_size,

@@ -66,26 +66,21 @@ class Backend:
         return _gather_objects(value, parallel_state.get_data_parallel_group())
 
     def broadcast_from_last_stage(self, value: Any) -> Any:
-        """The last pipeline stage's `value`, on every stage.
+        """`value` of the last pipeline stage's first tensor rank, on every rank of the model replica.
 
-        A tensor is filled in place and returned: every stage passes one of the same shape and dtype. Anything
-        else travels pickled; what the other stages pass is ignored.
+        A tensor is filled in place and returned: every rank passes one of the same shape and dtype. Anything
+        else travels pickled; what the other ranks pass is ignored.
         """
-        if self.pp == 1:
+        if self.tp * self.pp == 1:
             return value
-        group = parallel_state.get_pipeline_model_parallel_group()
-        source = parallel_state.get_pipeline_model_parallel_last_rank()
+        group = parallel_state.get_model_parallel_group()
+        source = dist.get_process_group_ranks(group)[-self.tp]
         if isinstance(value, torch.Tensor):
             dist.broadcast(value, source, group)
             return value
         box = [value]
         dist.broadcast_object_list(box, source, group)
         return box[0]
-
-    def sum_over_dp(self, value: torch.Tensor) -> torch.Tensor:
-        """Sum `value` over the data-parallel ranks, in place, and return it."""
-        dist.all_reduce(value, group=parallel_state.get_data_parallel_group())
-        return value
 
     def barrier(self) -> None:
         dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)

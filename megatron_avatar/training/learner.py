@@ -12,12 +12,13 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_avatar.config.schema import RLConfig
-from megatron_avatar.policy.attention import GroupBatch, pack_groups, plan_micro_batches
 from megatron_avatar.policy.backend import Backend
+from megatron_avatar.policy.groups import GroupBatch, pack_groups, plan_micro_batches
 from megatron_avatar.policy.model import OmniPolicy
 from megatron_avatar.records import Completion, Group, Prompt, Trajectory
 from megatron_avatar.rl.objective import policy_loss, token_weights
 from megatron_avatar.rl.shaping import temporal_weights
+from megatron_avatar.training.balance import even_out, imbalance, packed_tokens
 from megatron_avatar.training.optim import Optimization
 
 POSITION_BINS = 20
@@ -61,13 +62,18 @@ class Learner:
     # ---- micro-batches -------------------------------------------------------------------------
 
     def micro_batches(self, groups: list[Group], media: list[torch.Tensor | None]) -> list[MicroBatch]:
-        """Fill micro-batches to the token budget; equal counts on all data-parallel ranks, one at least."""
-        plan = plan_micro_batches(
-            [len(g.prompt) for g in groups],
-            [[len(t.completion) for t in g.trajectories] for g in groups],
-            self.rl.tokens_per_micro_batch,
-        )
+        """Fill micro-batches to the token budget; equal counts on all data-parallel ranks, one at least.
+
+        Through a pipeline they are of about equal size too.
+        """
+        budget = self.rl.tokens_per_micro_batch
+        lengths = [[len(t.completion) for t in g.trajectories] for g in groups]
+        plan = plan_micro_batches([len(g.prompt) for g in groups], lengths, budget)
         count = max(1, *self.backend.all_gather_object_dp(len(plan)))
+        if self.backend.pp > 1:
+            tokens = [[packed_tokens(len(groups[i].prompt), [lengths[i][k] for k in kept]) for i, kept in members]
+                      for members in plan]
+            plan = even_out(plan, tokens, count, budget)
         batches = [self._pack([groups[i] for i, _ in members], [media[i] for i, _ in members], members)
                    for members in plan]
         while len(batches) < count:
@@ -218,6 +224,7 @@ class Learner:
                 "precision). No update was applied; the last checkpoint is good."
             )
         stats["logprob_error"] = error
+        stats |= self._loads(micros)
         # Where every prompt of the step was set aside, momentum alone must not move the weights.
         stats["grad_norm"], stats["skipped"] = self.optimization.step() if n_on + n_off else (0.0, True)
         return stats
@@ -240,7 +247,12 @@ class Learner:
         grad_norm, skipped = self.optimization.step() if tokens else (0.0, True)
         count = tokens or math.nan
         return {"loss": float(stats["nll"] / count), "entropy": float(stats["entropy_sum"] / count),
-                "grad_norm": grad_norm, "skipped": skipped, "tokens": tokens}
+                "grad_norm": grad_norm, "skipped": skipped, "tokens": tokens, **self._loads(micros)}
+
+    def _loads(self, micros: list[MicroBatch]) -> dict[str, float]:
+        """Packed tokens of the step over all data-parallel ranks, and how unevenly they lie."""
+        loads = self.backend.all_gather_object_dp(sum(len(micro.batch) for micro in micros))
+        return {"packed_tokens": sum(loads), "imbalance": imbalance(loads)}
 
     def _reduce(self, stored: list[dict[str, torch.Tensor]]) -> dict[str, np.ndarray]:
         """Add the micro-batches' statistics over the schedule and all data-parallel ranks (max for *_max)."""

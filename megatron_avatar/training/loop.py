@@ -26,6 +26,7 @@ from megatron_avatar.rl.replay.store import Index, collect_garbage, read_shards,
 from megatron_avatar.rl.rewards import RuleJudge, combine
 from megatron_avatar.rl.tracker import RewardTracker
 from megatron_avatar.training import checkpoint, metrics
+from megatron_avatar.training.balance import deal, packed_tokens
 from megatron_avatar.training.evaluate import evaluate
 from megatron_avatar.training.learner import Learner
 from megatron_avatar.training.optim import Optimization, build_optimizer
@@ -36,6 +37,7 @@ from megatron_avatar.training.rollout import (
     load_prompts,
     rewards_of,
     score_completions,
+    share_visits,
 )
 from megatron_avatar.training.sft import check_traces, sft_groups
 from megatron_avatar.training.telemetry import StopSignal, Telemetry
@@ -76,7 +78,7 @@ class Run:
         self.policy = build_policy(config.model.path, backend, config.model, config.parallel)
         load_hf(self.policy, config.model.path)
         self.builder = PromptBuilder(tokenizer, self.policy.hf_config, config.data, config.model.context)
-        self.check_lengths()
+        self.measure_lengths()
         self.loader = MediaLoader(self.builder, manifest.parent, config.data.workers, config.data.decode_deadline_s)
         self.telemetry = Telemetry(self.folder, config, backend)
         self.judge = RuleJudge()
@@ -86,13 +88,19 @@ class Run:
         self.step = 0  # optimizer steps applied, over all stages
         self.completions_generated = 0
 
-    def check_lengths(self) -> None:
-        """Refuse prompts that leave no room for a completion or trace (ValueError), before anything is decoded."""
-        context = self.config.model.context
-        for stage in self.config.stages.values():
+    def measure_lengths(self) -> None:
+        """Prompt tokens of every sample, and by stage the packed tokens expected of its group, from the manifest alone.
+
+        Raises ValueError for a prompt that leaves no room for a completion or trace, before anything is decoded.
+        """
+        context, rl = self.config.model.context, self.config.rl
+        self.prompt_tokens: dict[str, int] = {}  # with the hint, where there is one
+        self.estimates: dict[str, dict[str, int]] = {}
+        for name, stage in self.config.stages.items():
+            estimates = self.estimates[name] = {}
             for sample in self.stage_samples(stage).values():
                 length = self.builder.length(sample, "hinted" if sample.hint else "plain")
-                room, traced = self.config.rl.sampling.max_new_tokens, stage.kind == "sft" and sample.trace
+                room, traced = rl.sampling.max_new_tokens, stage.kind == "sft" and sample.trace
                 if traced:
                     room = len(self.builder.completion_ids(sample.trace))
                 if length + room > context:
@@ -101,6 +109,9 @@ class Run:
                         f"{room} for its {'trace' if traced else 'completion'}, but model.context={context}. Media are "
                         "never truncated: lower data.max_frames or data.frame_max_pixels, or leave the sample out"
                     )
+                self.prompt_tokens[sample.id] = length
+                # Until they are there, completions count half of what they may have.
+                estimates[sample.id] = length + (room if traced else rl.n_on * room // 2)
 
     def stage_samples(self, stage: StageConfig) -> dict[str, Sample]:
         split = stage_split(stage)
@@ -134,7 +145,7 @@ class Run:
             return
         self.tracker = RewardTracker(window=rl.vcrs_window)
         self.hints = HintPolicy(rl.hints, self.tracker) if rl.hints.enabled else None
-        self.buffer = ReplayBuffer(rl.replay) if rl.n_off else None
+        self.buffer = ReplayBuffer(rl.replay, advantage_clip=rl.advantage_clip) if rl.n_off else None
 
     # ---- state ---------------------------------------------------------------------------------
 
@@ -217,15 +228,16 @@ class Run:
             return self.policy.embed_media(prompts)
 
     def sft_step(self) -> dict:
-        ids = self.order.take(self.stage.prompts_per_step)[self.backend.dp_rank :: self.backend.dp]
-        prompts = self.prompts([(self.pool[i], "plain") for i in ids])
+        owners = self.fresh_owners()
+        taken = self.order.take(self.stage.prompts_per_step)
+        prompts = self.prompts([(self.pool[i], "plain") for i, owner in zip(taken, owners, strict=True)
+                                if owner == self.backend.dp_rank])
         self.prefetch()
         groups = sft_groups([p for p in prompts if p is not None], self.pool, self.builder)
         media = [None] * len(groups) if self.stage.train_towers else self.embed([g.prompt for g in groups])
         with self.telemetry.timer("update"):
             stats = self.learner.update_sft(groups, media)
-        return {"loss": stats["loss"], "entropy": stats["entropy"], "grad_norm": stats["grad_norm"],
-                "lr": self.optimization.lr, "tokens": stats["tokens"]}
+        return {**stats, "lr": self.optimization.lr}
 
     def sample(self, prompts: list, media: list, keys: list[str]) -> list[list[Completion]]:
         """n_on completions a prompt; GenerationStopped on every rank when a stop signal reached any of them."""
@@ -241,17 +253,19 @@ class Run:
         """B fresh prompts with n_on completions each and B replay groups: one rollout, one update."""
         config, rl, backend, timer = self.config, self.config.rl, self.backend, self.telemetry.timer
         key = (config.seed, self.stage_name, self.step)
+        owners = self.fresh_owners()
         visits = choose_prompts(self.stage.prompts_per_step, rl.revisit_share, self.order, self.tracker,
                                 self.hints, self.pool, key)
-        mine = visits[backend.dp_rank :: backend.dp]
-        prompts = self.prompts([(self.pool[v.sample_id], v.variant) for v in mine])
+        owners = share_visits(visits, owners, self.estimates[self.stage_name], backend.dp)
+        mine = [k for k, owner in enumerate(owners) if owner == backend.dp_rank]
+        prompts = self.prompts([(self.pool[visits[k].sample_id], visits[k].variant) for k in mine])
         self.prefetch()
-        mine = [v for v, p in zip(mine, prompts, strict=True) if p is not None]
+        mine = [k for k, p in zip(mine, prompts, strict=True) if p is not None]
         prompts = [p for p in prompts if p is not None]
         media = self.embed(prompts)
 
         with timer("generate"):
-            rows = self.sample(prompts, media, [v.key for v in mine])
+            rows = self.sample(prompts, media, [visits[k].key for k in mine])
         with timer("reward"):
             groups = score_completions(
                 prompts, rows, self.pool, self.builder.decode, self.stage.rewards, self.judge,
@@ -262,7 +276,9 @@ class Run:
             reference = self.learner.reference_logprobs(groups, media)
             metrics.set_kl(groups, reference)
 
-        fresh = [t for part in backend.all_gather_object_dp([t for g in groups for t in g.trajectories]) for t in part]
+        by_visit = {k: rows for part in backend.all_gather_object_dp(
+            {k: g.trajectories for k, g in zip(mine, groups, strict=True)}) for k, rows in part.items()}
+        fresh = [t for k in sorted(by_visit) for t in by_visit[k]]  # in one order, however ranks share the step
         batch_mean = float(rewards_of(fresh).mean()) if fresh else 0.0
         gone = sum(backend.all_gather_object_dp(assign_on_policy(groups, self.tracker, batch_mean)))
         drawn: list[list[Trajectory]] = []
@@ -271,7 +287,8 @@ class Run:
             drawn = self.buffer.draw(self.stage.prompts_per_step * rl.n_off, rl.n_off, self.step, tiers,
                                      self.tracker.mean, self.tracker.running_std, "/".join(map(str, (*key, "replay"))))
         off_advantages, clipped = assign_off_policy(drawn, self.tracker, rl.vcrs, rl.advantage_clip)
-        replayed, replay_media = self.replay_groups(drawn, off_advantages)
+        loads = backend.all_gather_object_dp(sum(self.tokens(g.prompt.sample_id, g.trajectories) for g in groups))
+        replayed, replay_media = self.replay_groups(drawn, off_advantages, loads)
         replayable = sum(backend.all_gather_object_dp(sum(len(g.trajectories) for g in replayed)))
         everything = [*groups, *replayed]
         scores = [*reference, *([t.completion.logprobs for t in g.trajectories] for g in replayed)]
@@ -291,12 +308,30 @@ class Run:
             completions_generated=self.completions_generated, lr=self.optimization.lr,
         )
 
-    def replay_groups(self, drawn: list[list[Trajectory]], advantages: list[np.ndarray]) -> tuple[list[Group], list]:
-        """This rank's share of the step's replay groups, with their prompts rebuilt from the media."""
-        share = list(zip(drawn, advantages, strict=True))[self.backend.dp_rank :: self.backend.dp]
+    def replay_groups(
+        self, drawn: list[list[Trajectory]], advantages: list[np.ndarray], loads: list[int]
+    ) -> tuple[list[Group], list]:
+        """This rank's share of the step's replay groups, with their prompts rebuilt from the media.
+
+        They even out `loads`, the packed tokens of every data-parallel rank's fresh groups.
+        """
+        owners = deal([self.tokens(d[0].sample_id, d) for d in drawn], loads)
+        share = [pair for owner, *pair in zip(owners, drawn, advantages, strict=True) if owner == self.backend.dp_rank]
         prompts = self.prompts([(self.samples[d[0].sample_id], d[0].variant) for d, _ in share])
         groups = [Group(p, d, a, np.zeros(len(d), bool)) for p, (d, a) in zip(prompts, share, strict=True) if p]
         return groups, self.embed([g.prompt for g in groups])
+
+    def tokens(self, sample_id: str, trajectories: list[Trajectory]) -> int:
+        """Packed tokens of a group; a sample's hint counts even where the prompt is plain."""
+        return packed_tokens(self.prompt_tokens[sample_id], [len(t.completion) for t in trajectories])
+
+    def fresh_owners(self) -> list[int]:
+        """Data-parallel ranks of the next `prompts_per_step` samples in the loader's order.
+
+        Known before a step's revisits are chosen, so that each rank can decode ahead what will be its own.
+        """
+        upcoming = self.order.peek(self.stage.prompts_per_step)
+        return deal([self.estimates[self.stage_name][i] for i in upcoming], [0] * self.backend.dp)
 
     def commit(self, fresh: list[Trajectory]) -> None:
         """Feed the step's own rewards to tracker, hints and buffer; alike on every rank."""
@@ -313,8 +348,8 @@ class Run:
 
     def prefetch(self) -> None:
         """Let the decode workers start on the next step's fresh prompts."""
-        upcoming = self.order.peek(self.stage.prompts_per_step)[self.backend.dp_rank :: self.backend.dp]
-        self.loader.prefetch([(self.pool[i], "plain") for i in upcoming])
+        upcoming = zip(self.order.peek(self.stage.prompts_per_step), self.fresh_owners(), strict=True)
+        self.loader.prefetch([(self.pool[i], "plain") for i, owner in upcoming if owner == self.backend.dp_rank])
 
     def train_stage(self) -> None:
         """Run the stage from where it stands to its end."""

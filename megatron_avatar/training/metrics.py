@@ -76,6 +76,8 @@ def rl_record(
         "skipped": stats["skipped"],
         "lr": lr,
         "tokens": int(stats["tokens"]),
+        "packed_tokens": stats["packed_tokens"],
+        "imbalance": stats["imbalance"],
         "completions_generated": completions_generated,
         "advantages": {
             "edges": ADVANTAGE_EDGES.tolist(), "on": histogram(on, ADVANTAGE_EDGES),

@@ -16,9 +16,9 @@ from megatron.core.utils import get_model_config
 from torch import nn
 
 from megatron_avatar.config.schema import OptimConfig, ParallelConfig
+from megatron_avatar.config.validate import SCHEDULES
 from megatron_avatar.policy.fusions import choose_fusions, pin_adam
 
-SCHEDULES = ("constant", "linear", "cosine")
 # The first data-parallel rank gathers shares on the host and writes tensors shaped like the weights: any layout reads
 # them. On loading every rank reads them whole and keeps its share.
 DISTRIBUTED_FORMAT = {

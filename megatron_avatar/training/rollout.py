@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,7 @@ from megatron_avatar.rl.advantages import off_policy_advantages, on_policy_advan
 from megatron_avatar.rl.hints import HintPolicy
 from megatron_avatar.rl.rewards import Judge, score_group
 from megatron_avatar.rl.tracker import RewardTracker
+from megatron_avatar.training.balance import deal, loads_of
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,14 @@ def choose_prompts(
         visit_key = "/".join(map(str, (*key, sample_id, occurrence)))
         visits.append(Visit(sample_id, variant, visit_key, index >= n - n_revisit))
     return visits
+
+
+def share_visits(visits: Sequence[Visit], fresh_owners: Sequence[int], tokens: Mapping[str, int], dp: int) -> list[int]:
+    """Data-parallel rank of each visit: fresh prompts have theirs, revisits even out the tokens by sample id."""
+    costs = [tokens[v.sample_id] for v in visits]
+    owners = list(fresh_owners[: sum(not v.revisit for v in visits)])
+    fresh, again = costs[: len(owners)], costs[len(owners) :]
+    return owners + deal(again, loads_of(fresh, owners, dp))
 
 
 def load_prompts(

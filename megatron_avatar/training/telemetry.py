@@ -27,9 +27,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megatron_avatar.config.schema import Config
+from megatron_avatar.config.validate import WANDB_MODES
 from megatron_avatar.policy.backend import Backend
 
-WANDB_MODES = ("auto", "offline", "disabled")
 PLAIN_INTERVAL_S = 10.0  # between progress lines where there is no terminal
 
 

@@ -88,8 +88,7 @@ def check_layout(folder: Path, tp: int, pp: int, sequence_parallel: bool) -> dic
     assert (backend.world, backend.dp) == (4, 4 // (tp * pp))
     assert backend.all_gather_object(backend.rank) == [0, 1, 2, 3]
     assert backend.all_gather_object_dp(backend.dp_rank) == list(range(backend.dp))
-    assert backend.sum_over_dp(torch.ones(2)).tolist() == [backend.dp] * 2
-    assert backend.broadcast_from_last_stage(torch.tensor(backend.pp_rank)) == pp - 1
+    assert backend.broadcast_from_last_stage(torch.tensor([backend.pp_rank, backend.tp_rank])).tolist() == [pp - 1, 0]
     backend.barrier()
     results = {}
     for name in models_of(tp):

@@ -194,7 +194,6 @@ def test_replayed_tokens_have_no_kl_and_count_for_the_sample_size() -> None:
     moved, _ = case._replace(ref=case.ref + torch.tensor([0.0] * 3 + [1.0] * 4)).loss(*weights)
     assert float(moved.detach()) == float(loss.detach())
     ratio = (case.new - case.old).detach().exp()
-    assert float(stats["off_tokens"]) == 4
     assert float(stats["off_weight_sum"]) == pytest.approx(float(ratio[3:].sum()))
     assert float(stats["off_weight_sq_sum"]) == pytest.approx(float(ratio[3:].square().sum()))
     assert float(stats["kl_sum"]) == pytest.approx(float(kl_k3(case.new, case.ref)[:3].sum().detach()))

@@ -32,8 +32,8 @@ class ReplayBuffer:
     the store write each trajectory once.
     """
 
-    def __init__(self, config: ReplayConfig) -> None:
-        self._config = config
+    def __init__(self, config: ReplayConfig, *, advantage_clip: float = ADVANTAGE_CLIP) -> None:
+        self._config, self._advantage_clip = config, advantage_clip
         # Rounding the running sums keeps the tiers' capacities adding up to the whole.
         edges = np.rint(np.cumsum([0.0, *config.capacity_share]) * config.capacity).astype(int)
         self._capacity: dict[Tier, int] = dict(zip(TIERS, np.diff(edges).tolist(), strict=True))
@@ -144,7 +144,7 @@ class ReplayBuffer:
         for k, t in enumerate(rows):
             baseline = rbar[t.sample_id, t.variant]
             advantage = 0.0 if baseline is None else (t.reward - baseline) / scale
-            advantage = min(max(advantage, -ADVANTAGE_CLIP), ADVANTAGE_CLIP)
+            advantage = min(max(advantage, -self._advantage_clip), self._advantage_clip)
             scores[k] = config.w_reward * advantage - config.w_kl * t.kl_ref
         return scores / config.temperature + noise
 
