@@ -1,6 +1,6 @@
 """Attention of packed sequences, forward and backward, by the kernels that torch brings along.
 
-All kernels compute the same. Sequence i has `lengths_q[i]` rows of query [Tq, heads, d] and attends to `lengths_k[i]`
+All of them compute the same. Sequence i has `lengths_q[i]` rows of query [Tq, heads, d] and attends to `lengths_k[i]`
 rows of key and value [Tk, kv heads, d]; the sequences lie one after the other, and none is empty. `causal` needs equal
 lengths. Forward returns the output [Tq, heads, d] and the log-sum-exp [Tq, heads] of the scaled scores (float32, or
 float64 for float64). Backward takes output and log-sum-exp of the softmax over *all* keys that a query sees, of which
@@ -34,6 +34,8 @@ def kernel_for(device: torch.device, dtype: torch.dtype, head_size: int) -> Kern
     """The fastest kernel for heads of this size there. What FlashAttention refuses on a GPU is computed in chunks."""
     if device.type == "cpu":
         return FLASH_CPU
+    if device.type == "meta":  # a plan counts what a GPU would hold
+        return FLASH_VARLEN
     half = dtype in (torch.bfloat16, torch.float16)
     if device.type == "cuda" and half and head_size % 8 == 0 and head_size <= 256 and _has_flash(device):
         return FLASH_VARLEN

@@ -225,7 +225,7 @@ def build_policy(
     Raises ValueError where the folder holds another architecture, or doesn't split into tp and pp.
     """
     hf_config = read_config(hf_folder)
-    config = transformer_config(hf_config, model, parallel, on_cpu=backend.device.type == "cpu")
+    config = transformer_config(hf_config, model, parallel, on_cpu=backend.device.type != "cuda")
     policy = OmniPolicy(hf_config, config, backend).to(backend.device)
     policy.set_train_towers(False)
     if model.lora.rank:
