@@ -73,7 +73,7 @@ def linear_slots(policy: OmniPolicy, layer: torch.nn.Module) -> dict[str, Slot]:
         ),
         "linear_proj": slot(attention.linear_proj.weight, "self_attn", {"o_proj": hidden}, queries, dim=1),
         "linear_fc1": slot(
-            mlp.linear_fc1.weight, "mlp", {"gate_proj": inner, "up_proj": inner}, hidden, dim=0, blocks=policy.backend.tp
+            mlp.linear_fc1.weight, "mlp", dict(gate_proj=inner, up_proj=inner), hidden, dim=0, blocks=policy.backend.tp
         ),
         "linear_fc2": slot(mlp.linear_fc2.weight, "mlp", {"down_proj": hidden}, inner, dim=1),
     }

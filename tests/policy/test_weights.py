@@ -1,22 +1,37 @@
 """Hugging Face folders in and out: classes, shards, dtypes, and folders that are wrong or can't be written."""
 
 import json
+import os
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import thinker_logits, tiny_config, tiny_prompts, tiny_thinker
+from tiny import (
+    thinker_logits,
+    tiny_config,
+    tiny_prompts,
+    tiny_thinker,
+    tiny_vl,
+    tiny_vl_config,
+    tiny_vl_prompts,
+    vl_logits,
+)
+from tiny_omni import tiny_omni
 from transformers import (
-    Qwen2_5OmniConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2_5OmniForConditionalGeneration,
     Qwen2_5OmniThinkerForConditionalGeneration,
 )
+from transformers.initialization import no_init_weights
 
 from megatron_avatar.config.schema import ModelConfig, ParallelConfig
 from megatron_avatar.policy import backend as backends
-from megatron_avatar.policy import weights
+from megatron_avatar.policy.groups import pack_groups
 from megatron_avatar.policy.model import build_policy
+from megatron_avatar.policy.safetensors_folder import INDEX
 from megatron_avatar.policy.weights import export_hf, load_hf
 
 
@@ -53,46 +68,124 @@ def edit(folder, change):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def tensors_of(folder):
+    """name -> (file, tensor) of all safetensors files."""
+    files = sorted(folder.glob("*.safetensors"))
+    return {name: (path.name, value) for path in files for name, value in load_file(path).items()}
+
+
+def same_tensors(one, other):
+    assert one.keys() == other.keys()
+    return all(torch.equal(one[n][1], other[n][1]) and one[n][1].dtype == other[n][1].dtype for n in one)
+
+
 def test_full_class_in_shards_comes_back_as_the_full_class(backend, tmp_path):
-    """Names, shards, talker and speakers; transformers loads it and computes the same logits."""
-    config = Qwen2_5OmniConfig(thinker_config=tiny_config(layers=2).to_dict(), enable_audio_output=False)
-    full, source, out = Qwen2_5OmniForConditionalGeneration(config), tmp_path / "source", tmp_path / "out"
-    full.thinker = tiny_thinker(full.config.thinker_config)
-    full.save_pretrained(source)
-    edit(source, lambda tensors: tensors.update({"talker.model.norm.weight": torch.randn(8, dtype=torch.bfloat16)}))
-    whole = load_file(source / "model.safetensors")
-    (source / "model.safetensors").unlink()
-    weight_map = {name: f"model-{i % 3 + 1:05}-of-00003.safetensors" for i, name in enumerate(whole)}
-    for file in set(weight_map.values()):
-        save_file({name: whole[name] for name in whole if weight_map[name] == file}, source / file)
-    (source / weights.INDEX).write_text(json.dumps({"weight_map": weight_map}))
-    torch.save({}, source / "spk_dict.pt")
+    """Names, shards, dtypes, talker, vocoder and voices; transformers loads it and computes the same logits."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    full = tiny_omni(source, max_shard_size="400KB")
+    for path in source.glob("*.safetensors"):  # some of the talker's tensors in another dtype
+        save_file({n: t.bfloat16() if "talker" in n and "norm" in n else t for n, t in load_file(path).items()}, path)
+    (source / "pytorch_model.bin").write_text("weights of another format")
+    (source / "pytorch_model.bin.index.json").write_text("{}")
 
     export_hf(load(source, backend), out, source)
-    exported = load_file(out / "model.safetensors")
-    assert exported.keys() == whole.keys()
-    assert all(torch.equal(exported[name], whole[name]) and exported[name].dtype == whole[name].dtype for name in whole)
+    before, after = tensors_of(source), tensors_of(out)
+    assert same_tensors(before, after)
+    assert len({file for file, _ in after.values()}) >= 3
+    assert {name: file for name, (file, _) in before.items()} == {name: file for name, (file, _) in after.items()}
+    assert {name.split(".")[0] for name in after} == {"thinker", "talker", "token2wav"}
+    assert {path.name for path in source.iterdir()} - {path.name for path in out.iterdir()} == {
+        "pytorch_model.bin", "pytorch_model.bin.index.json"
+    }  # fmt: skip
     prompt = tiny_prompts(full.config.thinker_config)["audio_in_video"]
     again = Qwen2_5OmniForConditionalGeneration.from_pretrained(out).eval()
+    assert again.has_talker and all(
+        torch.equal(one, other.to(one.dtype)) for one, other in zip(again.parameters(), full.parameters(), strict=True)
+        if one.dtype == torch.float32
+    )  # fmt: skip
     with torch.no_grad():
         assert torch.equal(thinker_logits(again.thinker, prompt), thinker_logits(full.thinker, prompt))
 
 
-def test_bfloat16_files_and_large_exports(thinker, backend, tmp_path, monkeypatch):
-    """fp32 parameters take bf16 files exactly, and an export in bf16 says so; large ones are sharded with an index."""
+@pytest.mark.parametrize("style", ["hub", "nested"])
+def test_vl_in_both_styles_of_names(backend, tmp_path, style):
+    """`model.layers.*` and `visual.*` as on the hub, or both below `model`: the export has the source's."""
     source, out = tmp_path / "source", tmp_path / "out"
-    Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(thinker, dtype=torch.bfloat16).save_pretrained(source)
+    model = tiny_vl(tiny_vl_config(layers=2))
+    model.save_pretrained(source)
+    if style == "nested":
+        names = model.state_dict()
+        assert any(name.startswith("model.language_model.layers") for name in names)
+        save_file(names, source / "model.safetensors", metadata={"format": "pt"})
+    policy = load(source, backend)
+    export_hf(policy, out, source)
+    assert same_tensors(tensors_of(out), tensors_of(source))
+    prompt = tiny_vl_prompts(model.config)["video"]
+    again = Qwen2_5_VLForConditionalGeneration.from_pretrained(out).eval()
+    with torch.no_grad():
+        theirs = vl_logits(model, prompt)
+        assert torch.equal(vl_logits(again, prompt), theirs)
+    ours = policy.logits(pack_groups([prompt], [[prompt.token_ids[:1]]]), policy.embed_media([prompt]))
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+def test_bfloat16_files(thinker, backend, tmp_path):
+    """fp32 parameters take bf16 files exactly; an export in bf16 says so and gives the source's bytes back."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(thinker, dtype=torch.bfloat16).save_pretrained(
+        source, max_shard_size="100KB"
+    )
     policy = load(source, backend)
     assert policy.language_model.output_layer.weight.dtype == torch.float32
-    monkeypatch.setattr(weights, "SHARD_BYTES", 100_000)
     export_hf(policy, out, source, dtype=torch.bfloat16)
-    index = json.loads((out / weights.INDEX).read_text())
-    files = sorted(out.glob("*.safetensors"))
-    assert len(files) > 2 and set(index["weight_map"].values()) == {path.name for path in files}
+    assert same_tensors(tensors_of(out), tensors_of(source))
+    index = json.loads((out / INDEX).read_text())
+    files = {path.name for path in out.glob("*.safetensors")}
+    assert len(files) > 2 and set(index["weight_map"].values()) == files
     assert index["metadata"]["total_size"] == sum(2 * parameter.numel() for parameter in policy.parameters())
-    theirs = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(source).state_dict()
-    ours = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(out).state_dict()  # dtype from config.json
-    assert all(torch.equal(ours[name], theirs[name]) and ours[name].dtype == theirs[name].dtype for name in theirs)
+    again = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(out)
+    assert {value.dtype for value in again.parameters()} == {torch.bfloat16}  # from config.json
+
+
+def peak_growth(action):
+    """By how many bytes the process's resident memory, mapped files included, rises above its start meanwhile."""
+
+    def status(key):
+        return int(re.search(rf"{key}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) << 10
+
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    start = status("VmRSS")
+    action()
+    return status("VmHWM") - start
+
+
+def test_memory_stays_below_a_shard_and_a_layer(backend, tmp_path):
+    """112 MiB of weights in 12 files: less than a file and a layer more, on the way in and on the way out."""
+    config = tiny_config(layers=12)
+    config.text_config.hidden_size, config.text_config.intermediate_size = 256, 6144
+    config.text_config.num_attention_heads, config.text_config.num_key_value_heads = 16, 2
+    config.vision_config.out_hidden_size = config.audio_config.output_dim = 256
+    with no_init_weights():
+        model = Qwen2_5OmniThinkerForConditionalGeneration._from_config(config, dtype=torch.bfloat16)
+    with torch.no_grad():
+        for number, parameter in enumerate(model.parameters()):
+            parameter.fill_(number)
+    source, out = tmp_path / "source", tmp_path / "out"
+    model.save_pretrained(source, max_shard_size="10MB")
+    files = [path.stat().st_size for path in source.glob("*.safetensors")]
+    layer = sum(2 * parameter.numel() for parameter in model.model.language_model.layers[0].parameters())
+    assert len(files) >= 12 and sum(files) > 5 * (max(files) + layer)
+    policy = build_policy(source, backend, ModelConfig(dtype="bfloat16"), ParallelConfig())
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.zero_()  # its own pages don't count
+    slack = 2 << 20  # Python's own, and the folder's listing
+    assert peak_growth(lambda: load_hf(policy, source)) < max(files) + layer + slack
+    assert peak_growth(lambda: export_hf(policy, out, source)) < max(files) + layer + slack
+    kept = []
+    control = peak_growth(lambda: kept.extend(value.clone() for _, value in tensors_of(source).values()))
+    assert control > 5 * (max(files) + layer), "the measure sees what is held"
+    assert same_tensors(tensors_of(out), tensors_of(source))
 
 
 def test_export_replaces_an_older_folder_and_copies_the_tokenizer(thinker, backend, tmp_path):
@@ -113,14 +206,22 @@ def test_failed_export_keeps_the_older_folder(thinker, backend, tmp_path, monkey
     export_hf(policy, out, thinker)
     before = (out / "model.safetensors").read_bytes()
 
-    def full_disk(*args, **kwargs):
+    def full_disk(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(weights, "save_file", full_disk)
+    monkeypatch.setattr(os, "pwrite", full_disk)
     with pytest.raises(OSError, match="out failed.*No space left"):
         export_hf(policy, out, thinker)
     assert (out / "model.safetensors").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_export_for_another_source_is_refused(thinker, backend, tmp_path):
+    other = tmp_path / "other"
+    tiny_thinker(tiny_config(layers=3)).save_pretrained(other)
+    with pytest.raises(OSError, match="other has no model.layers.2.*not the policy's source"):
+        export_hf(load(other, backend), tmp_path / "out", shutil.copytree(thinker, tmp_path / "x" / "other"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_wrong_tensors_are_all_named(copy, backend):
@@ -137,11 +238,46 @@ def test_wrong_tensors_are_all_named(copy, backend):
     assert "model.layers.2.mlp.up_proj.weight is unexpected" in str(error.value)
 
 
-def test_truncated_or_absent_file_is_named(copy, backend):
+def sharded(folder):
+    """Spread the folder's tensors over two files with an index."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    weight_map = {name: f"model-{i % 2 + 1:05}-of-00002.safetensors" for i, name in enumerate(sorted(tensors))}
+    for file in set(weight_map.values()):
+        save_file({name: tensors[name] for name in tensors if weight_map[name] == file}, folder / file)
+    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    return weight_map
+
+
+@pytest.mark.parametrize("kept", [0, 5, 1000, 0.5, -1])
+def test_half_written_file_is_named(copy, backend, kept):
     file = copy / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(ValueError, match="model.safetensors can't be read"):
+    content = file.read_bytes()
+    file.write_bytes(content[: int(len(content) * kept) if isinstance(kept, float) else kept])
+    with pytest.raises(ValueError, match="model.safetensors can't be read.*half written"):
         load(copy, backend)
-    file.unlink()
-    with pytest.raises(ValueError, match="model.safetensors can't be read"):
+
+
+def test_absent_files_and_broken_indices_are_named(copy, backend):
+    weight_map = sharded(copy)
+    load(copy, backend)
+    second = copy / "model-00002-of-00002.safetensors"
+    (copy / INDEX).write_text(json.dumps({"weight_map": weight_map | {"more": second.name}}))
+    with pytest.raises(ValueError, match="00002-of-00002.safetensors lacks more, which.*index.json names"):
+        load(copy, backend)
+    second.unlink()
+    with pytest.raises(ValueError, match="00002-of-00002.safetensors doesn't exist, but.*index.json names it"):
+        load(copy, backend)
+    (copy / INDEX).write_text('{"weight_map": ')
+    with pytest.raises(ValueError, match="index.json can't be read"):
+        load(copy, backend)
+    (copy / INDEX).unlink()
+    with pytest.raises(ValueError, match="neither model.safetensors nor model.safetensors.index.json"):
+        load(copy, backend)
+
+
+def test_weights_of_another_architecture_are_refused(copy, backend):
+    """A config.json of Qwen2.5-Omni over the weights of something else."""
+    save_file({"model.layers.0.attention.wq.weight": torch.zeros(64, 64)}, copy / "model.safetensors")
+    with pytest.raises(ValueError, match="don't match its config.json.*is missing.*and .* more"):
         load(copy, backend)
