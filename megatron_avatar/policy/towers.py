@@ -1,20 +1,53 @@
 """The encoders in front of the language model: transformers' own, on the first pipeline stage.
 
-Shapes: H hidden size, M media placeholders of a prompt.
+A picture's or a video's slices (one pair of frames each) and a sound's chunks (2 s each) are encoded without seeing
+each other. So the tensor-parallel ranks share them out, and a rank encodes its share in pieces of bounded size.
+
+Shapes: N rows (patches or log-mel frames), H hidden size, M media placeholders of a prompt.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
 
+import numpy as np
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core import parallel_state
 from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import Qwen2_5OmniAudioEncoder, Qwen2_5OmniVisionEncoder
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
+from megatron_avatar.policy import tower_attention
 from megatron_avatar.policy.architecture import PolicyConfig, hears, placeholder_ids
 from megatron_avatar.records import Prompt
+
+# Rows of one encoder call without gradient: at the 7B's width their activations take about 2 GiB in bfloat16, and
+# larger calls are no faster. A video of 16 frames at 224 x 224 pixels has 2,048.
+ROWS_PER_CALL = 32_768
+
+
+@dataclass(frozen=True)
+class Units:
+    """The input of one encoder: rows [N, features], cut into units that don't see each other.
+
+    shapes: of each unit, (height, width) in patches or (log-mel frames,). tokens: embeddings that it gives.
+    """
+
+    rows: Tensor
+    shapes: list[tuple[int, ...]]
+    tokens: list[int]
+
+    @property
+    def sizes(self) -> list[int]:
+        """Rows of each unit."""
+        return [math.prod(shape) for shape in self.shapes]
 
 
 class Towers(nn.Module):
@@ -30,10 +63,12 @@ class Towers(nn.Module):
         self.placeholder_ids = placeholder_ids(hf_config)
         encoder = Qwen2_5OmniVisionEncoder if hears(hf_config) else Qwen2_5_VisionTransformerPretrainedModel
         with no_init_weights():
-            self.visual = encoder._from_config(hf_config.vision_config, dtype=dtype)
+            self.visual = encoder._from_config(deepcopy(hf_config.vision_config), dtype=dtype)
             self.audio_tower = None
             if hears(hf_config):
-                self.audio_tower = Qwen2_5OmniAudioEncoder._from_config(hf_config.audio_config, dtype=dtype)
+                self.audio_tower = Qwen2_5OmniAudioEncoder._from_config(deepcopy(hf_config.audio_config), dtype=dtype)
+        for tower in self.children():  # their configurations are copies: hf_config stays what the folder says
+            tower.config._attn_implementation = tower_attention.NAME
 
     @property
     def device(self) -> torch.device:
@@ -45,17 +80,24 @@ class Towers(nn.Module):
         if self.audio_tower is not None:
             # The Thinker embeds these two tokens as text: their parameter never gets a gradient.
             self.audio_tower.audio_bos_eos_token.requires_grad_(False)
+        for parameter in self.parameters():  # each tensor-parallel rank's gradient is that of its share
+            parameter.average_gradients_across_tp_domain = True
 
     def forward(self, prompts: Sequence[Prompt], grad: bool = False) -> list[Tensor | None]:
         """Embeddings [M, H] of each prompt's media, in the order of its placeholders; None without media.
 
-        Each encoder runs once over all prompts. With `grad` (training towers) it runs even without media, on a
-        dummy that gets a gradient of zero, so that all data-parallel ranks reduce the same parameters.
+        All ranks of a tensor-parallel group call it alike. With `grad` (training towers) each encoder runs exactly
+        once, without media on a dummy that gets a gradient of zero, so that all ranks reduce the same parameters.
         Raises ValueError where placeholders and features differ in number.
         """
         with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
-            visual, visual_counts = self._embed_pixels(prompts, grad)
-            audio, audio_counts = self._embed_sound(prompts, grad)
+            slices = [self._slices(prompt) for prompt in prompts]
+            chunks = [self._chunks(prompt) for prompt in prompts]
+            visual = self._encode(self._see, _join(slices), self._dummy_slice(), grad)
+            audio = self._nothing()
+            if self.audio_tower is not None:
+                audio = self._encode(self._hear, _join(chunks), self._dummy_chunk(), grad)
+            visual_counts, audio_counts = ([sum(units.tokens) for units in parts] for parts in (slices, chunks))
             media = [
                 self._interleave(*parts)
                 for parts in zip(prompts, visual.split(visual_counts), audio.split(audio_counts), strict=True)
@@ -64,39 +106,68 @@ class Towers(nn.Module):
                 media[0] = torch.cat([visual[:0], audio[:0], visual[:0] if media[0] is None else media[0]])
         return media
 
-    def _embed_pixels(self, prompts: Sequence[Prompt], always: bool) -> tuple[Tensor, list[int]]:
-        """Embeddings of all pictures [sum, H], and how many of them each prompt has."""
+    # ------------------------------------------------------------------------------------------------------------
+    # What the encoders take apart
+
+    def _slices(self, prompt: Prompt) -> Units:
+        """The pictures: attention, full or in windows, stays inside of a slice of time."""
+        if prompt.pixels is None:
+            return Units(torch.empty(0, 0), [], [])
+        shapes = [(h, w) for t, h, w in prompt.grid_thw.tolist() for _ in range(t)]
+        merged = self.hf_config.vision_config.spatial_merge_size**2
+        return Units(prompt.pixels, shapes, [h * w // merged for h, w in shapes])
+
+    def _chunks(self, prompt: Prompt) -> Units:
+        """The sounds: convolutions, positions, attention and pooling stay inside of a chunk."""
+        if prompt.mel is None:
+            return Units(torch.empty(0, 0), [], [])
+        assert self.audio_tower is not None, f"{prompt.sample_id}: sound for a model that doesn't hear"
+        longest = 2 * self.audio_tower.n_window
+        assert longest % 4 == 0, "pooling by two after a convolution of stride two would cross the chunks' borders"
+        lengths = [min(longest, n - start) for n in prompt.mel_lengths.tolist() for start in range(0, n, longest)]
+        return Units(prompt.mel.T, [(length,) for length in lengths], [_audio_tokens(length) for length in lengths])
+
+    def _dummy_slice(self) -> Units:
         vision = self.hf_config.vision_config
-        merged = vision.spatial_merge_size**2
-        shown = [prompt for prompt in prompts if prompt.pixels is not None]
-        counts = [0 if prompt.pixels is None else len(prompt.pixels) // merged for prompt in prompts]
-        if not shown and not always:
-            return self._no_media(), counts
-        if shown:
-            pixels, grid = (torch.cat([getattr(p, name) for p in shown]) for name in ("pixels", "grid_thw"))
-        else:
-            side = vision.spatial_merge_size
-            width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-            pixels, grid = torch.zeros(merged, width), torch.tensor([[1, side, side]])
-        device = self.device
-        features = self.visual(pixels.to(device, self.dtype), grid.to(device)).pooler_output
-        return features[: sum(counts)], counts
+        side, channels = vision.spatial_merge_size, vision.in_channels * vision.temporal_patch_size
+        return Units(torch.zeros(side**2, channels * vision.patch_size**2), [(side, side)], [1])
 
-    def _embed_sound(self, prompts: Sequence[Prompt], always: bool) -> tuple[Tensor, list[int]]:
-        """Embeddings of all sounds [sum, H], and how many of them each prompt has."""
-        heard = [prompt for prompt in prompts if prompt.mel is not None]
-        counts = [0 if p.mel is None else sum(_audio_tokens(n) for n in p.mel_lengths.tolist()) for p in prompts]
-        if self.audio_tower is None or (not heard and not always):
-            return self._no_media(), counts
-        if heard:
-            mel, lengths = torch.cat([p.mel for p in heard], dim=1), torch.cat([p.mel_lengths for p in heard])
-        else:
-            mel, lengths = torch.zeros(self.hf_config.audio_config.num_mel_bins, 4), torch.tensor([4])
-        device = self.device
-        features = self.audio_tower(mel.to(device, self.dtype), lengths.to(device)).last_hidden_state
-        return features[: sum(counts)], counts
+    def _dummy_chunk(self) -> Units:
+        return Units(torch.zeros(4, self.hf_config.audio_config.num_mel_bins), [(4,)], [1])
 
-    def _no_media(self) -> Tensor:
+    # ------------------------------------------------------------------------------------------------------------
+    # Encoding
+
+    def _see(self, rows: Tensor, shapes: Sequence[tuple[int, ...]]) -> Tensor:
+        # Slices of one size are one video to the encoder, which loops over videos in Python.
+        grid = [(len(list(run)), *shape) for shape, run in itertools.groupby(shapes)]
+        return self.visual(rows, torch.tensor(grid, device=rows.device)).pooler_output
+
+    def _hear(self, rows: Tensor, shapes: Sequence[tuple[int, ...]]) -> Tensor:
+        lengths = torch.tensor([length for (length,) in shapes], device=rows.device)
+        return self.audio_tower(rows.T, lengths).last_hidden_state
+
+    def _encode(
+        self, encoder: Callable[[Tensor, Sequence[tuple[int, ...]]], Tensor], units: Units, dummy: Units, grad: bool
+    ) -> Tensor:
+        """Embeddings of all units [sum of tokens, H], of which this tensor-parallel rank encodes its share."""
+        group = parallel_state.get_tensor_model_parallel_group()
+        sizes, borders = units.sizes, share_out(units.sizes, group.size())
+        counts = [sum(units.tokens[start:stop]) for start, stop in itertools.pairwise(borders)]
+        start, stop = borders[group.rank()], borders[group.rank() + 1]
+        pieces = pack(sizes[start:stop], None if grad else ROWS_PER_CALL)
+        first = np.cumsum([0, *sizes])  # row of each unit
+        own = []
+        for low, high in ((start + low, start + high) for low, high in pieces):
+            rows = units.rows[first[low] : first[high]]
+            own.append(encoder(rows.to(self.device, self.dtype), units.shapes[low:high]))
+        if grad and not own:
+            own.append(encoder(dummy.rows.to(self.device, self.dtype), dummy.shapes)[:0])
+        own = torch.cat(own) if own else self._nothing()
+        assert len(own) == counts[group.rank()]
+        return own if group.size() == 1 or not sum(counts) else _GatherShares.apply(own, counts, group)
+
+    def _nothing(self) -> Tensor:
         return torch.empty(0, self.hf_config.text_config.hidden_size, dtype=self.dtype, device=self.device)
 
     def _interleave(self, prompt: Prompt, visual: Tensor, audio: Tensor) -> Tensor | None:
@@ -114,6 +185,60 @@ class Towers(nn.Module):
             return None
         order = torch.where(is_audio, len(visual) + is_audio.cumsum(0) - 1, (~is_audio).cumsum(0) - 1)
         return torch.cat([visual, audio])[order.to(visual.device)]
+
+
+class _GatherShares(torch.autograd.Function):
+    """All ranks' embeddings [sum of counts, H] from each rank's own [counts[rank], H].
+
+    Every rank has the whole gradient of the result and hands its own rows on. They are multiplied by the ranks'
+    number, because Megatron-Core then averages the weights' gradients over the ranks, where we want their sum.
+    """
+
+    @staticmethod
+    def forward(ctx, own: Tensor, counts: list[int], group: dist.ProcessGroup) -> Tensor:
+        ctx.counts, ctx.group = counts, group
+        longest = max(counts)
+        padded = F.pad(own, (0, 0, 0, longest - len(own)))
+        shares = padded.new_empty(len(counts) * longest, padded.shape[1])
+        dist.all_gather_into_tensor(shares, padded, group=group)
+        return torch.cat([share[:count] for share, count in zip(shares.split(longest), counts, strict=True)])
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return gradient.split(ctx.counts)[ctx.group.rank()] * ctx.group.size(), None, None
+
+
+def share_out(sizes: Sequence[int], shares: int) -> list[int]:
+    """Borders [shares + 1] of contiguous shares of nearly equal size: share k holds units borders[k] to borders[k + 1].
+
+    Each border is the one nearest to its ideal place, so that no share exceeds the mean by more than one unit.
+    """
+    ends = np.cumsum([0, *sizes])
+    middles = (ends[:-1] + ends[1:]) / 2
+    return np.searchsorted(middles, ends[-1] * np.arange(shares + 1) / shares).tolist()
+
+
+def pack(sizes: Sequence[int], budget: int | None) -> list[tuple[int, int]]:
+    """Consecutive units in pieces (first, last + 1) of at most `budget` rows (None: all at once), or of one unit."""
+    pieces, start, rows = [], 0, 0
+    for index, size in enumerate(sizes):
+        if index > start and budget is not None and rows + size > budget:
+            pieces.append((start, index))
+            start, rows = index, 0
+        rows += size
+    return [*pieces, (start, len(sizes))] if sizes else []
+
+
+def _join(parts: Iterable[Units]) -> Units:
+    parts = [units for units in parts if units.shapes]
+    if not parts:
+        return Units(torch.empty(0, 0), [], [])
+    chain = itertools.chain.from_iterable
+    return Units(
+        torch.cat([units.rows for units in parts]),
+        list(chain(units.shapes for units in parts)),
+        list(chain(units.tokens for units in parts)),
+    )
 
 
 def _audio_tokens(mel_frames: int) -> int:
