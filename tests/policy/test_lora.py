@@ -1,0 +1,238 @@
+"""Adapters equal PEFT's, in value, gradient and file, merged and beside the weights; layouts with several ranks share
+one launch."""
+
+import json
+import re
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig as PeftConfig
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
+from tiny import (
+    thinker_logits,
+    tiny_completions,
+    tiny_config,
+    tiny_prompts,
+    tiny_thinker,
+    tiny_vl,
+    tiny_vl_config,
+    tiny_vl_prompts,
+    vl_logits,
+)
+from tiny_omni import tiny_omni
+from transformers import (
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5OmniForConditionalGeneration,
+    Qwen2_5OmniThinkerForConditionalGeneration,
+)
+
+from megatron_avatar.config.schema import (
+    LORA_TARGETS,
+    LoraConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    RLConfig,
+)
+from megatron_avatar.policy import backend as backends
+from megatron_avatar.policy.groups import pack_groups
+from megatron_avatar.policy.lora import lora_adapters
+from megatron_avatar.policy.model import build_policy
+from megatron_avatar.policy.weights import export_adapters, export_hf, load_hf
+from megatron_avatar.records import Completion, Group, Trajectory
+from megatron_avatar.training.learner import Learner
+from megatron_avatar.training.optim import build_optimizer
+
+LORA = LoraConfig(rank=3, alpha=10.0)  # a weight that no float holds exactly
+TARGETS = [list(LORA_TARGETS), ["k_proj", "up_proj"], ["q_proj", "v_proj", "o_proj"], ["down_proj", "gate_proj"]]
+
+
+@pytest.fixture(scope="module")
+def backend():
+    yield backends.start(ParallelConfig())
+    backends.stop()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lora")
+    tiny_thinker(tiny_config(layers=2)).save_pretrained(folder)
+    return folder
+
+
+def load(folder, backend, lora=LORA, **model):
+    policy = build_policy(folder, backend, ModelConfig(lora=lora, **model), ParallelConfig())
+    load_hf(policy, folder)
+    return policy
+
+
+def shake(policy, scale=0.3):
+    """Adapters that do something: B is no longer zero."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for adapter in lora_adapters(policy):
+            used = adapter.owners.any(1, keepdim=True)
+            adapter.b.copy_(scale * torch.randn(adapter.b.shape, generator=generator) * used)
+
+
+def logits_of(policy, prompt):
+    return policy.logits(pack_groups([prompt], [[prompt.token_ids[:1]]]), policy.embed_media([prompt]))
+
+
+def group(prompt):
+    """The prompt with its completions, as supervised fine-tuning sees them."""
+    rows = [Completion(ids, np.zeros(len(ids), np.float32), True) for ids in tiny_completions()]
+    trajectories = [Trajectory("", "plain", row, 0.0, {}, 0.0, "", "", 0, 0) for row in rows]
+    return Group(prompt, trajectories, np.zeros(len(rows), np.float32), np.ones(len(rows), bool))
+
+
+def with_adapters(model, folder):
+    """The model with the exported adapters, every one of them found."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*adapter keys")
+        return PeftModel.from_pretrained(model, folder).eval()
+
+
+@pytest.mark.parametrize("targets", TARGETS, ids="-".join)
+def test_adapters_are_peft_s(folder, backend, tmp_path, targets):
+    """Logits with the exported adapters in PEFT, and of the merged export in transformers, are the policy's."""
+    lora = LoraConfig(rank=3, alpha=10.0, targets=targets)
+    policy = load(folder, backend, lora)
+    shake(policy)
+    export_adapters(policy, tmp_path / "adapters", folder, lora)
+    export_hf(policy, tmp_path / "merged", folder)
+    model = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(folder).eval()
+    prompt = tiny_prompts(model.config)["audio_in_video"]
+    ours = logits_of(policy, prompt)
+    with torch.no_grad():
+        base = thinker_logits(model, prompt)
+        merged = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(tmp_path / "merged").eval()
+        assert (ours - base).abs().max() > 0.1
+        torch.testing.assert_close(thinker_logits(merged, prompt), ours, atol=1e-4, rtol=0)
+        adapted = with_adapters(model, tmp_path / "adapters")
+        torch.testing.assert_close(thinker_logits(adapted, prompt), ours, atol=1e-4, rtol=0)
+    names = load_file(tmp_path / "adapters" / "adapter_model.safetensors").keys()
+    assert {name.split(".")[-3] for name in names} == set(targets) and len(names) == 2 * 2 * len(targets)
+
+
+@pytest.mark.parametrize("kind", ["omni", "vl"])
+def test_full_classes_with_trained_encoders(backend, tmp_path, kind):
+    """Adapters find their layers in the full Omni class and in VL; encoders that trained come with them."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    if kind == "omni":
+        config = tiny_omni(source).config.thinker_config
+        prompt, cls = tiny_prompts(config)["audio_in_video"], Qwen2_5OmniForConditionalGeneration
+    else:
+        config = tiny_vl_config(layers=2)
+        tiny_vl(config).save_pretrained(source)
+        prompt, cls = tiny_vl_prompts(config)["video"], Qwen2_5_VLForConditionalGeneration
+    policy = load(source, backend)
+    shake(policy)
+    with torch.no_grad():
+        for parameter in policy.towers.parameters():
+            parameter.mul_(1.1)
+    export_adapters(policy, out, source, LORA, towers=True)
+    model = with_adapters(cls.from_pretrained(source).eval(), out).base_model.model
+    with torch.no_grad():
+        theirs = thinker_logits(model.thinker, prompt) if kind == "omni" else vl_logits(model, prompt)
+    torch.testing.assert_close(logits_of(policy, prompt), theirs, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_gradients_are_peft_s(folder, backend, recompute):
+    """Those of every A and B, at values where none is zero, and none of the weights'."""
+    policy = build_policy(folder, backend, ModelConfig(lora=LORA), ParallelConfig(recompute=recompute)).train()
+    load_hf(policy, folder)
+    shake(policy)
+    prompt, completion = tiny_prompts(policy.hf_config)["audio_in_video"], tiny_completions()[0]
+    policy(pack_groups([prompt], [[completion]]), policy.embed_media([prompt]))[0].sum().backward()
+    trained = {name for name, parameter in policy.named_parameters() if parameter.grad is not None}
+    assert trained == {name for name, _ in policy.named_parameters() if re.search(r"lora_\w+\.[ab]$", name)}
+
+    model = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(folder).eval()
+    layers = rf"model\.language_model\.layers\.\d+\.\w+\.({'|'.join(LORA_TARGETS)})"
+    model = get_peft_model(model, PeftConfig(r=LORA.rank, lora_alpha=LORA.alpha, target_modules=layers))
+    theirs = {
+        name.replace("base_model.model.model.language_model", "model").replace(".default", ""): parameter
+        for name, parameter in model.named_parameters()
+        if "lora_" in name
+    }
+    slots = [slot for adapter in lora_adapters(policy) for slot in (adapter.a_slot, adapter.b_slot)]
+    with torch.no_grad():
+        for slot in slots:
+            for name, value in zip(slot.shapes, slot.join([slot.parameter]), strict=True):
+                theirs[name].copy_(value)
+    logits = thinker_logits(model.base_model.model, prompt, completion)[len(prompt) - 1 : -1]
+    logits.log_softmax(-1)[range(len(completion)), completion].sum().backward()
+    ours = {
+        name: value
+        for slot in slots
+        for name, value in zip(slot.shapes, slot.join([slot.parameter.grad]), strict=True)
+    }
+    assert ours.keys() == theirs.keys() and len(ours) == 2 * 7 * 2
+    for name, value in ours.items():
+        assert value.abs().max() > 0
+        torch.testing.assert_close(value, theirs[name].grad, atol=1e-4, rtol=1e-4)
+
+
+def test_starts_as_the_model_itself_with_peft_s_distribution(folder, backend):
+    """B is zero, so the logits are the base's bit for bit; A is PEFT's kaiming uniform, keyed by seed and layer."""
+    policy, base = load(folder, backend), load(folder, backend, LoraConfig())
+    prompt = tiny_prompts(policy.hf_config)["audio_in_video"]
+    assert torch.equal(logits_of(policy, prompt), logits_of(base, prompt))
+    a = {name: value for name, value in policy.named_parameters() if name.endswith(".a")}
+    for value in a.values():
+        bound = value.shape[1] ** -0.5  # of kaiming uniform with a = sqrt 5
+        assert 0.9 * bound < value.abs().max() <= bound and abs(value.std() * 3**0.5 / bound - 1) < 0.15
+    assert len({float(value[0, 0]) for value in a.values()}) == len(a)
+    other = build_policy(folder, backend, ModelConfig(lora=LORA), ParallelConfig(), seed=1)
+    assert not any(torch.equal(value, other.get_parameter(name)) for name, value in a.items())
+
+
+def test_bfloat16_trains_adapters_only(folder, backend):
+    """Float32 main weights of the adapters alone; the frozen weights keep their bits."""
+    policy = load(folder, backend, dtype="bfloat16").train()
+    before = {name: value.clone() for name, value in policy.named_parameters()}
+    optimization = build_optimizer(policy, OptimConfig(warmup_fraction=0.0), lr=1e-2, total_steps=2)
+    prompt = tiny_prompts(policy.hf_config)["audio_in_video"]
+    learner = Learner(policy, optimization, backend, RLConfig())
+    moved = []
+    for _ in range(2):
+        stats = learner.update_sft([group(prompt)], policy.embed_media([prompt]))
+        moved.append(stats["loss"])
+    assert moved[1] < moved[0]
+    after = dict(policy.named_parameters())
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if "lora_" in name}
+    optimization.close()
+
+
+def test_reference_is_the_model_without_adapters_at_first(folder, backend):
+    """After training, the reference still scores like the base; a later stage's reference is its own start."""
+    policy, base = load(folder, backend).train(), load(folder, backend, LoraConfig())
+    prompt = tiny_prompts(policy.hf_config)["text"]
+    optimization = build_optimizer(policy, OptimConfig(warmup_fraction=0.0), lr=1e-2, total_steps=4)
+    learner = Learner(policy, optimization, backend, RLConfig())
+    learner.snapshot_reference()
+    assert sum(value.numel() for value in learner.reference.values()) < 0.1 * sum(
+        value.numel() for value in policy.language_model.parameters()
+    )
+    learner.update_sft([group(prompt)], [None])
+    with torch.no_grad():
+        start = base(pack_groups([prompt], [tiny_completions()]))[0].numpy()
+        now = policy(pack_groups([prompt], [tiny_completions()]))[0].numpy()
+    (reference,) = learner.reference_logprobs([group(prompt)], [None])
+    assert np.array_equal(np.concatenate(reference), start) and not np.allclose(now, start)
+    learner.snapshot_reference()  # the next stage begins
+    learner.update_sft([group(prompt)], [None])
+    (reference,) = learner.reference_logprobs([group(prompt)], [None])
+    assert np.array_equal(np.concatenate(reference), now)
+    optimization.close()
+
+
+def test_target_without_a_layer_is_refused(folder, backend):
+    with pytest.raises(ValueError, match="model.lora.targets: wq matches no linear layer.*choose from down_proj, gate"):
+        load(folder, backend, LoraConfig(rank=2, targets=["q_proj", "wq"]))
