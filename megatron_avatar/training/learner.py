@@ -117,7 +117,11 @@ class Learner:
     # ---- reference -----------------------------------------------------------------------------
 
     def snapshot_reference(self) -> None:
-        """Keep the policy as it is now as the reference of the stage."""
+        """Keep the policy as it is now as the reference of the stage.
+
+        With LoRA that is a copy of the adapters: in a run's first stage they add nothing, and later ones start from
+        what the stages before have learned.
+        """
         self.reference = {n: p.detach().clone() for n, p in self.policy.named_parameters() if p.requires_grad}
 
     @contextmanager

@@ -75,7 +75,7 @@ class Run:
                     f"{config.eval.every} has nothing to evaluate: prepare that data or write eval.every=0"
                 )
         tokenizer = AutoTokenizer.from_pretrained(config.model.path)
-        self.policy = build_policy(config.model.path, backend, config.model, config.parallel)
+        self.policy = build_policy(config.model.path, backend, config.model, config.parallel, seed=config.seed)
         load_hf(self.policy, config.model.path)
         self.builder = PromptBuilder(tokenizer, self.policy.hf_config, config.data, config.model.context)
         self.measure_lengths()
