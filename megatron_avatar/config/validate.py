@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Collection
 
-from megatron_avatar.config.schema import Config, StageConfig
+from megatron_avatar.config.schema import LORA_TARGETS, Config, LoraConfig, StageConfig
 
 STAGE_KINDS = ("sft", "rl")
 REWARDS = ("format", "accuracy", "self", "judge")
@@ -71,6 +71,7 @@ def _check_inputs(config: Config) -> None:
     _one_of("model.dtype", config.model.dtype, DTYPES)
     _one_of("log.wandb", config.log.wandb, WANDB_MODES)
     _at_least("model.context", config.model.context, 2)
+    _check_lora(config.model.lora)
     parallel = config.parallel
     for key in ("tp", "pp", "threads"):
         _at_least(f"parallel.{key}", getattr(parallel, key), 1)
@@ -89,6 +90,16 @@ def _check_inputs(config: Config) -> None:
     _at_least("checkpoint.keep", config.checkpoint.keep, 1)
     _at_least("eval.every", config.eval.every, 0)
     _at_least("eval.samples", config.eval.samples, 1)
+
+
+def _check_lora(lora: LoraConfig) -> None:
+    _at_least("model.lora.rank", lora.rank, 0)
+    if lora.rank:
+        _above("model.lora.alpha", lora.alpha, 0)
+        if not lora.targets:
+            raise ValueError(f"model.lora.targets is empty: name layers ({', '.join(LORA_TARGETS)}) or write rank=0")
+        for name in lora.targets:
+            _one_of("model.lora.targets", name, LORA_TARGETS)
 
 
 def _check_data(config: Config) -> None:
