@@ -1,4 +1,6 @@
-"""Packing, micro-batch planning, group attention and the key-value cache, against dense row-by-row attention."""
+"""Group attention by each of its kernels against textbook attention, row by row: values, gradients, memory."""
+
+import contextlib
 
 import numpy as np
 import pytest
@@ -7,177 +9,245 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.checkpoint import checkpoint
 
-from megatron_avatar.policy.attention import GroupCoreAttention, pack_groups, plan_micro_batches
-from megatron_avatar.policy.cache import FIRST_STEPS, KeyValueCache
+from megatron_avatar.policy import flash
+from megatron_avatar.policy.attention import GroupCoreAttention, group_attention
+from megatron_avatar.policy.groups import pack_groups
 from megatron_avatar.records import Prompt
 
 HEADS, KV_HEADS, SIZE = 6, 2, 8
-PLACEHOLDER = 7
+SCALE = SIZE**-0.5
 
-groups_of_lengths = st.lists(
+shapes = st.lists(
     st.tuples(st.integers(1, 9), st.lists(st.integers(1, 7), min_size=1, max_size=4)), min_size=1, max_size=3
-)
+)  # of groups: prompt length, completion lengths
 
 
-def make_prompt(length: int, rng: np.random.Generator) -> Prompt:
-    ids = rng.integers(PLACEHOLDER, 50, length)
-    ids[-1] = 9
-    return Prompt("sample", "plain", ids, np.sort(rng.integers(0, 2 * length, (3, length))))
+def segments_of(shape, multiple=1):
+    prompts = [Prompt("sample", "plain", np.zeros(n, np.int64), np.zeros((3, n), np.int64)) for n, _ in shape]
+    batch = pack_groups(prompts, [[np.zeros(length, np.int64) for length in lengths] for _, lengths in shape])
+    return batch.pad_to(multiple).segments
 
 
-def make_groups(shape, seed=0):
-    rng = np.random.default_rng(seed)
-    prompts = [make_prompt(length, rng) for length, _ in shape]
-    return prompts, [[rng.integers(10, 50, length) for length in lengths] for _, lengths in shape]
-
-
-def make_attention() -> GroupCoreAttention:
-    config = TransformerConfig(
-        num_layers=1,
-        hidden_size=HEADS * SIZE,
-        num_attention_heads=HEADS,
-        num_query_groups=KV_HEADS,
-        attention_dropout=0.0,
-        use_cpu_initialization=True,
-    )
-    return GroupCoreAttention(config, 1, AttnMaskType.causal, "self")
-
-
-def random_qkv(length: int, seed: int = 0) -> list[torch.Tensor]:
+def random_qkv(segments, *, seed=0, dtype=torch.float64, device="cpu", size=SIZE):
+    length = int(segments[:, 1].sum())
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(length, 1, heads, SIZE, generator=generator) for heads in (HEADS, KV_HEADS, KV_HEADS)]
+    shapes = [(length, heads, size) for heads in (HEADS, KV_HEADS, KV_HEADS)]
+    return [torch.randn(x, generator=generator, dtype=torch.float64).to(device, dtype).requires_grad_() for x in shapes]
 
 
-def dense_causal(query, key, value):
-    """Textbook attention of one row, [L, heads, d] each; the oracle."""
-    key, value = (x.repeat_interleave(HEADS // KV_HEADS, dim=1) for x in (key, value))
-    scores = torch.einsum("qhd,khd->hqk", query, key) / SIZE**0.5
-    scores = scores.masked_fill(torch.ones(scores.shape[1:]).triu(1).bool(), float("-inf"))
-    return torch.einsum("hqk,khd->qhd", scores.softmax(-1), value).flatten(1)
+def precise(qkv):
+    return [x.detach().double().requires_grad_() for x in qkv]
 
 
-def rows_of(batch, shape):
-    """Places in S of each completion's whole row, prefix first."""
-    start = 0
-    for prompt_length, lengths in shape:
-        prefix = list(range(start, start + prompt_length - 1))
-        start += prompt_length - 1
-        for length in lengths:
-            yield torch.tensor(prefix + list(range(start, start + length)))
-            start += length
+def textbook(query, key, value, segments):
+    """Every segment as a row of its own, prefix first; of that row the segment's part. Plain autograd; the oracle."""
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    outputs = []
+    for start, length, prefix_start, prefix_length in segments.tolist():
+        row = [*range(prefix_start, prefix_start + prefix_length), *range(start, start + length)]
+        scores = torch.einsum("qhd,khd->hqk", query[row], key[row]) * query.shape[2] ** -0.5
+        later = torch.ones(scores.shape[1:], device=query.device).triu(1).bool()
+        mixed = torch.einsum("hqk,khd->qhd", scores.masked_fill(later, float("-inf")).softmax(-1), value[row])
+        outputs.append(mixed[prefix_length:])
+    return torch.cat(outputs)
 
 
-@given(groups_of_lengths)
-@settings(max_examples=40, deadline=None)
-def test_packing_keeps_every_row(shape):
-    prompts, completions = make_groups(shape)
-    batch = pack_groups(prompts, completions)
-    assert len(batch) == sum(p - 1 + sum(lengths) for p, lengths in shape)
-    owned = batch.target_ids.split(batch.lengths)
-    rows = list(rows_of(batch, shape))
-    flat = [(g, c) for g, outputs in enumerate(completions) for c in range(len(outputs))]
-    places = batch.target_index.split(batch.lengths)
-    for row, ids, index, (group, number) in zip(rows, owned, places, flat, strict=True):
-        prompt, output = prompts[group], completions[group][number]
-        # as one row: the inputs are prompt and completion without its last token, labels shifted by one
-        assert batch.token_ids[0, row].tolist() == [*prompt.token_ids, *output[:-1]]
-        assert ids.tolist() == output.tolist() and index.tolist() == row[-len(output) :].tolist()
-        steps = np.broadcast_to(prompt.next_position + np.arange(len(output) - 1), (3, len(output) - 1))
-        assert np.array_equal(batch.positions[:, 0, row], np.concatenate([prompt.positions, steps], axis=1))
-    assert list(zip(batch.target_group.tolist(), batch.target_completion.tolist(), strict=True)) == [
-        owner for owner, length in zip(flat, batch.lengths, strict=True) for _ in range(length)
-    ]
-    media = [prompt.token_ids[:-1] == PLACEHOLDER for prompt in prompts]
-    assert len(batch.media_index([PLACEHOLDER, 1])) == sum(mask.sum() for mask in media)
+def value_and_gradients(attend, qkv):
+    output = attend(*qkv)
+    probe = torch.randn(output.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return [output.detach(), *torch.autograd.grad(output, qkv, probe.to(output))]
 
 
-@given(groups_of_lengths, st.integers(1, 5))
-@settings(max_examples=40, deadline=None)
-def test_attention_and_gradients_equal_dense_rows(shape, multiple):
-    prompts, completions = make_groups(shape)
-    batch = pack_groups(prompts, completions)
-    length = len(batch)
-    batch = batch.pad_to(multiple)
-    packed, dense = random_qkv(len(batch)), random_qkv(len(batch))
-    for tensor in (*packed, *dense):
-        tensor.requires_grad_()
-    output = make_attention()(*packed, batch.segments)
-    assert output.shape == (len(batch), 1, HEADS * SIZE) and output.isfinite().all()
-    probe = torch.randn(len(batch), HEADS * SIZE, generator=torch.Generator().manual_seed(1))
-    wanted, loss = torch.zeros(length, HEADS * SIZE), 0.0
-    seen = torch.zeros(length)
-    for row in rows_of(batch, shape):
-        result = dense_causal(*(x[row, 0] for x in dense))
-        fresh = seen[row] == 0  # the prefix belongs to several rows and counts once
-        loss = loss + (result * probe[row])[fresh].sum()
-        wanted[row] = result.detach()
-        seen[row] = 1
-    torch.testing.assert_close(output[:length, 0], wanted, atol=1e-5, rtol=0)
-    (output[:length, 0] * probe[:length]).sum().backward()
-    loss.backward()
-    for got, expected in zip(packed, dense, strict=True):
-        torch.testing.assert_close(got.grad, expected.grad, atol=1e-5, rtol=0)
+@contextlib.contextmanager
+def flash_kernels_of_a_gpu():
+    """FlashAttention's operators as they are on a GPU: what they accept, and the layout of what they return."""
+
+    def check(query, key, value, starts_q, starts_k, longest_q, longest_k, dropout):
+        assert dropout == 0 and all(x.stride(-1) == 1 for x in (query, key, value))
+        for rows, starts, longest in ((query, starts_q, longest_q), (key, starts_k, longest_k)):
+            assert starts.dtype == torch.int32 and starts.is_contiguous() and starts[0] == 0 and starts[-1] == len(rows)
+            assert 0 < starts.diff().min() and starts.diff().max() <= longest
+        return tuple(starts_q.diff().tolist()), tuple(starts_k.diff().tolist())
+
+    def forward(query, key, value, starts_q, starts_k, longest_q, longest_k, dropout, causal, debug, *, scale):
+        lengths = check(query, key, value, starts_q, starts_k, longest_q, longest_k, dropout)
+        output, lse = flash.IN_CHUNKS.forward(query, key, value, *lengths, causal, scale)
+        return output, lse.t().contiguous(), query.new_empty(2), query.new_empty(0), query.new_empty(0)
+
+    def backward(
+        grad, query, key, value, output, lse, starts_q, starts_k, longest_q, longest_k, dropout, causal,
+        seed, unused, *, scale,
+    ):  # fmt: skip
+        lengths = check(query, key, value, starts_q, starts_k, longest_q, longest_k, dropout)
+        assert lse.is_contiguous() and lse.shape == (query.shape[1], len(query)), "[heads, Tq]"
+        return flash.IN_CHUNKS.backward(grad, query, key, value, output, lse.t(), *lengths, causal, scale)
+
+    library = torch.library.Library("aten", "IMPL")
+    try:
+        library.impl("_flash_attention_forward", forward, "CPU")
+        library.impl("_flash_attention_backward", backward, "CPU")
+        yield
+    finally:
+        library._destroy()
+
+
+@pytest.fixture(params=[flash.FLASH_CPU, flash.IN_CHUNKS, flash.FLASH_VARLEN], ids=lambda kernel: kernel.name)
+def kernel(request, monkeypatch):
+    monkeypatch.setattr(flash, "CHUNK_SCORES", 4 * HEADS * 10)  # a few rows at a time
+    with flash_kernels_of_a_gpu() if request.param is flash.FLASH_VARLEN else contextlib.nullcontext():
+        yield request.param
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # operators overridden on purpose
+def test_values_and_gradients_equal_rows(kernel):
+    @given(shapes, st.integers(1, 5))
+    @settings(max_examples=40)
+    def check(shape, multiple):
+        segments = segments_of(shape, multiple)
+        qkv = random_qkv(segments)
+        ours = value_and_gradients(lambda *qkv: group_attention(*qkv, segments, SCALE, kernel), qkv)
+        theirs = value_and_gradients(lambda *qkv: textbook(*qkv, segments), qkv)
+        for got, expected in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(got, expected, atol=1e-12, rtol=0)
+
+    check()
+
+
+def test_long_rows_in_single_precision():
+    """Past all block sizes of the kernel, with scores large enough to upset a careless softmax."""
+    segments = segments_of([(1100, [40, 40, 7, 600]), (1, [3, 900]), (530, [70] * 4)])
+    qkv = random_qkv(segments, dtype=torch.float32)
+    with torch.no_grad():
+        qkv[0].mul_(20)
+    ours = value_and_gradients(lambda *qkv: group_attention(*qkv, segments, SCALE), qkv)
+    theirs = value_and_gradients(lambda *qkv: textbook(*qkv, segments), precise(qkv))
+    for got, expected in zip(ours, theirs, strict=True):
+        assert (got - expected).abs().max() <= 2e-5 * expected.abs().max()
 
 
 def test_wrong_prefix_is_seen():
     """Negative control: a segment table off by one place misses by far more than the tolerance."""
-    batch = pack_groups(*make_groups([(6, [4, 3])]))
-    qkv = random_qkv(len(batch))
-    shifted = batch.segments.clone()
+    segments = segments_of([(6, [4, 3])])
+    qkv = random_qkv(segments)
+    shifted = segments.clone()
     shifted[1:, 3] -= 1
-    attention = make_attention()
-    assert (attention(*qkv, batch.segments) - attention(*qkv, shifted)).abs().max() > 1e-2
+    assert (group_attention(*qkv, segments, SCALE) - group_attention(*qkv, shifted, SCALE)).abs().max() > 1e-2
 
 
-@given(st.lists(st.integers(1, 9), min_size=1, max_size=3), st.integers(1, 3), st.integers(0, 2), st.booleans())
-@settings(max_examples=25, deadline=None)
-def test_cache_equals_dense_rows(prompt_lengths, rows, padding, drop):
-    """Prefill, then decode past one doubling of the cache; half way a prompt may leave the batch."""
-    steps = FIRST_STEPS + 3
-    attention = make_attention()
-    batch = pack_groups(*make_groups([(length, [1]) for length in prompt_lengths]))
-    prompt_qkv = random_qkv(len(batch))
-    attention.cache = cache = KeyValueCache(prompt_lengths, rows)
-    attention(*prompt_qkv, batch.segments)
-    cache.start()
-    alive = list(range(len(prompt_lengths)))
-    histories = {(p, r): [x[:, 0].split(prompt_lengths)[p] for x in prompt_qkv] for p in alive for r in range(rows)}
-    for step in range(steps):
-        if drop and step == steps // 2 and len(alive) > 1:
-            cache.keep(list(range(1, len(alive))))
-            alive = alive[1:]
-        new = random_qkv(len(alive) * rows + padding, seed=step + 1)
-        output = attention(*new, None)
-        assert output.shape == (len(alive) * rows + padding, 1, HEADS * SIZE)
-        for i, owner in enumerate((p, r) for p in alive for r in range(rows)):
-            histories[owner] = [torch.cat([old, x[i]]) for old, x in zip(histories[owner], new, strict=True)]
-            if step in (0, FIRST_STEPS, steps - 1):
-                torch.testing.assert_close(output[i, 0], dense_causal(*histories[owner])[-1], atol=1e-5, rtol=0)
-        cache.advance()
+def test_same_bits_each_time_with_and_without_recomputation():
+    segments = segments_of([(300, [40, 17, 40]), (20, [5]), (70, [9, 200])])
+    qkv = random_qkv(segments, dtype=torch.float32)
+
+    def attend(*qkv):
+        return group_attention(*qkv, segments, SCALE)
+
+    first = value_and_gradients(attend, qkv)
+    for again in (attend, lambda *qkv: checkpoint(attend, *qkv, use_reentrant=False)):
+        assert all(torch.equal(a, b) for a, b in zip(first, value_and_gradients(again, qkv), strict=True))
+    with torch.no_grad():
+        assert torch.equal(attend(*qkv), first[0])
 
 
-@given(
-    st.lists(st.tuples(st.integers(1, 40), st.lists(st.integers(1, 20), min_size=1, max_size=6)), max_size=8),
-    st.integers(1, 120),
-)
-def test_plan_covers_everything_once_within_budget(groups, budget):
-    prompt_lengths = [p for p, _ in groups]
-    completion_lengths = [lengths for _, lengths in groups]
-    plan = plan_micro_batches(prompt_lengths, completion_lengths, budget)
-    placed = [(group, number) for batch in plan for group, numbers in batch for number in numbers]
-    assert sorted(placed) == [(g, c) for g, lengths in enumerate(completion_lengths) for c in range(len(lengths))]
-    for batch in plan:
-        tokens = sum(prompt_lengths[g] - 1 + sum(completion_lengths[g][c] for c in numbers) for g, numbers in batch)
-        assert tokens <= budget or (len(batch) == 1 and len(batch[0][1]) == 1)
-    assert plan == plan_micro_batches(prompt_lengths, completion_lengths, budget)
+def test_half_precision_stays_close():
+    segments = segments_of([(200, [30, 12]), (40, [9])])
+    qkv = random_qkv(segments, dtype=torch.bfloat16)
+    ours = value_and_gradients(lambda *qkv: group_attention(*qkv, segments, SCALE), qkv)
+    theirs = value_and_gradients(lambda *qkv: textbook(*qkv, segments), precise(qkv))
+    for got, expected in zip(ours, theirs, strict=True):
+        assert got.dtype == torch.bfloat16
+        assert (got - expected).norm() <= 0.01 * expected.norm()
 
 
-def test_plan_splits_a_large_group_and_fills_up():
-    assert plan_micro_batches([11, 6], [[10, 10, 10], [5]], 30) == [[(0, [0, 1])], [(0, [2]), (1, [0])]]
+def allocated(work):
+    """Most bytes that `work` held at a time of what it allocated, the kernels' own scratch space included."""
+    work()  # tables are kept
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        work()
+    held = most = 0
+    for event in sorted(profiled.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    return most
 
 
-def test_empty_completion_is_refused():
-    prompts, _ = make_groups([(3, [1])])
-    with pytest.raises(AssertionError, match="need tokens"):
-        pack_groups(prompts, [[np.zeros(0, np.int64)]])
+@pytest.mark.parametrize("completions", [[64, 48, 64], [64]], ids=["group", "one row"])
+def test_memory_grows_linearly_with_the_prompt(completions):
+    peaks = []
+    for length in (2048, 4096, 8192):
+        segments = segments_of([(length, completions)])
+        qkv = random_qkv(segments, dtype=torch.float32)
+        peaks.append(allocated(lambda: torch.autograd.grad(group_attention(*qkv, segments, SCALE).sum(), qkv)))  # noqa: B023
+    assert peaks[2] - peaks[1] <= 2.1 * (peaks[1] - peaks[0]), "a square would make it 4"
+    assert peaks[2] - peaks[1] < 3 * 4096 * 4 * (2 * HEADS + 2 * KV_HEADS) * SIZE, "bytes of three copies of the tokens"
+
+
+def test_backward_keeps_inputs_output_and_log_sum_exp_only():
+    """Not the copies of a prefix, and not the projection that the value is a view of."""
+    segments = segments_of([(300, [20, 30, 40])])
+    length = int(segments[:, 1].sum())
+    projection = torch.randn(length, KV_HEADS, 5 * SIZE, requires_grad=True)
+    query, key, _ = random_qkv(segments, dtype=torch.float32)
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        group_attention(query, key, projection[..., :SIZE], segments, SCALE)
+    assert sum(kept.values()) == 4 * length * (2 * HEADS * SIZE + 2 * KV_HEADS * SIZE + HEADS)
+
+
+def test_choice_of_kernels(monkeypatch):
+    gpu, half = torch.device("cuda", 0), torch.bfloat16
+    assert flash.kernel_for(torch.device("cpu"), half, 7) is flash.FLASH_CPU
+    monkeypatch.setattr(flash, "_has_flash", lambda device: True)
+    assert flash.kernel_for(gpu, half, 128) is flash.kernel_for(gpu, torch.float16, 8) is flash.FLASH_VARLEN
+    for dtype, size in ((torch.float32, 128), (half, 20), (half, 264)):
+        assert flash.kernel_for(gpu, dtype, size) is flash.IN_CHUNKS
+    monkeypatch.setattr(flash, "_has_flash", lambda device: False)
+    assert flash.kernel_for(gpu, half, 128) is flash.IN_CHUNKS
+
+
+def test_core_attention_of_a_layer():
+    """Megatron-Core's shapes; prompts leave keys and values in the cache, rows that continue them go there."""
+    config = TransformerConfig(
+        num_layers=1, hidden_size=HEADS * SIZE, num_attention_heads=HEADS, num_query_groups=KV_HEADS,
+        attention_dropout=0.0, use_cpu_initialization=True,
+    )  # fmt: skip
+    attention = GroupCoreAttention(config, 3, AttnMaskType.causal, "self")
+    segments = segments_of([(6, [4, 3])])
+    qkv = random_qkv(segments)
+    packed = [x[:, None] for x in qkv]
+    expected = textbook(*qkv, segments).flatten(1)[:, None]
+    torch.testing.assert_close(attention(*packed, segments), expected, atol=1e-12, rtol=0)
+
+    class Cache:
+        ready = False
+
+        def store_prompts(self, layer, key, value):
+            self.stored = layer, key, value
+
+        def attend(self, layer, query, key, value, scale):
+            return layer, query, key, value, scale
+
+    attention.cache = cache = Cache()
+    torch.testing.assert_close(attention(*packed, segments), expected, atol=1e-12, rtol=0)
+    assert cache.stored[0] == 3 and torch.equal(cache.stored[1], qkv[1]) and torch.equal(cache.stored[2], qkv[2])
+    cache.ready = True
+    assert attention(*packed, None) == (3, *packed, SCALE)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype, size, error", [(torch.bfloat16, 64, 0.01), (torch.float32, 64, 1e-5)])
+def test_on_a_gpu(dtype, size, error):
+    segments = segments_of([(300, [64, 1, 100]), (1, [3, 9]), (70, [30]), (129, [5] * 4)])
+    qkv = random_qkv(segments, dtype=dtype, device="cuda", size=size)
+    ours = value_and_gradients(lambda *qkv: group_attention(*qkv, segments, size**-0.5), qkv)
+    theirs = value_and_gradients(lambda *qkv: textbook(*qkv, segments), precise(qkv))
+    for got, expected in zip(ours, theirs, strict=True):
+        assert (got - expected).norm() <= error * expected.norm()
