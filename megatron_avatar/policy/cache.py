@@ -1,96 +1,274 @@
-"""Keys and values of prompts and of their completions during generation, stored rotated.
+"""Keys and values of prompts and of the rows that continue them, stored rotated, in rooms of bounded size.
 
-Layout per layer: [B prompts, kv heads, slots, d]. Slots 0 .. P-1 hold the prompts (padded to the longest, P);
-slot P + t * n + r holds token t of row r, for n rows a prompt. So the prompt exists once for its n rows, a decode
-step appends one block of n slots, and attention is one call per layer: the rows of a prompt are queries over
-the same slots, and a mask that all layers share shows every row the prompt and its own tokens.
+A prompt of P tokens is kept once for all of its rows, without its last token: that one opens each row, as it opens
+each completion in training, so a row can begin at any time. Per layer there are two stores:
+
+    pages  [pages, kv heads, page, d]   the prompts, cut into pages; pages 0 .. U-1 are in use
+    own    [rows, kv heads, room, d]    what the rows have read themselves; rows 0 .. R-1 are in use
+
+A decode step attends in two parts: every page to the queries of all rows of its prompt at once, every row to its own
+tokens. The parts are merged by the log-sum-exp of their scores: no key is copied or read twice, and a long prompt is
+worked on in as many parts as it has pages. When rows or prompts leave, the last ones move into their places, so what
+is in use stays in front, and nothing else costs work.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-FIRST_STEPS = 32  # decode steps room is made for at first; the room doubles when it is used up
+PAGE = 512  # tokens of a prompt that are worked on together
+FIRST_ROOM = 64  # own tokens there is room for at first; doubled when used up
+ALIGNED = 16  # masks of the attention kernels on GPUs have a length of this multiple
+FEW_QUERIES = 8  # below, FlashAttention for CPUs is slower than plain matrix products
+
+
+@dataclass(frozen=True)
+class Room:
+    """Most of everything that a cache ever holds: `pages` pages of `page` tokens, `rows` rows of `steps` tokens, of
+    them `rows_per_prompt` of one prompt, `pages_per_prompt` of one prompt."""
+
+    pages: int
+    page: int
+    rows: int
+    steps: int
+    rows_per_prompt: int
+    pages_per_prompt: int
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What decides the shapes of a decode step: R rows, U pages, own tokens looked at; n readers, p pages a prompt."""
+
+    rows: int
+    pages: int
+    own: int
+    readers: int
+    parts: int
 
 
 class KeyValueCache:
-    """Cache of one generation: B prompts, n rows each. Usage: attach to the core attentions, run the packed prompts
-    through the model, call `start`, then for each token run the rows and call `advance`."""
+    """A room for prompts and rows. Usage: attach it to the core attentions; for prompts call `admit` and `read`, and
+    run them packed; for rows call `add_rows`, then for each token `prepare`, and run the rows after `begin`.
 
-    def __init__(self, prompt_lengths: list[int], rows_per_prompt: int) -> None:
-        self.prompt_lengths = prompt_lengths
-        self.rows = rows_per_prompt
+    layers: numbers of this stage's layers. With `static`, shapes are rounded up, so that few are met, and a shape's
+    tables stay at one address: what CUDA graphs need.
+    """
+
+    def __init__(
+        self, room: Room, layers: Sequence[int], kv_heads: int, head_size: int, dtype: torch.dtype,
+        device: torch.device, *, static: bool = False,
+    ) -> None:  # fmt: skip
+        self.room, self.device, self.dtype, self.static = room, device, dtype, static
         self.ready = False  # False while prompts are read, True while rows are decoded
-        self.steps = 0  # tokens that every row has stored
-        self._room = 0  # tokens that every row can store
-        self._longest = max(prompt_lengths)
-        self._keys: dict[int, Tensor] = {}
-        self._values: dict[int, Tensor] = {}
-        self._mask: Tensor | None = None  # additive [B, 1, n, slots]; a query head group repeats it
+        self.prompts: list[int] = []  # prompt of each row
+        self._pages_of: dict[int, list[int]] = {}  # of each prompt
+        self._length_of: dict[int, int] = {}
+        self._owners: list[int] = []  # prompt of each page in use
+        self._own_room = 0
+
+        def store(count: int, tokens: int) -> dict[int, list[Tensor]]:
+            shape = (count, kv_heads, tokens, head_size)
+            return {layer: [torch.zeros(shape, dtype=dtype, device=device) for _ in "kv"] for layer in layers}
+
+        self._pages, self._own = store(room.pages, room.page), store(room.rows, 0)
+        self._tables: dict[Shape, tuple[Tensor | None, ...]] = {}
+        self._filled: Shape | None = None  # whose tables are up to date
+
+    # ------------------------------------------------------------------------------------------------------------
+    # Prompts and rows come and go: host only, but for the moves
+
+    def fits(self, length: int) -> bool:
+        """Whether a prompt of which `length` tokens are kept can be admitted now."""
+        return len(self._owners) + -(-length // self.room.page) <= self.room.pages
+
+    def admit(self, prompt: int, length: int) -> None:
+        """Give a prompt the pages for the `length` tokens of it that are kept."""
+        assert self.fits(length) and prompt not in self._pages_of
+        pages = range(len(self._owners), len(self._owners) + -(-length // self.room.page))
+        self._pages_of[prompt], self._length_of[prompt] = list(pages), length
+        self._owners += [prompt] * len(pages)
+        self._filled = None
+
+    def read(self, prompts: Sequence[int], starts: Sequence[int]) -> None:
+        """The run that follows holds these prompts' tokens, packed, at `starts`."""
+        places = []
+        for prompt, start in zip(prompts, starts, strict=True):
+            token = np.arange(self._length_of[prompt])
+            pages = np.array(self._pages_of[prompt], np.int64)[token // self.room.page]
+            places.append(np.stack([start + token, pages, token % self.room.page]))
+        self._places = torch.from_numpy(np.concatenate(places, axis=1)).to(self.device)
+        self.ready = False
+
+    def drop(self, prompt: int) -> None:
+        """Free the pages of a prompt without rows; the last pages move there."""
+        free = self._pages_of.pop(prompt)
+        del self._length_of[prompt]
+        left = len(self._owners) - len(free)
+        sources = [page for page in range(left, len(self._owners)) if page not in free]
+        targets = [page for page in free if page < left]
+        for source, target in zip(sources, targets, strict=True):
+            owner = self._owners[target] = self._owners[source]
+            pages = self._pages_of[owner]
+            pages[pages.index(source)] = target
+        del self._owners[left:]
+        self._move(self._pages, sources, targets)
+
+    def add_rows(self, prompts: Sequence[int]) -> None:
+        """Rows that continue these prompts, behind the others."""
+        self.prompts += prompts
+        assert len(self.prompts) <= self.room.rows
+        self._filled = None
+
+    def keep_rows(self, kept: np.ndarray) -> np.ndarray:
+        """Drop the rows for which `kept` [R] is False; the last rows move there. Returns the old places of those
+        that stay, in their new order."""
+        order = np.arange(kept.sum())
+        targets = (~kept[: len(order)]).nonzero()[0]
+        order[targets] = kept[len(order) :].nonzero()[0] + len(order)
+        self.prompts = [self.prompts[row] for row in order]
+        self._move(self._own, order[targets].tolist(), targets.tolist())
+        return order
+
+    def _move(self, stores: dict[int, list[Tensor]], sources: list[int], targets: list[int]) -> None:
+        self._filled = None
+        if sources:
+            source, target = torch.tensor([sources, targets]).to(self.device)
+            for store in stores.values():
+                for tensor in store:
+                    tensor[target] = tensor[source]
+
+    # ------------------------------------------------------------------------------------------------------------
+    # Prompts
 
     def store_prompts(self, layer: int, key: Tensor, value: Tensor) -> None:
-        """Take the prompts' rotated keys and values [S, kv heads, d]; prompts lie one after the other from 0."""
-        total = sum(self.prompt_lengths)
-        for store, packed in ((self._keys, key), (self._values, value)):
-            parts = packed[:total].split(self.prompt_lengths)
-            store[layer] = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True).transpose(1, 2)
+        """Take the rotated keys and values [S, kv heads, d] of the prompts being read."""
+        source, page, place = self._places
+        for store, packed in zip(self._pages[layer], (key, value), strict=True):
+            store[page, :, place] = packed[source]
 
-    def start(self) -> None:
-        """End of the prompts: make room for decoded tokens."""
+    # ------------------------------------------------------------------------------------------------------------
+    # A decode step
+
+    def prepare(self, lengths: np.ndarray) -> Shape:
+        """Make ready for a step of all rows, which have stored `lengths` [R] own tokens; shape.rows >= R rows run."""
+        rows, pages, longest = len(lengths), len(self._owners), int(lengths.max()) + 1
+        if longest > self._own_room:
+            self._own_room = min(-(-self.room.steps // ALIGNED) * ALIGNED, max(FIRST_ROOM, 2 * self._own_room))
+            for store in self._own.values():
+                store[:] = [F.pad(tensor, (0, 0, 0, self._own_room - tensor.shape[2])) for tensor in store]
+        if self.static:
+            room = self.room
+            shape = Shape(
+                min(_round_up(rows, 1), room.rows), min(_round_up(pages, 4), room.pages), self._own_room,
+                room.rows_per_prompt, room.pages_per_prompt,
+            )  # fmt: skip
+        else:
+            readers = max(self.prompts.count(prompt) for prompt in set(self.prompts))
+            shape = Shape(rows, pages, longest, readers, max(map(len, self._pages_of.values()), default=0))
+        if shape != self._filled:
+            self._fill(shape)
+        self._even = not self.static and longest == lengths.min() + 1
         self.ready = True
-        self._grow()
+        return shape
 
-    def advance(self) -> None:
-        """End of a decode step: all layers have stored one token a row."""
-        self.steps += 1
-        if self.steps == self._room:
-            self._grow()
+    def _fill(self, shape: Shape) -> None:
+        """Tables of a step: rows that read a page, [U, n]; where a row finds its parts among U * n results, [R, p],
+        and which of the p it lacks; and which places of a page hold no token, [U, 1, 1, page], -inf there."""
+        readers = np.zeros((shape.pages, shape.readers), np.int64)
+        parts = np.zeros((shape.rows, shape.parts), np.int64)
+        absent = np.ones((shape.rows, shape.parts), bool)
+        empty = np.zeros((shape.pages, self.room.page), bool)
+        counts = dict.fromkeys(self._pages_of, 0)
+        for row, prompt in enumerate(self.prompts):
+            pages = self._pages_of.get(prompt, [])
+            if pages:
+                readers[pages, counts[prompt]] = row
+                parts[row, : len(pages)] = np.array(pages) * shape.readers + counts[prompt]
+                absent[row, : len(pages)] = False
+                counts[prompt] += 1
+        for prompt, pages in self._pages_of.items():
+            if pages:
+                empty[pages[-1], self._length_of[prompt] - (len(pages) - 1) * self.room.page :] = True
+        mask = torch.zeros(empty.shape, dtype=self.dtype).masked_fill_(torch.from_numpy(empty), float("-inf"))
+        tables = [torch.from_numpy(readers), torch.from_numpy(parts), torch.from_numpy(absent), mask[:, None, None]]
+        if self.static and shape in self._tables:
+            for old, new in zip(self._tables[shape], tables, strict=True):
+                old.copy_(new)
+        else:
+            if not self.static:  # what hides nothing need not be looked at
+                self._tables.clear()
+                tables[2:] = [tables[2] if absent.any() else None, tables[3] if empty.any() else None]
+            self._tables[shape] = tuple(None if table is None else table.to(self.device) for table in tables)
+        self._filled = shape
 
-    def keep(self, prompts: list[int]) -> None:
-        """Drop all prompts but these (indices into the present batch)."""
-        self.prompt_lengths = [self.prompt_lengths[i] for i in prompts]
-        for store in (self._keys, self._values):
-            for layer, tensor in store.items():
-                store[layer] = tensor[prompts]
-        self._mask = self._mask[prompts]
+    def begin(self, shape: Shape, lengths: Tensor) -> None:
+        """Start a step on the device: own tokens [shape.rows] that the rows have stored."""
+        self._step, self._lengths = self._tables[shape], lengths
+        self._own_tokens = shape.own
+        self._row_numbers = torch.arange(shape.rows, device=self.device)
+        self._later = None
+        if not self._even:
+            later = torch.arange(shape.own, device=self.device) > lengths[:, None]
+            self._later = torch.zeros(later.shape, dtype=self.dtype, device=self.device)
+            self._later = self._later.masked_fill_(later, float("-inf"))[:, None, None]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """Store the rows' new token and attend to the prompt and the rows' own tokens, in one softmax.
+        """Store the rows' new token and attend to their prompts and their own tokens, in one softmax.
 
-        query [R, 1, heads, d], key and value [R, 1, kv heads, d] with R >= B * n rows, prompt by prompt; rows beyond
-        B * n are padding and give zeros. Returns [R, 1, heads * d].
+        query [R, 1, heads, d], key and value [R, 1, kv heads, d]; returns [R, 1, heads * d].
         """
-        batch, rows = len(self.prompt_lengths), self.rows
-        heads, groups, size = query.shape[2], key.shape[2], query.shape[3]
-        padding = query.shape[0] - batch * rows
-        if padding:
-            query, key, value = (x[: batch * rows] for x in (query, key, value))
-        begin = self._longest + self.steps * rows
-        end = begin + rows
-        keys, values = self._keys[layer], self._values[layer]
-        keys[:, :, begin:end] = key.view(batch, rows, groups, size).transpose(1, 2)
-        values[:, :, begin:end] = value.view(batch, rows, groups, size).transpose(1, 2)
-        share = heads // groups
-        # The heads that share a key-value head become further queries: [B, kv heads, share * n, d].
-        query = query.view(batch, rows, groups, share, size).permute(0, 2, 3, 1, 4).reshape(batch, groups, -1, size)
-        mask = self._mask[..., :end].repeat(1, 1, share, 1)
-        output = F.scaled_dot_product_attention(query, keys[:, :, :end], values[:, :, :end], mask, scale=scale)
-        output = output.view(batch, groups, share, rows, size).permute(0, 3, 1, 2, 4).reshape(batch * rows, 1, -1)
-        return F.pad(output, (0, 0, 0, 0, 0, padding)) if padding else output
+        readers, parts, absent, empty = self._step
+        (rows, _, heads, size), kv_heads = query.shape, key.shape[2]
+        query = query.reshape(rows, kv_heads, heads // kv_heads, size)
+        keys, values = self._own[layer]
+        keys[self._row_numbers, :, self._lengths] = key[:, 0]
+        values[self._row_numbers, :, self._lengths] = value[:, 0]
+        seen = slice(rows), slice(None), slice(self._own_tokens)
+        output, lse = attend_part(query, keys[seen], values[seen], self._later, scale)
+        if readers.numel():
+            keys, values = self._pages[layer]
+            seen = slice(len(readers))
+            # [U, n, kv heads, share, d]: a page's queries are those of all its rows and of the heads that share a key
+            queries = query[readers].transpose(1, 2)
+            page_output, page_lse = attend_part(queries.flatten(2, 3), keys[seen], values[seen], empty, scale)
+            page_output = page_output.view(queries.shape).transpose(1, 2).flatten(0, 1)[parts]  # [R, p, ...]
+            page_lse = page_lse.view(queries.shape[:-1]).transpose(1, 2).flatten(0, 1)[parts]
+            if absent is not None:
+                page_lse = page_lse.masked_fill(absent[:, :, None, None], float("-inf"))
+            shares = torch.cat([lse[:, None], page_lse], dim=1).softmax(dim=1)[..., None]
+            output = shares[:, 0] * output + (shares[:, 1:] * page_output).sum(dim=1)
+        return output.to(key.dtype).reshape(rows, 1, heads * size)
 
-    def _grow(self) -> None:
-        """Double the room for decoded tokens, and rebuild the mask."""
-        self._room = 2 * self._room or FIRST_STEPS
-        slots = self._longest + self._room * self.rows
-        for store in (self._keys, self._values):
-            for layer, tensor in store.items():
-                store[layer] = F.pad(tensor, (0, 0, 0, slots - tensor.shape[2]))
-        sample = next(iter(self._keys.values()))
-        slot = torch.arange(slots, device=sample.device)
-        lengths = torch.tensor(self.prompt_lengths, device=sample.device)[:, None, None, None]
-        row = torch.arange(self.rows, device=sample.device)[:, None]
-        own = (slot >= self._longest) & ((slot - self._longest) % self.rows == row)
-        self._mask = torch.zeros(len(lengths), 1, self.rows, slots, dtype=sample.dtype, device=sample.device)
-        self._mask.masked_fill_(~((slot < lengths) | own), float("-inf"))
+
+def attend_part(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention of query [B, heads, Q, d] to key and value [B, heads, K, d] under an additive mask [B, 1, 1, K].
+
+    Returns the output [B, heads, Q, d] and the log-sum-exp [B, heads, Q] of the scores.
+    """
+    if query.device.type != "cpu":
+        if mask is not None:
+            mask = mask.expand(*query.shape[:3], -1)
+        output, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
+            query, key, value, mask, True, 0.0, False, scale=scale
+        )
+        return output, lse[..., : query.shape[2]]  # the kernel pads the queries
+    if query.shape[2] >= FEW_QUERIES:
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, 0.0, False, attn_mask=mask, scale=scale
+        )
+    scores = query.float() @ key.float().transpose(-1, -2) * scale
+    scores = scores if mask is None else scores + mask
+    lse = scores.logsumexp(-1)
+    return (scores - lse[..., None]).exp() @ value.float(), lse
+
+
+def _round_up(count: int, steps: int) -> int:
+    """The next of `steps` evenly spaced sizes in each doubling."""
+    step = max(1, (1 << max(0, count - 1).bit_length()) // (2 * steps))
+    return max(1, -(-count // step) * step)

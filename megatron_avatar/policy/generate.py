@@ -1,8 +1,8 @@
-"""Generation by the policy that trains: every prompt is read once, its n completions decode against one cache.
+"""Generation by the policy that trains: every prompt is read once, and its completions decode against that.
 
-What is recorded is the log-probability under the full softmax at the sampling temperature over the unpadded
-vocabulary: what the training forward computes for the same token. Tokens that must not be sampled (media
-placeholders and other control tokens), top_k and top_p only renormalise the draw, so they never show in the record.
+Rows of many prompts of different lengths are in flight together; a row that finishes leaves its room to one that
+waits. Work goes in ticks. In a tick every pipeline stage passes one lane of rows on, each a different one, and the
+last stage's tokens reach all ranks: with as many lanes as stages, no stage waits for another's tokens.
 
 Randomness is keyed: one uniform number for each (key, completion index, token position), whatever else is in the
 batch and however ranks share the work.
@@ -10,27 +10,27 @@ batch and however ranks share the work.
 
 from __future__ import annotations
 
-import hashlib
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_avatar.config.schema import SamplingConfig
-from megatron_avatar.policy.attention import pack_groups
-from megatron_avatar.policy.cache import KeyValueCache
+from megatron_avatar.policy.cache import KeyValueCache, Shape
+from megatron_avatar.policy.decode import Decoder
+from megatron_avatar.policy.groups import GroupBatch, pack_groups
+from megatron_avatar.policy.lanes import Lane, Turn, make_jobs, plan_room
 from megatron_avatar.policy.model import OmniPolicy
+from megatron_avatar.policy.sampling import banned_tokens, stop_token_ids, uniforms
 from megatron_avatar.records import Completion, Prompt
 
-CONTROL_TOKENS = (
-    "image_token_id", "video_token_id", "audio_token_id", "vision_start_token_id", "vision_end_token_id",
-    "audio_start_token_id", "audio_end_token_id", "bos_token_id", "pad_token_id",
-)  # fmt: skip
+CACHE_BYTES = 2 << 30  # for keys and values on a machine without a GPU
+CACHE_SHARE = 0.6  # of a GPU's free memory
 
 
 class GenerationStopped(Exception):
@@ -53,10 +53,11 @@ def generate(
 
     `keys` name each prompt's randomness (seed, stage, step, sample id, occurrence). `media` is embed_media's list;
     None lets the policy embed. All ranks of a model replica call it alike and get the same result. `stop` is polled
-    at every token; the rank that samples (last stage, first tensor rank) decides for its replica.
+    at every turn, so at every token; the rank that samples (last stage, first tensor rank) decides for its replica.
 
     A completion ends with a stop token, which belongs to it, or unfinished after sampling.max_new_tokens.
-    Raises GenerationStopped when `stop` says so; ValueError for settings out of range.
+    Raises GenerationStopped when `stop` says so; ValueError for settings out of range, and for a prompt whose keys
+    and values don't fit in memory.
     """
     if sampling.temperature <= 0 or sampling.max_new_tokens < 1 or sampling.top_k < 0 or not 0 < sampling.top_p <= 1:
         raise ValueError(
@@ -67,161 +68,195 @@ def generate(
         raise ValueError(f"{len(prompts)} prompts need as many keys, got {len(keys)}, and n >= 1, got {n}")
     if not prompts:
         return []
-    stop_ids, banned = stop_token_ids(policy), _banned_tokens(policy)
     media = policy.embed_media(prompts) if media is None else media
-    limit, rows = sampling.max_new_tokens, len(prompts) * n
-    tokens, logprobs = np.zeros((rows, limit), np.int64), np.zeros((rows, limit), np.float32)
-    lengths, finished = np.zeros(rows, np.int64), np.zeros(rows, bool)
-    uniforms = None if greedy else np.stack([_uniforms(key, i, limit) for key in keys for i in range(n)])
-    starts = np.array([prompt.next_position for prompt in prompts])
-    cache = KeyValueCache([len(prompt) for prompt in prompts], n)
-    alive = np.arange(len(prompts))  # prompts with unfinished rows; these are the batch
-
-    with _generating(policy, cache):
-        logits = _read_prompts(policy, prompts, media, n)
-        cache.start()
-        for step in range(limit):
-            now = (alive[:, None] * n + np.arange(n)).ravel()
-            drawn = None
-            if logits is not None:
-                u = None if uniforms is None else torch.from_numpy(uniforms[now, step]).to(logits.device)
-                drawn = draw(logits, u, sampling, banned)
-            ids, scores = _agree(policy, drawn, len(now), stop)
-            tokens[now, step], logprobs[now, step] = ids, scores
-            lengths[now] += ~finished[now]
-            finished[now] |= np.isin(ids, stop_ids)
-            left = ~finished.reshape(-1, n)[alive].all(axis=1)
-            if not left.any() or step + 1 == limit:
-                break
-            if not left.all():
-                alive, ids = alive[left], ids.reshape(-1, n)[left].ravel()
-                cache.keep(left.nonzero()[0].tolist())
-            logits = _decode(policy, ids, np.repeat(starts[alive] + step, n))
-            cache.advance()
-
-    completions = [
-        Completion(tokens[row, :length].copy(), logprobs[row, :length].copy(), bool(done))
-        for row, (length, done) in enumerate(zip(lengths, finished, strict=True))
-    ]
-    return [completions[i * n : (i + 1) * n] for i in range(len(prompts))]
+    generation = Generation(policy, prompts, n, sampling, keys, media, stop, greedy)
+    with _evaluating(policy):
+        generation.run()
+    return generation.completions()
 
 
-def draw(logits: Tensor, uniforms: Tensor | None, sampling: SamplingConfig, banned: Tensor) -> tuple[Tensor, Tensor]:
-    """One token a row by inverse CDF, and its log-probability under the full softmax at the temperature.
+class Generation:
+    """One call of `generate` on this rank: the completions so far, and the lanes that make them."""
 
-    logits [R, V]; uniforms [R] float64 in [0, 1), None takes the most likely token; banned [V] bool, never drawn.
-    top_k keeps the k most likely allowed tokens (and those that tie with the last); top_p of these the fewest
-    that reach the share. Returns ids [R] int64, logprobs [R] float32.
-    """
-    logprobs = torch.log_softmax(logits.float() / sampling.temperature, dim=-1)
-    allowed = logprobs.masked_fill(banned, float("-inf"))
-    if uniforms is None:
-        ids = allowed.argmax(dim=-1, keepdim=True)
-    else:
-        mass = allowed.double().exp()
-        if 0 < sampling.top_k < mass.shape[-1]:
-            least = mass.topk(sampling.top_k, dim=-1).values[:, -1:]
-            mass = mass.where(mass >= least, 0.0)
-        if sampling.top_p < 1:
-            ordered, order = mass.sort(dim=-1, descending=True, stable=True)
-            before = ordered.cumsum(dim=-1) - ordered
-            ordered = ordered.where(before < sampling.top_p * mass.sum(dim=-1, keepdim=True), 0.0)
-            mass = torch.zeros_like(mass).scatter(-1, order, ordered)
-        cdf = mass.cumsum(dim=-1)
-        total = cdf[:, -1:]
-        # Below the total even after rounding, so that the token found always has mass.
-        point = torch.minimum(uniforms[:, None] * total, total.nextafter(torch.zeros_like(total)))
-        ids = torch.searchsorted(cdf, point, right=True)
-    return ids[:, 0], logprobs.gather(-1, ids)[:, 0]
+    def __init__(
+        self, policy: OmniPolicy, prompts: Sequence[Prompt], n: int, sampling: SamplingConfig, keys: Sequence[str],
+        media: Sequence[Tensor | None], stop: Callable[[], bool] | None, greedy: bool,
+    ) -> None:  # fmt: skip
+        self.policy, self.backend, self.prompts, self.media, self.n = policy, policy.backend, prompts, media, n
+        self.stop, self.stop_ids, self.limit = stop, stop_token_ids(policy), sampling.max_new_tokens
+        rows = len(prompts) * n
+        self.tokens, self.logprobs = np.zeros((rows, self.limit), np.int64), np.zeros((rows, self.limit), np.float32)
+        self.counts, self.finished = np.zeros(rows, np.int64), np.zeros(rows, bool)
+        self.uniforms = np.zeros((rows, 0 if greedy else self.limit))
+        if not greedy:
+            self.uniforms[:] = [uniforms(key, i, self.limit) for key in keys for i in range(n)]
+        self.last_ids = np.array([prompt.token_ids[-1] for prompt in prompts])
+        assert not np.isin(self.last_ids, policy.placeholder_ids).any(), "a prompt ends with text"
+        self.last_positions = np.stack([prompt.positions[:, -1] for prompt in prompts], axis=1)
+        self.next_positions = np.array([prompt.next_position for prompt in prompts])
 
+        layers = policy.language_model.decoder.layers
+        attention, on_gpu = layers[0].self_attention, self.backend.device.type == "cuda"
+        kv_heads, size = attention.num_query_groups_per_partition, attention.hidden_size_per_attention_head
+        self.queue = deque(make_jobs([len(prompt) - 1 for prompt in prompts], n, self.backend.pp))
+        tokens = self._cache_tokens(2 * len(layers) * kv_heads * size * policy.config.params_dtype.itemsize)
+        room = plan_room(self.queue, self.limit, self.backend.pp, tokens)
+        self.attentions = [layer.self_attention.core_attention for layer in layers]
+        numbers = [attention.layer_number for attention in self.attentions]
+        banned = banned_tokens(policy)
+        self.lanes, self.decoders = [], []
+        for _ in range(self.backend.pp):
+            cache = KeyValueCache(
+                room, numbers, kv_heads, size, policy.config.params_dtype, self.backend.device, static=on_gpu
+            )
+            self.lanes.append(Lane(cache))
+            self.decoders.append(Decoder(policy, cache, sampling, banned, greedy))
 
-def stop_token_ids(policy: OmniPolicy) -> list[int]:
-    """Tokens that end a completion: `eos_token_id` of the model's config.json (Qwen's <|im_end|>)."""
-    config = policy.hf_config
-    ids = getattr(config, "eos_token_id", None)
-    ids = getattr(config.text_config, "eos_token_id", None) if ids is None else ids
-    if ids is None:
-        raise ValueError(
-            "config.json of the model names no eos_token_id, so a completion would never end: add the id of "
-            "<|im_end|> to its (thinker_)config"
-        )
-    return [ids] if isinstance(ids, int) else list(ids)
+    def completions(self) -> list[list[Completion]]:
+        rows = [
+            Completion(tokens[:count].copy(), logprobs[:count].copy(), bool(finished))
+            for tokens, logprobs, count, finished in zip(
+                self.tokens, self.logprobs, self.counts, self.finished, strict=True
+            )
+        ]
+        return [rows[first : first + self.n] for first in range(0, len(rows), self.n)]
 
+    def _cache_tokens(self, token_bytes: int) -> int:
+        """Tokens whose keys and values every rank of the replica has memory for."""
+        free = CACHE_BYTES
+        if self.backend.device.type == "cuda":
+            unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+            free = int(CACHE_SHARE * (torch.cuda.mem_get_info()[0] + unused))
+        tokens = torch.tensor(free // token_bytes, device=self.backend.device)
+        if self.backend.tp * self.backend.pp > 1:
+            dist.all_reduce(tokens, dist.ReduceOp.MIN, parallel_state.get_model_parallel_group())
+        return int(tokens)
 
-def _banned_tokens(policy: OmniPolicy) -> Tensor:
-    """Control tokens [V] bool: they belong to prompts; a placeholder in a completion would ask for media."""
-    ids = {getattr(policy.hf_config, name, None) for name in CONTROL_TOKENS} - {None, *stop_token_ids(policy)}
-    banned = torch.zeros(policy.vocab_size, dtype=torch.bool, device=policy.backend.device)
-    banned[[i for i in ids if i < policy.vocab_size]] = True
-    return banned
+    # ------------------------------------------------------------------------------------------------------------
+    # Ticks
 
+    def run(self) -> None:
+        """Give lanes their turns until all rows are done. A lane's turn enters the first stage in tick t and leaves
+        the last in tick t + pp - 1; in the next tick its next turn enters."""
+        stages, stage = self.backend.pp, self.backend.pp_rank
+        turns: list[Turn | None] = [None] * stages  # of each lane, on its way through the stages
+        batches: list[GroupBatch | Shape | None] = [None] * stages
+        received, tick = None, 0
+        try:
+            while True:
+                entering = tick % stages
+                empty = sum(lane.empty for lane in self.lanes)
+                turns[entering] = turn = self.lanes[entering].plan(self.queue, empty)
+                batches[entering] = self._prepare(self.lanes[entering], turn)
+                if not any(turns):
+                    return
+                here, before, leaving = ((tick - place) % stages for place in (stage, stage - 1, stages - 1))
+                output = None
+                if turns[here]:
+                    output = self._forward(here, turns[here], batches[here], received)
+                received = self._exchange(output, batches[before])
+                if turns[leaving]:
+                    self._record(self.lanes[leaving], turns[leaving], output)
+                tick += 1
+        finally:
+            for attention in self.attentions:
+                attention.cache = None
 
-def _uniforms(key: str, completion: int, count: int) -> np.ndarray:
-    """Uniform numbers [count] in [0, 1) of a completion; number t belongs to token t, whatever the count."""
-    digest = hashlib.blake2b(f"{key}/{completion}".encode(), digest_size=16).digest()
-    return np.random.Generator(np.random.Philox(key=np.frombuffer(digest, np.uint64))).random(count)
+    def _prepare(self, lane: Lane, turn: Turn | None) -> GroupBatch | Shape | None:
+        """The packed prompts of a turn that reads, the shape of a decode step."""
+        if turn is None:
+            return None
+        if not turn.jobs:
+            return lane.cache.prepare(self.counts[turn.rows])
+        prompts = [self.prompts[job.prompt] for job in turn.jobs]
+        lane.cache.read([job.rows[0] for job in turn.jobs], np.cumsum([0, *map(len, prompts[:-1])]))
+        # A group of one completion of one token is the prompt itself.
+        batch = pack_groups(prompts, [[np.zeros(1, np.int64)]] * len(prompts))
+        return batch.pad_to(self.backend.tp if self.policy.config.sequence_parallel else 1)
+
+    def _forward(self, lane: int, turn: Turn, batch: GroupBatch | Shape, received: Tensor | None) -> Tensor | None:
+        """A turn's work on this stage: hidden states for the next, tokens and log-probabilities [2, R] on the last,
+        where turns that read have no result."""
+        for attention in self.attentions:
+            attention.cache = self.lanes[lane].cache
+        if isinstance(batch, Shape):
+            rows, prompts = turn.rows, turn.rows // self.n
+            counts = self.counts[rows]
+            first = counts == 0  # a row opens with its prompt's last token
+            inputs = np.stack([
+                np.where(first, self.last_ids[prompts], self.tokens[rows, counts - 1]),
+                *np.where(first, self.last_positions[:, prompts], self.next_positions[prompts] + counts - 1),
+                counts,
+                self.uniforms[rows, counts] if self.uniforms.size else counts,
+            ])  # fmt: skip
+            return self.decoders[lane](batch, inputs, received)
+        batch = batch.to(self.backend.device)
+        if received is not None:
+            self.policy.set_input_tensor(received)
+        media = [self.media[job.prompt] for job in turn.jobs]
+        index = batch.media_index(self.policy.placeholder_ids)
+        hidden = self.policy.hidden(batch.token_ids, batch.positions, batch.segments, media, index)
+        return None if self.backend.is_last_stage else hidden
+
+    def _exchange(self, output: Tensor | None, expected: GroupBatch | Shape | None) -> Tensor | None:
+        """Pass hidden states to the next stage, all stages at once; returns the previous one's for the next tick."""
+        transfers, received = [], None
+        group = parallel_state.get_pipeline_model_parallel_group()
+        if output is not None and not self.backend.is_last_stage:
+            target = parallel_state.get_pipeline_model_parallel_next_rank()
+            transfers.append(dist.P2POp(dist.isend, output.contiguous(), target, group))
+        if expected is not None and not self.backend.is_first_stage:
+            config = self.policy.config
+            if isinstance(expected, Shape):
+                length = expected.rows
+            else:
+                length = len(expected) // (self.backend.tp if config.sequence_parallel else 1)
+            received = torch.empty(
+                length, 1, config.hidden_size, dtype=config.params_dtype, device=self.backend.device
+            )
+            source = parallel_state.get_pipeline_model_parallel_prev_rank()
+            transfers.append(dist.P2POp(dist.irecv, received, source, group))
+        for request in dist.batch_isend_irecv(transfers) if transfers else []:
+            request.wait()
+        return received
+
+    def _record(self, lane: Lane, turn: Turn, output: Tensor | None) -> None:
+        """Keep the tokens that the last stage drew; rows that are done leave the lane."""
+        rows = turn.rows
+        ids, logprobs = self._agree(output, len(rows))
+        if not len(rows):
+            return
+        self.tokens[rows, self.counts[rows]] = ids
+        self.logprobs[rows, self.counts[rows]] = logprobs
+        self.counts[rows] += 1
+        self.finished[rows] = np.isin(ids, self.stop_ids)
+        lane.leave(self.finished[rows] | (self.counts[rows] == self.limit))
+
+    def _agree(self, output: Tensor | None, rows: int) -> np.ndarray:
+        """The sampling rank's tokens and log-probabilities [2, rows] on every rank of the replica, on the host.
+
+        All ranks stop, or none: the flag travels with the tokens.
+        """
+        backend = self.backend
+        packet = torch.zeros(2 * rows + 1, dtype=torch.float64, device=backend.device)  # exact for ids and float32
+        if backend.is_last_stage and rows:
+            packet[:-1] = output.flatten()
+        if self.stop is not None and self.stop():
+            packet[-1] = 1
+        if backend.tp * backend.pp > 1:
+            group = parallel_state.get_model_parallel_group()
+            dist.broadcast(packet, dist.get_process_group_ranks(group)[-backend.tp], group)
+        values = packet.cpu().numpy()
+        if values[-1]:
+            raise GenerationStopped
+        return values[:-1].reshape(2, rows)
 
 
 @contextmanager
-def _generating(policy: OmniPolicy, cache: KeyValueCache) -> Iterator[None]:
-    """Evaluation mode, with `cache` in every core attention of this stage."""
-    attentions = [layer.self_attention.core_attention for layer in policy.language_model.decoder.layers]
+def _evaluating(policy: OmniPolicy) -> Iterator[None]:
     training = policy.training
     policy.eval()
-    for attention in attentions:
-        attention.cache = cache
     try:
         yield
     finally:
-        for attention in attentions:
-            attention.cache = None
         policy.train(training)
-
-
-def _read_prompts(
-    policy: OmniPolicy, prompts: Sequence[Prompt], media: Sequence[Tensor | None], n: int
-) -> Tensor | None:
-    """All prompts in one packed row, into the cache; logits [R, V] of the first new token on the last stage."""
-    # A group of one completion of one token is the prompt itself, predicting one token.
-    one_token = [np.zeros(1, np.int64)]
-    batch = pack_groups(prompts, [one_token] * len(prompts)).pad_to(_row_multiple(policy)).to(policy.backend.device)
-    hidden = policy.run_pipeline(
-        batch.token_ids, batch.positions, batch.segments, media, batch.media_index(policy.placeholder_ids)
-    )
-    return None if hidden is None else policy.head(hidden[batch.target_index, 0]).repeat_interleave(n, dim=0)
-
-
-def _decode(policy: OmniPolicy, ids: np.ndarray, positions: np.ndarray) -> Tensor | None:
-    """Run one token a row, ids [R] at positions [R]; logits [R, V] of the next on the last stage."""
-    device, rows = policy.backend.device, len(ids)
-    padding = (0, -rows % _row_multiple(policy))
-    token_ids = F.pad(torch.from_numpy(ids).to(device)[None], padding)
-    position_ids = F.pad(torch.from_numpy(positions).to(device).expand(3, 1, -1), padding)
-    hidden = policy.run_pipeline(token_ids, position_ids, None)
-    return None if hidden is None else policy.head(hidden[:rows, 0])
-
-
-def _row_multiple(policy: OmniPolicy) -> int:
-    return policy.backend.tp if policy.config.sequence_parallel else 1
-
-
-def _agree(
-    policy: OmniPolicy, drawn: tuple[Tensor, Tensor] | None, rows: int, stop: Callable[[], bool] | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """The sampling rank's tokens and log-probabilities [R] on every rank of the replica, on the host.
-
-    All ranks stop, or none: the flag travels with the tokens.
-    """
-    backend = policy.backend
-    packet = torch.zeros(2 * rows + 1, dtype=torch.float64, device=backend.device)  # exact for ids and float32
-    if drawn is not None:
-        packet[:rows], packet[rows:-1] = drawn
-    if stop is not None and stop():
-        packet[-1] = 1
-    if backend.tp * backend.pp > 1:
-        group = parallel_state.get_model_parallel_group()
-        dist.broadcast(packet, dist.get_process_group_ranks(group)[-backend.tp], group)
-    values = packet.cpu().numpy()
-    if values[-1]:
-        raise GenerationStopped
-    return values[:rows].astype(np.int64), values[rows:-1].astype(np.float32)

@@ -15,8 +15,9 @@ from transformers import Qwen2_5OmniThinkerForConditionalGeneration, TopKLogitsW
 from megatron_avatar.config.schema import ModelConfig, ParallelConfig, SamplingConfig
 from megatron_avatar.policy import backend as backends
 from megatron_avatar.policy.attention import pack_groups
-from megatron_avatar.policy.generate import GenerationStopped, draw, generate
+from megatron_avatar.policy.generate import GenerationStopped, generate
 from megatron_avatar.policy.model import build_policy
+from megatron_avatar.policy.sampling import draw
 from megatron_avatar.policy.weights import load_hf
 
 BANNED = {

@@ -1,0 +1,95 @@
+"""A decode step of a lane on this rank's stage: a token for every row, as a CUDA graph where there is a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_avatar.config.schema import SamplingConfig
+from megatron_avatar.policy.cache import KeyValueCache, Shape
+from megatron_avatar.policy.flash import to_device
+from megatron_avatar.policy.model import OmniPolicy
+from megatron_avatar.policy.sampling import draw
+
+INPUTS = 6  # of a row: token, three positions, own tokens stored, uniform number; all exact in float64
+
+
+class Decoder:
+    """Runs the steps of the rows in `cache`. A graph is captured at the first step of each shape and replayed after;
+    its inputs come through tensors that stay, as do the cache's."""
+
+    def __init__(
+        self, policy: OmniPolicy, cache: KeyValueCache, sampling: SamplingConfig, banned: Tensor, greedy: bool
+    ) -> None:
+        self.policy, self.cache, self.sampling, self.banned, self.greedy = policy, cache, sampling, banned, greedy
+        configs = {id(module.config): module.config for module in policy.modules() if hasattr(module, "config")}
+        self._sequence_parallel = [
+            owner for owner in (*policy.modules(), *configs.values()) if getattr(owner, "sequence_parallel", False) is True
+        ]
+        self._graphs: dict[Shape, tuple[torch.cuda.CUDAGraph, Tensor, Tensor | None, Tensor]] = {}
+        self._pool = torch.cuda.graph_pool_handle() if policy.backend.device.type == "cuda" else None
+
+    def __call__(self, shape: Shape, rows: np.ndarray, received: Tensor | None) -> Tensor:
+        """One step of `rows` [INPUTS, R], R <= shape.rows; `received` [shape.rows, 1, H] is the previous stage's.
+
+        Returns hidden states [shape.rows, 1, H]; on the last stage tokens and log-probabilities, float64 [2, R].
+        """
+        inputs = np.zeros((INPUTS, shape.rows))
+        inputs[:, : rows.shape[1]] = rows
+        inputs = to_device(torch.from_numpy(inputs), self.cache.device)
+        with self._whole_rows():
+            output = (self.step if self._pool is None else self._replay)(shape, inputs, received)
+        return output[:, : rows.shape[1]] if self.policy.post_process else output
+
+    def step(self, shape: Shape, inputs: Tensor, received: Tensor | None) -> Tensor:
+        """The work on the device, from tensors to a tensor of shapes that `shape` decides."""
+        whole = inputs[: INPUTS - 1].long()
+        self.cache.begin(shape, whole[4])
+        if received is not None:
+            self.policy.set_input_tensor(received)
+        hidden = self.policy.hidden(whole[None, 0], whole[1:4, None], None)
+        if not self.policy.post_process:
+            return hidden
+        uniforms = None if self.greedy else inputs[-1]
+        drawn = draw(self.policy.head(hidden[:, 0]), uniforms, self.sampling, self.banned)
+        return torch.stack([x.double() for x in drawn])
+
+    def _replay(self, shape: Shape, inputs: Tensor, received: Tensor | None) -> Tensor:
+        if shape not in self._graphs:
+            self._graphs = {old: graph for old, graph in self._graphs.items() if old.own == shape.own}  # stores moved
+            self._graphs[shape] = self._capture(shape, inputs, received)
+        graph, kept_inputs, kept_received, output = self._graphs[shape]
+        kept_inputs.copy_(inputs)
+        if received is not None:
+            kept_received.copy_(received)
+        graph.replay()
+        return output
+
+    def _capture(
+        self, shape: Shape, inputs: Tensor, received: Tensor | None
+    ) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor | None, Tensor]:
+        inputs, received = inputs.clone(), None if received is None else received.clone()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            self.step(shape, inputs, received)  # libraries allocate at their first call; repeating it does no harm
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):  # NCCL's watchdog may call
+            output = self.step(shape, inputs, received)
+        return graph, inputs, received, output
+
+    @contextmanager
+    def _whole_rows(self) -> Iterator[None]:
+        """Without sequence parallelism, which a step of one token a row has no use for."""
+        for owner in self._sequence_parallel:
+            owner.sequence_parallel = False
+        try:
+            yield
+        finally:
+            for owner in self._sequence_parallel:
+                owner.sequence_parallel = True

@@ -1,0 +1,76 @@
+"""One token a row: the draw, what may be drawn, and the random numbers behind it.
+
+What is recorded is the log-probability under the full softmax at the sampling temperature over the unpadded
+vocabulary: what the training forward computes for the same token. Tokens that must not be sampled, top_k and top_p
+only renormalise the draw, so they never show in the record.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_avatar.config.schema import SamplingConfig
+from megatron_avatar.keyed import keyed_rng
+from megatron_avatar.policy.model import OmniPolicy
+
+CONTROL_TOKENS = (
+    "image_token_id", "video_token_id", "audio_token_id", "vision_start_token_id", "vision_end_token_id",
+    "audio_start_token_id", "audio_end_token_id", "bos_token_id", "pad_token_id",
+)  # fmt: skip
+
+
+def draw(logits: Tensor, uniforms: Tensor | None, sampling: SamplingConfig, banned: Tensor) -> tuple[Tensor, Tensor]:
+    """One token a row by inverse CDF, and its log-probability under the full softmax at the temperature.
+
+    logits [R, V]; uniforms [R] float64 in [0, 1), None takes the most likely token; banned [V] bool, never drawn.
+    top_k keeps the k most likely allowed tokens (and those that tie with the last); top_p of these the fewest
+    that reach the share. Returns ids [R] int64, logprobs [R] float32.
+    """
+    logprobs = torch.log_softmax(logits.float() / sampling.temperature, dim=-1)
+    allowed = logprobs.masked_fill(banned, float("-inf"))
+    if uniforms is None:
+        ids = allowed.argmax(dim=-1, keepdim=True)
+    else:
+        mass = allowed.double().exp()
+        if 0 < sampling.top_k < mass.shape[-1]:
+            least = mass.topk(sampling.top_k, dim=-1).values[:, -1:]
+            mass = mass.where(mass >= least, 0.0)
+        if sampling.top_p < 1:
+            ordered, order = mass.sort(dim=-1, descending=True, stable=True)
+            before = ordered.cumsum(dim=-1) - ordered
+            ordered = ordered.where(before < sampling.top_p * mass.sum(dim=-1, keepdim=True), 0.0)
+            mass = torch.zeros_like(mass).scatter(-1, order, ordered)
+        cdf = mass.cumsum(dim=-1)
+        total = cdf[:, -1:]
+        # Below the total even after rounding, so that the token found always has mass.
+        point = torch.minimum(uniforms[:, None] * total, total.nextafter(torch.zeros_like(total)))
+        ids = torch.searchsorted(cdf, point, right=True)
+    return ids[:, 0], logprobs.gather(-1, ids)[:, 0]
+
+
+def uniforms(key: str, completion: int, count: int) -> np.ndarray:
+    """Uniform numbers [count] in [0, 1) of a completion; number t belongs to token t, whatever the count."""
+    return keyed_rng(key, completion).random(count)
+
+
+def stop_token_ids(policy: OmniPolicy) -> list[int]:
+    """Tokens that end a completion: `eos_token_id` of the model's config.json (Qwen's <|im_end|>)."""
+    config = policy.hf_config
+    ids = getattr(config, "eos_token_id", None)
+    ids = getattr(config.text_config, "eos_token_id", None) if ids is None else ids
+    if ids is None:
+        raise ValueError(
+            "config.json of the model names no eos_token_id, so a completion would never end: add the id of "
+            "<|im_end|> to its (thinker_)config"
+        )
+    return [ids] if isinstance(ids, int) else list(ids)
+
+
+def banned_tokens(policy: OmniPolicy) -> Tensor:
+    """Control tokens [V] bool: they belong to prompts; a placeholder in a completion would ask for media."""
+    ids = {getattr(policy.hf_config, name, None) for name in CONTROL_TOKENS} - {None, *stop_token_ids(policy)}
+    banned = torch.zeros(policy.vocab_size, dtype=torch.bool, device=policy.backend.device)
+    banned[[i for i in ids if i < policy.vocab_size]] = True
+    return banned
