@@ -26,20 +26,27 @@ VIDEO_TOTAL_PIXELS = 90_316_800  # Qwen2.5-Omni's budget for a whole clip, count
 END = "<|im_end|>"
 STALE = "measure it again, or restore the file that the manifest was made from"
 
-# Qwen2.5-Omni's conversation format, for tokenizers that bring no template.
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if loop.first and message['role'] != 'system' %}"
-    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
-    "<|im_start|>{{ message['role'] }}\n"
-    "{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<|vision_bos|><|IMAGE|><|vision_eos|>"
-    "{% elif part['type'] == 'video' %}<|vision_bos|><|VIDEO|><|vision_eos|>"
-    "{% elif part['type'] == 'audio' %}<|audio_bos|><|AUDIO|><|audio_eos|>"
-    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}<|im_end|>\n"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
+
+def _chat_template(before: str, image: str, video: str, after: str) -> str:
+    """Qwen2.5's conversation format with a model's names for the tokens of pictures."""
+    return (
+        "{% for message in messages %}"
+        "{% if loop.first and message['role'] != 'system' %}"
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+        "<|im_start|>{{ message['role'] }}\n"
+        "{% for part in message['content'] %}"
+        f"{{% if part['type'] == 'image' %}}{before}{image}{after}"
+        f"{{% elif part['type'] == 'video' %}}{before}{video}{after}"
+        "{% elif part['type'] == 'audio' %}<|audio_bos|><|AUDIO|><|audio_eos|>"
+        "{% else %}{{ part['text'] }}{% endif %}{% endfor %}<|im_end|>\n"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+
+
+# For tokenizers that bring no template.
+CHAT_TEMPLATE = _chat_template("<|vision_bos|>", "<|IMAGE|>", "<|VIDEO|>", "<|vision_eos|>")
+VL_CHAT_TEMPLATE = _chat_template("<|vision_start|>", "<|image_pad|>", "<|video_pad|>", "<|vision_end|>")
 
 
 @dataclass(frozen=True)
@@ -77,30 +84,34 @@ def plan_media(media: Media, data: DataConfig) -> MediaPlan | None:
 
 
 class PromptBuilder:
-    """Builds prompts for one tokenizer and one Hugging Face configuration (Omni, or its Thinker).
+    """Builds prompts for one tokenizer and one Hugging Face configuration: Qwen2.5-Omni, its Thinker, or Qwen2.5-VL.
 
     `end_id` is the token that ends a completion. Instances can be pickled to decode workers.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, hf_config: Any, data: DataConfig, context: int):
         config = getattr(hf_config, "thinker_config", hf_config)
-        vision, mel_bins = config.vision_config, config.audio_config.num_mel_bins
+        vision, audio = config.vision_config, getattr(config, "audio_config", None)
+        mel_bins = features.MEL_BINS if audio is None else audio.num_mel_bins
         ours = (features.PATCH, features.TEMPORAL_PATCH, features.MERGE, features.MEL_BINS)
         theirs = (vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size, mel_bins)
         if ours != theirs:
             raise ValueError(
                 f"config.json: (patch_size, temporal_patch_size, spatial_merge_size, num_mel_bins) is {theirs}, but "
-                f"{ours} is what Qwen2.5-Omni has; set model.path to such a model"
+                f"{ours} is what Qwen2.5-Omni and Qwen2.5-VL have; set model.path to such a model"
             )
         self.tokenizer, self.data, self.context = tokenizer, data, context
-        self.placeholders: dict[MediaKind, int] = {
-            "image": config.image_token_id,
-            "video": config.video_token_id,
-            "audio": config.audio_token_id,
-        }
-        self.audio_bos, self.audio_eos = config.audio_start_token_id, config.audio_end_token_id
-        self.positions_per_second = config.position_id_per_seconds
-        self.positions_per_chunk = int(config.position_id_per_seconds * config.seconds_per_chunk)
+        self.placeholders: dict[MediaKind, int] = {"image": config.image_token_id, "video": config.video_token_id}
+        self.hears = audio is not None
+        if self.hears:
+            self.chat_template = tokenizer.chat_template or CHAT_TEMPLATE
+            self.placeholders["audio"] = config.audio_token_id
+            self.audio_bos, self.audio_eos = config.audio_start_token_id, config.audio_end_token_id
+            self.positions_per_second = config.position_id_per_seconds
+            self.positions_per_chunk = int(config.position_id_per_seconds * config.seconds_per_chunk)
+        else:
+            self.chat_template = tokenizer.chat_template or VL_CHAT_TEMPLATE
+            self.positions_per_second = vision.tokens_per_second
         self.end_id: int = tokenizer.convert_tokens_to_ids(END)
 
     def completion_ids(self, text: str) -> np.ndarray:
@@ -139,9 +150,15 @@ class PromptBuilder:
 
     def _plans(self, sample: Sample) -> list[MediaPlan]:
         try:
-            return [plan for media in sample.media if (plan := plan_media(media, self.data)) is not None]
+            plans = [plan for media in sample.media if (plan := plan_media(media, self.data)) is not None]
         except ValueError as error:
             raise ValueError(f"sample {sample.id}: {error}") from None
+        if not self.hears and any(plan.mel_frames for plan in plans):
+            raise ValueError(
+                f"sample {sample.id} has sound, which Qwen2.5-VL doesn't hear; set data.mute=true to leave sound out, "
+                "or model.path to a Qwen2.5-Omni folder"
+            )
+        return plans
 
     def _patches(self, plan: MediaPlan, root: Path) -> torch.Tensor:
         """[N, 1176] float32."""
@@ -171,15 +188,16 @@ class PromptBuilder:
         content.append({"type": "text", "text": self._text(sample, variant)})
         text = self.tokenizer.apply_chat_template(
             [{"role": "user", "content": content}],
-            chat_template=self.tokenizer.chat_template or CHAT_TEMPLATE,
+            chat_template=self.chat_template,
             tokenize=False,
             add_generation_prompt=True,
         )
         template = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         if [i for i in template if i in self.placeholders.values()] != [self.placeholders[p.kind] for p in plans]:
+            names = ", ".join(self.tokenizer.convert_ids_to_tokens(list(self.placeholders.values())))
             raise ValueError(
                 f"sample {sample.id}: the tokenized prompt does not hold one placeholder for each of its "
-                f"{len(plans)} media; remove <|IMAGE|>, <|VIDEO|>, <|AUDIO|> from its text, or check the chat template"
+                f"{len(plans)} media; remove {names} from its text, or check the chat template"
             )
         ids: list[np.ndarray] = []
         positions: list[np.ndarray] = []
@@ -211,7 +229,9 @@ class PromptBuilder:
         times = (seconds * np.float32(self.positions_per_second)).astype(np.int64)
         picture = np.stack([axis.ravel() for axis in np.meshgrid(times, np.arange(h), np.arange(w), indexing="ij")])
         if not plan.mel_frames:
-            return np.full(picture.shape[1], self.placeholders[plan.kind]), picture, int(picture.max()) + 1
+            # As in transformers, Omni's text goes on after the last position of all axes, VL's after height and width.
+            end = int(picture.max() if self.hears else picture[1:].max()) + 1
+            return np.full(picture.shape[1], self.placeholders[plan.kind]), picture, end
         return self._interleave(picture, sound)
 
     def _interleave(self, picture: np.ndarray, sound: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:

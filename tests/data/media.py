@@ -1,5 +1,6 @@
 """Media files and a tokenizer made on the spot."""
 
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -9,18 +10,21 @@ import soundfile
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import PreTrainedTokenizerFast, Qwen2_5OmniThinkerConfig
+from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5OmniThinkerConfig
 
 SPECIAL = (
     "<|endoftext|> <|im_start|> <|im_end|> <|vision_bos|> <|vision_eos|> <|audio_bos|> <|audio_eos|> "
     "<|IMAGE|> <|VIDEO|> <|AUDIO|>"
 ).split()
+VL_SPECIAL = (
+    "<|endoftext|> <|im_start|> <|im_end|> <|vision_start|> <|vision_end|> <|image_pad|> <|video_pad|>"
+).split()
 WORDS = "system user assistant You are a helpful . what moves ? A B C red blue Hint : look twice think".split()
 OPTIONS = {"libvpx-vp9": {"deadline": "realtime", "cpu-used": "8"}, "libvpx": {"deadline": "realtime", "cpu-used": "8"}}
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    vocabulary = {word: i for i, word in enumerate([*SPECIAL, "[UNK]", *WORDS])}
+def make_tokenizer(special: Sequence[str] = SPECIAL) -> PreTrainedTokenizerFast:
+    vocabulary = {word: i for i, word in enumerate([*special, "[UNK]", *WORDS])}
     model = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
     model.pre_tokenizer = Whitespace()
     return PreTrainedTokenizerFast(
@@ -28,7 +32,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         unk_token="[UNK]",
         pad_token="<|endoftext|>",
         eos_token="<|im_end|>",
-        additional_special_tokens=SPECIAL,
+        additional_special_tokens=list(special),
     )
 
 
@@ -42,6 +46,17 @@ def make_config(**overrides) -> Qwen2_5OmniThinkerConfig:
         audio_end_token_id=token["<|audio_eos|>"],
         vision_start_token_id=token["<|vision_bos|>"],
         **overrides,
+    )
+
+
+def make_vl_config() -> Qwen2_5_VLConfig:
+    token = {name: i for i, name in enumerate(VL_SPECIAL)}
+    return Qwen2_5_VLConfig(
+        image_token_id=token["<|image_pad|>"],
+        video_token_id=token["<|video_pad|>"],
+        vision_start_token_id=token["<|vision_start|>"],
+        vision_end_token_id=token["<|vision_end|>"],
+        vision_config={"tokens_per_second": 2},  # of the published models
     )
 
 
