@@ -4,6 +4,7 @@ one launch."""
 import json
 import re
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from peft import LoraConfig as PeftConfig
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tiny import (
+    launch,
     thinker_logits,
     tiny_completions,
     tiny_config,
@@ -236,3 +238,29 @@ def test_reference_is_the_model_without_adapters_at_first(folder, backend):
 def test_target_without_a_layer_is_refused(folder, backend):
     with pytest.raises(ValueError, match="model.lora.targets: wq matches no linear layer.*choose from down_proj, gate"):
         load(folder, backend, LoraConfig(rank=2, targets=["q_proj", "wq"]))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    tiny_thinker(tiny_config(layers=2)).save_pretrained(folder / "hf")
+    launch(Path(__file__).parent / "lora_world.py", 4, folder)
+    return folder, json.loads((folder / "results.json").read_text())
+
+
+def test_every_layout_trains_the_same_adapters(world):
+    """Losses, gradient norms and exported adapters over four updates, and a checkpoint loaded on other layouts."""
+    folder, results = world
+    losses = [loss for loss, _ in results["tp1"]["curve"]]
+    assert losses[-1] < 0.9 * losses[0]
+    for layout, found in results.items():
+        np.testing.assert_allclose(found["curve"], results["tp1"]["curve"], rtol=1e-4, err_msg=layout)
+        if "continued" in found:
+            np.testing.assert_allclose(found["continued"], results["tp1"]["curve"][2:], rtol=1e-4, err_msg=layout)
+        for moment, tolerance in (("start", 0), ("end", 1e-4), ("merged", 1e-4)):
+            file = "model.safetensors" if moment == "merged" else "adapter_model.safetensors"
+            ours, first = (load_file(folder / f"{name}.{moment}" / file) for name in (layout, "tp1"))
+            assert ours.keys() == first.keys()
+            for name, value in ours.items():
+                torch.testing.assert_close(value, first[name], atol=tolerance, rtol=0)
+    assert {layout for layout, found in results.items() if "continued" in found} == {"tp1", "tp2-pp2-sp", "tp4"}
