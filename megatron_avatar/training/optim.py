@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -83,7 +85,8 @@ class Optimization:
 
         Its tensors have the same names with and without the distributed optimizer.
         """
-        state = self._optimizer.sharded_state_dict(model_state, loading, metadata=DISTRIBUTED_FORMAT)
+        with self._unpadded_indices():
+            state = self._optimizer.sharded_state_dict(model_state, loading, metadata=DISTRIBUTED_FORMAT)
         if self._distributed:
             for tensors in (state["param_state"] or {}).values():  # None: another data-parallel rank writes them
                 main = tensors.pop("param")  # float32 weights are in `model_state` already
@@ -133,6 +136,30 @@ class Optimization:
     def _groups(self) -> list[dict[str, Any]]:
         return self._optimizer.param_groups
 
+    @contextmanager
+    def _unpadded_indices(self) -> Iterator[None]:
+        """Let the places of weights in the distributed optimizer's buffers leave out the padding between buckets.
+
+        Megatron-Core gathers a buffer without that padding and cuts it by places with it: the weights behind a tied
+        embedding, which has a bucket of its own in a pipeline, would be saved with moments of their neighbours.
+        """
+        buffers = self._optimizer.buffers if self._distributed else []
+        padded = [buffer.param_index_map for buffer in buffers]
+        for buffer, places in zip(buffers, padded, strict=True):
+            before, unpadded = [], 0
+            for bucket in buffer.buckets:
+                before.append(bucket.offset - unpadded)
+                unpadded += bucket.numel_unpadded
+            buffer.param_index_map = {
+                weight: (start - before[bucket], end - before[bucket], bucket)
+                for weight, (start, end, bucket) in places.items()
+            }
+        try:
+            yield
+        finally:
+            for buffer, places in zip(buffers, padded, strict=True):
+                buffer.param_index_map = places
+
     def _load_shares(self, tensors: dict[int, dict[str, torch.Tensor]]) -> None:
         """Take this rank's shares of whole main weights and moments, numbered as the buffers have their weights.
 
@@ -146,7 +173,7 @@ class Optimization:
         self._optimizer.load_parameter_state_from_fully_reshardable(tensors)
 
     def _count_updates(self) -> None:
-        """Write the number of updates into AdamW's state: torch has one for each parameter, the fused ones a group's."""
+        """Write the number of updates into AdamW's state: torch keeps one a parameter, fused kernels one a group."""
         updates = self._scheduler.num_steps - 1 - self.skipped
         for group in self._groups:
             if self._torch_adam:
