@@ -16,6 +16,7 @@ from megatron_avatar.data.loader import MediaLoader, SampleOrder
 from megatron_avatar.data.manifest import load_manifest
 from megatron_avatar.data.prompt import PromptBuilder
 from megatron_avatar.policy.backend import Backend
+from megatron_avatar.policy.fusions import choose_fusions
 from megatron_avatar.policy.generate import GenerationStopped, generate
 from megatron_avatar.policy.model import build_policy
 from megatron_avatar.policy.weights import export_hf, load_hf
@@ -77,6 +78,7 @@ class Run:
         tokenizer = AutoTokenizer.from_pretrained(config.model.path)
         self.policy = build_policy(config.model.path, backend, config.model, config.parallel, seed=config.seed)
         load_hf(self.policy, config.model.path)
+        log.info("kernels: %s", choose_fusions(config.parallel.kernels, on_cpu=backend.device.type == "cpu"))
         self.builder = PromptBuilder(tokenizer, self.policy.hf_config, config.data, config.model.context)
         self.measure_lengths()
         self.loader = MediaLoader(self.builder, manifest.parent, config.data.workers, config.data.decode_deadline_s)
@@ -131,6 +133,7 @@ class Run:
         self.optimization = build_optimizer(
             self.policy, config.optim, lr=stage.lr or config.optim.lr,
             total_steps=stage.steps * (config.rl.updates_per_rollout if stage.kind == "rl" else 1),
+            parallel=config.parallel,
         )
         self.learner = Learner(self.policy, self.optimization, self.backend, config.rl,
                                train_towers=stage.train_towers)
