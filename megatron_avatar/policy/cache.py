@@ -14,8 +14,10 @@ is in use stays in front, and nothing else costs work.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -41,15 +43,15 @@ class Room:
     pages_per_prompt: int
 
 
-@dataclass(frozen=True)
-class Shape:
-    """What decides the shapes of a decode step: R rows, U pages, own tokens looked at; n readers, p pages a prompt."""
+class Shape(NamedTuple):
+    """What decides the shapes of a decode step: R rows, U pages, of which n rows read one and p belong to a prompt,
+    and the own tokens that are looked at."""
 
     rows: int
     pages: int
-    own: int
     readers: int
     parts: int
+    own: int
 
 
 class KeyValueCache:
@@ -77,8 +79,8 @@ class KeyValueCache:
             return {layer: [torch.zeros(shape, dtype=dtype, device=device) for _ in "kv"] for layer in layers}
 
         self._pages, self._own = store(room.pages, room.page), store(room.rows, 0)
-        self._tables: dict[Shape, tuple[Tensor | None, ...]] = {}
-        self._filled: Shape | None = None  # whose tables are up to date
+        self._tables: dict[tuple[int, ...], tuple[Tensor | None, ...]] = {}  # by rows, pages, readers, parts
+        self._layout: tuple[int, ...] | None = None  # whose tables are up to date
 
     # ------------------------------------------------------------------------------------------------------------
     # Prompts and rows come and go: host only, but for the moves
@@ -93,7 +95,7 @@ class KeyValueCache:
         pages = range(len(self._owners), len(self._owners) + -(-length // self.room.page))
         self._pages_of[prompt], self._length_of[prompt] = list(pages), length
         self._owners += [prompt] * len(pages)
-        self._filled = None
+        self._layout = None
 
     def read(self, prompts: Sequence[int], starts: Sequence[int]) -> None:
         """The run that follows holds these prompts' tokens, packed, at `starts`."""
@@ -123,7 +125,7 @@ class KeyValueCache:
         """Rows that continue these prompts, behind the others."""
         self.prompts += prompts
         assert len(self.prompts) <= self.room.rows
-        self._filled = None
+        self._layout = None
 
     def keep_rows(self, kept: np.ndarray) -> np.ndarray:
         """Drop the rows for which `kept` [R] is False; the last rows move there. Returns the old places of those
@@ -136,7 +138,7 @@ class KeyValueCache:
         return order
 
     def _move(self, stores: dict[int, list[Tensor]], sources: list[int], targets: list[int]) -> None:
-        self._filled = None
+        self._layout = None
         if sources:
             source, target = torch.tensor([sources, targets]).to(self.device)
             for store in stores.values():
@@ -157,59 +159,54 @@ class KeyValueCache:
 
     def prepare(self, lengths: np.ndarray) -> Shape:
         """Make ready for a step of all rows, which have stored `lengths` [R] own tokens; shape.rows >= R rows run."""
-        rows, pages, longest = len(lengths), len(self._owners), int(lengths.max()) + 1
+        longest = int(lengths.max()) + 1
         if longest > self._own_room:
             self._own_room = min(-(-self.room.steps // ALIGNED) * ALIGNED, max(FIRST_ROOM, 2 * self._own_room))
             for store in self._own.values():
                 store[:] = [F.pad(tensor, (0, 0, 0, self._own_room - tensor.shape[2])) for tensor in store]
-        if self.static:
-            room = self.room
-            shape = Shape(
-                min(_round_up(rows, 1), room.rows), min(_round_up(pages, 4), room.pages), self._own_room,
-                room.rows_per_prompt, room.pages_per_prompt,
-            )  # fmt: skip
-        else:
-            readers = max(self.prompts.count(prompt) for prompt in set(self.prompts))
-            shape = Shape(rows, pages, longest, readers, max(map(len, self._pages_of.values()), default=0))
-        if shape != self._filled:
-            self._fill(shape)
+        if self._layout is None:
+            self._layout = self._fill()
         self._even = not self.static and longest == lengths.min() + 1
         self.ready = True
-        return shape
+        return Shape(*self._layout, self._own_room if self.static else longest)
 
-    def _fill(self, shape: Shape) -> None:
-        """Tables of a step: rows that read a page, [U, n]; where a row finds its parts among U * n results, [R, p],
-        and which of the p it lacks; and which places of a page hold no token, [U, 1, 1, page], -inf there."""
-        readers = np.zeros((shape.pages, shape.readers), np.int64)
-        parts = np.zeros((shape.rows, shape.parts), np.int64)
-        absent = np.ones((shape.rows, shape.parts), bool)
-        empty = np.zeros((shape.pages, self.room.page), bool)
-        counts = dict.fromkeys(self._pages_of, 0)
+    def _fill(self) -> tuple[int, ...]:
+        """Write the tables of a step: rows that read a page, [U, n]; where a row finds its parts among U * n results,
+        [R, p], and which of the p it lacks; which places of a page hold no token, [U, 1, 1, page], -inf there."""
+        room, rows, pages = self.room, len(self.prompts), len(self._owners)
+        if self.static:
+            rows, pages = min(_round_up(rows, 1), room.rows), min(_round_up(pages, 4), room.pages)
+            layout = rows, pages, room.rows_per_prompt, room.pages_per_prompt
+        else:
+            layout = rows, pages, max(Counter(self.prompts).values()), max(map(len, self._pages_of.values()))
+        rows, pages, most_readers, most_parts = layout
+        readers, empty = np.zeros((pages, most_readers), np.int64), np.zeros((pages, room.page), bool)
+        parts, absent = np.zeros((rows, most_parts), np.int64), np.ones((rows, most_parts), bool)
+        seen = Counter()
         for row, prompt in enumerate(self.prompts):
-            pages = self._pages_of.get(prompt, [])
-            if pages:
-                readers[pages, counts[prompt]] = row
-                parts[row, : len(pages)] = np.array(pages) * shape.readers + counts[prompt]
-                absent[row, : len(pages)] = False
-                counts[prompt] += 1
-        for prompt, pages in self._pages_of.items():
-            if pages:
-                empty[pages[-1], self._length_of[prompt] - (len(pages) - 1) * self.room.page :] = True
+            own = self._pages_of[prompt]
+            readers[own, seen[prompt]] = row
+            parts[row, : len(own)] = np.array(own, np.int64) * most_readers + seen[prompt]
+            absent[row, : len(own)] = False
+            seen[prompt] += 1
+        for prompt, own in self._pages_of.items():
+            if own:
+                empty[own[-1], self._length_of[prompt] - (len(own) - 1) * room.page :] = True
         mask = torch.zeros(empty.shape, dtype=self.dtype).masked_fill_(torch.from_numpy(empty), float("-inf"))
         tables = [torch.from_numpy(readers), torch.from_numpy(parts), torch.from_numpy(absent), mask[:, None, None]]
-        if self.static and shape in self._tables:
-            for old, new in zip(self._tables[shape], tables, strict=True):
+        if self.static and layout in self._tables:
+            for old, new in zip(self._tables[layout], tables, strict=True):
                 old.copy_(new)
-        else:
-            if not self.static:  # what hides nothing need not be looked at
-                self._tables.clear()
-                tables[2:] = [tables[2] if absent.any() else None, tables[3] if empty.any() else None]
-            self._tables[shape] = tuple(None if table is None else table.to(self.device) for table in tables)
-        self._filled = shape
+            return layout
+        if not self.static:  # what hides nothing need not be looked at
+            self._tables.clear()
+            tables[2:] = [tables[2] if absent.any() else None, tables[3] if empty.any() else None]
+        self._tables[layout] = tuple(None if table is None else table.to(self.device) for table in tables)
+        return layout
 
     def begin(self, shape: Shape, lengths: Tensor) -> None:
         """Start a step on the device: own tokens [shape.rows] that the rows have stored."""
-        self._step, self._lengths = self._tables[shape], lengths
+        self._step, self._lengths = self._tables[shape[:4]], lengths
         self._own_tokens = shape.own
         self._row_numbers = torch.arange(shape.rows, device=self.device)
         self._later = None

@@ -28,7 +28,9 @@ class Decoder:
         self.policy, self.cache, self.sampling, self.banned, self.greedy = policy, cache, sampling, banned, greedy
         configs = {id(module.config): module.config for module in policy.modules() if hasattr(module, "config")}
         self._sequence_parallel = [
-            owner for owner in (*policy.modules(), *configs.values()) if getattr(owner, "sequence_parallel", False) is True
+            owner
+            for owner in (*policy.modules(), *configs.values())
+            if getattr(owner, "sequence_parallel", False) is True
         ]
         self._graphs: dict[Shape, tuple[torch.cuda.CUDAGraph, Tensor, Tensor | None, Tensor]] = {}
         self._pool = torch.cuda.graph_pool_handle() if policy.backend.device.type == "cuda" else None

@@ -50,8 +50,8 @@ def make_jobs(lengths: Sequence[int], n: int, lanes: int) -> list[Job]:
 def plan_room(jobs: Sequence[Job], steps: int, lanes: int, tokens: int) -> Room:
     """A lane's room, where all lanes together may hold the keys and values of `tokens` tokens.
 
-    As many jobs at a time as fit with all of their rows, each with `steps` tokens. Raises ValueError where not even
-    the longest prompt fits with one row.
+    As many jobs at a time as fit with all of their rows, each with `steps` tokens; what is left holds prompts whose
+    rows wait for single places. Raises ValueError where not even the longest prompt fits with one row.
     """
     page = min(PAGE, max(16, -(-max(job.length for job in jobs) // 16) * 16))
     widest = max(len(job.rows) for job in jobs)
@@ -63,12 +63,12 @@ def plan_room(jobs: Sequence[Job], steps: int, lanes: int, tokens: int) -> Room:
             f"left for keys and values, which holds {share} tokens: lower the prompts' length or max_new_tokens, or "
             "raise parallel.tp or parallel.pp"
         )
-    rows, pages = min(most_rows, widest, (share - sizes[0] * page) // steps), sizes[0]
-    for count, used in enumerate(itertools.accumulate(sizes[: -(-len(jobs) // lanes)]), 1):
-        if min(count * widest, most_rows) * steps + used * page > share:
-            break
-        rows, pages = min(count * widest, most_rows), used
-    return Room(pages, page, rows, steps, widest, sizes[0])
+    rows = min(most_rows, widest, (share - sizes[0] * page) // steps)
+    used = list(itertools.accumulate(sizes[: -(-len(jobs) // lanes)]))
+    for count, pages in enumerate(used, 1):
+        if min(count * widest, most_rows) * steps + pages * page <= share:
+            rows = min(count * widest, most_rows)
+    return Room(min(used[-1], (share - rows * steps) // page), page, rows, steps, widest, sizes[0])
 
 
 class Lane:

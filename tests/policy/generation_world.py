@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import tiny
 import torch
@@ -18,7 +19,8 @@ from megatron.core import parallel_state
 
 from megatron_avatar.config.schema import ModelConfig, ParallelConfig, SamplingConfig
 from megatron_avatar.policy import backend as backends
-from megatron_avatar.policy.generate import GenerationStopped, generate
+from megatron_avatar.policy import generate as generation
+from megatron_avatar.policy.generate import Generation, GenerationStopped, generate
 from megatron_avatar.policy.logprobs import completion_logprobs
 from megatron_avatar.policy.model import OmniPolicy, build_policy
 from megatron_avatar.policy.weights import load_hf
@@ -27,6 +29,7 @@ LAYOUTS = [(2, 1, False), (1, 2, False), (2, 2, True)]  # (tp, pp, sequence para
 STOP_IDS = list(range(1, 10))  # many, so that completions of a random model end at different times
 SAMPLING = SamplingConfig(temperature=0.8, max_new_tokens=40)
 KEYS = [f"seed/stage/step/{kind}/0" for kind in tiny.KINDS]
+traces: list[list[int | None]] = []  # of every generation on this rank
 ROWS = 3  # odd, so that sequence parallelism has to pad a decode step
 
 
@@ -43,11 +46,35 @@ def open_policy(folder: Path, parallel: ParallelConfig) -> OmniPolicy:
     return policy
 
 
+class TracedGeneration(Generation):
+    """Writes down the lane that this stage works on in every tick, None if it has nothing to do."""
+
+    def run(self) -> None:
+        self.trace, self.lane = [], None
+        traces.append(self.trace)
+        super().run()
+
+    def _forward(self, lane: int, *args: Any) -> torch.Tensor | None:
+        self.lane = lane
+        return super()._forward(lane, *args)
+
+    def _exchange(self, *args: Any) -> torch.Tensor | None:
+        self.trace.append(self.lane)
+        self.lane = None
+        return super()._exchange(*args)
+
+
 def check_layout(folder: Path, parallel: ParallelConfig) -> list:
     policy = open_policy(folder, parallel)
     backend = policy.backend
     prompts = list(tiny.tiny_prompts(policy.hf_config).values())[:3]
     groups = generate(policy, prompts, ROWS, SAMPLING, KEYS[:3])
+    # One prompt is enough to keep all stages at work: its rows are shared out to the lanes.
+    generate(policy, prompts[:1], 2, dataclasses.replace(SAMPLING, max_new_tokens=3), KEYS[:1])
+    long, short = traces[-2:]
+    filling = [None] * backend.pp_rank
+    assert long[:20] == [*filling, *[tick % backend.pp for tick in range(20 - len(filling))]], long
+    assert short[: 4 * backend.pp] == [*filling, *list(range(backend.pp)) * 4][: 4 * backend.pp], short
     rows = [[row.token_ids.tolist(), row.logprobs.tolist(), row.finished] for group in groups for row in group]
     assert all(other == rows for other in backend.all_gather_object(rows)), "ranks hold different completions"
 
@@ -101,6 +128,7 @@ def check_logprobs() -> None:
 def main() -> None:
     folder = Path(sys.argv[1])
     check_logprobs()
+    generation.Generation = TracedGeneration
     results = {}
     for tp, pp, sequence_parallel in LAYOUTS:
         parallel = ParallelConfig(tp=tp, pp=pp, sequence_parallel=sequence_parallel)

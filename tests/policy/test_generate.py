@@ -14,11 +14,15 @@ from transformers import Qwen2_5OmniThinkerForConditionalGeneration, TopKLogitsW
 
 from megatron_avatar.config.schema import ModelConfig, ParallelConfig, SamplingConfig
 from megatron_avatar.policy import backend as backends
+from megatron_avatar.policy import decode, lanes
+from megatron_avatar.policy import generate as generation
 from megatron_avatar.policy.attention import pack_groups
+from megatron_avatar.policy.cache import KeyValueCache
 from megatron_avatar.policy.generate import GenerationStopped, generate
 from megatron_avatar.policy.model import build_policy
 from megatron_avatar.policy.sampling import draw
 from megatron_avatar.policy.weights import load_hf
+from megatron_avatar.records import Prompt
 
 BANNED = {
     tiny.AUDIO, tiny.IMAGE, tiny.VIDEO, tiny.VISION_START, tiny.VISION_END, tiny.AUDIO_START, tiny.AUDIO_END
@@ -136,6 +140,87 @@ def test_tokens_do_not_depend_on_the_batch(policy, prompts, generated):
     cut = next((i, j) for i, group in enumerate(generated) for j, row in enumerate(group) if not row.finished)
     whole = generate(policy, [prompts[cut[0]]], cut[1] + 1, longer, [KEYS[cut[0]]])[0][cut[1]]
     assert whole.token_ids[: SAMPLING.max_new_tokens].tolist() == generated[cut[0]][cut[1]].token_ids.tolist()
+
+
+def test_prompts_wait_for_room(policy, prompts, generated, monkeypatch):
+    """With memory for two prompts and four rows, and one prompt read at a time, the same completions come out."""
+    rooms = []
+
+    def cache(room, *args, **options):
+        rooms.append(room)
+        return KeyValueCache(room, *args, **options)
+
+    token_bytes = 2 * 4 * 2 * 16 * 4  # keys and values of 4 layers with 2 heads of 16 in float32
+    monkeypatch.setattr(generation, "KeyValueCache", cache)
+    monkeypatch.setattr(generation, "CACHE_BYTES", (2 * 144 + 4 * SAMPLING.max_new_tokens) * token_bytes)
+    monkeypatch.setattr(lanes, "READ_TOKENS", 1)
+    same(generate(policy, prompts, ROWS, SAMPLING, KEYS), generated)
+    (room,) = rooms
+    assert len(prompts) * ROWS == 12 and room.rows == 3 and room.pages == 2
+    monkeypatch.setattr(generation, "CACHE_BYTES", (144 + 39) * token_bytes)
+    with pytest.raises(ValueError, match="don't fit in the memory left for keys and values"):
+        generate(policy, prompts, ROWS, SAMPLING, KEYS)
+
+
+def test_steps_of_fixed_shape_and_their_replay(policy, prompts, generated, monkeypatch):
+    """What a CUDA graph needs, without one: a "graph" repeats the step on the tensors that it was captured with."""
+    captured = []
+
+    class Graph:
+        def __init__(self, step, shape, inputs, received, output):
+            self.arguments, self.output, self.replays = (shape, inputs, received), output, 0
+            self.step = step
+            captured.append(shape)
+
+        def replay(self):
+            self.output.copy_(self.step(*self.arguments))
+
+    def capture(self, shape, inputs, received):
+        inputs = inputs.clone()
+        output = self.step(shape, inputs, received)
+        return Graph(self.step, shape, inputs, received, output), inputs, received, output
+
+    def static_cache(*args, static):
+        return KeyValueCache(*args, static=True)
+
+    def graphs(self, *args):
+        plain(self, *args)
+        self._pool = "pool"
+
+    plain = decode.Decoder.__init__
+    monkeypatch.setattr(generation, "KeyValueCache", static_cache)
+    same(generate(policy, prompts, ROWS, SAMPLING, KEYS), generated)
+    monkeypatch.setattr(decode.Decoder, "__init__", graphs)
+    monkeypatch.setattr(decode.Decoder, "_capture", capture)
+    same(generate(policy, prompts, ROWS, SAMPLING, KEYS), generated)
+    longest = max(len(row) for group in generated for row in group)
+    assert 1 < len(captured) < longest / 3, "few graphs for many steps"
+
+
+def test_smallest_cases(policy, prompts):
+    """A prompt of one token, with and without company; one completion; one token."""
+    one = Prompt("one", "plain", np.array([5]), np.zeros((3, 1), np.int64))
+    sampling = dataclasses.replace(SAMPLING, max_new_tokens=1)
+    keys = ["one", *KEYS]
+    together = generate(policy, [one, *prompts], 1, sampling, keys)
+    assert [len(row) for (row,) in together] == [1] * 5
+    for prompt, key, rows in zip([one, *prompts], keys, together, strict=True):
+        same(generate(policy, [prompt], 1, sampling, [key]), [rows])
+    scores = train_scores(policy, [one, *prompts], together)
+    for (row,), theirs in zip(together, scores, strict=True):
+        np.testing.assert_allclose(row.logprobs, theirs, atol=1e-5)
+    longer = generate(policy, [one], 3, SAMPLING, ["one"])
+    np.testing.assert_allclose(longer[0][0].logprobs[:1], together[0][0].logprobs, atol=1e-5)
+    for row, theirs in zip(longer[0], train_scores(policy, [one], longer), strict=True):
+        np.testing.assert_allclose(row.logprobs, theirs, atol=1e-5)
+    assert generate(policy, [], 2, SAMPLING, []) == []
+
+
+@pytest.mark.gpu
+def test_graphs_equal_steps_without(policy, prompts, monkeypatch):
+    replayed = generate(policy, prompts, ROWS, SAMPLING, KEYS)
+    monkeypatch.setattr(decode.Decoder, "_replay", decode.Decoder.step)
+    same(generate(policy, prompts, ROWS, SAMPLING, KEYS), replayed)
 
 
 def score(policy, batches):
