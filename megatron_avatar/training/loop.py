@@ -78,7 +78,8 @@ class Run:
         tokenizer = AutoTokenizer.from_pretrained(config.model.path)
         self.policy = build_policy(config.model.path, backend, config.model, config.parallel, seed=config.seed)
         load_hf(self.policy, config.model.path)
-        log.info("kernels: %s", choose_fusions(config.parallel.kernels, on_cpu=backend.device.type == "cpu"))
+        if backend.rank == 0:
+            log.info("kernels: %s", choose_fusions(config.parallel.kernels, on_cpu=backend.device.type == "cpu"))
         self.builder = PromptBuilder(tokenizer, self.policy.hf_config, config.data, config.model.context)
         self.measure_lengths()
         self.loader = MediaLoader(self.builder, manifest.parent, config.data.workers, config.data.decode_deadline_s)
