@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
+from megatron_avatar.policy import flash
+
 NAME = "flash_windows"
 
 
@@ -34,8 +36,8 @@ def window_attention(
     The signature is that of transformers' attention functions.
     """
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # [S, heads, D]
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
-        bounds, longest = cu_seq_lens_q, max_length_q
+    if flash.kernel_for(query.device, query.dtype, query.shape[-1]) is flash.FLASH_VARLEN:
+        bounds, longest = cu_seq_lens_q, max(2, max_length_q)  # length 1 would take a path made for decoding
         return varlen_attn(query, key, value, bounds, bounds, longest, longest, scale=scaling)[None], None
     return _by_length(query, key, value, cu_seq_lens_q.tolist(), scaling)[None], None
 

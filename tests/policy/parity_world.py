@@ -1,4 +1,4 @@
-"""Runs on four ranks: logits, scores, gradients and round trips of tiny Thinkers in every layout.
+"""Runs on four ranks: logits, scores, gradients and round trips of tiny models in every layout.
 
 Usage (through tiny.launch): parity_world.py FOLDER. Reads the models and transformers' figures that test_parity
 left there, and writes FOLDER/results.json: layout -> check -> largest relative error.
@@ -14,23 +14,25 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from safetensors.torch import load_file
-from tiny import tiny_completions, tiny_prompts
+from tiny import tiny_completions, tiny_prompts, tiny_vl_prompts
 
 from megatron_avatar.config.schema import ModelConfig, ParallelConfig
 from megatron_avatar.policy import backend as backends
 from megatron_avatar.policy.attention import pack_groups
 from megatron_avatar.policy.model import OmniPolicy, build_policy
 from megatron_avatar.policy.weights import export_hf, load_hf
+from megatron_avatar.records import Prompt
 
 # (tp, pp, sequence parallel); what four ranks leave over is data parallel. tp 4 shares 2 key-value heads out.
 LAYOUTS = [(2, 1, False), (1, 2, False), (2, 2, False), (2, 1, True), (2, 2, True), (4, 1, True)]
-MODELS = ("tiny", "tied", "qwen")
+MODELS = ("tiny", "tied", "vl", "qwen")
+TRAINED = ("tiny", "tied")  # with gradients and round trips
 GRADIENT_KINDS = ("audio_in_video", "text")  # the second micro-batch has no media, but the encoders are trained
 
 
 def models_of(tp: int) -> tuple[str, ...]:
     """Those whose heads tp divides: Qwen's proportions have 14."""
-    return MODELS if 14 % tp == 0 else MODELS[:2]
+    return MODELS if 14 % tp == 0 else MODELS[:-1]
 
 
 def worst(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
@@ -40,9 +42,10 @@ def worst(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> flo
     return max(float((ours[name] - theirs[name]).abs().max() / scale[name]) for name in theirs)
 
 
-def logits_errors(policy: OmniPolicy, reference: dict[str, torch.Tensor]) -> dict[str, float]:
+def logits_errors(
+    policy: OmniPolicy, prompts: dict[str, Prompt], reference: dict[str, torch.Tensor]
+) -> dict[str, float]:
     """Largest error of the logits of each kind of prompt, in units of their standard deviation."""
-    prompts = tiny_prompts(policy.hf_config)
     errors = {}
     for kind, prompt in prompts.items():
         logits = policy.logits(pack_groups([prompt], [[prompt.token_ids[:1]]]), policy.embed_media([prompt]))
@@ -50,6 +53,18 @@ def logits_errors(policy: OmniPolicy, reference: dict[str, torch.Tensor]) -> dic
             theirs = reference[kind]
             errors[kind] = float((logits - theirs).abs().max() / theirs.std())
     return policy.backend.broadcast_from_last_stage(errors)
+
+
+def share_error(policy: OmniPolicy, tp: int) -> float:
+    """How far the encoders of any rank of the first stage are from 1 / tp of a video's slices."""
+    rows = []
+    if policy.pre_process:
+        hook = policy.towers.visual.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+        prompt = tiny_prompts(policy.hf_config)["audio_in_video"]
+        policy.embed_media([prompt])
+        hook.remove()
+        rows[0] -= len(prompt.pixels) // tp
+    return float(max(abs(row) for other in policy.backend.all_gather_object(rows) for row in other))
 
 
 def train_step(policy: OmniPolicy, folder: Path, source: Path) -> tuple[dict[str, torch.Tensor], ...]:
@@ -96,10 +111,12 @@ def check_layout(folder: Path, tp: int, pp: int, sequence_parallel: bool) -> dic
         build = partial(build_policy, source, backend, ModelConfig(), parallel)
         policy = build()
         load_hf(policy, source)
-        for kind, error in logits_errors(policy, load_file(folder / f"{name}.logits")).items():
-            results[f"{name}.{kind}"] = error
-        if name == "qwen":
+        prompts = tiny_vl_prompts if name == "vl" else tiny_prompts
+        errors = logits_errors(policy, prompts(policy.hf_config), load_file(folder / f"{name}.logits"))
+        results |= {f"{name}.{kind}": error for kind, error in errors.items()}
+        if name not in TRAINED:
             continue
+        results[f"{name}.share"] = share_error(policy, tp)
         export_hf(policy, out, source)
         again = build()
         load_hf(again, out)  # on all ranks, from the exported folder

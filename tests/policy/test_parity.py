@@ -10,9 +10,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from parity_world import GRADIENT_KINDS, LAYOUTS, MODELS, models_of
+from parity_world import GRADIENT_KINDS, LAYOUTS, TRAINED, models_of
 from safetensors.torch import load_file, save_file
-from tiny import AUDIO, KINDS, launch, thinker_logits, tiny_completions, tiny_config, tiny_prompts, tiny_thinker
+from tiny import (
+    AUDIO,
+    KINDS,
+    VL_KINDS,
+    launch,
+    thinker_logits,
+    tiny_completions,
+    tiny_config,
+    tiny_prompts,
+    tiny_thinker,
+    tiny_vl,
+    tiny_vl_config,
+    tiny_vl_prompts,
+    vl_logits,
+)
 
 from megatron_avatar.config.schema import ModelConfig, ParallelConfig
 from megatron_avatar.policy import backend as backends
@@ -26,13 +40,18 @@ CONFIGS = {"tiny": {}, "tied": dict(tied=True), "qwen": dict(qwen=True, layers=2
 
 def write_references(folder):
     """The models, with transformers' logits, scores and gradients."""
-    for name in MODELS:
+    vl = tiny_vl(tiny_vl_config())
+    vl.save_pretrained(folder / "vl")
+    with torch.no_grad():
+        prompts = tiny_vl_prompts(vl.config)
+        save_file({kind: vl_logits(vl, prompts[kind]) for kind in VL_KINDS}, folder / "vl.logits")
+    for name in CONFIGS:
         config = tiny_config(**CONFIGS[name])
         model, prompts = tiny_thinker(config), tiny_prompts(config)
         model.save_pretrained(folder / name)
         with torch.no_grad():
             save_file({kind: thinker_logits(model, prompts[kind]) for kind in KINDS}, folder / f"{name}.logits")
-        if name != "qwen":
+        if name in TRAINED:
             scores = {f"scores.{kind}": row_scores(model, prompts[kind]) for kind in GRADIENT_KINDS}
             (-sum(score[0].sum() for score in scores.values()) / len(scores)).backward()
             save_file({kind: score.detach() for kind, score in scores.items()}, folder / f"{name}.scores")
@@ -70,10 +89,10 @@ def results(folder):
 def test_every_layout_equals_transformers(results, layout):
     """Logits of every kind of prompt; scores and gradients of groups; weights after export and import."""
     checks = results["-".join(map(str, layout))]
-    expected = {f"{model}.{kind}" for model in models_of(layout[0]) for kind in KINDS}
-    expected |= {
-        f"{model}.{check}" for model in ("tiny", "tied") for check in ("export", "round_trip", "scores", "gradients")
-    }
+    kinds = {model: VL_KINDS if model == "vl" else KINDS for model in models_of(layout[0])}
+    expected = {f"{model}.{kind}" for model in kinds for kind in kinds[model]}
+    trained = ("export", "round_trip", "share", "scores", "gradients")
+    expected |= {f"{model}.{check}" for model in TRAINED for check in trained}
     assert set(checks) == expected
     assert all(checks[name] == 0 for name in checks if name.endswith(("export", "round_trip")))
     assert {name: error for name, error in checks.items() if error > TOLERANCE} == {}
@@ -98,7 +117,7 @@ def logits_error(policy, prompt, reference, media=None):
     return float((logits - reference).abs().max() / reference.std())
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", CONFIGS)
 def test_one_rank_equals_transformers_and_mistakes_show(folder, backend, name):
     policy, references = load(folder / name, backend), load_file(folder / f"{name}.logits")
     prompts = tiny_prompts(policy.hf_config)
