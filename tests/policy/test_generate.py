@@ -16,9 +16,9 @@ from megatron_avatar.config.schema import ModelConfig, ParallelConfig, SamplingC
 from megatron_avatar.policy import backend as backends
 from megatron_avatar.policy import decode, lanes
 from megatron_avatar.policy import generate as generation
-from megatron_avatar.policy.attention import pack_groups
 from megatron_avatar.policy.cache import KeyValueCache
 from megatron_avatar.policy.generate import GenerationStopped, generate
+from megatron_avatar.policy.groups import pack_groups
 from megatron_avatar.policy.model import build_policy
 from megatron_avatar.policy.sampling import draw
 from megatron_avatar.policy.weights import load_hf

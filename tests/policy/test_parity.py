@@ -30,7 +30,7 @@ from tiny import (
 
 from megatron_avatar.config.schema import ModelConfig, ParallelConfig
 from megatron_avatar.policy import backend as backends
-from megatron_avatar.policy.attention import pack_groups
+from megatron_avatar.policy.groups import pack_groups
 from megatron_avatar.policy.model import build_policy
 from megatron_avatar.policy.weights import load_hf, policy_slots
 
