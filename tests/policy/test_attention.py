@@ -177,12 +177,12 @@ def allocated(work):
 @pytest.mark.parametrize("completions", [[64, 48, 64], [64]], ids=["group", "one row"])
 def test_memory_grows_linearly_with_the_prompt(completions):
     peaks = []
-    for length in (2048, 4096, 8192):
+    for length in (1024, 2048, 4096):
         segments = segments_of([(length, completions)])
         qkv = random_qkv(segments, dtype=torch.float32)
         peaks.append(allocated(lambda: torch.autograd.grad(group_attention(*qkv, segments, SCALE).sum(), qkv)))  # noqa: B023
     assert peaks[2] - peaks[1] <= 2.1 * (peaks[1] - peaks[0]), "a square would make it 4"
-    assert peaks[2] - peaks[1] < 3 * 4096 * 4 * (2 * HEADS + 2 * KV_HEADS) * SIZE, "bytes of three copies of the tokens"
+    assert peaks[2] - peaks[1] < 3 * 2048 * 4 * (2 * HEADS + 2 * KV_HEADS) * SIZE, "bytes of three copies of the tokens"
 
 
 def test_backward_keeps_inputs_output_and_log_sum_exp_only():
