@@ -240,6 +240,24 @@ def latest(run_dir: Path, backend: Backend) -> Path | None:
     return None
 
 
+def find(run_dir: Path, step: int | None, backend: Backend) -> Path:
+    """The intact checkpoint of global step `step`, or without one the newest; the same on all ranks.
+
+    Raises ValueError naming the steps that are there where that one isn't, CheckpointError where it is damaged.
+    """
+    root = Path(run_dir) / "checkpoints"
+    steps = backend.all_gather_object(_steps(root))[0]
+    if step is None and steps:
+        return latest(run_dir, backend)
+    if step not in steps:
+        there = f"there are steps {', '.join(map(str, sorted(steps)))}" if steps else "the run has none yet"
+        raise ValueError(f"{root} has no checkpoint{'' if step is None else f' of step {step}'}: {there}")
+    damage = [d for part in backend.all_gather_object(_damage(steps[step], backend)) for d in part]
+    if damage:
+        raise CheckpointError(f"the checkpoint {steps[step]} is damaged ({'; '.join(damage)}): use another step")
+    return steps[step]
+
+
 def read_state(path: Path) -> dict[str, Any]:
     """The JSON state alone: what must be known (the stage) before policy and optimizer are built."""
     return json.loads((path / STATE).read_text())
