@@ -1,0 +1,89 @@
+"""What is read from config.json: all of Omni, its Thinker, VL as published and as saved, and what is refused."""
+
+import json
+
+import pytest
+from tiny import AUDIO, IMAGE, VIDEO, tiny_config, tiny_vl_config
+from transformers import Qwen2_5OmniConfig
+
+from megatron_avatar.policy.architecture import hears, placeholder_ids, read_config, read_model_type
+
+# As Qwen2.5-VL-7B-Instruct is published: the language model's settings lie beside the others, not in a text_config.
+PUBLISHED = dict(
+    model_type="qwen2_5_vl",
+    bos_token_id=151643,
+    eos_token_id=151645,
+    vision_start_token_id=151652,
+    vision_end_token_id=151653,
+    image_token_id=151655,
+    video_token_id=151656,
+    hidden_size=3584,
+    intermediate_size=18944,
+    max_position_embeddings=128000,
+    max_window_layers=28,
+    num_attention_heads=28,
+    num_hidden_layers=28,
+    num_key_value_heads=4,
+    rms_norm_eps=1e-06,
+    rope_theta=1000000.0,
+    rope_scaling={"type": "mrope", "mrope_section": [16, 24, 24]},
+    sliding_window=32768,
+    use_sliding_window=False,
+    tie_word_embeddings=False,
+    vocab_size=152064,
+    vision_config=dict(depth=32, hidden_size=1280, out_hidden_size=3584, tokens_per_second=2),
+)
+
+
+def write(folder, config):
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_vl_as_published(tmp_path):
+    config = read_config(write(tmp_path, PUBLISHED))
+    text = config.text_config
+    assert (text.num_hidden_layers, text.hidden_size, text.num_key_value_heads, text.vocab_size) == (
+        28,
+        3584,
+        4,
+        152064,
+    )
+    assert (text.rms_norm_eps, text.eos_token_id, config.tie_word_embeddings) == (1e-6, 151645, False)
+    assert text.rope_parameters["mrope_section"] == [16, 24, 24] and text.rope_parameters["rope_theta"] == 1e6
+    assert config.vision_config.tokens_per_second == 2
+    assert not hears(config) and placeholder_ids(config) == (151655, 151656)
+
+
+def test_every_class_gives_the_same_parts(tmp_path):
+    configs = {
+        "qwen2_5_omni": Qwen2_5OmniConfig(thinker_config=tiny_config().to_dict(), enable_audio_output=False),
+        "qwen2_5_omni_thinker": tiny_config(),
+        "qwen2_5_vl": tiny_vl_config(),
+    }
+    for name, config in configs.items():
+        config.save_pretrained(tmp_path / name)
+        assert read_model_type(tmp_path / name) == name
+        read = read_config(tmp_path / name)
+        assert (read.text_config.hidden_size, read.vision_config.depth) == (64, 2)
+        assert hears(read) == (name != "qwen2_5_vl")
+        assert placeholder_ids(read) == ((IMAGE, VIDEO, AUDIO) if hears(read) else (IMAGE, VIDEO))
+
+
+@pytest.mark.parametrize("change, match", [
+    (dict(model_type="qwen2_vl"), "model_type is 'qwen2_vl'.*point model.path to .* Qwen2.5-Omni or Qwen2.5-VL"),
+    (dict(use_sliding_window=True), "sliding windows"),
+    (dict(rope_scaling={"rope_type": "yarn", "factor": 4.0, "mrope_section": [16, 24, 24]}), "scaled"),
+    (dict(rope_scaling=None), "one-dimensional"),
+])  # fmt: skip
+def test_what_the_policy_does_not_compute_is_refused(tmp_path, change, match):
+    with pytest.raises(ValueError, match=match):
+        read_config(write(tmp_path, PUBLISHED | change))
+
+
+def test_folders_without_a_configuration_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="config.json doesn't exist: point model.path to"):
+        read_config(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED)[:100])
+    with pytest.raises(ValueError, match="config.json is not JSON.*download or export it again"):
+        read_config(tmp_path)
