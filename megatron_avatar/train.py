@@ -6,6 +6,10 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megatron_avatar.config import Config
 
 INTERRUPTED = 75  # EX_TEMPFAIL: state is saved, run the same command again
 
@@ -21,6 +25,8 @@ def main(arguments: list[str]) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if config.dry_run:
+        return _plan(config)
     from megatron_avatar.policy.backend import start, stop  # torch and Megatron only once the settings are sound
     from megatron_avatar.training.checkpoint import CheckpointError
     from megatron_avatar.training.learner import LogprobMismatch
@@ -47,6 +53,17 @@ def main(arguments: list[str]) -> int:
     finally:
         stop()
     return 0
+
+
+def _plan(config: Config) -> int:
+    """Print what the run would take; 0 where it fits the cluster, 2 where it doesn't."""
+    from megatron_avatar.training.plan import dry_run
+
+    try:
+        return dry_run(config)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ from typing import Any, get_args, get_origin, get_type_hints
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException, ValidationError
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException, ValidationError
 
 from megatron_avatar.config.schema import Config
 from megatron_avatar.config.validate import validate
@@ -34,6 +34,7 @@ def load_config(overrides: list[str]) -> Config:
     value's expected type or the nearest valid name, and the choices where a recipe or group is unknown.
     """
     ConfigStore.instance().store(name="schema", node=Config)
+    OmegaConf.register_new_resolver("for_shape", _for_shape, replace=True)
     try:
         with initialize_config_dir(str(CONFIG_DIR), version_base=None):
             composed = compose("config", overrides, return_hydra_config=True)
@@ -50,6 +51,14 @@ def load_config(overrides: list[str]) -> Config:
     return config
 
 
+def _for_shape(shape: str, layouts: DictConfig) -> Any:
+    """The entry for model.shape in a table of a parallel/*.yaml."""
+    if shape not in layouts:
+        known = ", ".join(layouts)
+        raise ValueError(f"model.shape='{shape}' is none of parallel=NAME's ({known}): choose one, or parallel=single")
+    return layouts[shape]
+
+
 def save_config(config: Config, path: Path) -> None:
     """Write the resolved configuration as YAML, every key named."""
     path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
@@ -58,7 +67,7 @@ def save_config(config: Config, path: Path) -> None:
 def differing_keys(path: Path, config: Config) -> list[str]:
     """Dotted keys in which a saved configuration and this one compute differently (layout,
     logging and checkpoint frequency don't count)."""
-    ignored = (*_BOOKKEEPING, "parallel")
+    ignored = (*_BOOKKEEPING, "parallel", "cluster", "dry_run")
 
     def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         items: dict[str, Any] = {}
@@ -82,6 +91,8 @@ def _run_name(name: str, overrides: list[str]) -> str:
 
 def _explain(error: BaseException, overrides: list[str]) -> str:
     """A message for the user out of Hydra's and OmegaConf's chained exceptions."""
+    if isinstance(error, InterpolationResolutionError):
+        return str(error).splitlines()[0].rpartition("interpolation: ")[2]
     if isinstance(error, OverrideParseException):
         quoted = """'key="value"'"""
         return f"'{error.override}' is not a key=value. A value with a space or any of =,()[]{{}} needs {quoted}"

@@ -25,7 +25,7 @@ class ModelConfig:
     """Where weights, tokenizer and architecture come from: one Hugging Face folder."""
 
     path: str = ""  # folder with config.json, safetensors, tokenizer
-    shape: str = ""  # the published model that the recipe is for; a dry run needs no folder: config/shapes/SHAPE.json
+    shape: str = ""  # the published model that the recipe is for; a dry run needs no folder: config/shapes/SHAPE
     context: int = 16384  # prompt + completion tokens; a longer prompt is refused
     dtype: str = "float32"  # float32 | bfloat16; bfloat16 keeps float32 main weights in the optimizer
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -51,7 +51,8 @@ class ClusterConfig:
 
     gpus: int = 0  # in all; a dry run needs it
     gpu_memory_gib: float = 80.0
-    gpu: str = "h100"  # a100 | h100: peak rates for the estimated time
+    gpu: str = "h100"  # a100 | h100 | cpu: peak rates for the estimated time
+    calibration: str = "runs/calibration.json"  # what doctor --calibrate measured; used where it is of such a GPU
 
 
 @dataclass

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection
+from pathlib import Path
 
 from megatron_avatar.config.schema import LORA_TARGETS, Config, LoraConfig, StageConfig
 
@@ -22,6 +23,7 @@ KERNELS = ("auto", "torch")
 DECODERS = ("auto", "dali", "pyav")
 RATIO_LEVELS = ("token", "sequence")
 WANDB_MODES = ("auto", "offline", "disabled")
+GPUS = ("a100", "h100", "cpu")
 
 
 def validate(config: Config) -> None:
@@ -52,23 +54,35 @@ def check_world(config: Config, world_size: int) -> int:
             f"{world_size} were started: start {math.ceil(world_size / size) * size} or lower one of the two"
         )
     data_parallel = world_size // size
-    for name, stage in config.stages.items():
-        if stage.prompts_per_step % data_parallel:
-            raise ValueError(
-                f"stages.{name}.prompts_per_step={stage.prompts_per_step} doesn't share out over {data_parallel} "
-                f"data-parallel ranks: make it a multiple of {data_parallel}, or raise parallel.tp or parallel.pp"
-            )
+    prompts = {name: stage.prompts_per_step for name, stage in config.stages.items()}
+    uneven = {name: count for name, count in prompts.items() if count % data_parallel}
+    if uneven:
+        name, count = next(iter(uneven.items()))
+        remedy = " ".join(
+            f"stages.{name}.prompts_per_step={math.ceil(count / data_parallel) * data_parallel}"
+            for name, count in uneven.items()
+        )
+        raise ValueError(
+            f"stages.{name}.prompts_per_step={count} doesn't share out over {data_parallel} data-parallel ranks: write "
+            f"{remedy} (another batch than the recipe's), start {size * math.gcd(data_parallel, *prompts.values())} "
+            "processes, or raise parallel.tp or parallel.pp"
+        )
     return data_parallel
 
 
 def _check_inputs(config: Config) -> None:
-    if not config.model.path:
+    if config.dry_run:
+        _check_plan(config)
+    elif not config.model.path:
         raise ValueError("model.path is empty: write model.path=FOLDER with config.json, weights and tokenizer")
-    if not config.data.manifest:
+    elif not config.data.manifest:
         raise ValueError("data.manifest is empty: write data.manifest=FILE, a JSONL file with one sample a line")
     if not config.output_dir:
         raise ValueError("output_dir is empty: write output_dir=FOLDER, where the run keeps everything that it writes")
     _one_of("model.dtype", config.model.dtype, DTYPES)
+    if config.model.shape:
+        shapes = sorted(path.name for path in (Path(__file__).parent / "shapes").iterdir())
+        _one_of("model.shape", config.model.shape, shapes)
     _one_of("log.wandb", config.log.wandb, WANDB_MODES)
     _at_least("model.context", config.model.context, 2)
     _check_lora(config.model.lora)
@@ -90,6 +104,17 @@ def _check_inputs(config: Config) -> None:
     _at_least("checkpoint.keep", config.checkpoint.keep, 1)
     _at_least("eval.every", config.eval.every, 0)
     _at_least("eval.samples", config.eval.samples, 1)
+
+
+def _check_plan(config: Config) -> None:
+    """What a dry run needs."""
+    cluster = config.cluster
+    if not (config.model.path or config.model.shape):
+        raise ValueError("model.path and model.shape are empty: a dry run plans for one of them, as model.shape=NAME")
+    if cluster.gpus < 1:
+        raise ValueError(f"cluster.gpus={cluster.gpus}: a dry run plans for a number of GPUs, as cluster.gpus=8")
+    _above("cluster.gpu_memory_gib", cluster.gpu_memory_gib, 0)
+    _one_of("cluster.gpu", cluster.gpu, GPUS)
 
 
 def _check_lora(lora: LoraConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict
@@ -97,6 +98,24 @@ def test_grpo_recipes_are_avatar_with_the_ablation():
     assert load(recipe="grpo_3b").rl == grpo.rl and load(recipe="grpo_3b").parallel.tp == 2
 
 
+@pytest.mark.parametrize(
+    ("recipe", "layout", "sizes"),
+    [
+        ("avatar_7b", None, (4, 1)),
+        ("avatar_3b", None, (2, 1)),
+        ("grpo_vl_7b", None, (4, 1)),
+        ("grpo_7b", "a100_40g", (4, 2)),
+        ("grpo_3b", "a100_40g", (4, 1)),
+        ("sft_3b", "h100_80g", (2, 1)),
+        ("avatar_7b", "single", (1, 1)),
+    ],
+)
+def test_a_layout_depends_on_gpu_and_model(recipe, layout, sizes):
+    config = load(*([f"parallel={layout}"] if layout else []), recipe=recipe)
+    assert (config.parallel.tp, config.parallel.pp) == sizes
+    assert load("parallel=a100_40g", "parallel.pp=7", recipe=recipe).parallel.pp == 7
+
+
 def test_overrides_reach_every_depth():
     config = load(
         "rl.shaping.lam=0.1", "stages.visual.steps=7", "+stages.visual.rewards.judge=0.3", "~stages.localisation",
@@ -127,6 +146,8 @@ def test_overrides_reach_every_depth():
         ("rl.shaping=parabolic", "rl.shaping: expected a group of settings (shape, lam), got 'parabolic'"),
         ("stages.first.steps=3", "stages.first: there is no such entry. To add one write +stages.first=..."),
         ("ablation=wo_tass", "there is no such ablation. Choose one of: grpo, grpo_revisits,"),
+        ("parallel=h300_80g", "parallel=h300_80g: there is no such parallel. Choose one of: a100_40g, a100_80g,"),
+        ("model.shape=omni_7b", "model.shape='omni_7b' is none of parallel=NAME's (qwen2_5_omni_7b, "),
         ("~stages.visual.rewards", "stages.visual.rewards can't be removed"),
         ("~stages", "stages is empty"),
         ("rl.n_on", "'rl.n_on' is not a key=value"),
@@ -141,12 +162,13 @@ def test_a_mistake_is_named_with_its_remedy(override, says):
 
 @pytest.mark.parametrize("overrides", [["recipe=avatar_8b"], []])
 def test_an_unknown_or_missing_recipe_lists_the_recipes(overrides):
-    with pytest.raises(ValueError, match="avatar_3b, avatar_7b, grpo_3b, grpo_7b, sft_7b, tiny_avatar"):
+    with pytest.raises(ValueError, match="avatar_3b, avatar_7b, .*grpo_3b, grpo_7b, .*sft_7b, tiny_avatar"):
         load_config(overrides)
 
 
 def test_a_mistake_in_a_recipe_names_its_file(tmp_path, monkeypatch):
     (tmp_path / "recipe").mkdir()
+    shutil.copytree(CONFIG_DIR / "parallel", tmp_path / "parallel")
     (tmp_path / "config.yaml").write_text((CONFIG_DIR / "config.yaml").read_text())
     (tmp_path / "recipe" / "mine.yaml").write_text("# @package _global_\nrl: {n_onn: 3}\n")
     monkeypatch.setattr("megatron_avatar.config.load.CONFIG_DIR", tmp_path)
@@ -171,7 +193,9 @@ def test_what_is_saved_is_the_whole_configuration(tmp_path):
 def test_differing_keys_name_what_is_computed_differently(tmp_path):
     path = tmp_path / "config.yaml"
     save_config(load(), path)
-    same = load("output_dir=elsewhere", "checkpoint.every=3", "log.wandb=offline", "parallel.tp=2")
+    same = load(
+        "output_dir=elsewhere", "checkpoint.every=3", "log.wandb=offline", "parallel=a100_40g", "cluster.gpus=8"
+    )
     assert differing_keys(path, same) == []
     assert differing_keys(path, load("seed=1", "rl.shaping.lam=0.2")) == ["rl.shaping.lam", "seed"]
     assert differing_keys(path, load("stages.visual.steps=1")) == ["stages.visual.steps"]

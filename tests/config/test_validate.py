@@ -101,6 +101,27 @@ def test_grpo_needs_no_off_policy_weight():
     assert load_config([*AVATAR, "ablation=grpo", "rl.alpha=0"]).rl.alpha == 0
 
 
+def test_a_dry_run_needs_a_shape_and_gpus_only():
+    config = load_config(["recipe=avatar_7b", "dry_run=true", "cluster.gpus=8"])
+    assert config.model.path == "" and config.data.manifest == "" and config.model.shape == "qwen2_5_omni_7b"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        ("", "cluster.gpus=0: a dry run plans for a number of GPUs, as cluster.gpus=8"),
+        ("cluster.gpus=8 cluster.gpu_memory_gib=0", "cluster.gpu_memory_gib=0.0 must be above 0"),
+        ("cluster.gpus=8 cluster.gpu=b900", "cluster.gpu: 'b900' is not one of a100, h100, cpu"),
+        ("cluster.gpus=8 model.shape='' parallel=single", "a dry run plans for one of them, as model.shape=NAME"),
+        ("cluster.gpus=8 model.shape=qwen parallel=single", "model.shape: 'qwen' is not one of qwen2_5_omni_3b,"),
+    ],
+)
+def test_a_dry_run_is_refused_with_key_and_remedy(overrides, says):
+    with pytest.raises(ValueError) as error:
+        load_config(["recipe=avatar_7b", "dry_run=true", *overrides.split()])
+    assert says in str(error.value)
+
+
 def test_a_world_that_fits_gives_its_data_parallel_size(tp4):
     assert check_world(tp4, 4) == 1
     wider = replace(tp4, stages={"visual": replace(tp4.stages["visual"], prompts_per_step=6)})
@@ -111,7 +132,8 @@ def test_a_world_that_fits_gives_its_data_parallel_size(tp4):
     ("world", "says"),
     [
         (6, "need a multiple of 4 processes, but 6 were started: start 8"),
-        (8, "stages.visual.prompts_per_step=1 doesn't share out over 2 data-parallel ranks"),
+        (8, "stages.visual.prompts_per_step=1 doesn't share out over 2 data-parallel ranks: write "
+            "stages.visual.prompts_per_step=2 stages.audio_visual.prompts_per_step=2 .*, start 4 processes"),
     ],
 )
 def test_a_world_that_does_not_fit_is_refused(tp4, world, says):

@@ -1,0 +1,15 @@
+#!/bin/bash
+# GRPO, Qwen2.5-Omni-3B, two GPUs of one node. Submit from the repository's root; submit again to continue.
+#   sbatch slurm/grpo_3b.sh model.path=FOLDER data.manifest=FILE [key=value ...]
+#SBATCH --job-name=grpo_3b
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=2
+#SBATCH --gpus-per-node=2
+#SBATCH --cpus-per-task=12
+#SBATCH --time=24:00:00
+#SBATCH --signal=USR1@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=slurm-%x-%j.out
+source "$SLURM_SUBMIT_DIR/slurm/common.sh"
+train recipe=grpo_3b "$@"
