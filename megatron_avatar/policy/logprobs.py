@@ -1,22 +1,22 @@
 """Log-probabilities of sampled tokens under the full softmax, over a vocabulary shared out among ranks.
 
-Logits of V entries a token are the largest tensor of a training step: they are made in chunks of tokens and made
-again in the backward pass, so that the peak is one chunk. The whole vocabulary of all N tokens never exists.
+Logits of V entries a token are the largest tensor of a training step. They are made for a chunk of the vocabulary at
+a time and made again in the backward pass, so that the peak is two chunks, whatever N and V. Every chunk updates a
+running softmax; its rows of the weight's gradient are complete when it is done, and are written once.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from megatron.core.tensor_parallel import (
-    copy_to_tensor_model_parallel_region,
-    reduce_from_tensor_model_parallel_region,
-)
+from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
-CHUNK_LOGITS = 1 << 26  # logits of one chunk on one rank: 256 MiB in float32
+# Logits of one chunk on one rank, in float32: on a CPU they stay in its cache, on a GPU they fill it (256 MiB).
+CHUNK_LOGITS = {"cpu": 1 << 19, "cuda": 1 << 26, "meta": 1 << 26}  # a plan counts what a GPU would hold
 
 
 def completion_logprobs(
@@ -27,57 +27,111 @@ def completion_logprobs(
     temperature: float,
     vocab_size: int,
     group: dist.ProcessGroup | None = None,
-    chunk_logits: int = CHUNK_LOGITS,
+    chunk_logits: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each target and entropy of its distribution, softmax(hidden @ weight.T / temperature).
 
     hidden [N, H], alike on all ranks of the tensor-parallel `group` (its gradient is too); weight [V / tp, H], this
     rank's rows of the output layer, of which those from `vocab_size` on are padding and take no part;
-    target_ids [N] int64. Returns logprobs [N] and entropy [N], float32; entropy carries no gradient.
+    target_ids [N] int64. Returns logprobs [N] and entropy [N], float32; entropy carries no gradient. Beyond results
+    and gradients, either pass takes two chunks of `chunk_logits` float32 logits.
     """
     group = group if group is not None and group.size() > 1 else None
     if group is not None:
         hidden = copy_to_tensor_model_parallel_region(hidden, group)
-    rows = max(1, chunk_logits // len(weight))
-    if len(hidden) <= rows:
-        return _chunk_logprobs(hidden, weight, target_ids, temperature, vocab_size, group)
-    pairs = [
-        checkpoint(
-            _chunk_logprobs, part, weight, ids, temperature, vocab_size, group,
-            use_reentrant=False, preserve_rng_state=False,
-        )
-        for part, ids in zip(hidden.split(rows), target_ids.split(rows), strict=True)
-    ]  # fmt: skip
-    logprobs, entropy = zip(*pairs, strict=True)
-    return torch.cat(logprobs), torch.cat(entropy)
+    chunk_logits = chunk_logits or CHUNK_LOGITS[hidden.device.type]
+    return _CompletionLogprobs.apply(hidden, weight, target_ids, temperature, vocab_size, group, chunk_logits)
 
 
-def _chunk_logprobs(
-    hidden: Tensor,
-    weight: Tensor,
-    target_ids: Tensor,
-    temperature: float,
-    vocab_size: int,
-    group: dist.ProcessGroup | None,
-) -> tuple[Tensor, Tensor]:
-    logits = F.linear(hidden, weight).float() / temperature
-    width = len(weight)
-    first = width * (group.rank() if group is not None else 0)
-    real = min(max(vocab_size - first, 0), width)
-    if real < width:  # finite, so that 0 * logit stays 0; a rank may hold nothing but padding
-        logits = F.pad(logits[:, :real], (0, width - real), value=torch.finfo(torch.float32).min)
-    with torch.no_grad():
-        highest = logits.amax(dim=-1, keepdim=True)
+def linear_float32(hidden: Tensor, weight: Tensor) -> Tensor:
+    """hidden [N, H] @ weight [V, H].T in float32; on a GPU sums of half-precision products are not rounded to it first.
+    """
+    return _matmul_float32(hidden, weight.t())
+
+
+def _matmul_float32(a: Tensor, b: Tensor) -> Tensor:
+    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.mm(a, b).float()
+
+
+class _CompletionLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, hidden: Tensor, weight: Tensor, target_ids: Tensor, temperature: float, vocab_size: int,
+        group: dist.ProcessGroup | None, chunk_logits: int,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        ctx.settings = temperature, vocab_size, group, chunk_logits
+        highest = hidden.new_full((len(hidden),), torch.finfo(torch.float32).min, dtype=torch.float32)
+        # Sums over the vocabulary, with l = logit - highest: of exp(l), of exp(l) * l, and the target's logit.
+        total, weighted, target = highest.new_zeros((3, len(hidden))).unbind()
+        for start, logits in _chunks(hidden, weight, *ctx.settings):
+            owned = (target_ids >= start) & (target_ids < start + logits.shape[1])
+            own = logits.gather(1, (target_ids - start).where(owned, 0)[:, None])[:, 0]
+            target = own.where(owned, target)
+            total, weighted, highest = _rescale(total, weighted, highest, highest.maximum(logits.amax(dim=1)))
+            shifted = logits.sub_(highest[:, None])
+            exp = shifted.exp()
+            total += exp.sum(dim=1)
+            weighted += exp.mul_(shifted).sum(dim=1)
+            del logits, shifted, exp  # before the next chunk is made
         if group is not None:
-            dist.all_reduce(highest, dist.ReduceOp.MAX, group)
-    logits = logits - highest
-    local = target_ids - first
-    owned = (local >= 0) & (local < real)
-    target = logits.gather(1, local.where(owned, 0)[:, None])[:, 0].where(owned, 0.0)
-    exp = logits.exp()
-    sums = torch.stack([exp.sum(-1), target, (exp * logits).detach().sum(-1)])
-    if group is not None:
-        sums = reduce_from_tensor_model_parallel_region(sums, group)
-    total, target, weighted = sums
-    log_total = total.log()
-    return target - log_total, (log_total - weighted / total).detach()
+            everywhere = highest.clone()
+            dist.all_reduce(everywhere, dist.ReduceOp.MAX, group)
+            total, weighted, highest = _rescale(total, weighted, highest, everywhere)
+            sums = torch.stack([total, weighted, target])
+            dist.all_reduce(sums, group=group)
+            total, weighted, target = sums.unbind()
+        log_total = total.log()
+        entropy = log_total - weighted / total
+        ctx.save_for_backward(hidden, weight, target_ids, highest + log_total)
+        ctx.mark_non_differentiable(entropy)
+        return target - highest - log_total, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, target_ids, normaliser = ctx.saved_tensors
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        grad = grad / ctx.settings[0]
+        grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if wants_hidden else None
+        grad_weight = torch.zeros_like(weight) if wants_weight else None  # zeros stay for the padding
+        first = _first_row(weight, ctx.settings[2])
+        for start, logits in _chunks(hidden, weight, *ctx.settings):
+            chunk = slice(start - first, start - first + logits.shape[1])
+            scores = logits.sub_(normaliser[:, None]).exp_().mul_(-grad[:, None])
+            owned = ((target_ids >= start) & (target_ids < start + logits.shape[1])).float()
+            place = (target_ids - start).clamp(0, logits.shape[1] - 1)
+            scores.scatter_add_(1, place[:, None], (owned * grad)[:, None])
+            scores = scores.to(weight.dtype)
+            if grad_hidden is not None:
+                grad_hidden += _matmul_float32(scores, weight[chunk])
+            if grad_weight is not None:
+                torch.mm(scores.t(), hidden, out=grad_weight[chunk])
+            del logits, scores
+        return None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight, *[None] * 5
+
+
+def _chunks(
+    hidden: Tensor, weight: Tensor, temperature: float, vocab_size: int, group: dist.ProcessGroup | None,
+    chunk_logits: int,
+) -> Iterator[tuple[int, Tensor]]:  # fmt: skip
+    """This rank's vocabulary without padding: first token ids, and logits [N, width] over the temperature."""
+    first = _first_row(weight, group)
+    real = min(max(vocab_size - first, 0), len(weight))  # a rank may hold nothing but padding
+    width = max(1, chunk_logits // max(1, len(hidden)))
+    for start in range(0, real, width):
+        logits = linear_float32(hidden, weight[start : min(start + width, real)])
+        yield first + start, logits if temperature == 1 else logits.div_(temperature)
+
+
+def _first_row(weight: Tensor, group: dist.ProcessGroup | None) -> int:
+    """Token id of the weight's first row on this rank."""
+    return 0 if group is None else len(weight) * group.rank()
+
+
+def _rescale(total: Tensor, weighted: Tensor, old: Tensor, new: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The sums relative to another maximum, `new` >= `old`: (total, weighted, new)."""
+    shift = old - new
+    scale = shift.exp()
+    return total * scale, (weighted + total * shift) * scale, new

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.enums import ModelType
@@ -22,10 +21,10 @@ from torch import Tensor
 
 from megatron_avatar.config.schema import ModelConfig, ParallelConfig
 from megatron_avatar.policy.architecture import PolicyConfig, placeholder_ids, read_config, transformer_config
-from megatron_avatar.policy.attention import GroupBatch
 from megatron_avatar.policy.backend import Backend
 from megatron_avatar.policy.fusions import layer_spec
-from megatron_avatar.policy.logprobs import completion_logprobs
+from megatron_avatar.policy.groups import GroupBatch
+from megatron_avatar.policy.logprobs import completion_logprobs, linear_float32
 from megatron_avatar.policy.lora import add_lora
 from megatron_avatar.policy.towers import Towers
 from megatron_avatar.records import Prompt
@@ -153,8 +152,8 @@ class OmniPolicy(MegatronModule):
         return self.language_model.output_layer.weight
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Logits [n, V] over the whole, unpadded vocabulary of hidden states [n, H] on the last stage."""
-        logits = tensor_parallel.gather_from_tensor_model_parallel_region(F.linear(hidden, self.output_weight))
+        """Logits [n, V], float32, over the whole, unpadded vocabulary of hidden states [n, H] on the last stage."""
+        logits = tensor_parallel.gather_from_tensor_model_parallel_region(linear_float32(hidden, self.output_weight))
         return logits[:, : self.vocab_size]
 
     def forward(
