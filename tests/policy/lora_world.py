@@ -1,7 +1,9 @@
-"""Runs on four ranks: the same adapters trained in every layout, and one layout's checkpoint loaded in the others.
+"""Runs on four ranks: the same adapters trained in every layout, one layout's checkpoint loaded in the others, and
+round trips of the full Omni class in bfloat16.
 
-Usage (through tiny.launch): lora_world.py FOLDER. FOLDER/hf holds the model. Writes FOLDER/results.json, and each
-layout's adapters as PEFT folders FOLDER/LAYOUT.start and FOLDER/LAYOUT.end.
+Usage (through tiny.launch): lora_world.py FOLDER. FOLDER/hf holds the Thinker, FOLDER/omni the full class. Writes
+FOLDER/results.json, each layout's adapters as PEFT folders FOLDER/LAYOUT.start and FOLDER/LAYOUT.end, its merged
+weights FOLDER/LAYOUT.merged, and FOLDER/LAYOUT.omni.
 """
 
 import json
@@ -30,6 +32,10 @@ LAYOUTS = {
     "tp2-pp2-sp": ParallelConfig(tp=2, pp=2, sequence_parallel=True),
     "tp4-sp": ParallelConfig(tp=4, sequence_parallel=True),
     "tp4": ParallelConfig(tp=4),
+}
+ROUND_TRIPS = {
+    "uneven": ParallelConfig(tp=2, pp=2, first_stage_layers=1),
+    "tp4-sp": LAYOUTS["tp4-sp"],
 }
 STEPS, SAVED = 4, 2
 KINDS = ("audio_in_video", "text")
@@ -93,6 +99,12 @@ def main() -> None:
         trainer = Trainer(folder, LAYOUTS[name])
         trainer.load(saved)
         results[name]["continued"] = [trainer.step() for _ in range(SAVED, STEPS)]
+        backends.stop()
+    for name, parallel in ROUND_TRIPS.items():
+        backend = backends.start(parallel)
+        policy = build_policy(folder / "omni", backend, ModelConfig(dtype="bfloat16"), parallel)
+        load_hf(policy, folder / "omni")
+        export_hf(policy, folder / f"{name}.omni", folder / "omni")
         backends.stop()
     if os.environ["RANK"] == "0":
         (folder / "results.json").write_text(json.dumps(results))
