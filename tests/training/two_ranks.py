@@ -17,7 +17,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_avatar.config.schema import ModelConfig, OptimConfig, ParallelConfig
 from megatron_avatar.policy import backend as backends
-from megatron_avatar.policy.attention import pack_groups
+from megatron_avatar.policy.groups import pack_groups
 from megatron_avatar.policy.model import build_policy
 from megatron_avatar.policy.weights import load_hf
 from megatron_avatar.training import checkpoint
@@ -31,7 +31,7 @@ class OmniTrainer(Trainer):
     """The real policy with its encoders in training, on one prompt with video and sound."""
 
     def __init__(self, layout: ParallelConfig, folder: Path, *, blank: bool = False) -> None:
-        self.backend = backends.start(layout)
+        self.backend, self.parallel = backends.start(layout), layout
         self.policy = build_policy(folder / "hf", self.backend, ModelConfig(), layout)
         self.policy.set_train_towers(True)
         load_hf(self.policy, folder / "hf")
@@ -41,7 +41,7 @@ class OmniTrainer(Trainer):
                     parameter.fill_(0.5)
         self.reference = {n: p.detach().clone() for n, p in self.policy.named_parameters() if p.requires_grad}
         self.optimization = build_optimizer(
-            self.policy, OptimConfig(), lr=1e-3, total_steps=20
+            self.policy, OptimConfig(), lr=1e-3, total_steps=20, parallel=layout
         )
         self.prompt = tiny_prompts(self.policy.hf_config)["audio_in_video"]
 
@@ -122,9 +122,23 @@ def main(folder: Path) -> None:
         norms += trainer.train(3, 4)
         backends.stop()
 
+    repeated = []
+    for layout in (ParallelConfig(distributed_optimizer=True), ParallelConfig(pp=2, distributed_optimizer=True)):
+        trainer = OmniTrainer(layout, folder, blank=True)
+        trainer.load(path)
+        norms += trainer.train(3, 4)
+        shared = trainer.save(folder, 10 + layout.pp, keep=9)
+        further = trainer.train(4, 6)
+        backends.stop()
+        trainer = OmniTrainer(layout, folder, blank=True)
+        trainer.load(shared)
+        repeated.append(trainer.train(4, 6) == further)
+        backends.stop()
+
     results = {
         "tensors": sorted(expected), "equal": equal, "norms": norms, "negative_control": still_equal,
         "fell_back_to": fell_back_to.name, "stop": agreed,
+        "repeated": repeated,
     }
     (folder / f"rank_{os.environ['RANK']}.json").write_text(json.dumps(results))
 

@@ -1,0 +1,99 @@
+"""Runs on four ranks: the same steps on the same groups in many layouts. Usage: layouts_world.py FOLDER CASES.
+
+FOLDER holds the models, CASES is JSON: name -> a list of legs. A leg trains `steps` in a layout from the checkpoint
+that the leg before it left. Writes FOLDER/curves.json: name -> [[loss, gradient norm], …].
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from megatron_avatar.config.schema import ModelConfig, OptimConfig, ParallelConfig, RLConfig
+from megatron_avatar.policy import backend as backends
+from megatron_avatar.policy.model import build_policy
+from megatron_avatar.policy.weights import load_hf
+from megatron_avatar.records import Completion, Group, Trajectory
+from megatron_avatar.training import checkpoint
+from megatron_avatar.training.learner import Learner
+from megatron_avatar.training.optim import build_optimizer
+from tests.policy.tiny import TEXT, tiny_prompts
+
+STEPS = 20
+LENGTHS = {"audio_in_video": (3, 7, 5), "text": (6, 2), "video": (4, 4), "audio": (8, 1, 2)}
+
+
+def groups_of(policy) -> list[Group]:
+    """A group of each kind of prompt, fresh and replayed completions mixed; the same on every rank."""
+    rng = np.random.default_rng(0)
+    groups = []
+    for kind, prompt in tiny_prompts(policy.hf_config).items():
+        completions = [Completion(rng.integers(0, TEXT, n), np.zeros(n, np.float32), True) for n in LENGTHS[kind]]
+        rows = [Trajectory(kind, "plain", c, 0.5, {}, 0.0, "", "", 0, 0) for c in completions]
+        advantages = rng.standard_normal(len(rows)).astype(np.float32)
+        groups.append(Group(prompt, rows, advantages, rng.random(len(rows)) < 0.6))
+    return groups
+
+
+def run_leg(folder: Path, leg: dict, case: str, start: int, last: bool) -> list[list[float]]:
+    """Loss and gradient norm of the steps from `start` on."""
+    parallel = ParallelConfig(**leg["parallel"])
+    model = ModelConfig(dtype=leg["dtype"])
+    source, towers = folder / leg["model"], leg["train_towers"]
+    backend = backends.start(parallel)
+    policy = build_policy(source, backend, model, parallel)
+    load_hf(policy, source)
+    policy.set_train_towers(towers)
+    optim = OptimConfig(schedule="cosine", warmup_fraction=0.2, weight_decay=0.1)
+    optimization = build_optimizer(policy, optim, lr=2e-3, total_steps=STEPS, parallel=parallel)
+    learner = Learner(policy, optimization, backend, RLConfig(tokens_per_micro_batch=160), train_towers=towers)
+    learner.snapshot_reference()
+
+    everything = groups_of(policy)
+    mine = everything[backend.dp_rank :: backend.dp]
+    media = policy.embed_media([g.prompt for g in mine])
+    # What was sampled: the policy as it began, off by a fixed noise for replayed completions.
+    began = learner.reference_logprobs(mine, media)
+    for group, scores in zip(mine, began, strict=True):
+        noise = np.random.default_rng(len(group.prompt))
+        for trajectory, on, row in zip(group.trajectories, group.on_policy, scores, strict=True):
+            trajectory.completion.logprobs[:] = row + (0 if on else 0.3 * noise.standard_normal(len(row)))
+    if start:
+        checkpoint.load(
+            folder / case / "checkpoints" / f"step_{start:08d}", policy=policy, optimization=optimization,
+            reference=learner.reference, backend=backend,
+        )
+    n_on = sum(int(g.on_policy.sum()) for g in everything)
+    n_off = sum(len(g.trajectories) for g in everything) - n_on
+    curve = []
+    for _ in range(leg["steps"]):
+        stats = learner.update(mine, media, began, n_on=n_on, n_off=n_off, check_logprobs=False)
+        assert not stats["skipped"]
+        curve.append([float(stats["loss"]), stats["grad_norm"]])
+    if not last:
+        checkpoint.save(
+            folder / case, start + leg["steps"], policy=policy, optimization=optimization, reference=learner.reference,
+            state={}, backend=backend, keep=1,
+        )
+    backends.stop()
+    return curve
+
+
+def main(folder: Path, cases: dict[str, list[dict]]) -> None:
+    torch.manual_seed(0)
+    curves = {}
+    for case, legs in cases.items():
+        curves[case] = []
+        for leg in legs:
+            curves[case] += run_leg(folder, leg, case, len(curves[case]), leg is legs[-1])
+        if os.environ["RANK"] == "0":
+            (folder / "curves.json").write_text(json.dumps(curves))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), json.loads(sys.argv[2]))

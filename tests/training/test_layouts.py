@@ -1,0 +1,86 @@
+"""Every layout trains alike: the same losses over 20 steps, in float32, also across checkpoints between layouts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.policy.tiny import launch, tiny_config, tiny_thinker
+from tests.training.layouts_world import STEPS
+
+TOLERANCE = 1e-4
+SHARED = dict(distributed_optimizer=True)
+
+
+def leg(steps: int = STEPS, *, model: str = "untied", train_towers: bool = False, dtype: str = "float32", **parallel):
+    return dict(steps=steps, model=model, train_towers=train_towers, dtype=dtype, parallel=parallel)
+
+
+def tied(steps: int = STEPS, **parallel):
+    return leg(steps, model="tied", train_towers=True, **parallel)
+
+
+# Four ranks: what tp and pp leave over is data parallel. The models have 4 layers and 2 key-value heads.
+FROZEN = {
+    "plain": [leg()],
+    "distributed": [leg(**SHARED)],
+    "tp2": [leg(tp=2)],
+    "pp2 uneven, distributed, selective": [leg(pp=2, first_stage_layers=1, recompute="selective", **SHARED)],
+    "pp2 uneven, full": [leg(pp=2, first_stage_layers=3, recompute="full")],
+    "tp2 pp2 sequence": [leg(tp=2, pp=2, sequence_parallel=True)],
+    "tp4": [leg(tp=4)],
+    "tp4 sequence, full, distributed": [leg(tp=4, sequence_parallel=True, recompute="full", **SHARED)],
+    "pp4 selective": [leg(pp=4, recompute="selective")],
+}
+TRAINED = {  # tied embeddings, encoders in training
+    "plain": [tied()],
+    "pp2 uneven, distributed": [tied(pp=2, first_stage_layers=1, **SHARED)],
+    "tp2 pp2 sequence, full, distributed": [tied(tp=2, pp=2, sequence_parallel=True, recompute="full", **SHARED)],
+    "resharded": [
+        tied(4, tp=2, sequence_parallel=True, **SHARED),
+        tied(4, pp=2, first_stage_layers=3, **SHARED),
+        tied(4, tp=4),
+        tied(4, **SHARED),
+        tied(4, tp=2, pp=2),
+    ],
+}
+HALF = {  # bfloat16 with float32 main weights, bit for bit
+    "whole": [leg(8, dtype="bfloat16", tp=2, **SHARED)],
+    "continued": [leg(5, dtype="bfloat16", tp=2, **SHARED), leg(3, dtype="bfloat16", tp=2, **SHARED)],
+}
+
+
+@pytest.fixture(scope="module")
+def curves(tmp_path_factory) -> dict[str, list[list[float]]]:
+    """Loss and gradient norm of every step of every case, all from one launch."""
+    folder = tmp_path_factory.mktemp("layouts")
+    for name in ("untied", "tied"):
+        tiny_thinker(tiny_config(layers=4, tied=name == "tied")).save_pretrained(folder / name)
+    groups = {"frozen": FROZEN, "trained": TRAINED, "bfloat16": HALF}
+    cases = {f"{group}/{name}": legs for group, cases in groups.items() for name, legs in cases.items()}
+    launch(Path(__file__).with_name("layouts_world.py"), 4, folder, json.dumps(cases), timeout=800)
+    return json.loads((folder / "curves.json").read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("group", ["frozen", "trained"])
+def test_layouts_give_the_same_losses(curves, group):
+    plain = curves[f"{group}/plain"]
+    assert len(plain) == STEPS and max(norm for _, norm in plain) > 1 > min(norm for _, norm in plain)  # clipped or not
+    assert abs(plain[0][0] - plain[-1][0]) > 0.1, "the losses have to move, or equal ones say little"
+    worst = {
+        name: max(abs(ours[0] - theirs[0]) for ours, theirs in zip(curve, plain, strict=True))
+        for name, curve in curves.items()
+        if name.startswith(group)
+    }
+    print(worst)  # shown by pytest -s
+    assert {name: error for name, error in worst.items() if error > TOLERANCE} == {}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_bfloat16_continues_bit_for_bit(curves):
+    assert curves["bfloat16/whole"] == curves["bfloat16/continued"]
