@@ -259,10 +259,12 @@ def attend_part(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, 
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, 0.0, False, attn_mask=mask, scale=scale
         )
-    scores = query.float() @ key.float().transpose(-1, -2) * scale
+    scores = (query.float() * scale) @ key.float().mT
     scores = scores if mask is None else scores + mask
-    lse = scores.logsumexp(-1)
-    return (scores - lse[..., None]).exp() @ value.float(), lse
+    largest = scores.amax(-1, keepdim=True)
+    weights = (scores - largest).exp_()
+    total = weights.sum(-1, keepdim=True)
+    return (weights @ value.float()) / total, (largest + total.log())[..., 0]
 
 
 def _round_up(count: int, steps: int) -> int:
