@@ -55,7 +55,8 @@ def run_leg(folder: Path, leg: dict, case: str, start: int, last: bool) -> list[
     learner.snapshot_reference()
 
     everything = groups_of(policy)
-    mine = everything[backend.dp_rank :: backend.dp]
+    owners = leg.get("owners") or [k % backend.dp for k in range(len(everything))]
+    mine = [group for group, owner in zip(everything, owners, strict=True) if owner == backend.dp_rank]
     media = policy.embed_media([g.prompt for g in mine])
     # What was sampled: the policy as it began, off by a fixed noise for replayed completions.
     began = learner.reference_logprobs(mine, media)

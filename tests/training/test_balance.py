@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
+from pathlib import Path
 
+import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_avatar.policy.groups import plan_micro_batches
+from megatron_avatar.policy.groups import pack_groups, plan_micro_batches
+from megatron_avatar.records import Prompt
 from megatron_avatar.training.balance import deal, even_out, imbalance, loads_of, packed_tokens
 from megatron_avatar.training.rollout import Visit, share_visits
+from tests.policy.tiny import KINDS, launch, tiny_config, tiny_thinker
+from tests.training.layouts_world import run_leg
 
 costs = st.lists(st.integers(0, 5000), max_size=40)
 loads = st.lists(st.integers(0, 9000), min_size=1, max_size=8)
@@ -72,10 +78,21 @@ def test_a_pipeline_gets_equal_micro_batches():
 
 
 def test_packed_tokens_are_those_of_the_packed_row():
-    import numpy as np
-
-    from megatron_avatar.policy.groups import pack_groups
-    from megatron_avatar.records import Prompt
-
     prompt = Prompt("a", "plain", np.arange(7), np.zeros((3, 7), np.int64))
     assert len(pack_groups([prompt], [[np.arange(3), np.arange(5)]])) == packed_tokens(7, [3, 5])
+
+
+def test_whoever_has_the_media_the_step_is_the_same(tmp_path: Path):
+    """Two ranks, encoders in training: text on one and media on the other, everything on one, and a pipeline."""
+    assert KINDS == ("audio_in_video", "video", "audio", "text")
+    shares = {"in turn": None, "media | text": [0, 0, 0, 1], "text | media": [1, 1, 1, 0], "all | nothing": [0] * 4}
+    plain = {"steps": 2, "model": "hf", "train_towers": True, "dtype": "float32", "parallel": {}}
+    cases = {name: [{**plain, "owners": owners}] for name, owners in shares.items()}
+    cases["pipeline"] = [{**plain, "parallel": {"pp": 2}}]
+    tiny_thinker(tiny_config(layers=2)).save_pretrained(tmp_path / "hf")
+    alone = run_leg(tmp_path, plain, "alone", 0, True)
+    launch(Path(__file__).with_name("layouts_world.py"), 2, tmp_path, json.dumps(cases), timeout=250)
+    curves = json.loads((tmp_path / "curves.json").read_text())
+    assert alone[0][0] != alone[1][0] and curves.keys() == cases.keys()
+    for curve in curves.values():  # the second step's loss knows of the first one's gradient
+        np.testing.assert_allclose(curve, alone, rtol=2e-4)
