@@ -7,24 +7,34 @@ import math
 import pytest
 import torch
 
-from megatron_avatar.config.schema import OptimConfig
+from megatron_avatar.config.schema import OptimConfig, ParallelConfig
+from megatron_avatar.policy import fusions
+from megatron_avatar.training import optim as optim_module
 from megatron_avatar.training.optim import build_optimizer
 from tests.training.gpt import batch, build_gpt, train_step
+from tests.training.test_checkpoint import Trainer
+
+PLAIN, SHARED = ParallelConfig(), ParallelConfig(distributed_optimizer=True)
 
 
-def optimize(policy, backend, optim=None, *, lr=1e-2, total_steps=5):
+def optimize(policy, backend, optim=None, *, lr=1e-2, total_steps=5, parallel=PLAIN):
     optim = optim or OptimConfig()
-    return build_optimizer(policy, optim, lr=lr, total_steps=total_steps)
+    return build_optimizer(policy, optim, lr=lr, total_steps=total_steps, parallel=parallel)
 
 
 def weights(policy) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().clone() for name, parameter in policy.named_parameters()}
 
 
-def test_five_steps_equal_torch_adamw(backend):
+@pytest.fixture(params=[PLAIN, SHARED], ids=["plain", "distributed"])
+def parallel(request) -> ParallelConfig:
+    return request.param
+
+
+def test_five_steps_equal_torch_adamw(backend, parallel):
     optim = OptimConfig(weight_decay=0.1, clip_grad=1.0, warmup_fraction=0.4, schedule="cosine", min_lr=1e-3)
     ours, plain = build_gpt(backend), build_gpt(backend)
-    optimization = optimize(ours, backend, optim)
+    optimization = optimize(ours, backend, optim, parallel=parallel)
     matrices = [p for p in plain.parameters() if p.dim() > 1]
     vectors = [p for p in plain.parameters() if p.dim() == 1]
     adamw = torch.optim.AdamW(
@@ -65,10 +75,11 @@ def test_schedule_warms_up_and_never_wastes_an_update(backend, schedule):
     assert rates[2:] == pytest.approx(rest)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_non_finite_gradient_skips_the_update(backend, bad):
-    policy = build_gpt(backend)
-    optimization = optimize(policy, OptimConfig(warmup_fraction=0.0))
+def test_non_finite_gradient_skips_the_update(backend, bad, dtype, parallel):
+    policy = build_gpt(backend, dtype=dtype)
+    optimization = optimize(policy, backend, OptimConfig(warmup_fraction=0.0), parallel=parallel)
     train_step(optimization, 0)
     before = weights(policy)
     optimization.zero_grad()
@@ -83,24 +94,106 @@ def test_non_finite_gradient_skips_the_update(backend, bad):
     assert not torch.equal(next(policy.parameters()), before["embedding.word_embeddings.weight"])
 
 
-def test_frozen_parameters_stay_and_a_new_stage_starts_afresh(backend):
+def test_frozen_parameters_stay_and_a_new_stage_starts_afresh(backend, parallel):
     policy, twin = build_gpt(backend), build_gpt(backend)
     frozen = policy.decoder.layers[0].mlp.linear_fc1.weight
     frozen.requires_grad_(False)
     before = frozen.detach().clone()
-    optimization = optimize(policy, backend)
+    optimization = optimize(policy, backend, parallel=parallel)
     for step in range(2):
         train_step(optimization, step)
     assert torch.equal(frozen, before) and not hasattr(frozen, "main_grad")
     optimization.close()
     frozen.requires_grad_(True)
     assert not any(hasattr(p, "main_grad") for p in policy.parameters())
+    # Every weight stands alone again: one that a later stage freezes must not keep the others' buffer.
+    assert all(p.untyped_storage().nbytes() == p.nbytes for p in policy.parameters())
     twin.load_state_dict(policy.state_dict())
-    second, fresh = optimize(policy, backend), optimize(twin, backend)
+    second, fresh = (optimize(model, backend, parallel=parallel) for model in (policy, twin))
     for step in range(2, 4):
         assert train_step(second, step) == train_step(fresh, step)
     assert all(torch.equal(value, weights(twin)[name]) for name, value in weights(policy).items())
     assert not torch.equal(frozen, before)
+
+
+def test_bfloat16_keeps_float32_weights_and_gradients(backend, parallel):
+    """Updates smaller than bfloat16 can hold add up in the main weights, gradients in float32."""
+    policy = build_gpt(backend, dtype=torch.bfloat16)
+    weight = policy.decoder.layers[0].mlp.linear_fc1.weight
+    with torch.no_grad():
+        weight.fill_(1.0)
+    optim = OptimConfig(warmup_fraction=0.0, schedule="constant")
+    optimization = optimize(policy, backend, optim, lr=1e-3, parallel=parallel)
+    assert weight.main_grad.dtype == weight.main_param.dtype == torch.float32
+    for seen in (1.0, 0.99609375, 0.99609375):  # bfloat16's next number below 1; three steps of 0.001 reach 0.997
+        optimization.zero_grad()
+        (weight.float().sum()).backward()  # through the wrapper's hook
+        ((2**-12 * weight.float()).sum()).backward()
+        assert float(weight.main_grad[0, 0]) == 1 + 2**-12
+        optimization.step()
+        assert float(weight.detach().max()) == seen
+    assert float(weight.main_param.max()) == pytest.approx(0.997, abs=1e-6)
+
+
+class FusedAdam(torch.optim.Optimizer):
+    """Transformer Engine's and Apex's interface: moments made by Megatron-Core, one count of steps a group."""
+
+    def __init__(self, params, lr, weight_decay, betas, eps, adam_w_mode):
+        assert adam_w_mode
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, betas=betas, eps=eps))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            step = group["step"] = group.get("step", 0) + 1
+            (beta1, beta2), rate = group["betas"], group["lr"]
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                mean, square = state["exp_avg"], state["exp_avg_sq"]
+                mean.lerp_(parameter.grad, 1 - beta1)
+                square.lerp_(parameter.grad**2, 1 - beta2)
+                parameter.mul_(1 - rate * group["weight_decay"])
+                scale = (square / (1 - beta2**step)).sqrt() + group["eps"]
+                parameter.sub_(rate * mean / (1 - beta1**step) / scale)
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    """Megatron-Core as it would be where Apex is installed, on a GPU."""
+    from megatron.core import optimizer
+    from megatron.core.optimizer import distrib_optimizer
+
+    for module in (optimizer, distrib_optimizer):
+        monkeypatch.setattr(module, "Adam", FusedAdam)
+    names = ("USING_PYTORCH_OPTIMIZER", "HAVE_APEX_OR_TE", "USING_TE_OPTIMIZER", "USING_APEX_OPTIMIZER")
+    apex = dict(zip(names, (False, True, False, True), strict=True))
+    flags = [(module, name, apex[name], of_torch) for module, name, _, of_torch in fusions.ADAM_FLAGS]
+    monkeypatch.setattr(fusions, "ADAM_FLAGS", flags)
+    for module, name, found, _ in flags:
+        monkeypatch.setattr(module, name, found)
+    chosen = {"auto": fusions.Fusions(adam="apex"), "torch": fusions.Fusions()}
+    monkeypatch.setattr(optim_module, "choose_fusions", lambda kernels, on_cpu: chosen[kernels])
+
+
+@pytest.mark.parametrize("distributed", [False, True])
+def test_a_fused_adam_gives_the_same_updates_and_its_checkpoints_fit(backend, tmp_path, fused, distributed):
+    one, two, three = (
+        Trainer(backend, seed=seed, parallel=ParallelConfig(kernels=kernels, distributed_optimizer=distributed))
+        for seed, kernels in enumerate(("auto", "torch", "auto"))
+    )
+    assert isinstance(one.optimization._optimizer.optimizer, FusedAdam)
+    assert type(two.optimization._optimizer.optimizer) is torch.optim.AdamW
+    fusions.pin_adam(fusions.Fusions(adam="apex"))
+    one.train(0, 3)
+    path = one.save(tmp_path, 3)
+    norms = one.train(3, 6)
+    three.train(7, 8)
+    three.load(path)
+    assert three.train(3, 6) == norms
+    fusions.pin_adam(fusions.Fusions())
+    two.train(7, 8)
+    two.load(path)
+    assert two.train(3, 6) == pytest.approx(norms, rel=1e-4)
 
 
 @pytest.mark.parametrize(
