@@ -49,10 +49,9 @@ class Slot:
             part = F.pad(part, (0, 0) * (part.dim() - 1) + (0, size - len(part)))
         return part
 
-    def join(self, shares: list[Tensor]) -> Iterator[Tensor]:
-        """The full Hugging Face tensors of the parts of all tensor-parallel ranks."""
+    def join(self, full: Tensor) -> Iterator[Tensor]:
+        """The Hugging Face tensors of the whole parameter, the parts of all tensor-parallel ranks put together."""
         rows = [shape[0] for shape in self.shapes.values()]
-        full = shares[0] if self.dim is None or len(shares) == 1 else torch.cat(shares, self.dim)
         parts = full[: sum(rows)].unflatten(0, (self.blocks, -1)).split([n // self.blocks for n in rows], dim=1)
         return (part.flatten(0, 1).contiguous() for part in parts)
 

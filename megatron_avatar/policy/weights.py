@@ -203,12 +203,10 @@ def _gather(
         if stage == backend.pp_rank:
             for slot in slots:
                 own = value(slot).to(dtype)
-                shares = [own]
                 if slot.dim is not None and backend.tp > 1:
-                    shares = [torch.empty_like(own) for _ in range(backend.tp)]
-                    dist.all_gather(shares, own.contiguous(), tp_group)
+                    own = _collect(own, slot.dim, tp_group)
                 if backend.tp_rank == 0:
-                    for name, tensor in zip(slot.shapes, slot.join(shares), strict=True):
+                    for name, tensor in zip(slot.shapes, slot.join(own), strict=True):
                         if stage == 0:
                             yield name, tensor.cpu()
                         else:
@@ -219,6 +217,27 @@ def _gather(
                 received = torch.empty(shape, dtype=dtype, device=backend.device)
                 dist.recv(received, source, pp_group)
                 yield name, received.cpu()
+
+
+def _collect(own: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
+    """The ranks' parts put together along `dim` on the group's first; the others send theirs and keep it."""
+    first, *others = dist.get_process_group_ranks(group)
+    if group.rank():
+        dist.send(own.contiguous(), first, group)
+        return own
+    shape = list(own.shape)
+    shape[dim] *= group.size()
+    full = own.new_empty(shape)
+    for rank, part in zip((first, *others), full.chunk(group.size(), dim), strict=True):
+        if rank == first:
+            part.copy_(own)
+        elif part.is_contiguous():
+            dist.recv(part, rank, group)
+        else:
+            received = torch.empty_like(own, memory_format=torch.contiguous_format)
+            dist.recv(received, rank, group)
+            part.copy_(received)
+    return full
 
 
 def _write_model(

@@ -27,11 +27,9 @@ LORA = LoraConfig(rank=3, alpha=10.0, targets=["q_proj", "v_proj", "o_proj", "ga
 LAYOUTS = {
     "tp1": ParallelConfig(),
     "tp2-distributed": ParallelConfig(tp=2, distributed_optimizer=True),
-    "tp2-sp": ParallelConfig(tp=2, sequence_parallel=True),
     "pp2-recompute": ParallelConfig(pp=2, recompute="full"),
     "tp2-pp2-sp": ParallelConfig(tp=2, pp=2, sequence_parallel=True),
     "tp4-sp": ParallelConfig(tp=4, sequence_parallel=True),
-    "tp4": ParallelConfig(tp=4),
 }
 ROUND_TRIPS = {
     "uneven": ParallelConfig(tp=2, pp=2, first_stage_layers=1),
@@ -88,14 +86,14 @@ def main() -> None:
         export_adapters(trainer.policy, folder / f"{name}.start", folder / "hf", LORA)
         curve = []
         for step in range(STEPS):
-            if name == "tp2-sp" and step == SAVED:
+            if name == "tp2-pp2-sp" and step == SAVED:
                 saved = trainer.save(folder)
             curve.append(trainer.step())
         export_adapters(trainer.policy, folder / f"{name}.end", folder / "hf", LORA)
         export_hf(trainer.policy, folder / f"{name}.merged", folder / "hf")
         results[name] = {"curve": curve}
         backends.stop()
-    for name in ("tp1", "tp2-pp2-sp", "tp4"):  # resharded
+    for name in ("tp1", "tp4-sp"):  # resharded
         trainer = Trainer(folder, LAYOUTS[name])
         trainer.load(saved)
         results[name]["continued"] = [trainer.step() for _ in range(SAVED, STEPS)]

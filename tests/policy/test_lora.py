@@ -165,14 +165,14 @@ def test_gradients_are_peft_s(folder, backend, recompute):
     slots = [slot for adapter in lora_adapters(policy) for slot in (adapter.a_slot, adapter.b_slot)]
     with torch.no_grad():
         for slot in slots:
-            for name, value in zip(slot.shapes, slot.join([slot.parameter]), strict=True):
+            for name, value in zip(slot.shapes, slot.join(slot.parameter), strict=True):
                 theirs[name].copy_(value)
     logits = thinker_logits(model.base_model.model, prompt, completion)[len(prompt) - 1 : -1]
     logits.log_softmax(-1)[range(len(completion)), completion].sum().backward()
     ours = {
         name: value
         for slot in slots
-        for name, value in zip(slot.shapes, slot.join([slot.parameter.grad]), strict=True)
+        for name, value in zip(slot.shapes, slot.join(slot.parameter.grad), strict=True)
     }
     assert ours.keys() == theirs.keys() and len(ours) == 2 * 7 * 2
     for name, value in ours.items():
@@ -251,6 +251,7 @@ def world(tmp_path_factory):
     return folder, json.loads((folder / "results.json").read_text())
 
 
+@pytest.mark.slow
 def test_every_layout_trains_the_same_adapters(world):
     """Losses, gradient norms and exported adapters over four updates, and a checkpoint loaded on other layouts."""
     folder, results = world
@@ -266,9 +267,10 @@ def test_every_layout_trains_the_same_adapters(world):
             assert ours.keys() == first.keys()
             for name, value in ours.items():
                 torch.testing.assert_close(value, first[name], atol=tolerance, rtol=0)
-    assert {layout for layout, found in results.items() if "continued" in found} == {"tp1", "tp2-pp2-sp", "tp4"}
+    assert {layout for layout, found in results.items() if "continued" in found} == {"tp1", "tp4-sp"}
 
 
+@pytest.mark.slow
 def test_full_class_in_bfloat16_round_trips_in_every_layout(world):
     """Uneven pipeline stages, more tensor ranks than key-value heads: every file's every tensor bit for bit."""
     folder, _ = world
