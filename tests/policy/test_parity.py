@@ -144,7 +144,7 @@ def test_one_rank_equals_transformers_and_mistakes_show(folder, backend, name):
     with torch.no_grad():
         for slot in policy_slots(policy):
             if any(".k_proj.weight" in tensor and "model.layers" in tensor for tensor in slot.shapes):
-                query, key, value = slot.join([slot.parameter])
+                query, key, value = slot.join(slot.parameter)
                 slot.parameter.copy_(slot.take([query, value, key], 1, 0))
     mistakes["swapped k and v"] = logits_error(policy, prompt, reference)
     assert {name: error for name, error in mistakes.items() if error < 100 * TOLERANCE} == {}
