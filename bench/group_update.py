@@ -287,10 +287,7 @@ def main() -> None:
         "token_bound_replay": token_bound(PROMPT, 2), "largest_difference": difference,
     }  # fmt: skip
     if not arguments.no_sweep:
-        points = {
-            n: main_point if n == PROMPT else measure(contest, n, max(1, 1024 // n), warmup=int(n < 2048))
-            for n in SWEEP
-        }
+        points = {n: main_point if n == PROMPT else measure(contest, n, rounds=3, warmup=int(n < 2048)) for n in SWEEP}
         result["sweep"] = points
         plot(points, Path(__file__).parent / "results" / "group_update")
     backends.stop()

@@ -31,9 +31,6 @@ from torch.autograd.function import once_differentiable
 
 from megatron_avatar.policy.cache import KeyValueCache
 from megatron_avatar.policy.flash import Kernel, Lengths, kernel_for, to_device
-from megatron_avatar.policy.groups import GroupBatch, pack_groups, plan_micro_batches
-
-__all__ = ["GroupBatch", "GroupCoreAttention", "group_attention", "pack_groups", "plan_micro_batches"]
 
 
 class Layout(NamedTuple):
