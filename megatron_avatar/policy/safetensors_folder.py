@@ -131,19 +131,21 @@ class SafetensorsWriter:
         _write_at(descriptor, tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data, offset)
 
     def finish(self) -> None:
-        """Flush the files to the disk and, where there are several, write their index."""
+        """Flush the files to the disk."""
         assert not self._places, f"never written: {', '.join(self._places)}"
         for descriptor in self._files.values():
             os.fsync(descriptor)
-        if set(self._files) != {WHOLE}:
-            total = sum(entry.nbytes for entry in self.entries.values())
-            weight_map = {name: entry.file for name, entry in sorted(self.entries.items())}
-            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            (self._folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
     def close(self) -> None:
         for descriptor in self._files.values():
             os.close(descriptor)
+
+
+def write_index(folder: Path, entries: dict[str, Entry]) -> None:
+    """Say which file of the folder holds which tensor."""
+    weight_map = {name: entry.file for name, entry in sorted(entries.items())}
+    index = {"metadata": {"total_size": sum(entry.nbytes for entry in entries.values())}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_at(descriptor: int, content: bytes | memoryview, offset: int) -> None:

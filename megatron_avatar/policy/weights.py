@@ -22,7 +22,14 @@ from megatron_avatar.config.schema import LoraConfig
 from megatron_avatar.policy.architecture import read_model_type
 from megatron_avatar.policy.lora import lora_adapters
 from megatron_avatar.policy.model import OmniPolicy
-from megatron_avatar.policy.safetensors_folder import Entry, SafetensorsFolder, SafetensorsWriter, Shape
+from megatron_avatar.policy.safetensors_folder import (
+    WHOLE,
+    Entry,
+    SafetensorsFolder,
+    SafetensorsWriter,
+    Shape,
+    write_index,
+)
 from megatron_avatar.policy.slots import Slot, policy_slots
 
 # Weights in other formats would be those from before the training; the talker's voices are no weights.
@@ -254,6 +261,8 @@ def _write_model(
     entries = {name: entry for name, entry in entries.items() if name in ours or not belongs(name)}
     others = ((name, source[name]) for name in entries if name not in ours)
     _write_tensors(aside, entries, itertools.chain(((rename(name), tensor) for name, tensor in tensors), others))
+    if {entry.file for entry in entries.values()} != {WHOLE}:
+        write_index(aside, entries)
     for path in source_folder.iterdir():
         weights = path.suffix in OTHER_WEIGHTS and path.name != VOICES
         if path.is_file() and not weights and not path.name.endswith(".index.json") and path.name != "config.json":

@@ -116,6 +116,9 @@ def test_adapters_are_peft_s(folder, backend, tmp_path, targets):
         torch.testing.assert_close(thinker_logits(merged, prompt), ours, atol=1e-4, rtol=0)
         adapted = with_adapters(model, tmp_path / "adapters")
         torch.testing.assert_close(thinker_logits(adapted, prompt), ours, atol=1e-4, rtol=0)
+    assert {path.name for path in (tmp_path / "adapters").iterdir()} == {
+        "adapter_config.json", "adapter_model.safetensors"
+    }  # fmt: skip
     names = load_file(tmp_path / "adapters" / "adapter_model.safetensors").keys()
     assert {name.split(".")[-3] for name in names} == set(targets) and len(names) == 2 * 2 * len(targets)
 
