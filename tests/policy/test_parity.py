@@ -150,15 +150,27 @@ def test_one_rank_equals_transformers_and_mistakes_show(folder, backend, name):
     assert {name: error for name, error in mistakes.items() if error < 100 * TOLERANCE} == {}
 
 
-def test_recomputation_gives_the_same_gradients(folder, backend):
+@pytest.mark.parametrize("freeze_embedding", [False, True])
+def test_recomputation_gives_the_same_gradients(folder, backend, freeze_embedding):
+    """Also where nothing in front of the first layer needs a gradient; without one nothing is recomputed."""
     gradients = []
-    for recompute in ("none", "full"):
-        policy = load(folder / "tiny", backend, recompute=recompute).train()
+    for recompute in ("none", "selective", "full"):
+        policy = load(folder / "tiny", backend, recompute=recompute)
+        policy.language_model.embedding.requires_grad_(not freeze_embedding)
         prompts = [tiny_prompts(policy.hf_config)[kind] for kind in GRADIENT_KINDS]
         batch = pack_groups(prompts, [tiny_completions()] * len(prompts))
-        policy(batch, policy.embed_media(prompts))[0].sum().backward()
-        gradients.append({name: value.grad for name, value in policy.language_model.named_parameters()})
-    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
+        media, calls = policy.embed_media(prompts), []
+        first = policy.language_model.decoder.layers[0]
+        hook = first.mlp.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        with torch.no_grad():
+            policy(batch, media)
+        policy(batch, media)[0].sum().backward()
+        hook.remove()
+        assert len(calls) == (2 if recompute == "none" else 3)
+        gradients.append({n: p.grad for n, p in policy.language_model.named_parameters() if p.requires_grad})
+    assert all(gradient is not None for gradient in gradients[0].values())
+    for name, gradient in gradients[0].items():
+        assert torch.equal(gradient, gradients[1][name]) and torch.equal(gradient, gradients[2][name]), name
 
 
 def test_frozen_towers_and_encoders_of_many_prompts(folder, backend):
