@@ -10,7 +10,7 @@ import statistics
 import time
 from collections.abc import Callable
 from datetime import date
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ def machine() -> dict[str, Any]:
     found = {"cpu": model, "cores": len(os.sched_getaffinity(0)), "threads": torch.get_num_threads()}
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
-    return found | {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+    return found | {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
 
 
 def report(name: str, result: dict[str, Any], *, as_json: bool) -> None:
@@ -62,6 +62,13 @@ def report(name: str, result: dict[str, Any], *, as_json: bool) -> None:
         return
     for key, value in result.items():
         print(f"{key:<24} {value}", flush=True)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _wait() -> None:

@@ -1,6 +1,10 @@
-"""Typed settings: the schema, the YAML groups, loading and validation. Needs neither torch nor Megatron."""
+"""Typed settings: the schema, the YAML groups, loading and validation. Needs neither torch nor Megatron.
 
-from megatron_avatar.config.load import differing_keys, load_config, save_config
+Hydra is imported when something is loaded or saved, so that a policy can be built where there is none.
+"""
+
+from typing import Any
+
 from megatron_avatar.config.schema import (
     CheckpointConfig,
     Config,
@@ -18,6 +22,8 @@ from megatron_avatar.config.schema import (
     StageConfig,
 )
 from megatron_avatar.config.validate import check_world, validate
+
+LOADING = ("differing_keys", "load_config", "save_config")
 
 __all__ = [
     "CheckpointConfig",
@@ -40,3 +46,11 @@ __all__ = [
     "save_config",
     "validate",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in LOADING:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from megatron_avatar.config import load
+
+    return getattr(load, name)
