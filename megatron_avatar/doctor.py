@@ -1,8 +1,10 @@
 """What this machine can run, what is missing and what that means.
 
     python -m megatron_avatar.doctor [--json]
+    python -m megatron_avatar.doctor --calibrate [FILE]
 
-Reports and never fails: every check stands alone, and anything may be absent.
+Reports and never fails: every check stands alone, and anything may be absent. With --calibrate it measures the rates
+that a dry run's plan counts with, on one machine or, under torchrun or srun, on all ranks.
 """
 
 from __future__ import annotations
@@ -241,7 +243,18 @@ def show(results: dict[str, Result]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    parser.add_argument(
+        "--calibrate", nargs="?", const="runs/calibration.json", metavar="FILE", type=Path,
+        help="measure the rates that a dry run's plan counts with (two minutes), into FILE (runs/calibration.json)",
+    )
     options = parser.parse_args()
+    if options.calibrate is not None:
+        from megatron_avatar.training.calibrate import calibrate
+
+        found = calibrate(Path(options.calibrate))
+        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+            print(json.dumps(found, indent=None if options.json else 2))
+        return
     results = examine()
     if options.json:
         print(json.dumps({name: asdict(result) for name, result in results.items()}, indent=2))

@@ -57,6 +57,7 @@ def main(arguments: list[str]) -> int:
 
 def _plan(config: Config) -> int:
     """Print what the run would take; 0 where it fits the cluster, 2 where it doesn't."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a plan touches no GPU, where there is one
     from megatron_avatar.training.plan import dry_run
 
     try:

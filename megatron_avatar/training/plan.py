@@ -29,7 +29,7 @@ ITEMS = {
     "gradients": "gradients",
     "optimizer": "optimizer",
     "reference": "reference model",
-    "margin": "margin (CUDA, NCCL, fragments)",
+    "margin": "margin (libraries, fragments)",
     "activations": "update: activations",
     "workspace": "update: workspace",
     "cache": "generation: keys and values",
@@ -79,7 +79,7 @@ def make_plan(config: Config) -> Plan:
     except ValueError as error:
         problems.append(str(error))
     dp = max(1, config.cluster.gpus // (config.parallel.tp * config.parallel.pp))
-    ranks, longest = _memory(config, folder, dp, rates)
+    ranks, longest = _memory(config, folder, dp, rates, every_rank=True)
     trainable = max(rank.trainable for rank in ranks)
     stages = []
     for name, stage in config.stages.items():
@@ -94,12 +94,14 @@ def make_plan(config: Config) -> Plan:
     return Plan(config, dp, ranks, longest, stages, rates, problems)
 
 
-def _memory(config: Config, folder: str, dp: int, rates: Rates) -> tuple[list[RankMemory], Work]:
+def _memory(
+    config: Config, folder: str, dp: int, rates: Rates, *, every_rank: bool
+) -> tuple[list[RankMemory], Work]:
     """The ranks at the stage that needs most, and its longest work."""
     hf_config = read_config(folder)
     works = {stage_work(config, stage, hf_config, dp, longest=True): None for stage in config.stages.values()}
     plans = [
-        (rank_memories(folder, config.model, config.parallel, work, dp, config.rl.n_on, rates.memory_ratio), work)
+        (rank_memories(folder, config, work, dp, rates.memory_ratio, every_rank=every_rank), work)
         for work in works
     ]
     return max(plans, key=lambda plan: largest(plan[0]).total)
@@ -116,7 +118,8 @@ def _remedy(config: Config, folder: str, rates: Rates) -> str:
             candidate = _changed(config, change)
             dp = config.cluster.gpus // (candidate.parallel.tp * candidate.parallel.pp)
             try:
-                found[key] = largest(_memory(candidate, folder, dp, rates)[0]).total / GIB
+                ranks, _ = _memory(candidate, folder, dp, rates, every_rank=False)
+                found[key] = largest(ranks).total / GIB
             except ValueError:
                 found[key] = math.inf
         return found[key]
@@ -193,9 +196,10 @@ def show(plan: Plan, console: Console) -> None:
     )
     console.print(_memory_table(plan))
     work = plan.longest
+    largest_batch = max(map(len, work.micro_batches()))
     console.print(
         f"Memory is for the longest group that model.context={config.model.context} allows: a prompt of {work.prompt} "
-        f"tokens, completions of {work.completion}, at most {max(work.micro_batches)[0]} packed tokens a micro-batch. "
+        f"tokens, completions of {work.completion}, at most {largest_batch} packed tokens a micro-batch. "
         "Update, generation and encoders take turns: the largest counts."
     )
     console.print(_time_table(plan))
@@ -241,8 +245,8 @@ def _time_table(plan: Plan) -> Table:
         "prompt tokens": [f"{work.prompt:,}" for work in works],
         "completions a step": [f"{sum(work.completions) * plan.dp:,} x {work.completion:,}" for work in works],
         "longest group, packed tokens": [f"{w.prompt - 1 + max(w.completions) * w.completion:,}" for w in works],
-        "packed tokens a step": [f"{sum(n for n, _, _ in w.micro_batches) * plan.dp:,}" for w in works],
-        "micro-batches of a rank": [f"{len(work.micro_batches)}" for work in works],
+        "packed tokens a step": [f"{sum(map(len, w.micro_batches())) * plan.dp:,}" for w in works],
+        "micro-batches of a rank": [f"{len(work.micro_batches())}" for work in works],
     }.items():
         table.add_row(words, *values)
     table.add_section()

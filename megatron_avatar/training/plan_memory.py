@@ -11,14 +11,17 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_avatar.config.schema import ModelConfig, ParallelConfig
+from megatron_avatar.config.schema import Config, ModelConfig, ParallelConfig
 from megatron_avatar.policy.architecture import PolicyConfig, hears
+from megatron_avatar.policy.groups import GroupBatch
+from megatron_avatar.policy.lanes import make_jobs, plan_room
 from megatron_avatar.policy.meta import META, LiveBytes, shard_on_meta
 from megatron_avatar.policy.model import OmniPolicy
 from megatron_avatar.training.plan_work import Work
 
 GIB = 2**30
-MARGIN = 3 * GIB  # CUDA context, NCCL's buffers, cuBLAS workspaces, fragmentation: our assumption
+# CUDA context, NCCL's buffers, cuBLAS workspaces and fragmentation; on a CPU the libraries: our assumption.
+MARGIN = {"a100": 3 * GIB, "h100": 3 * GIB, "cpu": GIB}
 SAMPLING_BYTES = 40  # a logit while a token is drawn: float32 and float64 copies of the row (sampling.py)
 
 
@@ -40,7 +43,7 @@ class RankMemory:
     cache: int = 0  # keys and values in generation
     generation: int = 0  # on top of them: reading the prompts, drawing tokens
     towers: int = 0  # the encoders' forward pass (and what their backward pass needs, where they train)
-    margin: int = MARGIN
+    margin: int = 0
     towers_train: bool = False
 
     @property
@@ -89,12 +92,17 @@ class PassMemory:
     peak: int
 
 
-def measure_update(policy: OmniPolicy, work: Work) -> PassMemory:
-    """Forward and backward over the largest micro-batch on the meta device."""
-    batch = work.largest_batch().to(META)
-    for parameter in policy.parameters():  # Megatron-Core adds gradients to its buffers at once
+def drop_gradients(policy: OmniPolicy) -> None:
+    """Free gradients as they come, as Megatron-Core does, which adds them to its buffers at once."""
+    for parameter in policy.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+
+
+def measure_update(policy: OmniPolicy, batch: GroupBatch) -> PassMemory:
+    """Forward and backward of a shard on the meta device over a micro-batch."""
+    batch = batch.to(META)
+    drop_gradients(policy)
     policy.train()
     with LiveBytes() as memory:
         if not policy.pre_process:
@@ -105,9 +113,9 @@ def measure_update(policy: OmniPolicy, work: Work) -> PassMemory:
     return PassMemory(kept, memory.peak)
 
 
-def measure_reading(policy: OmniPolicy, work: Work) -> int:
-    """Peak of reading the fresh prompts, keys and values apart."""
-    batch = work.prompts_batch().to(META)
+def measure_reading(policy: OmniPolicy, batch: GroupBatch) -> int:
+    """Peak of reading prompts in generation, without their keys and values."""
+    batch = batch.to(META)
     with torch.no_grad(), LiveBytes() as memory:
         if not policy.pre_process:
             policy.set_input_tensor(_received(policy, len(batch)))
@@ -122,44 +130,47 @@ def _received(policy: OmniPolicy, tokens: int) -> torch.Tensor:
     return torch.empty(shape, dtype=policy.config.params_dtype, device=META, requires_grad=torch.is_grad_enabled())
 
 
-def cache_bytes(policy: OmniPolicy, work: Work, n_on: int) -> int:
-    """Keys and values of the fresh prompts, once each, and of all tokens of their completions, on this rank."""
-    config = policy.config
-    heads = max(1, config.num_query_groups // policy.backend.tp)
-    token = 2 * heads * config.kv_channels * config.params_dtype.itemsize * len(policy.language_model.decoder.layers)
-    return token * work.fresh * (work.prompt + n_on * work.completion)
+def generation_room(policy: OmniPolicy, work: Work, n_on: int) -> tuple[int, int]:
+    """Bytes of the keys and values that generation would like to hold, and rows that draw a token at a time."""
+    layers, lanes = policy.language_model.decoder.layers, policy.backend.pp
+    attention = layers[0].self_attention
+    size = attention.num_query_groups_per_partition * attention.hidden_size_per_attention_head
+    token = 2 * len(layers) * size * policy.config.params_dtype.itemsize
+    jobs = make_jobs([work.prompt - 1] * work.fresh, n_on, lanes)
+    room = plan_room(jobs, work.completion, lanes, 1 << 62)
+    return token * lanes * (room.pages * room.page + room.rows * room.steps), room.rows
 
 
-def tower_bytes(hf_config: PolicyConfig, work: Work, itemsize: int, prompts: int) -> int:
-    """The encoders over the media of `prompts` prompts: one layer's tensors, of all layers where they train.
-
-    A layer holds its input, its norm, q, k, v, attention and its feed-forward's inner tensors side by side.
-    """
-    vision = hf_config.vision_config
-    patches = work.visual * vision.spatial_merge_size**2 * prompts
-    width = 8 * vision.hidden_size + 3 * vision.intermediate_size
-    peak = patches * width * (vision.depth if work.train_towers else 1)
-    if hears(hf_config) and work.audio:
+def tower_bytes(hf_config: PolicyConfig, work: Work, itemsize: int, prompts: int, tp: int) -> int:
+    """The encoders over a tp-th of the media of `prompts` prompts, one encoder after the other; where they train, what
+    all their layers keep. The factors were measured (tests/training/test_plan.py holds them against real encoders)."""
+    vision, train = hf_config.vision_config, work.train_towers
+    hidden, inner = vision.hidden_size, vision.intermediate_size
+    pixels = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    width = pixels + (vision.depth * (10 * hidden + 4 * inner) + 6 * hidden if train else 6 * hidden + 3 * inner)
+    numbers = [work.visual * vision.spatial_merge_size**2 * width]
+    if hears(hf_config):
         audio = hf_config.audio_config
-        frames = work.audio * 2 * prompts
-        width = 8 * audio.d_model + 2 * audio.encoder_ffn_dim
-        # Two convolutions come first, over twice as many frames.
-        peak = max(peak, frames * width) if not work.train_towers else peak + frames * width * audio.encoder_layers
-    kept = (work.visual + work.audio) * prompts * hf_config.text_config.hidden_size
-    return (peak + kept) * itemsize
+        hidden, inner = audio.d_model, audio.encoder_ffn_dim
+        layers = audio.encoder_layers * (8 * hidden + 2 * inner) + 7 * hidden if train else 5 * hidden + 2 * inner
+        numbers.append(2 * work.audio * (2 * audio.num_mel_bins + layers))
+    kept = (work.visual + work.audio) * hf_config.text_config.hidden_size
+    return round(prompts * itemsize * ((sum(numbers) if train else max(numbers)) / tp + kept))
 
 
 def rank_memories(
-    folder: str, model: ModelConfig, parallel: ParallelConfig, work: Work, dp: int, n_on: int, ratio: float = 1.0
+    folder: str, config: Config, work: Work, dp: int, ratio: float = 1.0, *, every_rank: bool = True
 ) -> list[RankMemory]:
-    """Every rank of a model replica. Shards of the same stage differ in nothing but their number.
+    """The ranks of a model replica, or of each stage the first: a step takes the same memory on all of a stage's.
 
     `ratio` corrects what is computed with (calibration). Raises ValueError where the model doesn't split.
     """
+    model, parallel, n_on = config.model, config.parallel, config.rl.n_on
     ranks = []
-    for pp_rank, tp_rank in itertools.product(range(parallel.pp), range(parallel.tp)):
+    for pp_rank, tp_rank in itertools.product(range(parallel.pp), range(parallel.tp if every_rank else 1)):
         with shard_on_meta(folder, model, parallel, tp_rank, pp_rank) as policy:
             memory = static_memory(policy, model, parallel, work, dp)
+            memory.margin = MARGIN[config.cluster.gpu]
             if tp_rank == 0:
                 add_dynamic(memory, policy, work, n_on, ratio)
             else:
@@ -172,18 +183,19 @@ def rank_memories(
 
 def add_dynamic(memory: RankMemory, policy: OmniPolicy, work: Work, n_on: int, ratio: float) -> None:
     """Fill in what comes and goes within a step."""
-    update = measure_update(policy, work)
-    in_flight = min(policy.backend.pp - policy.backend.pp_rank, len(work.micro_batches))
+    batches = work.micro_batches()
+    update = measure_update(policy, max(batches, key=len))
+    in_flight = min(policy.backend.pp - policy.backend.pp_rank, len(batches))
     memory.activations = round(ratio * update.kept * in_flight)
     memory.workspace = round(ratio * (update.peak - update.kept))
     if work.fresh:
-        memory.cache = cache_bytes(policy, work, n_on)
-        drawing = work.fresh * n_on * policy.vocab_size * SAMPLING_BYTES * policy.post_process
-        memory.generation = round(ratio * max(measure_reading(policy, work), drawing))
+        memory.cache, rows = generation_room(policy, work, n_on)
+        drawing = rows * policy.vocab_size * SAMPLING_BYTES if policy.post_process else 0
+        memory.generation = round(ratio * max(measure_reading(policy, work.reading_batch()), drawing))
     if policy.pre_process:
         prompts = len(work.completions)
         itemsize = policy.config.params_dtype.itemsize
-        memory.towers = round(ratio * tower_bytes(policy.hf_config, work, itemsize, prompts))
+        memory.towers = round(ratio * tower_bytes(policy.hf_config, work, itemsize, prompts, policy.backend.tp))
 
 
 def largest(ranks: list[RankMemory]) -> RankMemory:

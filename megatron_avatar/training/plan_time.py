@@ -11,6 +11,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
+
 from megatron_avatar.config.schema import Config
 from megatron_avatar.policy.architecture import PolicyConfig, hears
 from megatron_avatar.training.plan_work import Work
@@ -96,9 +98,10 @@ def forward_flops(hf_config: PolicyConfig, tokens: float, pairs: float, outputs:
     )
 
 
-def group_pairs(prompt: float, completion: float, count: float) -> float:
-    """Query-key pairs of a packed group: the prompt causally, each completion to the prompt and causally itself."""
-    return prompt**2 / 2 + count * (prompt * completion + completion**2 / 2)
+def seen_pairs(segments: Tensor) -> float:
+    """Query-key pairs of a segment table [n, 4] (see groups.py): a segment causally itself, and its whole prefix."""
+    length, prefix = segments[:, 1].double(), segments[:, 3].double()
+    return float((length * (length + 1) / 2 + length * prefix).sum())
 
 
 def tower_flops(hf_config: PolicyConfig, visual: int, audio: int) -> float:
@@ -119,15 +122,15 @@ def step_seconds(
     """Seconds of each part of a step. `trainable`: parameters that the largest rank trains."""
     parallel, text = config.parallel, hf_config.text_config
     tp, pp, layers = parallel.tp, parallel.pp, text.num_hidden_layers
-    micros = work.micro_batches
+    micros = [(len(b), len(b.target_ids), seen_pairs(b.segments)) for b in work.micro_batches()]
     parts = {}
     towers = tower_flops(hf_config, work.visual, work.audio) * len(work.completions)
-    parts["towers"] = towers / rates.forward * (3 if work.train_towers else 1)
+    parts["encoders"] = towers / rates.forward / tp * (3 if work.train_towers else 1)
     if work.fresh:
         parts |= _generation(config, hf_config, work, rates)
     total = Flops(0, 0, 0)
-    for tokens, outputs, rows in micros:
-        part = forward_flops(hf_config, tokens, group_pairs(work.prompt, work.completion, rows), outputs)
+    for tokens, outputs, pairs in micros:
+        part = forward_flops(hf_config, tokens, pairs, outputs)
         total = Flops(*(a + b for a, b in zip(vars(total).values(), vars(part).values(), strict=True)))
     bubble = (len(micros) + pp - 1) / len(micros)
     gaps = layers / pp * rates.layer_gap * len(micros) * bubble

@@ -1,8 +1,9 @@
 """How much a step of a recipe has to do: tokens of prompts and completions, as the settings bound them.
 
-Two prompts are counted with. The typical one shows one clip (or picture) at the recipe's full number of frames and
-pixels, with the sound of a clip that long: time is estimated from it. The longest one fills what model.context leaves
-beside a completion: memory is planned for it. Completions are counted at rl.sampling.max_new_tokens.
+Two prompts are counted with. The typical one shows one clip at the recipe's full number of frames and pixels, with the
+sound of a clip that long, or one picture to a model that doesn't hear: time is estimated from it. The longest one fills
+what model.context leaves beside a completion: memory is planned for it. Completions are counted at
+rl.sampling.max_new_tokens.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import numpy as np
 from megatron_avatar.config.schema import Config, StageConfig
 from megatron_avatar.policy.architecture import PolicyConfig, hears
 from megatron_avatar.policy.groups import GroupBatch, pack_groups, plan_micro_batches
+from megatron_avatar.policy.lanes import READ_TOKENS
 from megatron_avatar.records import Prompt
 
 QUESTION_TOKENS = 200  # chat template, question and choices: our assumption
@@ -39,24 +41,15 @@ class Work:
     completions: tuple[int, ...]
     budget: int
 
-    @property
-    def micro_batches(self) -> list[tuple[int, int, int]]:
-        """(packed tokens, completion tokens, completions) of each micro-batch, as the learner shares them out."""
+    def micro_batches(self) -> list[GroupBatch]:
+        """The micro-batches of an update, as the learner shares groups out; all their tokens are 0."""
         lengths = [[self.completion] * count for count in self.completions]
         plan = plan_micro_batches([self.prompt] * len(lengths), lengths, self.budget)
-        counts = [(len(members), sum(len(kept) for _, kept in members)) for members in plan]
-        return [(n * (self.prompt - 1) + rows * self.completion, rows * self.completion, rows) for n, rows in counts]
+        return [pack([(self.prompt, [self.completion] * len(kept)) for _, kept in members]) for members in plan]
 
-    def largest_batch(self) -> GroupBatch:
-        """The micro-batch with the most tokens, packed; all its tokens are 0."""
-        lengths = [[self.completion] * count for count in self.completions]
-        plan = plan_micro_batches([self.prompt] * len(lengths), lengths, self.budget)
-        members = max(plan, key=lambda members: sum(self.prompt - 1 + self.completion * len(k) for _, k in members))
-        return pack([(self.prompt, [self.completion] * len(kept)) for _, kept in members])
-
-    def prompts_batch(self) -> GroupBatch:
-        """The fresh prompts in one row, as generation reads them."""
-        return pack([(self.prompt, [1])] * self.fresh)
+    def reading_batch(self) -> GroupBatch:
+        """Prompts in one row, as generation reads them: as many as one turn takes."""
+        return pack([(self.prompt, [1])] * min(self.fresh, max(1, READ_TOKENS // self.prompt)))
 
 
 def pack(groups: Sequence[tuple[int, Sequence[int]]]) -> GroupBatch:
@@ -68,9 +61,8 @@ def pack(groups: Sequence[tuple[int, Sequence[int]]]) -> GroupBatch:
 def stage_work(config: Config, stage: StageConfig, hf_config: PolicyConfig, dp: int, *, longest: bool) -> Work:
     """A rank's share of a step; prompts that don't share out over dp ranks are rounded up."""
     data, rl, completion = config.data, config.rl, config.rl.sampling.max_new_tokens
-    visual = 0 if data.blind else max(
-        data.max_frames // 2 * (data.frame_max_pixels // TOKEN_PIXELS), data.image_max_pixels // TOKEN_PIXELS
-    )  # fmt: skip
+    clip = data.max_frames // 2 * (data.frame_max_pixels // TOKEN_PIXELS)
+    visual = 0 if data.blind else clip if hears(hf_config) else data.image_max_pixels // TOKEN_PIXELS
     seconds = data.max_frames / data.fps
     audio = round(seconds * AUDIO_TOKENS_A_SECOND) if hears(hf_config) and not data.mute else 0
     room = config.model.context - completion
