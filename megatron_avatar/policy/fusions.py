@@ -8,6 +8,8 @@ linear layers stay apart from its norms, so that weights and checkpoints fit bot
 from __future__ import annotations
 
 import importlib.util
+import os
+import shutil
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -90,7 +92,7 @@ def choose_fusions(kernels: str, *, on_cpu: bool) -> Fusions:
         layers="transformer_engine" if has_engine else "torch",
         adam="torch" if adam_of_torch else megatron_optimizer.Adam.__module__.split(".")[0],
         weight_gradients=can_accumulate,
-        swiglu=importlib.util.find_spec("triton") is not None,
+        swiglu=_can_compile(),
         missing=tuple(missing),
     )
 
@@ -113,6 +115,12 @@ def layer_spec(config: TransformerConfig) -> tuple[ModuleSpec, type]:
         attention.linear_proj = mlp.linear_fc2 = transformer_engine.TERowParallelLinear
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = norm
     return layer, norm
+
+
+def _can_compile() -> bool:
+    """Whether torch.compile can make kernels for a GPU: Triton builds their launchers with a C compiler."""
+    compilers = (os.environ.get("CC"), "gcc", "clang")
+    return importlib.util.find_spec("triton") is not None and any(shutil.which(name) for name in compilers if name)
 
 
 def _version(package: str) -> str:
