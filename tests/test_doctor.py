@@ -66,3 +66,29 @@ def test_a_partial_slurm_is_named(tmp_path):
     (tmp_path / "sbatch").chmod(0o755)
     slurm = json.loads(doctor("--json", python=("-S",), PYTHONPATH="", PATH=str(tmp_path)))["Slurm"]
     assert slurm["state"] == "missing" and "srun" in slurm["found"] and "sbatch" not in slurm["found"]
+
+
+@pytest.mark.slow
+def test_calibration_is_measured_on_all_ranks_and_read_by_the_plan(tmp_path):
+    path = tmp_path / "runs" / "calibration.json"
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+        "-m", "megatron_avatar.doctor", "--calibrate", str(path), "--json",
+    ]  # fmt: skip
+    run = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240
+    )
+    assert run.returncode == 0, run.stderr
+    found = json.loads(path.read_text())
+    assert json.loads(run.stdout.splitlines()[-1]) == found and found["world"] == 2
+    assert 1e8 < found["train_flops"] < 2 * found["matmul_flops"] and found["memory_ratio"] is None
+    assert min(found[key] for key in ("forward_flops", "bandwidth", "network", "disk_write_bandwidth")) > 1e6
+    assert 1e-5 < found["layer_gap_s"] < 1
+
+    from megatron_avatar.config import load_config
+    from megatron_avatar.training.plan_time import read_rates
+
+    config = load_config(["recipe=tiny_grpo", "dry_run=true", f"cluster.calibration={path}"])
+    rates = read_rates(config)
+    assert (rates.train, rates.network) == (found["train_flops"], found["network"])
+    assert "measured on cpu" in rates.source
