@@ -24,14 +24,12 @@ from megatron_avatar.records import Prompt
 
 @dataclass(frozen=True)
 class GroupBatch:
-    """Groups packed into one row of S tokens with N completion tokens, C completions, B groups.
+    """Groups packed into one row of S tokens with N completion tokens, C completions.
 
     token_ids [1, S] int64; positions [3, 1, S] int64; is_prompt [S] bool;
     segments [n, 4] int32 on the host: start, length, prefix_start, prefix_length (0: sees only itself);
     target_index [N]: places in S whose outputs predict target_ids [N];
-    target_group [N]: index of the group; target_completion [N]: index of the completion within its group;
-    lengths [C]: tokens of each completion, in packed order, so that `x.split(lengths)` cuts any [N] tensor;
-    weights [B] float32: 0 marks a filler group.
+    lengths [C]: tokens of each completion, in packed order, so that `x.split(lengths)` cuts any [N] tensor.
     """
 
     token_ids: Tensor
@@ -40,10 +38,7 @@ class GroupBatch:
     segments: Tensor
     target_index: Tensor
     target_ids: Tensor
-    target_group: Tensor
-    target_completion: Tensor
     lengths: list[int]
-    weights: Tensor
 
     def __len__(self) -> int:
         return self.token_ids.shape[1]
@@ -74,18 +69,16 @@ class GroupBatch:
         return (self.is_prompt & torch.isin(self.token_ids[0], wanted)).nonzero()[:, 0]
 
 
-def pack_groups(
-    prompts: Sequence[Prompt], completions: Sequence[Sequence[np.ndarray]], weights: Sequence[float] | None = None
-) -> GroupBatch:
+def pack_groups(prompts: Sequence[Prompt], completions: Sequence[Sequence[np.ndarray]]) -> GroupBatch:
     """Pack groups, each a prompt and the token ids [L] of its completions, into one row.
 
     A group of one completion is a plain causal sequence and gets a single segment.
     """
     assert prompts and len(prompts) == len(completions), "one list of completions a prompt"
     tokens, positions, is_prompt, segments, lengths = [], [], [], [], []
-    index, targets, group_of, completion_of = [], [], [], []
+    index, targets = [], []
     start = 0
-    for group, (prompt, outputs) in enumerate(zip(prompts, completions, strict=True)):
+    for prompt, outputs in zip(prompts, completions, strict=True):
         assert outputs and all(len(output) for output in outputs), "a group needs completions, and those need tokens"
         prefix_start, prefix_length = start, len(prompt) - 1
         tokens.append(prompt.token_ids[:-1])
@@ -96,7 +89,7 @@ def pack_groups(
         elif prefix_length:
             segments.append((prefix_start, prefix_length, 0, 0))
         is_prompt.append(np.ones(prefix_length, bool))
-        for number, output in enumerate(outputs):
+        for output in outputs:
             length = len(output)
             tokens += [prompt.token_ids[-1:], output[:-1]]
             new = np.arange(prompt.next_position, prompt.next_position + length - 1)
@@ -107,8 +100,6 @@ def pack_groups(
             lengths.append(length)
             index.append(np.arange(start, start + length))
             targets.append(output)
-            group_of.append(np.full(length, group))
-            completion_of.append(np.full(length, number))
             start += length
 
     def tensor(parts: list[np.ndarray], dtype: type = np.int64) -> Tensor:
@@ -121,10 +112,7 @@ def pack_groups(
         segments=torch.tensor(segments, dtype=torch.int32),
         target_index=tensor(index),
         target_ids=tensor(targets),
-        target_group=tensor(group_of),
-        target_completion=tensor(completion_of),
         lengths=lengths,
-        weights=torch.ones(len(prompts)) if weights is None else torch.tensor(weights, dtype=torch.float32),
     )
 
 

@@ -83,7 +83,7 @@ class Learner:
     def _pack(self, groups: list[Group], media: list, members: list[tuple[int, list[int]]]) -> MicroBatch:
         rows = [[g.trajectories[k].completion.token_ids for k in kept]
                 for g, (_, kept) in zip(groups, members, strict=True)]
-        batch = pack_groups([g.prompt for g in groups], rows, [g.weight for g in groups])
+        batch = pack_groups([g.prompt for g in groups], rows)
         return MicroBatch(batch.to(self.backend.device), [g.prompt for g in groups], media, members, {})
 
     def _attach(self, micro: MicroBatch, groups: list[Group], per_token: dict[str, list[list[np.ndarray]]]) -> None:
