@@ -137,12 +137,14 @@ def _remedy(config: Config, folder: str, rates: Rates) -> str:
 
 
 def _layouts(config: Config) -> list[tuple[int, int]]:
-    """(tp, pp) that share out the GPUs, none smaller than the present one, which comes first."""
+    """(tp, pp) that share out the GPUs, none smaller than the present one, which comes first; then those whose replicas
+    share out the recipe's prompts."""
     gpus, now = config.cluster.gpus, (config.parallel.tp, config.parallel.pp)
     sizes = [size for size in range(1, gpus + 1) if gpus % size == 0]
     pairs = [(tp, pp) for tp in sizes if tp <= MOST_TP for pp in sizes if gpus % (tp * pp) == 0]
     larger = [pair for pair in pairs if math.prod(pair) >= math.prod(now) and pair != now]
-    return [now, *sorted(larger, key=lambda pair: (math.prod(pair), pair[1]))]
+    prompts = math.gcd(*(stage.prompts_per_step for stage in config.stages.values()))
+    return [now, *sorted(larger, key=lambda pair: (prompts % (gpus // math.prod(pair)) > 0, math.prod(pair), pair[1]))]
 
 
 def _changes(config: Config, layout: tuple[int, int]) -> Iterator[dict[str, str | int]]:

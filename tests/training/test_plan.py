@@ -353,6 +353,11 @@ def test_the_remedy_fits(gpus, gib, start):
     assert max(rank.total for rank in fixed.ranks) <= gib * GIB
 
 
+def test_the_remedy_keeps_the_recipes_prompts():
+    (problem,) = [p for p in plan("parallel=single", "cluster.gpus=8").problems if "GiB" in p]
+    assert "parallel.tp=4 parallel.pp=2" in problem  # eight GPUs for one prompt
+
+
 SHIPPED = sorted(path.stem for path in (CONFIG_DIR / "recipe").glob("*.yaml") if not path.stem.startswith("tiny"))
 ALIKE = ("grpo_3b", "grpo_vl_7b", "sft_3b")  # differ from others only in what others vary
 
