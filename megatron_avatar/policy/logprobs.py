@@ -15,8 +15,8 @@ from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Logits of one chunk on one rank, in float32: on a CPU they stay in its cache, on a GPU they fill it (256 MiB).
-CHUNK_LOGITS = {"cpu": 1 << 19, "cuda": 1 << 26, "meta": 1 << 26}  # a plan counts what a GPU would hold
+# Logits of one chunk on one rank, in float32: 8 MiB stay in a CPU's cache, 256 MiB fill a GPU.
+CHUNK_LOGITS = {"cpu": 1 << 21, "cuda": 1 << 26, "meta": 1 << 26}  # a plan counts what a GPU would hold
 
 
 def completion_logprobs(

@@ -36,6 +36,8 @@ def arguments(folder: Path, out: Path, *overrides: str, recipe: str = "tiny_avat
         f"recipe={recipe}", f"model.path={folder / 'base'}", f"data.manifest={folder / 'data' / 'manifest.jsonl'}",
         f"output_dir={out}", "log.wandb=disabled", "rl.replay.min_fill=4", "rl.hints.patience=1",
         "rl.sampling.max_new_tokens=12",
+        # A random model's groups often vanish: AdamW would make steps of full length from a gradient of rounding alone.
+        "optim.eps=1e-5",
         *(f"stages.{s}.steps={steps}" for s in stages), *(f"stages.{s}.prompts_per_step=4" for s in stages), *overrides,
     ]
 

@@ -190,7 +190,7 @@ def test_layouts_take_the_same_steps(world, whole, layout):
         for key in ("step", "reward", "vanished", "length", "replay/completions", "hints", "completions_generated"):
             assert ours[key] == pytest.approx(theirs[key]), key
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
-        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3, abs=1e-7)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3, abs=1e-5)
     left, right = weights(out), weights(whole)
     assert max(float((left[n].float() - right[n].float()).abs().max()) for n in left) < 1e-3
 
