@@ -263,3 +263,14 @@ def test_advantages_are_clipped_in_scores() -> None:
     b.append([trajectory("a", reward=1.0), trajectory("b", reward=0.5)], {})
     first = Counter(draw(b, {}, n=1, n_off=1, key=f"k{k}", baseline=0.0, sigma=0.0)[0][0].sample_id for k in range(400))
     assert abs(first["a"] / 400 - 0.5) < 0.1  # both 5 after floor and clip; 10 would always win
+
+
+def test_the_clip_is_the_runs_own() -> None:
+    """Rewards 0.6 and 1.0 are 1 and 5 deviations above the baseline: alike at a clip of 1, far apart at 5."""
+    shares = []
+    for clip in (1.0, 5.0):
+        b = ReplayBuffer(ReplayConfig(min_fill=1), advantage_clip=clip)
+        b.append([trajectory("p0", reward=0.6), trajectory("p1", reward=1.0)], {})
+        drawn = [draw(b, {}, n=1, n_off=1, sigma=0.1, key=str(k))[0][0].sample_id for k in range(300)]
+        shares.append(drawn.count("p1") / 300)
+    assert abs(shares[0] - 0.5) < 0.1 and shares[1] > 0.95
