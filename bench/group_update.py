@@ -204,7 +204,7 @@ class Contest:
         return {
             name: part
             for slot in self.slots
-            for name, part in zip(slot.shapes, slot.join([slot.parameter.grad]), strict=True)
+            for name, part in zip(slot.shapes, slot.join(slot.parameter.grad), strict=True)
         }
 
     def largest_difference(self, step: Step) -> float:
