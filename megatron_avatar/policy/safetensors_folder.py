@@ -65,9 +65,13 @@ class SafetensorsFolder:
                 "export it again"
             )
         try:
-            return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+            where = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+            strangers = [file for file in where.values() if Path(file).name != file]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{index} can't be read ({error!r}): download or export it again") from None
+        if strangers:
+            raise ValueError(f"{index} names {strangers[0]!r}, which is no file of this folder: download it again")
+        return where
 
     def _list(self, file: str) -> None:
         path = self.folder / file

@@ -11,6 +11,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -90,8 +91,8 @@ def export_hf(
     """Write the policy as a Hugging Face folder of the class that `source_folder` has. All ranks call it together.
 
     Names, files, tokenizer and tensors outside the policy are the source's; adapters are merged into the weights;
-    `dtype` (default: the policy's own) is written into config.json. The folder appears by one rename, in place of an
-    older one. Raises OSError on all ranks where it can't be written.
+    `dtype` (default: the policy's own) is written into config.json. The folder appears whole, in place of an older
+    one. Raises OSError on all ranks where it can't be written.
     """
     dtype = dtype or policy.config.params_dtype
     merged = {id(adapter.slot.parameter): adapter.merged for adapter in lora_adapters(policy)}
@@ -173,24 +174,39 @@ def _export(
         gathered = iter(())
     outcome = [None]
     if backend.rank == 0:
-        aside, old = (folder.with_name(f"{folder.name}.{what}") for what in ("writing", "old"))
         try:
-            for leftover in (aside, old):
-                shutil.rmtree(leftover, ignore_errors=True)
-            aside.mkdir(parents=True)
-            write(aside, {name: shape for listing in listings for name, shape in listing.items()}, gathered)
-            if folder.exists():
-                folder.rename(old)
-            aside.rename(folder)
-            shutil.rmtree(old, ignore_errors=True)
-        except (OSError, ValueError) as error:
-            outcome = [f"export to {folder} failed: {error}"]
-            shutil.rmtree(aside, ignore_errors=True)
+            with _replacing(folder) as aside:
+                write(aside, {name: shape for listing in listings for name, shape in listing.items()}, gathered)
+        except Exception as error:  # whatever it is, the other ranks wait for word of it
+            outcome = [f"export to {folder} failed: {type(error).__name__}: {error}"]
     for _ in gathered:  # the other ranks send; after a failure rank 0 still takes what they have sent
         pass
     dist.broadcast_object_list(outcome, 0)
     if outcome[0]:
         raise OSError(outcome[0])
+
+
+@contextmanager
+def _replacing(folder: Path) -> Iterator[Path]:
+    """A new folder beside `folder` that takes its place when the block has gone well. At every moment one whole copy
+    stands there or, between two renames, in FOLDER.old, from where the next attempt puts it back."""
+    aside, old = (folder.with_name(f"{folder.name}.{what}") for what in ("writing", "old"))
+    if old.exists() and not folder.exists():
+        old.rename(folder)
+    for leftover in (aside, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        if folder.exists():
+            folder.rename(old)
+        aside.rename(folder)
+    except BaseException:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 @torch.no_grad()
@@ -268,7 +284,9 @@ def _write_model(
         if path.is_file() and not weights and not path.name.endswith(".index.json") and path.name != "config.json":
             shutil.copyfile(path, aside / path.name)
     config = json.loads((source_folder / "config.json").read_text(encoding="utf-8"))
-    for part in (config, config.get("thinker_config", {})):
+    own = config.get("thinker_config", config)
+    nested = [own[key] for key in ("text_config", "vision_config", "audio_config") if key in own]
+    for part in (config, own, *(part for part in nested if {"dtype", "torch_dtype"} & part.keys())):
         part["torch_dtype" if "torch_dtype" in part else "dtype"] = str(dtype).removeprefix("torch.")
     _write_json(aside / "config.json", config)
 

@@ -29,6 +29,7 @@ from transformers.initialization import no_init_weights
 
 from megatron_avatar.config.schema import ModelConfig, ParallelConfig
 from megatron_avatar.policy import backend as backends
+from megatron_avatar.policy import weights
 from megatron_avatar.policy.groups import pack_groups
 from megatron_avatar.policy.model import build_policy
 from megatron_avatar.policy.safetensors_folder import INDEX
@@ -216,6 +217,20 @@ def test_failed_export_keeps_the_older_folder(thinker, backend, tmp_path, monkey
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_an_export_cut_off_between_its_renames_loses_nothing(thinker, backend, tmp_path, monkeypatch):
+    policy, out = load(thinker, backend), tmp_path / "out"
+    export_hf(policy, out, thinker)
+    content = (out / "model.safetensors").read_bytes()
+    out.rename(tmp_path / "out.old")  # a kill between the two renames leaves these
+    (tmp_path / "out.writing").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(weights, "_write_model", lambda *args: 1 / 0)
+        with pytest.raises(OSError, match="out failed: ZeroDivisionError"):
+            export_hf(policy, out, thinker)
+    assert (out / "model.safetensors").read_bytes() == content
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_export_for_another_source_is_refused(thinker, backend, tmp_path):
     other = tmp_path / "other"
     tiny_thinker(tiny_config(layers=3)).save_pretrained(other)
@@ -267,6 +282,9 @@ def test_absent_files_and_broken_indices_are_named(copy, backend):
         load(copy, backend)
     second.unlink()
     with pytest.raises(ValueError, match="00002-of-00002.safetensors doesn't exist, but.*index.json names it"):
+        load(copy, backend)
+    (copy / INDEX).write_text(json.dumps({"weight_map": weight_map | {"more": "../elsewhere.safetensors"}}))
+    with pytest.raises(ValueError, match="index.json names '../elsewhere.safetensors', which is no file of this"):
         load(copy, backend)
     (copy / INDEX).write_text('{"weight_map": ')
     with pytest.raises(ValueError, match="index.json can't be read"):

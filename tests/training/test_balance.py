@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -82,6 +83,7 @@ def test_packed_tokens_are_those_of_the_packed_row():
     assert len(pack_groups([prompt], [[np.arange(3), np.arange(5)]])) == packed_tokens(7, [3, 5])
 
 
+@pytest.mark.slow
 def test_whoever_has_the_media_the_step_is_the_same(tmp_path: Path):
     """Two ranks, encoders in training: text on one and media on the other, everything on one, and a pipeline."""
     assert KINDS == ("audio_in_video", "video", "audio", "text")

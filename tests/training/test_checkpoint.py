@@ -319,6 +319,7 @@ def test_another_model_is_refused(trainer, backend, tmp_path):
 # ---- layouts -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_ranks_reshard_and_agree(tmp_path):
     """Tensor parallel -> pipeline and data parallel with equal bits; one verdict on damage and on stopping."""
     tiny_thinker(tiny_config(layers=2)).save_pretrained(tmp_path / "hf")

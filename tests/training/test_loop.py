@@ -77,6 +77,7 @@ def test_a_run_logs_what_it_did(world, whole):
     assert again.returncode == 0 and "complete" in again.stderr
 
 
+@pytest.mark.slow
 def test_killed_and_interrupted_runs_continue_bit_for_bit(world, whole):
     """SIGKILL after the fourth step, then SIGINT later: the same command ends in the same bits."""
     out = world / "killed"
@@ -104,6 +105,7 @@ def test_killed_and_interrupted_runs_continue_bit_for_bit(world, whole):
     assert_equal_runs(whole, out)
 
 
+@pytest.mark.slow
 def test_damage_is_named_and_survived(world, whole):
     """A damaged checkpoint and the shard it alone names: the one before it, same bits, both written anew.
     A damaged shard that is needed: the rest of the buffer, and a loud line."""
@@ -153,6 +155,7 @@ def test_a_damaged_clip_is_set_aside_and_listed(world):
     assert metrics(out)[0]["completions_generated"] == 4 * (visual - 2)
 
 
+@pytest.mark.slow
 def test_settings_of_another_run_are_refused(world, whole):
     other = train(*arguments(world, whole, "checkpoint.every=2", "rl.shaping.lam=0.5", steps=3))
     assert other.returncode != 0 and "rl.shaping.lam" in other.stderr
@@ -195,6 +198,7 @@ def test_layouts_take_the_same_steps(world, whole, layout):
     assert max(float((left[n].float() - right[n].float()).abs().max()) for n in left) < 1e-3
 
 
+@pytest.mark.slow
 def test_supervised_fine_tuning_lowers_the_loss_and_trains_the_towers(world):
     out = world / "sft"
     settings = ("stages.sft.prompts_per_step=8", "parallel.threads=1")
