@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from contextlib import suppress
 from pathlib import Path
 
@@ -231,6 +232,10 @@ class Run:
         with self.telemetry.timer("towers"):
             return self.policy.embed_media(prompts)
 
+    def update_media(self, groups: list[Group]) -> list:
+        """Embeddings for an update alone; none where the encoders train, as the update then runs them itself."""
+        return [None] * len(groups) if self.stage.train_towers else self.embed([g.prompt for g in groups])
+
     def sft_step(self) -> dict:
         owners = self.fresh_owners()
         taken = self.order.take(self.stage.prompts_per_step)
@@ -238,7 +243,7 @@ class Run:
                                 if owner == self.backend.dp_rank])
         self.prefetch()
         groups = sft_groups([p for p in prompts if p is not None], self.pool, self.builder)
-        media = [None] * len(groups) if self.stage.train_towers else self.embed([g.prompt for g in groups])
+        media = self.update_media(groups)
         with self.telemetry.timer("update"):
             stats = self.learner.update_sft(groups, media)
         return {**stats, "lr": self.optimization.lr}
@@ -323,7 +328,7 @@ class Run:
         share = [pair for owner, *pair in zip(owners, drawn, advantages, strict=True) if owner == self.backend.dp_rank]
         prompts = self.prompts([(self.samples[d[0].sample_id], d[0].variant) for d, _ in share])
         groups = [Group(p, d, a, np.zeros(len(d), bool)) for p, (d, a) in zip(prompts, share, strict=True) if p]
-        return groups, self.embed([g.prompt for g in groups])
+        return groups, self.update_media(groups)
 
     def tokens(self, sample_id: str, trajectories: list[Trajectory]) -> int:
         """Packed tokens of a group; a sample's hint counts even where the prompt is plain."""
@@ -348,7 +353,8 @@ class Run:
             for (sample_id, variant), rows in by_prompt.items():
                 self.hints.update(sample_id, variant, kl=float(np.mean([t.kl_ref for t in rows])))
         if self.buffer is not None:
-            self.buffer.append(fresh, self.tracker.tiers())
+            # Of a step that was skipped as not finite, what is finite itself can be replayed.
+            self.buffer.append([t for t in fresh if math.isfinite(t.kl_ref)], self.tracker.tiers())
 
     def prefetch(self) -> None:
         """Let the decode workers start on the next step's fresh prompts."""
