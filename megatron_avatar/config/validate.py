@@ -37,6 +37,7 @@ def validate(config: Config) -> None:
         _check_stage(f"stages.{name}", stage)
         if stage.lr is not None and stage.lr < config.optim.min_lr:
             raise ValueError(f"stages.{name}.lr={stage.lr} is below optim.min_lr={config.optim.min_lr}: lower that")
+    _check_forward(config)
     if any(stage.kind == "rl" for stage in config.stages.values()):
         _check_rl(config)
 
@@ -179,6 +180,19 @@ def _check_stage(key: str, stage: StageConfig) -> None:
         raise ValueError(f"{key}.rewards: no weight is above 0. Give some, as {{format: 0.5, accuracy: 0.5}}")
 
 
+def _check_forward(config: Config) -> None:
+    """What every kind of stage takes from `rl`: micro-batches, the logits' temperature, evaluation's length."""
+    rl = config.rl
+    _at_least("rl.tokens_per_micro_batch", rl.tokens_per_micro_batch, 1)
+    _above("rl.sampling.temperature", rl.sampling.temperature, 0)
+    _at_least("rl.sampling.max_new_tokens", rl.sampling.max_new_tokens, 1)
+    if rl.sampling.max_new_tokens >= config.model.context:
+        raise ValueError(
+            f"rl.sampling.max_new_tokens={rl.sampling.max_new_tokens} leaves no room for a prompt in "
+            f"model.context={config.model.context}: lower the first or raise the other"
+        )
+
+
 def _check_rl(config: Config) -> None:
     rl = config.rl
     _at_least("rl.n_on", rl.n_on, 1)
@@ -198,19 +212,11 @@ def _check_rl(config: Config) -> None:
     _at_least("rl.vcrs_window", rl.vcrs_window, 1)
     _above("rl.advantage_clip", rl.advantage_clip, 0)
     _above("rl.logprob_error_limit", rl.logprob_error_limit, 1)
-    _at_least("rl.tokens_per_micro_batch", rl.tokens_per_micro_batch, 1)
 
     sampling = rl.sampling
-    _above("rl.sampling.temperature", sampling.temperature, 0)
     _at_least("rl.sampling.top_k", sampling.top_k, 0)
     _between("rl.sampling.top_p", sampling.top_p, 0, 1)
     _above("rl.sampling.top_p", sampling.top_p, 0)
-    _at_least("rl.sampling.max_new_tokens", sampling.max_new_tokens, 1)
-    if sampling.max_new_tokens >= config.model.context:
-        raise ValueError(
-            f"rl.sampling.max_new_tokens={sampling.max_new_tokens} leaves no room for a prompt in "
-            f"model.context={config.model.context}: lower the first or raise the other"
-        )
     _one_of("rl.shaping.shape", rl.shaping.shape, SHAPES)
     _at_least("rl.shaping.lam", rl.shaping.lam, 0)
 

@@ -97,6 +97,22 @@ def test_refused_with_key_and_remedy(tp4, overrides, says):
     assert says in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("rl.sampling.max_new_tokens=16384", "leaves no room for a prompt in model.context=16384: lower the first"),
+        ("rl.sampling.max_new_tokens=0", "rl.sampling.max_new_tokens=0 must be at least 1"),
+        ("rl.sampling.temperature=0", "rl.sampling.temperature=0.0 must be above 0"),
+        ("rl.tokens_per_micro_batch=0", "rl.tokens_per_micro_batch=0 must be at least 1"),
+    ],
+)
+@pytest.mark.parametrize("recipe", ["sft_7b", "avatar_7b"])
+def test_what_every_kind_of_stage_uses_is_checked(recipe, override, says):
+    with pytest.raises(ValueError) as error:
+        load_config([f"recipe={recipe}", *AVATAR[1:], override])
+    assert says in str(error.value)
+
+
 def test_grpo_needs_no_off_policy_weight():
     assert load_config([*AVATAR, "ablation=grpo", "rl.alpha=0"]).rl.alpha == 0
 
