@@ -22,17 +22,19 @@ CONFIG_DIR = Path(__file__).parent.resolve()
 
 # Settings that say what a run is called and what it writes where, not what it computes.
 _BOOKKEEPING = ("name", "output_dir", "log", "checkpoint")
-_DECODING_COST = ("data.workers", "data.decode_deadline_s")
+# Settings of time and memory alone (micro-batches change sums by rounding), and the shape that a plan is for.
+_COST = ("data.workers", "data.decode_deadline_s", "rl.tokens_per_micro_batch", "model.shape")
 
 
 def load_config(overrides: list[str]) -> Config:
     """Compose a recipe with `key=value` overrides and validate the result.
 
-    `recipe=NAME` (required) selects config/recipe/NAME.yaml, `ablation=NAME` a change on top of it;
+    `recipe=NAME` (required) selects config/recipe/NAME.yaml, `ablation=NAME` a change on top of it (null: none);
     every other override names a key of the schema (`rl.n_on=8`, `+stages.visual.rewards.self=0.4` to
     add an entry to a dictionary, `~stages.visual` to remove one). Raises ValueError naming the key, the
     value's expected type or the nearest valid name, and the choices where a recipe or group is unknown.
     """
+    overrides = [item for item in overrides if item != "ablation=null"]  # the default, which Hydra won't take
     ConfigStore.instance().store(name="schema", node=Config)
     OmegaConf.register_new_resolver("for_shape", _for_shape, replace=True)
     try:
@@ -66,7 +68,7 @@ def save_config(config: Config, path: Path) -> None:
 
 def differing_keys(path: Path, config: Config) -> list[str]:
     """Dotted keys in which a saved configuration and this one compute differently (layout,
-    logging and checkpoint frequency don't count)."""
+    micro-batches, logging and checkpoint frequency don't count)."""
     ignored = (*_BOOKKEEPING, "parallel", "cluster", "dry_run")
 
     def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -79,14 +81,14 @@ def differing_keys(path: Path, config: Config) -> list[str]:
     now = flat(OmegaConf.to_container(OmegaConf.structured(config)))  # type: ignore[arg-type]
     keys = sorted(saved.keys() | now.keys())
     different = [k for k in keys if saved.get(k) != now.get(k)]
-    return [k for k in different if k.split(".")[0] not in ignored and k not in _DECODING_COST]
+    return [k for k in different if k.split(".")[0] not in ignored and k not in _COST]
 
 
 def _run_name(name: str, overrides: list[str]) -> str:
     """The recipe's name, with the ablation's behind it, so that their runs never share a folder."""
     chosen = dict(item.split("=", 1) for item in overrides if "=" in item)
     ablation = re.sub(r"\W+", "-", chosen.get("ablation", "")).strip("-")
-    return name if "name" in chosen or ablation in ("", "null") else f"{name}-{ablation}"
+    return name if "name" in chosen or not ablation else f"{name}-{ablation}"
 
 
 def _explain(error: BaseException, overrides: list[str]) -> str:

@@ -92,6 +92,10 @@ def test_an_ablation_changes_what_its_row_says_and_nothing_else(ablation):
     assert load(f"ablation={ablation}").output_dir == f"runs/avatar_7b-{ablation}"
 
 
+def test_no_ablation_can_be_said():
+    assert load("ablation=null") == load()
+
+
 def test_grpo_recipes_are_avatar_with_the_ablation():
     grpo, avatar = load(recipe="grpo_7b"), load("ablation=grpo")
     assert grpo.rl == avatar.rl and grpo.optim == avatar.optim and grpo.data == avatar.data
@@ -197,6 +201,9 @@ def test_differing_keys_name_what_is_computed_differently(tmp_path):
         "output_dir=elsewhere", "checkpoint.every=3", "log.wandb=offline", "parallel=a100_40g", "cluster.gpus=8"
     )
     assert differing_keys(path, same) == []
+    after_out_of_memory = load("rl.tokens_per_micro_batch=4096", "parallel.recompute=full", "parallel.tp=2")
+    assert differing_keys(path, after_out_of_memory) == []
+    assert differing_keys(path, load("model.shape=qwen2_5_omni_3b")) == []
     assert differing_keys(path, load("seed=1", "rl.shaping.lam=0.2")) == ["rl.shaping.lam", "seed"]
     assert differing_keys(path, load("stages.visual.steps=1")) == ["stages.visual.steps"]
     assert all(key.startswith("stages.visual.") for key in differing_keys(path, load("~stages.visual")))
