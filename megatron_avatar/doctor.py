@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Literal
 
 State = Literal["ok", "note", "missing"]
-PACKAGES = ("torch", "megatron-core", "transformers", "av", "h5py", "hydra-core", "submitit", "wandb", "trl")
+PACKAGES = ("torch", "megatron-core", "transformers", "av", "h5py", "hydra-core", "wandb")
 SLURM_COMMANDS = ("sbatch", "srun", "squeue", "scontrol", "scancel")
 # Encoders that PyAV's wheels bring along; the decoders are what is being asked about.
 CODECS = {"VP8": "libvpx", "VP9": "libvpx-vp9", "MJPEG": "mjpeg", "H.264": "libx264"}

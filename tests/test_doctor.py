@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+
+from megatron_avatar.doctor import PACKAGES
 
 ROOT = Path(__file__).parents[1]
 
@@ -40,6 +44,13 @@ def test_dali_decodes_real_clips_and_leaves_the_rest_to_pyav(here):
     assert here["DALI"]["state"] == "ok"
     assert "VP9" in here["DALI"]["found"] and "H.264" not in here["DALI"]["found"]
     assert here["DALI"]["meaning"] == "H.264: PyAV decodes instead"
+
+
+def test_only_what_the_product_imports_can_be_missing():
+    files = [*(ROOT / "megatron_avatar").rglob("*.py"), *(ROOT / "slurm").rglob("*.py")]
+    imported = set(re.findall(r"^\s*(?:import|from) (\w+)", "\n".join(f.read_text() for f in files), re.MULTILINE))
+    owners = {owner for module, names in packages_distributions().items() if module in imported for owner in names}
+    assert set(PACKAGES) - owners == set()
 
 
 def test_without_any_package_every_line_is_still_there(here):
