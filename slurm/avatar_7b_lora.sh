@@ -1,0 +1,15 @@
+#!/bin/bash
+# AVATAR, Qwen2.5-Omni-7B with LoRA, four GPUs of a node. Submit from the repository's root; submit again to continue.
+#   sbatch slurm/avatar_7b_lora.sh model.path=FOLDER data.manifest=FILE [key=value ...]
+#SBATCH --job-name=avatar_7b_lora
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=4
+#SBATCH --gpus-per-node=4
+#SBATCH --cpus-per-task=12
+#SBATCH --time=24:00:00
+#SBATCH --signal=USR1@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=slurm-%x-%j.out
+source "$SLURM_SUBMIT_DIR/slurm/common.sh"
+train recipe=avatar_7b_lora "$@"
