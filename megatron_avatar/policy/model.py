@@ -139,9 +139,9 @@ class OmniPolicy(MegatronModule):
         needed = torch.is_grad_enabled()
         if self.language_model.training != needed:
             self.language_model.train(needed)
-            if self.config.recompute_granularity == "selective":
-                for layer in self.language_model.decoder.layers:
-                    layer.recompute_mlp = needed  # Megatron-Core asks for `training` everywhere else
+        if self.config.recompute_granularity == "selective":
+            for layer in self.language_model.decoder.layers:  # every time: train() and eval() don't set it
+                layer.recompute_mlp = needed  # Megatron-Core asks for `training` everywhere else
         return needed
 
     @property

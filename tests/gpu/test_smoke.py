@@ -44,7 +44,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def make_policy(folder: Path, backend, dtype: str = "bfloat16"):
-    policy = build_policy(folder, backend, ModelConfig(dtype=dtype), ParallelConfig())
+    policy = build_policy(folder, backend, ModelConfig(dtype=dtype), ParallelConfig(recompute="selective"))
     load_hf(policy, folder)
     return policy
 

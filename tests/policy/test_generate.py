@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 from generation_world import KEYS, LAYOUTS, ROWS, SAMPLING, STOP_IDS, make_folder, open_policy
+from megatron.core import tensor_parallel
 from transformers import Qwen2_5OmniThinkerForConditionalGeneration, TopKLogitsWarper, TopPLogitsWarper
 
 from megatron_avatar.config.schema import ModelConfig, ParallelConfig, SamplingConfig
@@ -261,6 +262,28 @@ def test_recomputation_gives_the_same_gradients(policy, prompts, generated, fold
     same_training(score(again.train(), [batch]), score(policy, [batch]))
 
 
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_generation_recomputes_nothing(policy, prompts, folder, monkeypatch, recompute):
+    """Fresh and after a training pass, and not at the training pass's expense: a checkpoint can't be in a CUDA graph."""
+    calls, plain = [], tensor_parallel.checkpoint
+
+    def checkpoint(*args):
+        calls.append(1)
+        return plain(*args)
+
+    monkeypatch.setattr(tensor_parallel, "checkpoint", checkpoint)
+    again = build_policy(folder, policy.backend, ModelConfig(path=str(folder)), ParallelConfig(recompute=recompute))
+    load_hf(again, folder)
+    few, layers = dataclasses.replace(SAMPLING, max_new_tokens=3), len(again.language_model.decoder.layers)
+    for mode in (again.train, again.eval, again.train):
+        mode()
+        rows = generate(again, prompts[:1], 1, few, KEYS[:1])
+        assert not calls
+        score(again, [(prompts[:1], [[row.token_ids for row in rows[0]]], again.embed_media(prompts[:1]))])
+        assert len(calls) == layers
+        calls.clear()
+
+
 @pytest.fixture(scope="module")
 def by_layout(folder):
     tiny.launch(Path(__file__).with_name("generation_world.py"), 4, folder)
@@ -268,6 +291,7 @@ def by_layout(folder):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "-".join(map(str, layout)))
+@pytest.mark.slow
 def test_layouts_generate_alike(by_layout, generated, layout):
     rows = by_layout["-".join(map(str, layout))]
     expected = [row for group in generated[:3] for row in group]
