@@ -29,7 +29,7 @@ def main(arguments: list[str]) -> int:
         return _plan(config)
     from megatron_avatar.policy.backend import start, stop  # torch and Megatron only once the settings are sound
     from megatron_avatar.training.checkpoint import CheckpointError
-    from megatron_avatar.training.learner import LogprobMismatch
+    from megatron_avatar.training.learner import LogprobMismatch, NonFiniteUpdates
     from megatron_avatar.training.loop import Interrupted, train
 
     try:
@@ -47,7 +47,7 @@ def main(arguments: list[str]) -> int:
                 Path(marker).touch()
             return 0
         return INTERRUPTED
-    except (ValueError, LogprobMismatch, CheckpointError, OSError) as error:
+    except (ValueError, LogprobMismatch, NonFiniteUpdates, CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     finally:

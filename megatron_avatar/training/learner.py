@@ -22,10 +22,15 @@ from megatron_avatar.training.balance import even_out, imbalance, packed_tokens
 from megatron_avatar.training.optim import Optimization
 
 POSITION_BINS = 20
+SKIPS_IN_ROW = 3  # one bad batch is skipped; a run that skips on and on learns nothing
 
 
 class LogprobMismatch(RuntimeError):
     """Generation and training disagree on the log-probabilities of the same tokens."""
+
+
+class NonFiniteUpdates(RuntimeError):
+    """Several updates in a row had numbers that are not finite."""
 
 
 @dataclass
@@ -165,7 +170,7 @@ class Learner:
         """One optimizer step on the paper's objective J = J_on + alpha J_off - beta KL.
 
         n_on and n_off count the completions of the whole step, over all ranks. Returns summed
-        statistics of the step; raises LogprobMismatch before anything is applied.
+        statistics of the step; raises LogprobMismatch before anything is applied, and NonFiniteUpdates.
         """
         rl, shaping = self.rl, self.rl.shaping
         per_token: dict[str, list[list[np.ndarray]]] = {
@@ -221,7 +226,7 @@ class Learner:
         self.optimization.zero_grad()
         stats = self._reduce(self._run(micros, loss, forward_only=False, embed=self.train_towers))
         error = float(stats["error_sum"] / max(stats["on_tokens"], 1.0))
-        if check_logprobs and not error <= rl.logprob_error_limit:  # NaN too
+        if check_logprobs and rl.logprob_error_limit < error < math.inf:
             raise LogprobMismatch(
                 f"mean exp|log-probability difference| between generation and training is {error:.3f}, above "
                 f"rl.logprob_error_limit={rl.logprob_error_limit}: the two forwards disagree (positions, weights or "
@@ -230,11 +235,24 @@ class Learner:
         stats["logprob_error"] = error
         stats |= self._loads(micros)
         # Where every prompt of the step was set aside, momentum alone must not move the weights.
-        stats["grad_norm"], stats["skipped"] = self.optimization.step() if n_on + n_off else (0.0, True)
+        stats["grad_norm"], stats["skipped"] = self._step(math.isfinite(error)) if n_on + n_off else (0.0, True)
         return stats
 
+    def _step(self, usable: bool) -> tuple[float, bool]:
+        """Apply the gradient, or skip it where it, or what it was made from, is not finite: (norm, skipped)."""
+        norm, skipped = self.optimization.step(usable=usable)
+        if self.optimization.skipped_in_row >= SKIPS_IN_ROW:
+            raise NonFiniteUpdates(
+                f"{SKIPS_IN_ROW} updates in a row were skipped, as their log-probabilities or gradients were not finite. "
+                "None was applied; the last checkpoint is good. Lower optim.lr, or look for broken samples in the data."
+            )
+        return norm, skipped
+
     def update_sft(self, groups: list[Group], media: list) -> dict[str, float]:
-        """One step of cross-entropy on the completions, averaged over all tokens of the step (NaN without any)."""
+        """One step of cross-entropy on the completions, averaged over all tokens of the step (NaN without any).
+
+        Raises NonFiniteUpdates.
+        """
         micros = self.micro_batches(groups, media)
         tokens = sum(self.backend.all_gather_object_dp(
             sum(len(t.completion) for g in groups for t in g.trajectories if g.weight > 0)))
@@ -248,7 +266,7 @@ class Learner:
 
         self.optimization.zero_grad()
         stats = self._reduce(self._run(micros, loss, forward_only=False, embed=self.train_towers))
-        grad_norm, skipped = self.optimization.step() if tokens else (0.0, True)
+        grad_norm, skipped = self._step(math.isfinite(stats["nll"])) if tokens else (0.0, True)
         count = tokens or math.nan
         return {"loss": float(stats["nll"] / count), "entropy": float(stats["entropy_sum"] / count),
                 "grad_norm": grad_norm, "skipped": skipped, "tokens": tokens, **self._loads(micros)}

@@ -34,7 +34,7 @@ class Optimization:
 
     `model` is what the pipeline schedule runs: Megatron's data-parallel wrapper, whose fp32 buffers collect the
     gradients of every trainable parameter. `lr` is the rate of the latest update, `skipped` counts the updates refused
-    for non-finite gradients. With the distributed optimizer a rank keeps main weights and moments of its share of the
+    for non-finite numbers, `skipped_in_row` those since the latest one applied. With the distributed optimizer a rank keeps main weights and moments of its share of the
     gradient buffer, and the weights themselves move into a buffer of their own.
     """
 
@@ -53,7 +53,7 @@ class Optimization:
         self._scheduler = OptimizerParamScheduler(self._optimizer, **schedule)
         self._scheduler.step(1)  # update k = 1, 2, … uses the schedule's point k: no update at a rate of zero
         self.lr = 0.0
-        self.skipped = 0
+        self.skipped = self.skipped_in_row = 0
         # Moments and step exist before the first update, so that any checkpoint can be loaded.
         self._optimizer.init_state_fn(self._optimizer.optimizer, optimizer_config)
         self._count_updates()
@@ -62,23 +62,25 @@ class Optimization:
         self.model.zero_grad_buffer()
         self._optimizer.zero_grad()
 
-    def step(self) -> tuple[float, bool]:
+    def step(self, *, usable: bool = True) -> tuple[float, bool]:
         """Clip the gradients and update the weights: (norm before clipping, whether the update was skipped).
 
-        Gradients must have been reduced over the ranks, which the pipeline schedule does. A norm that is not finite
-        skips the update on every rank alike; the schedule advances all the same.
+        Gradients must have been reduced over the ranks, which the pipeline schedule does. A norm that is not finite,
+        or a caller who found the step not `usable`, skips the update on every rank alike; the schedule advances all
+        the same.
         """
         self._optimizer.prepare_grads()
         norm = float(self._optimizer.get_grad_norm())
-        finite = math.isfinite(norm)
-        if finite:
+        applied = usable and math.isfinite(norm)
+        if applied:
             if (limit := self._optimizer.config.clip_grad) > 0 and (parameters := self._optimizer.get_parameters()):
                 clip_grad_by_total_norm_fp32(parameters, limit, norm)
             self._optimizer.step_with_ready_grads()
         self.lr = self._groups[0]["lr"]
-        self.skipped += not finite
+        self.skipped += not applied
+        self.skipped_in_row = 0 if applied else self.skipped_in_row + 1
         self._scheduler.step(1)
-        return norm, not finite
+        return norm, not applied
 
     def sharded_state_dict(self, model_state: dict[str, Any], *, loading: bool) -> dict[str, Any]:
         """State for Megatron's distributed checkpoint, sharded like `model_state` (the policy's sharded_state_dict).
@@ -93,7 +95,8 @@ class Optimization:
                 if self._optimizer.config.bf16:
                     key = main.key.replace("optimizer.state.param.", "optimizer.state.fp32_param.", 1)
                     tensors["fp32_param"] = replace(main, key=key)
-        return {"optimizer": state, "schedule": {"points": self._scheduler.num_steps, "skipped": self.skipped}}
+        counts = {"points": self._scheduler.num_steps, "skipped": self.skipped, "skipped_in_row": self.skipped_in_row}
+        return {"optimizer": state, "schedule": counts}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -115,7 +118,7 @@ class Optimization:
             self._optimizer.load_state_dict(state["optimizer"])
         self._scheduler.num_steps = state["schedule"]["points"]
         self._scheduler.step(0)
-        self.skipped = state["schedule"]["skipped"]
+        self.skipped, self.skipped_in_row = state["schedule"]["skipped"], state["schedule"]["skipped_in_row"]
         self._count_updates()
 
     def close(self) -> None:

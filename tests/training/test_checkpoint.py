@@ -131,9 +131,10 @@ def test_a_checkpoint_fits_with_and_without_the_distributed_optimizer(backend, t
 
 
 def test_skipped_updates_survive_and_settings_are_those_of_today(trainer, backend, tmp_path):
-    trainer.optimization.zero_grad()
-    next(trainer.policy.parameters()).main_grad.fill_(float("nan"))
-    trainer.optimization.step()
+    for _ in range(2):
+        trainer.optimization.zero_grad()
+        next(trainer.policy.parameters()).main_grad.fill_(float("nan"))
+        trainer.optimization.step()
     path = trainer.save(tmp_path, 2)
     other = Trainer(backend)
     other.optimization.close()
@@ -141,8 +142,10 @@ def test_skipped_updates_survive_and_settings_are_those_of_today(trainer, backen
         other.policy, OptimConfig(warmup_fraction=0.0, schedule="constant", beta1=0.5), lr=3e-3, total_steps=9,
     )
     other.load(path)
+    assert other.optimization.skipped_in_row == 2
     other.train(2, 3)
-    assert other.optimization.skipped == 1 and other.optimization.lr == 3e-3
+    assert other.optimization.skipped == 2 and other.optimization.skipped_in_row == 0
+    assert other.optimization.lr == 3e-3
     assert other.optimization._groups[0]["betas"] == (0.5, 0.95)
 
 

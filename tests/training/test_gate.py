@@ -1,6 +1,8 @@
-"""The gate on generation against training: a shift by one position stops a run before it learns from it."""
+"""What stops a run before it learns from it: a shift by one position, and numbers that stay not finite."""
 
 import dataclasses
+import json
+import math
 import signal
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import pytest
 
 from megatron_avatar.config import load_config
 from megatron_avatar.policy import backend as backends
+from megatron_avatar.policy.model import OmniPolicy
 from megatron_avatar.training import learner, loop, telemetry
 from tests.training.small import ROOT, arguments, make
 
@@ -36,3 +39,26 @@ def test_a_shift_by_one_position_stops_the_run(tmp_path: Path, backend, monkeypa
     with pytest.raises(learner.LogprobMismatch, match="No update was applied"):
         loop.train(config, backend)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_updates_that_are_not_finite_are_recorded_and_end_the_run_after_three(tmp_path: Path, backend, monkeypatch):
+    make(tmp_path)
+    base = ROOT / "assets" / "tiny_base"
+    config = load_config([*arguments(tmp_path, tmp_path / "run", f"model.path={base}", "data.workers=0",
+                                     "checkpoint.every=1", steps=3)])
+    del config.stages["audio_visual"], config.stages["localisation"]
+    forward = OmniPolicy.forward
+    monkeypatch.setattr(OmniPolicy, "forward", lambda *args, **kwargs: forward(*args, **kwargs) * math.nan)
+
+    def records() -> list[dict]:
+        return [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+
+    for _ in range(2):  # anew, and continued after two skipped updates
+        with pytest.raises(learner.NonFiniteUpdates, match="3 updates in a row"):
+            loop.train(config, backend)
+        assert [(r["step"], r["skipped"], r["loss"], r["logprob_error"]) for r in records()] == [
+            (step, True, None, None) for step in (1, 2)
+        ]
+    monkeypatch.undo()
+    loop.train(config, backend)
+    assert not records()[2]["skipped"] and records()[2]["replay/size"] == 4 * config.rl.n_on  # of this step alone

@@ -13,7 +13,7 @@ from megatron_avatar.policy.model import build_policy
 from megatron_avatar.policy.weights import load_hf
 from megatron_avatar.records import Completion, Group, Trajectory
 from megatron_avatar.training import metrics
-from megatron_avatar.training.learner import Learner, LogprobMismatch
+from megatron_avatar.training.learner import Learner, LogprobMismatch, NonFiniteUpdates
 from megatron_avatar.training.optim import build_optimizer
 from tests.policy.tiny import tiny_config, tiny_prompts, tiny_thinker
 
@@ -86,15 +86,37 @@ def test_a_step_whose_prompts_are_all_set_aside_moves_nothing(world, backend):
     assert record["reward"] is None and record["replay/ess"] is None and record["tokens"] == 0
 
 
-@pytest.mark.parametrize("fault", [3.0, math.nan])
-def test_the_gate_stops_before_anything_is_applied(world, backend, fault):
+def test_the_gate_stops_before_anything_is_applied(world, backend):
     policy, groups = world
     before = weights(policy)
     for trajectory in groups[0].trajectories:
-        trajectory.completion.logprobs += np.float32(fault)
+        trajectory.completion.logprobs += np.float32(3.0)
     with pytest.raises(LogprobMismatch, match="No update was applied"):
         update(learner(policy, backend), groups)
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(policy).items())
+
+
+def test_a_number_that_is_not_finite_skips_the_update_and_three_in_a_row_end_the_run(world, backend, monkeypatch):
+    policy, groups = world
+    ours = learner(policy, backend, logprob_error_limit=1e9)
+    update(ours, groups)  # momentum from here on
+    before = weights(policy)
+    generated = groups[0].trajectories[0].completion.logprobs
+    sound = generated.copy()
+    generated[0] = math.nan
+    assert update(ours, groups)["skipped"]
+    generated[:] = sound
+    reference = ours.reference_logprobs(groups, policy.embed_media([g.prompt for g in groups]))
+    ours.reference_logprobs = lambda groups, media: reference
+    hidden = policy.hidden
+    monkeypatch.setattr(policy, "hidden", lambda *args: hidden(*args) * math.nan)
+    stats = update(ours, groups)
+    assert stats["skipped"] and not math.isfinite(stats["logprob_error"]) and not math.isfinite(stats["grad_norm"])
+    with pytest.raises(NonFiniteUpdates, match="None was applied"):
+        update(ours, groups)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(policy).items())
+    monkeypatch.undo()
+    assert not update(ours, groups)["skipped"] and ours.optimization.skipped_in_row == 0
 
 
 def test_the_reference_keeps_its_own_encoders(world, backend):
