@@ -47,7 +47,7 @@ def main(arguments: list[str]) -> int:
                 Path(marker).touch()
             return 0
         return INTERRUPTED
-    except (ValueError, LogprobMismatch, NonFiniteUpdates, CheckpointError, OSError) as error:
+    except (ValueError, LogprobMismatch, NonFiniteUpdates, CheckpointError, FloatingPointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     finally:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 PAGE = 512  # tokens of a prompt that are worked on together
 FIRST_ROOM = 64  # own tokens there is room for at first; doubled when used up
+FEWEST_ROWS = 8  # of a static step: reading the weights takes the time, fewer rows would save none
 ALIGNED = 16  # masks of the attention kernels on GPUs have a length of this multiple
 FEW_QUERIES = 8  # below, FlashAttention for CPUs is slower than plain matrix products
 
@@ -175,7 +176,8 @@ class KeyValueCache:
         [R, p], and which of the p it lacks; which places of a page hold no token, [U, 1, 1, page], -inf there."""
         room, rows, pages = self.room, len(self.prompts), len(self._owners)
         if self.static:
-            rows, pages = min(_round_up(rows, 1), room.rows), min(_round_up(pages, 4), room.pages)
+            rows, pages = max(FEWEST_ROWS, _round_up(rows, 1)), _round_up(pages, 2)
+            rows, pages = min(rows, room.rows), min(pages, room.pages)
             layout = rows, pages, room.rows_per_prompt, room.pages_per_prompt
         else:
             layout = rows, pages, max(Counter(self.prompts).values()), max(map(len, self._pages_of.values()))

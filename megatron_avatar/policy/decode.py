@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,11 +17,14 @@ from megatron_avatar.policy.model import OmniPolicy
 from megatron_avatar.policy.sampling import draw
 
 INPUTS = 6  # of a row: token, three positions, own tokens stored, uniform number; all exact in float64
+# Steps of a shape before it is captured. A capture takes longer than a step, and waits for the device: shapes that are
+# met in passing, while rows leave, are not worth it. Libraries and kernels are loaded in these steps too.
+PLAIN_STEPS = 2
 
 
 class Decoder:
-    """Runs the steps of the rows in `cache`. A graph is captured at the first step of each shape and replayed after;
-    its inputs come through tensors that stay, as do the cache's."""
+    """Runs the steps of the rows in `cache`. From its third step on a shape is a graph that was captured and is
+    replayed; its inputs come through tensors that stay, as do the cache's."""
 
     def __init__(
         self, policy: OmniPolicy, cache: KeyValueCache, sampling: SamplingConfig, banned: Tensor, greedy: bool
@@ -33,7 +37,8 @@ class Decoder:
             if getattr(owner, "sequence_parallel", False) is True
         ]
         self._graphs: dict[Shape, tuple[torch.cuda.CUDAGraph, Tensor, Tensor | None, Tensor]] = {}
-        self._pool = torch.cuda.graph_pool_handle() if policy.backend.device.type == "cuda" else None
+        self._steps = Counter()  # of each shape, without a graph
+        self._uses_graphs = policy.backend.device.type == "cuda"
 
     def __call__(self, shape: Shape, rows: np.ndarray, received: Tensor | None) -> Tensor:
         """One step of `rows` [INPUTS, R], R <= shape.rows; `received` [shape.rows, 1, H] is the previous stage's.
@@ -44,7 +49,7 @@ class Decoder:
         inputs[:, : rows.shape[1]] = rows
         inputs = to_device(torch.from_numpy(inputs), self.cache.device)
         with self._whole_rows():
-            output = (self.step if self._pool is None else self._replay)(shape, inputs, received)
+            output = (self._replay if self._uses_graphs else self.step)(shape, inputs, received)
         return output[:, : rows.shape[1]] if self.policy.post_process else output
 
     def step(self, shape: Shape, inputs: Tensor, received: Tensor | None) -> Tensor:
@@ -62,7 +67,12 @@ class Decoder:
 
     def _replay(self, shape: Shape, inputs: Tensor, received: Tensor | None) -> Tensor:
         if shape not in self._graphs:
+            if self._steps[shape] < PLAIN_STEPS:
+                self._steps[shape] += 1
+                return self.step(shape, inputs, received)
             self._graphs = {old: graph for old, graph in self._graphs.items() if old.own == shape.own}  # stores moved
+            if not self._graphs:
+                self._pool = torch.cuda.graph_pool_handle()  # one ends with the last graph that used it
             self._graphs[shape] = self._capture(shape, inputs, received)
         graph, kept_inputs, kept_received, output = self._graphs[shape]
         kept_inputs.copy_(inputs)
@@ -75,11 +85,6 @@ class Decoder:
         self, shape: Shape, inputs: Tensor, received: Tensor | None
     ) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor | None, Tensor]:
         inputs, received = inputs.clone(), None if received is None else received.clone()
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            self.step(shape, inputs, received)  # libraries allocate at their first call; repeating it does no harm
-        torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):  # NCCL's watchdog may call
             output = self.step(shape, inputs, received)

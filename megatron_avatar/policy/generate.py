@@ -57,7 +57,7 @@ def generate(
 
     A completion ends with a stop token, which belongs to it, or unfinished after sampling.max_new_tokens.
     Raises GenerationStopped when `stop` says so; ValueError for settings out of range, and for a prompt whose keys
-    and values don't fit in memory.
+    and values don't fit in memory; FloatingPointError, on all ranks of the replica, for logits that are not finite.
     """
     if sampling.temperature <= 0 or sampling.max_new_tokens < 1 or sampling.top_k < 0 or not 0 < sampling.top_p <= 1:
         raise ValueError(
@@ -226,6 +226,13 @@ class Generation:
         ids, logprobs = self._agree(output, len(rows))
         if not len(rows):
             return
+        if not np.isfinite(logprobs).all():
+            row = rows[~np.isfinite(logprobs)][0]
+            raise FloatingPointError(
+                f"the policy's logits are not finite at token {self.counts[row]} of a completion of sample "
+                f"{self.prompts[row // self.n].sample_id!r}: its weights, or what they make of this prompt, overflowed; "
+                "continue from an earlier checkpoint with a lower learning rate"
+            )
         self.tokens[rows, self.counts[rows]] = ids
         self.logprobs[rows, self.counts[rows]] = logprobs
         self.counts[rows] += 1

@@ -26,7 +26,7 @@ def draw(logits: Tensor, uniforms: Tensor | None, sampling: SamplingConfig, bann
 
     logits [R, V]; uniforms [R] float64 in [0, 1), None takes the most likely token; banned [V] bool, never drawn.
     top_k keeps the k most likely allowed tokens (and those that tie with the last); top_p of these the fewest
-    that reach the share. Returns ids [R] int64, logprobs [R] float32.
+    that reach the share. Returns ids [R] int64, logprobs [R] float32; for logits that are not finite some id, and NaN.
     """
     logprobs = torch.log_softmax(logits.float() / sampling.temperature, dim=-1)
     allowed = logprobs.masked_fill(banned, float("-inf"))
@@ -42,12 +42,17 @@ def draw(logits: Tensor, uniforms: Tensor | None, sampling: SamplingConfig, bann
             before = ordered.cumsum(dim=-1) - ordered
             ordered = ordered.where(before < sampling.top_p * mass.sum(dim=-1, keepdim=True), 0.0)
             mass = torch.zeros_like(mass).scatter(-1, order, ordered)
-        cdf = mass.cumsum(dim=-1)
-        total = cdf[:, -1:]
-        # Below the total even after rounding, so that the token found always has mass.
-        point = torch.minimum(uniforms[:, None] * total, total.nextafter(torch.zeros_like(total)))
-        ids = torch.searchsorted(cdf, point, right=True)
+        ids = _find(mass, mass.cumsum(dim=-1), uniforms[:, None])
     return ids[:, 0], logprobs.gather(-1, ids)[:, 0]
+
+
+def _find(mass: Tensor, cdf: Tensor, uniforms: Tensor) -> Tensor:
+    """Tokens [R, 1] at the shares uniforms [R, 1] of the running sums cdf [R, V] of mass [R, V]; each has mass."""
+    total = cdf[:, -1:]
+    point = torch.minimum(uniforms * total, total.nextafter(torch.zeros_like(total)))  # below it even after rounding
+    ids = torch.searchsorted(cdf, point, right=True).clamp_(max=cdf.shape[-1] - 1)  # V, where logits are not a number
+    # Sums made in parallel may fall in places, and lead to a token without mass: never to a banned one.
+    return ids.where(mass.gather(-1, ids) > 0, mass.argmax(dim=-1, keepdim=True))
 
 
 def uniforms(key: str, completion: int, count: int) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Generation against the training forward, transformers' generate, and itself on other layouts."""
 
 import dataclasses
+import itertools
 import json
 from collections import Counter
 from pathlib import Path
@@ -15,13 +16,14 @@ from transformers import Qwen2_5OmniThinkerForConditionalGeneration, TopKLogitsW
 
 from megatron_avatar.config.schema import ModelConfig, ParallelConfig, SamplingConfig
 from megatron_avatar.policy import backend as backends
+from megatron_avatar.policy import cache as caches
 from megatron_avatar.policy import decode, lanes
 from megatron_avatar.policy import generate as generation
 from megatron_avatar.policy.cache import KeyValueCache
 from megatron_avatar.policy.generate import GenerationStopped, generate
 from megatron_avatar.policy.groups import pack_groups
 from megatron_avatar.policy.model import build_policy
-from megatron_avatar.policy.sampling import draw
+from megatron_avatar.policy.sampling import _find, draw
 from megatron_avatar.policy.weights import load_hf
 from megatron_avatar.records import Prompt
 
@@ -165,20 +167,20 @@ def test_prompts_wait_for_room(policy, prompts, generated, monkeypatch):
 
 def test_steps_of_fixed_shape_and_their_replay(policy, prompts, generated, monkeypatch):
     """What a CUDA graph needs, without one: a "graph" repeats the step on the tensors that it was captured with."""
-    captured = []
+    captured, replays, handles = [], [], itertools.count()
 
     class Graph:
         def __init__(self, step, shape, inputs, received, output):
-            self.arguments, self.output, self.replays = (shape, inputs, received), output, 0
-            self.step = step
-            captured.append(shape)
+            self.arguments, self.output, self.step = (shape, inputs, received), output, step
 
         def replay(self):
+            replays.append(1)
             self.output.copy_(self.step(*self.arguments))
 
     def capture(self, shape, inputs, received):
         inputs = inputs.clone()
         output = self.step(shape, inputs, received)
+        captured.append((shape, self._pool))
         return Graph(self.step, shape, inputs, received, output), inputs, received, output
 
     def static_cache(*args, static):
@@ -186,16 +188,22 @@ def test_steps_of_fixed_shape_and_their_replay(policy, prompts, generated, monke
 
     def graphs(self, *args):
         plain(self, *args)
-        self._pool = "pool"
+        self._uses_graphs = True
 
     plain = decode.Decoder.__init__
     monkeypatch.setattr(generation, "KeyValueCache", static_cache)
     same(generate(policy, prompts, ROWS, SAMPLING, KEYS), generated)
     monkeypatch.setattr(decode.Decoder, "__init__", graphs)
     monkeypatch.setattr(decode.Decoder, "_capture", capture)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(handles))
+    monkeypatch.setattr(caches, "FIRST_ROOM", 16)
     same(generate(policy, prompts, ROWS, SAMPLING, KEYS), generated)
     longest = max(len(row) for group in generated for row in group)
-    assert 1 < len(captured) < longest / 3, "few graphs for many steps"
+    shapes = [shape for shape, _ in captured]
+    assert 1 < len(set(shapes)) == len(shapes) < longest / 3 and len(replays) > longest / 2, "few graphs, many steps"
+    # A pool goes with its last graph: those of a room of own tokens share one, which none of another room gets.
+    rooms = {(shape.own, pool) for shape, pool in captured}
+    assert len(rooms) == len({own for own, _ in rooms}) == len({pool for _, pool in rooms}) > 1
 
 
 def test_smallest_cases(policy, prompts):
@@ -300,6 +308,18 @@ def test_layouts_generate_alike(by_layout, generated, layout):
         np.testing.assert_allclose(logprobs, row.logprobs, atol=1e-5)
 
 
+def test_logits_that_are_not_finite_end_generation(policy, prompts, monkeypatch):
+    def head(hidden):
+        heads.append(1)
+        logits = plain(hidden)
+        return logits * float("nan") if len(heads) == 3 else logits
+
+    heads, plain = [], policy.head
+    monkeypatch.setattr(policy, "head", head)
+    with pytest.raises(FloatingPointError, match=f"not finite at token 2 of a completion of sample '{tiny.KINDS[0]}'"):
+        generate(policy, prompts, 2, SAMPLING, KEYS)
+
+
 def test_stop_and_what_is_left_behind(policy, prompts):
     polls = iter([False, False, True])
     policy.train()
@@ -360,3 +380,22 @@ def test_extreme_uniforms_never_draw_a_banned_token():
     uniforms = torch.tensor([0.0, np.nextafter(1.0, 0.0)], dtype=torch.float64)
     ids, _ = draw(torch.zeros(2, 5), uniforms, SamplingConfig(), mask)
     assert ids.tolist() == [1, 3]
+
+
+def test_sums_that_fall_never_lead_to_a_token_without_mass():
+    """A GPU adds up in parallel, so that neighbouring sums may come in the wrong order by a rounding error."""
+    mass = torch.tensor([[0.0, 0.5, 0.0, 0.0, 0.5]], dtype=torch.float64)
+    cdf = torch.tensor([[0.0, 0.5, 0.5 + 1e-9, 0.5 - 1e-9, 1.0]], dtype=torch.float64)
+    uniform = torch.tensor([[0.5 + 5e-10]], dtype=torch.float64)
+    assert torch.searchsorted(cdf, uniform, right=True).item() in (2, 3), "the case shows nothing"
+    assert mass[0, _find(mass, cdf, uniform).item()] > 0
+
+
+@pytest.mark.parametrize("sampling", [SamplingConfig(), SamplingConfig(top_k=3), SamplingConfig(top_p=0.5)])
+def test_logits_that_are_no_numbers_draw_an_id_in_range(sampling):
+    logits = torch.zeros(3, 5)
+    logits[0] = float("nan")
+    logits[1, 2] = float("inf")
+    for uniforms in (torch.full((3,), 0.9, dtype=torch.float64), None):
+        ids, scores = draw(logits, uniforms, sampling, torch.tensor([False, False, False, False, True]))
+        assert ((ids >= 0) & (ids < 5)).all() and scores.isnan().tolist() == [True, True, False]
