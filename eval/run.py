@@ -103,11 +103,9 @@ def run(config: Config, split: str, out: Path, batch: int) -> list[Prediction]:
     Returns the predictions on rank 0, nothing on the others. Raises ValueError for an empty split or a file that
     can't be used.
     """
-    from transformers import AutoTokenizer
-
     from megatron_avatar.data.loader import MediaLoader
     from megatron_avatar.data.manifest import load_manifest
-    from megatron_avatar.data.prompt import PromptBuilder
+    from megatron_avatar.data.prompt import PromptBuilder, load_tokenizer
     from megatron_avatar.policy.backend import start, stop
     from megatron_avatar.policy.model import build_policy
     from megatron_avatar.policy.weights import load_hf
@@ -120,7 +118,7 @@ def run(config: Config, split: str, out: Path, batch: int) -> list[Prediction]:
         raise ValueError(f"{manifest}: no sample has split '{split}'; choose another --split")
     backend = start(config.parallel, seed=config.seed)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+        tokenizer = load_tokenizer(config.model.path)
         policy = build_policy(config.model.path, backend, config.model, config.parallel)
         load_hf(policy, config.model.path)
         builder = PromptBuilder(tokenizer, policy.hf_config, config.data, config.model.context)

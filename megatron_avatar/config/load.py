@@ -104,6 +104,9 @@ def _explain(error: BaseException, overrides: list[str]) -> str:
     if str(error).startswith("You must specify 'recipe'"):
         return f"recipe is missing. Write recipe=NAME with one of: {', '.join(_options('recipe'))}"
 
+    if absent := re.match(r"Could not delete from config\. '(.+)' does not exist", str(error)):
+        return f"~{absent[1]}: the recipe has no such entry to leave out; check its spelling"
+
     cause = next((e for e in _chain(error) if getattr(e, "full_key", None)), None)
     if cause is None:
         return str(error)

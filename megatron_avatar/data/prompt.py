@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from megatron_avatar.config.schema import DataConfig
 from megatron_avatar.data import features
@@ -81,6 +81,17 @@ def plan_media(media: Media, data: DataConfig) -> MediaPlan | None:
     h, w = features.smart_resize(media.height, media.width, min(data.frame_min_pixels, budget), budget)
     grid = (len(indices) // features.TEMPORAL_PATCH, h // features.PATCH, w // features.PATCH)
     return MediaPlan(media, "video", indices, grid, clip_seconds(media) / grid[0], mel_frames)
+
+
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a Hugging Face folder; ValueError that names the folder where it has none."""
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{folder} has no usable tokenizer (tokenizer.json, tokenizer_config.json): model.path needs it beside the "
+            f"weights; download or export it again ({str(error).splitlines()[0][:120]})"
+        ) from error
 
 
 class PromptBuilder:

@@ -9,13 +9,14 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-from transformers import AutoTokenizer
 
 from megatron_avatar.config import check_world, differing_keys, save_config
+from megatron_avatar.config.load import CONFIG_DIR
 from megatron_avatar.config.schema import Config, StageConfig
 from megatron_avatar.data.loader import MediaLoader, SampleOrder
 from megatron_avatar.data.manifest import load_manifest
-from megatron_avatar.data.prompt import PromptBuilder
+from megatron_avatar.data.prompt import PromptBuilder, load_tokenizer
+from megatron_avatar.policy.architecture import read_config
 from megatron_avatar.policy.backend import Backend
 from megatron_avatar.policy.fusions import choose_fusions
 from megatron_avatar.policy.generate import GenerationStopped, generate
@@ -76,7 +77,10 @@ class Run:
                     f"{manifest}: no sample has split 'eval' and a stage in {stage.data}, so eval.every="
                     f"{config.eval.every} has nothing to evaluate: prepare that data or write eval.every=0"
                 )
-        tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+        tokenizer = load_tokenizer(config.model.path)
+        if backend.rank == 0 and (difference := other_shape(config)):
+            log.warning("%s is not of the recipe's model.shape=%s (%s): its layout and its plan are for that one",
+                        config.model.path, config.model.shape, difference)
         self.policy = build_policy(config.model.path, backend, config.model, config.parallel, seed=config.seed)
         load_hf(self.policy, config.model.path)
         if backend.rank == 0:
@@ -413,6 +417,17 @@ def check_same_run(folder: Path, config: Config) -> None:
             f"{path}: this folder holds a run whose settings differ in {', '.join(different)}. "
             "Choose another output_dir, or remove the folder to start anew."
         )
+
+
+def other_shape(config: Config) -> str:
+    """In what the folder at model.path differs from model.shape, in words; empty where it doesn't."""
+    if not config.model.shape:
+        return ""
+    own, wanted = (read_config(folder).text_config for folder in
+                   (config.model.path, CONFIG_DIR / "shapes" / config.model.shape))
+    sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
+    return ", ".join(f"{name} {getattr(own, name)} instead of {getattr(wanted, name)}" for name in sizes
+                     if getattr(own, name) != getattr(wanted, name))
 
 
 def stage_split(stage: StageConfig) -> str:

@@ -139,6 +139,7 @@ def test_overrides_reach_every_depth():
         ("n_on=3", "unknown key 'n_on'. The nearest valid name is 'rl.n_on'"),
         ("modle.path=x", "unknown key 'modle'. The nearest valid name is 'model'"),
         ("+rl.shaping.lamda=1", "unknown key 'rl.shaping.lamda'. The nearest valid name is 'rl.shaping.lam'"),
+        ("~stages.localization", "~stages.localization: the recipe has no such entry to leave out; check its spelling"),
         ("stages.visual.stepz=3", "unknown key 'stages.visual.stepz'. The nearest valid name is 'stages.visual.steps'"),
         ("rl.n_on=four", "rl.n_on: expected int, got 'four'"),
         ("rl.n_on=null", "rl.n_on: expected int, got 'null'"),

@@ -15,7 +15,7 @@ from transformers.models.qwen2_5_omni.processing_qwen2_5_omni import Qwen2_5Omni
 from megatron_avatar.config.schema import DataConfig
 from megatron_avatar.data.decode import MediaError
 from megatron_avatar.data.features import audio_tokens, log_mel
-from megatron_avatar.data.prompt import PromptBuilder, plan_media
+from megatron_avatar.data.prompt import PromptBuilder, load_tokenizer, plan_media
 from megatron_avatar.records import Media, Sample
 from tests.data.media import make_audio, make_config, make_tokenizer, make_video
 
@@ -233,3 +233,9 @@ def test_refusals(clip, tmp_path):
         builder().length(sample(Media("i", "image", height=40, width=9000)))
     with pytest.raises(ValueError, match="num_mel_bins"):
         PromptBuilder(TOKENIZER, make_config(vision_config={"patch_size": 16}), DATA, 100)
+
+
+def test_a_folder_without_a_tokenizer_is_named(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2_5_omni_thinker"}')
+    with pytest.raises(ValueError, match=f"{tmp_path} has no usable tokenizer"):
+        load_tokenizer(tmp_path)

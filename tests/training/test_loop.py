@@ -8,13 +8,14 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_avatar.config import load_config
+from megatron_avatar.config import StageConfig, load_config
 from megatron_avatar.training import loop
 from tests.training.small import ROOT, arguments, make, train
 
@@ -155,6 +156,14 @@ def test_a_damaged_clip_is_set_aside_and_listed(world):
     assert metrics(out)[0]["completions_generated"] == 4 * (visual - 2)
 
 
+def test_a_folder_of_another_size_is_said(world):
+    def config(recipe: str):
+        return load_config([f"recipe={recipe}", f"model.path={world / 'base'}", "data.manifest=x"])
+
+    assert "hidden_size 128 instead of 3584" in loop.other_shape(config("avatar_7b"))
+    assert loop.other_shape(config("tiny_avatar")) == ""
+
+
 @pytest.mark.slow
 def test_settings_of_another_run_are_refused(world, whole):
     other = train(*arguments(world, whole, "checkpoint.every=2", "rl.shaping.lam=0.5", steps=3))
@@ -180,6 +189,13 @@ def test_missing_traces_and_held_out_samples_are_named_before_anything_is_built(
 
     assert "key 'trace' is empty" in refusal("tiny_sft")
     assert "write eval.every=0" in refusal("tiny_avatar", "eval.every=2")
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_nothing_is_embedded_for_an_update_that_runs_the_encoders_itself(trained):
+    run = SimpleNamespace(stage=StageConfig(train_towers=trained), embed=lambda prompts: [f"of {p}" for p in prompts])
+    groups = [SimpleNamespace(prompt="a"), SimpleNamespace(prompt="b")]
+    assert loop.Run.update_media(run, groups) == ([None, None] if trained else ["of a", "of b"])
 
 
 @pytest.mark.slow
