@@ -13,7 +13,8 @@ LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 
 @dataclass
 class LoraConfig:
-    """Low-rank adapters beside frozen linear layers; the reference policy is the model with its adapters off."""
+    """Low-rank adapters beside frozen linear layers of the language model. A stage's reference policy is a copy of what
+    trains: the adapters, and the encoders where they train."""
 
     rank: int = 0  # 0: off, all weights of the language model train
     alpha: float = 32.0  # adapters count alpha / rank
@@ -51,8 +52,8 @@ class ClusterConfig:
 
     gpus: int = 0  # in all; a dry run needs it
     gpu_memory_gib: float = 80.0
-    gpu: str = "h100"  # a100 | h100 | cpu: peak rates for the estimated time
-    calibration: str = "runs/calibration.json"  # what doctor --calibrate measured; used where it is of such a GPU
+    gpu: str = "h100"  # a100 | h100 | h200 | cpu: by its peaks, or calibration where it is of such a GPU; measured
+    calibration: str = "runs/calibration.json"  # what doctor --calibrate measured; gpu=measured: whatever it is of
 
 
 @dataclass

@@ -23,7 +23,7 @@ KERNELS = ("auto", "torch")
 DECODERS = ("auto", "dali", "pyav")
 RATIO_LEVELS = ("token", "sequence")
 WANDB_MODES = ("auto", "offline", "disabled")
-GPUS = ("a100", "h100", "cpu")
+GPUS = ("a100", "h100", "h200", "cpu", "measured")
 
 
 def validate(config: Config) -> None:
@@ -45,7 +45,7 @@ def validate(config: Config) -> None:
 def check_world(config: Config, world_size: int) -> int:
     """The data-parallel size of `world_size` processes under tp * pp.
 
-    Raises ValueError where the processes don't divide, or a stage's prompts don't share out evenly.
+    Raises ValueError where the processes don't divide, or a stage has fewer prompts than there are model replicas.
     """
     parallel = config.parallel
     size = parallel.tp * parallel.pp
@@ -56,17 +56,14 @@ def check_world(config: Config, world_size: int) -> int:
         )
     data_parallel = world_size // size
     prompts = {name: stage.prompts_per_step for name, stage in config.stages.items()}
-    uneven = {name: count for name, count in prompts.items() if count % data_parallel}
-    if uneven:
-        name, count = next(iter(uneven.items()))
-        remedy = " ".join(
-            f"stages.{name}.prompts_per_step={math.ceil(count / data_parallel) * data_parallel}"
-            for name, count in uneven.items()
-        )
+    few = {name: count for name, count in prompts.items() if count < data_parallel}
+    if few:
+        name, count = next(iter(few.items()))
+        remedy = " ".join(f"stages.{name}.prompts_per_step={data_parallel}" for name in few)
         raise ValueError(
-            f"stages.{name}.prompts_per_step={count} doesn't share out over {data_parallel} data-parallel ranks: write "
-            f"{remedy} (another batch than the recipe's), start {size * math.gcd(data_parallel, *prompts.values())} "
-            "processes, or raise parallel.tp or parallel.pp"
+            f"stages.{name}.prompts_per_step={count} leaves some of {data_parallel} data-parallel ranks idle: write "
+            f"{remedy} (another batch than the recipe's), start {size * min(few.values())} processes, or raise "
+            "parallel.tp or parallel.pp"
         )
     return data_parallel
 
