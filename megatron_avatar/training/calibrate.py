@@ -38,7 +38,7 @@ VOCABULARY = 1024  # of the shortened model: its layers are what is measured
 
 
 def calibrate(path: Path) -> dict[str, Any]:
-    """Measure, and write `path` (rank 0). Returns what was found; keys are those that plan_time.read_rates reads."""
+    """Measure, and write `path` (rank 0). Returns what was found: what plan_time.read_rates reads, and of what."""
     threads = torch.get_num_threads()
     backend = start(ParallelConfig(threads=threads))
     try:
@@ -69,11 +69,8 @@ def _measure(backend: Backend) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if on_gpu else f"cpu ({platform.processor() or platform.machine()})",
         "dtype": dtype,
         "world": backend.world,
-        "threads": torch.get_num_threads(),
-        "matmul_flops": _matmul(backend, dtype),
         "bandwidth": _bandwidth(backend),
         "network": _network(backend),
-        "disk_write_bandwidth": _disk(),
     }
     found |= _layer_rates(wide, backend, dtype, pack([(prompt, [completion] * 4)]))
     found["layer_gap_s"] = _layer_gap(narrow, backend, dtype)
@@ -101,13 +98,6 @@ def _wait(backend: Backend) -> None:
         torch.cuda.synchronize()
 
 
-def _matmul(backend: Backend, dtype: str) -> float:
-    """FLOP/s of a large matrix product."""
-    size = 8192 if backend.device.type == "cuda" else 1024
-    a, b = (torch.randn(size, size, dtype=getattr(torch, dtype), device=backend.device) for _ in range(2))
-    return 2 * size**3 / _seconds(backend, lambda: a @ b)
-
-
 def _bandwidth(backend: Backend) -> float:
     """Bytes/s that a copy reads and writes, in blocks that no cache holds."""
     count = 1 << (30 if backend.device.type == "cuda" else 26)
@@ -125,21 +115,9 @@ def _network(backend: Backend) -> float | None:
     return 2 * count * (backend.world - 1) / backend.world / _seconds(backend, lambda: dist.all_reduce(tensor))
 
 
-def _disk() -> float:
-    """Bytes/s of writing a file of 64 MiB to the working folder, to the disk itself."""
-    block = os.urandom(1 << 20)
-    with tempfile.NamedTemporaryFile(dir=Path.cwd()) as file:
-        begin = time.perf_counter()
-        for _ in range(64):
-            file.write(block)
-        file.flush()
-        os.fsync(file.fileno())
-        return 64 * len(block) / (time.perf_counter() - begin)
-
-
 def _layer_rates(config: dict, backend: Backend, dtype: str, batch: GroupBatch) -> dict[str, float | None]:
     """FLOP/s of a short model's forward pass, and of forward and backward; and how much more memory both took than
-    the plan counts (None on a CPU, which doesn't tell)."""
+    the plan counts (None on a CPU, which doesn't tell, and on ranks other than the first)."""
     model, parallel = ModelConfig(dtype=dtype), ParallelConfig()
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "config.json").write_text(json.dumps(config), encoding="utf-8")
@@ -151,7 +129,7 @@ def _layer_rates(config: dict, backend: Backend, dtype: str, batch: GroupBatch) 
         forward = _seconds(backend, torch.no_grad()(lambda: policy(here)))
         both = _seconds(backend, lambda: policy(here).sum().backward())
         taken = None
-        if backend.device.type == "cuda":
+        if backend.device.type == "cuda" and backend.rank == 0:
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
             policy(here).sum().backward()
@@ -160,16 +138,22 @@ def _layer_rates(config: dict, backend: Backend, dtype: str, batch: GroupBatch) 
     return {
         "forward_flops": total / forward,
         "train_flops": 3 * total / both,
-        "memory_ratio": None if taken is None else taken / planned_bytes(config, model, parallel, batch),
+        "memory_ratio": taken and taken / planned_bytes(config, model, parallel, batch),
     }
 
 
 def planned_bytes(config: dict, model: ModelConfig, parallel: ParallelConfig, batch: GroupBatch) -> int:
     """What the plan counts for forward and backward over a batch, in a process of its own: groups are running here."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # for that process; this one has its GPU already
-    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        Path(folder, "config.json").write_text(json.dumps(config), encoding="utf-8")
-        return pool.submit(_planned_bytes, folder, model, parallel, batch).result()
+    try:
+        with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            Path(folder, "config.json").write_text(json.dumps(config), encoding="utf-8")
+            return pool.submit(_planned_bytes, folder, model, parallel, batch).result()
+    finally:
+        del os.environ["CUDA_VISIBLE_DEVICES"]
+        if visible is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = visible
 
 
 def _planned_bytes(folder: str, model: ModelConfig, parallel: ParallelConfig, batch: GroupBatch) -> int:
