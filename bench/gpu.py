@@ -30,7 +30,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
-from bench.timing import in_turns, medians, report
+from bench.timing import JSON_HELP, in_turns, is_default, medians, report
 from megatron_avatar import config
 from megatron_avatar.config.schema import ModelConfig, OptimConfig, ParallelConfig, RLConfig, SamplingConfig
 from megatron_avatar.policy import backend as backends
@@ -41,13 +41,11 @@ from megatron_avatar.records import Completion, Group, Prompt, Trajectory
 from megatron_avatar.training.balance import packed_tokens
 from megatron_avatar.training.learner import Learner
 from megatron_avatar.training.optim import build_optimizer
-from megatron_avatar.training.plan_time import forward_flops
+from megatron_avatar.training.plan_time import PEAKS, Peaks, forward_flops
 
 SHAPES = Path(config.__file__).parent / "shapes"
 ROUNDS = 3
 NO_RECOMPUTE_GIB = 110  # 56 of weights, gradients and moments, about 35 of activations, and room
-# Published peaks: dense bfloat16 FLOP/s, and bytes/s of memory.
-PEAKS = {"H200": (989e12, 4.8e12), "H100": (989e12, 3.35e12), "A100": (312e12, 2.0e12)}
 
 
 @dataclass(frozen=True)
@@ -72,8 +70,8 @@ TINY = Size("tiny_base", prompts=2, completions=3, new_tokens=6, grid=(2, 4, 4),
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tiny", action="store_true", help="a model and a step for any machine; figures mean nothing")
-    parser.add_argument("--json", action="store_true", help="write bench/results/gpu.json, print it as one line")
+    parser.add_argument("--tiny", action="store_true", help="a model and a step for any machine; nothing is kept")
+    parser.add_argument("--json", action="store_true", help=JSON_HELP)
     options = parser.parse_args(arguments)
     if not options.tiny and not torch.cuda.is_available():
         parser.error("torch finds no GPU; --tiny runs without one")
@@ -83,7 +81,7 @@ def main(arguments: list[str] | None = None) -> None:
         result = Bench(size, backend).run()
     finally:
         backends.stop()
-    report("gpu_tiny" if options.tiny else "gpu", result, as_json=options.json and not options.tiny)
+    report("gpu", result, as_json=options.json, keep=is_default(parser, options))
 
 
 class Bench:
@@ -175,7 +173,7 @@ class Bench:
             "decode_bound_tok_s": rows / seconds_bound, "decode_fraction": speed * seconds_bound / rows,
         }
         if peak := published_peak():
-            found["decode_fraction_of_published"] = found["decode_fraction"] * bandwidth / peak[1]
+            found["decode_fraction_of_published"] = found["decode_fraction"] * bandwidth / peak.bandwidth
         if self.backend.device.type == "cuda":
             few = min(64, size.new_tokens)
             with patch.object(Decoder, "_replay", Decoder.step):
@@ -204,7 +202,7 @@ class Bench:
         turns = medians(in_turns({"groups": lambda: self.groups_update(few, part),
                                   "rows": lambda: self.groups_update(rows, row_media)}, ROUNDS))
         return {
-            "update_tflops": done / 1e12, "mfu": done / peak[0] if peak else None, "mfu_of_matmul": done / measured,
+            "update_tflops": done / 1e12, "mfu": done / peak.flops if peak else None, "mfu_of_matmul": done / measured,
             "update_tok_s": size.prompts * (prefix + tokens) / seconds,
             "speedup_rows": turns["rows"] / turns["groups"],
             "token_bound": size.completions * (prefix + size.new_tokens) / (prefix + tokens),
@@ -221,10 +219,10 @@ def timed(work: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def published_peak() -> tuple[float, float] | None:
+def published_peak() -> Peaks | None:
     """Of this GPU, where it is known."""
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    return next((peak for key, peak in PEAKS.items() if key in name), None)
+    name = torch.cuda.get_device_name().lower() if torch.cuda.is_available() else ""
+    return next((peaks for key, peaks in PEAKS.items() if key in name), None)
 
 
 @torch.no_grad()

@@ -116,7 +116,7 @@ def _remedy(config: Config, folder: str, rates: Rates) -> str:
         key = tuple(change.items())
         if key not in found:
             candidate = _changed(config, change)
-            dp = config.cluster.gpus // (candidate.parallel.tp * candidate.parallel.pp)
+            dp = config.cluster.gpus // (candidate.parallel.tp * candidate.parallel.pp)  # 1 or more: _layouts divide
             try:
                 ranks, _ = _memory(candidate, folder, dp, rates, every_rank=False)
                 found[key] = largest(ranks).total / GIB
@@ -130,21 +130,25 @@ def _remedy(config: Config, folder: str, rates: Rates) -> str:
             continue
         change = next(change for change in changes if needed(change) <= limit)
         return f"write {' '.join(f'{key}={value}' for key, value in change.items())} ({needed(change):.1f} GiB)"
+    fewer = [] if config.model.lora.rank else ["train adapters (model.lora.rank=8)"]
+    fewer += [f"write stages.{name}.train_towers=false" for name, stage in config.stages.items() if stage.train_towers]
     return (
         f"no layout of {config.cluster.gpus} such GPUs fits (the best needs {min(found.values()):.1f} GiB): take more "
-        "or larger GPUs, lower model.context, or train adapters (model.lora.rank=8)"
+        f"or larger GPUs, lower model.context{''.join(f', or {words}' for words in fewer)}"
     )
 
 
 def _layouts(config: Config) -> list[tuple[int, int]]:
-    """(tp, pp) that share out the GPUs, none smaller than the present one, which comes first; then those whose replicas
-    share out the recipe's prompts."""
+    """(tp, pp) that share out the GPUs: the present one, and those as large or larger, first where every replica has a
+    prompt. All that there are where the present one doesn't share out the GPUs."""
     gpus, now = config.cluster.gpus, (config.parallel.tp, config.parallel.pp)
     sizes = [size for size in range(1, gpus + 1) if gpus % size == 0]
     pairs = [(tp, pp) for tp in sizes if tp <= MOST_TP for pp in sizes if gpus % (tp * pp) == 0]
-    larger = [pair for pair in pairs if math.prod(pair) >= math.prod(now) and pair != now]
-    prompts = math.gcd(*(stage.prompts_per_step for stage in config.stages.values()))
-    return [now, *sorted(larger, key=lambda pair: (prompts % (gpus // math.prod(pair)) > 0, math.prod(pair), pair[1]))]
+    fits = gpus % math.prod(now) == 0
+    others = [pair for pair in pairs if pair != now and (math.prod(pair) >= math.prod(now) or not fits)]
+    prompts = min(stage.prompts_per_step for stage in config.stages.values())
+    others.sort(key=lambda pair: (prompts < gpus // math.prod(pair), math.prod(pair), pair[1]))
+    return [now, *others] if fits else others
 
 
 def _changes(config: Config, layout: tuple[int, int]) -> Iterator[dict[str, str | int]]:
@@ -155,6 +159,8 @@ def _changes(config: Config, layout: tuple[int, int]) -> Iterator[dict[str, str 
         change = {"parallel.tp": tp, "parallel.pp": pp}
         if parallel.first_stage_layers is not None:
             change["parallel.first_stage_layers"] = "null"
+        if tp == 1 and parallel.sequence_parallel:
+            change["parallel.sequence_parallel"] = "false"
         yield dict(change)
     replicas, context = config.cluster.gpus // (tp * pp), config.model.context
     steps = [
@@ -174,7 +180,7 @@ def _changes(config: Config, layout: tuple[int, int]) -> Iterator[dict[str, str 
 
 def _changed(config: Config, change: dict[str, str | int]) -> Config:
     """The configuration with overrides of parallel and rl."""
-    words = {"true": True, "null": None}
+    words = {"true": True, "false": False, "null": None}
     groups: dict[str, dict] = {"parallel": {}, "rl": {}}
     for key, value in change.items():
         group, name = key.split(".")
@@ -201,14 +207,15 @@ def show(plan: Plan, console: Console) -> None:
     largest_batch = max(map(len, work.micro_batches()))
     console.print(
         f"Memory is for the longest group that model.context={config.model.context} allows: a prompt of {work.prompt} "
-        f"tokens, completions of {work.completion}, at most {largest_batch} packed tokens a micro-batch. "
+        f"tokens ({work.visual} visual, {work.audio} audio), completions of {work.completion}, at most {largest_batch} "
+        "packed tokens a micro-batch. "
         "Update, generation and encoders take turns: the largest counts."
     )
     console.print(_time_table(plan))
     console.print(f"[bold]{sum(stage.hours for stage in plan.stages):.2f} hours[/] for the whole run.")
     console.print(
         f"Estimated from {plan.rates.source}. Completions at their full length, prompts of one clip or picture; "
-        "without decoding of media, rewards, checkpoints and evaluation."
+        "without sends between pipeline stages, decoding of media, rewards, checkpoints and evaluation."
     )
     for problem in plan.problems:
         console.print(f"[red]has to change[/]: {problem}", highlight=False)

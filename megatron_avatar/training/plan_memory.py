@@ -17,11 +17,12 @@ from megatron_avatar.policy.groups import GroupBatch
 from megatron_avatar.policy.lanes import make_jobs, plan_room
 from megatron_avatar.policy.meta import META, LiveBytes, shard_on_meta
 from megatron_avatar.policy.model import OmniPolicy
+from megatron_avatar.policy.towers import ROWS_PER_CALL
 from megatron_avatar.training.plan_work import Work
 
 GIB = 2**30
 # CUDA context, NCCL's buffers, cuBLAS workspaces and fragmentation; on a CPU the libraries: our assumption.
-MARGIN = {"a100": 3 * GIB, "h100": 3 * GIB, "cpu": GIB}
+MARGIN, MARGIN_CPU = 3 * GIB, GIB
 SAMPLING_BYTES = 40  # a logit while a token is drawn: float32 and float64 copies of the row (sampling.py)
 
 
@@ -65,7 +66,6 @@ def static_memory(policy: OmniPolicy, model: ModelConfig, parallel: ParallelConf
     count = sum(p.numel() for p in trainable)
     # Two moments, and float32 main weights beside bfloat16 ones.
     state = count * (12 if model.dtype == "bfloat16" else 8)
-    adapters = model.lora.rank > 0
     return RankMemory(
         tp_rank=policy.backend.tp_rank,
         pp_rank=policy.backend.pp_rank,
@@ -75,7 +75,7 @@ def static_memory(policy: OmniPolicy, model: ModelConfig, parallel: ParallelConf
         tower_weights=parameter_bytes(towers),
         gradients=4 * count,
         optimizer=-(-state // dp) if parallel.distributed_optimizer else state,
-        reference=parameter_bytes(trainable) if work.rl and not adapters else 0,
+        reference=parameter_bytes(trainable) if work.rl else 0,  # a copy of what trains
         towers_train=work.train_towers,
     )
 
@@ -142,20 +142,23 @@ def generation_room(policy: OmniPolicy, work: Work, n_on: int) -> tuple[int, int
 
 
 def tower_bytes(hf_config: PolicyConfig, work: Work, itemsize: int, prompts: int, tp: int) -> int:
-    """The encoders over a tp-th of the media of `prompts` prompts, one encoder after the other; where they train, what
-    all their layers keep. The factors were measured (tests/training/test_plan.py holds them against real encoders)."""
+    """The encoders over a tp-th of the media of `prompts` prompts: where they train, what all their layers keep;
+    otherwise the larger call of one encoder, and all embeddings. The factors were measured (tests/training/test_plan.py
+    holds them against real encoders)."""
     vision, train = hf_config.vision_config, work.train_towers
     hidden, inner = vision.hidden_size, vision.intermediate_size
     pixels = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
     width = pixels + (vision.depth * (10 * hidden + 4 * inner) + 6 * hidden if train else 6 * hidden + 3 * inner)
-    numbers = [work.visual * vision.spatial_merge_size**2 * width]
+    rows = prompts * work.visual * vision.spatial_merge_size**2 / tp
+    numbers = [(rows if train else min(rows, ROWS_PER_CALL)) * width]
     if hears(hf_config):
         audio = hf_config.audio_config
         hidden, inner = audio.d_model, audio.encoder_ffn_dim
         layers = audio.encoder_layers * (8 * hidden + 2 * inner) + 7 * hidden if train else 5 * hidden + 2 * inner
-        numbers.append(2 * work.audio * (2 * audio.num_mel_bins + layers))
-    kept = (work.visual + work.audio) * hf_config.text_config.hidden_size
-    return round(prompts * itemsize * ((sum(numbers) if train else max(numbers)) / tp + kept))
+        rows = prompts * work.audio * 2 / tp  # as long as most layers see them
+        numbers.append((rows if train else min(rows, ROWS_PER_CALL)) * (2 * audio.num_mel_bins + layers))
+    kept = prompts * (work.visual + work.audio) * hf_config.text_config.hidden_size
+    return round(itemsize * ((sum(numbers) if train else max(numbers)) + kept))
 
 
 def rank_memories(
@@ -170,7 +173,7 @@ def rank_memories(
     for pp_rank, tp_rank in itertools.product(range(parallel.pp), range(parallel.tp if every_rank else 1)):
         with shard_on_meta(folder, model, parallel, tp_rank, pp_rank) as policy:
             memory = static_memory(policy, model, parallel, work, dp)
-            memory.margin = MARGIN[config.cluster.gpu]
+            memory.margin = MARGIN_CPU if config.cluster.gpu == "cpu" else MARGIN
             if tp_rank == 0:
                 add_dynamic(memory, policy, work, n_on, ratio)
             else:
@@ -193,7 +196,8 @@ def add_dynamic(memory: RankMemory, policy: OmniPolicy, work: Work, n_on: int, r
         drawing = rows * policy.vocab_size * SAMPLING_BYTES if policy.post_process else 0
         memory.generation = round(ratio * max(measure_reading(policy, work.reading_batch()), drawing))
     if policy.pre_process:
-        prompts = len(work.completions)
+        # Encoders that train run with their micro-batch; frozen ones run once over all prompts.
+        prompts = in_flight * work.prompts_together() if work.train_towers else len(work.completions)
         itemsize = policy.config.params_dtype.itemsize
         memory.towers = round(ratio * tower_bytes(policy.hf_config, work, itemsize, prompts, policy.backend.tp))
 

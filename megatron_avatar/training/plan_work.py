@@ -2,7 +2,8 @@
 
 Two prompts are counted with. The typical one shows one clip at the recipe's full number of frames and pixels, with the
 sound of a clip that long, or one picture to a model that doesn't hear: time is estimated from it. The longest one fills
-what model.context leaves beside a completion: memory is planned for it. Completions are counted at
+what model.context leaves beside a completion, with pictures and sound in the proportion of the typical one: memory is
+planned for it. Completions are counted at
 rl.sampling.max_new_tokens.
 """
 
@@ -43,9 +44,15 @@ class Work:
 
     def micro_batches(self) -> list[GroupBatch]:
         """The micro-batches of an update, as the learner shares groups out; all their tokens are 0."""
+        return [pack([(self.prompt, [self.completion] * len(kept)) for _, kept in members]) for members in self._plan()]
+
+    def prompts_together(self) -> int:
+        """The most prompts that one micro-batch of an update holds."""
+        return max(map(len, self._plan()))
+
+    def _plan(self) -> list[list[tuple[int, list[int]]]]:
         lengths = [[self.completion] * count for count in self.completions]
-        plan = plan_micro_batches([self.prompt] * len(lengths), lengths, self.budget)
-        return [pack([(self.prompt, [self.completion] * len(kept)) for _, kept in members]) for members in plan]
+        return plan_micro_batches([self.prompt] * len(lengths), lengths, self.budget)
 
     def reading_batch(self) -> GroupBatch:
         """Prompts in one row, as generation reads them: as many as one turn takes."""
@@ -67,6 +74,9 @@ def stage_work(config: Config, stage: StageConfig, hf_config: PolicyConfig, dp: 
     audio = round(seconds * AUDIO_TOKENS_A_SECOND) if hears(hf_config) and not data.mute else 0
     room = config.model.context - completion
     prompt = room if longest else min(visual + audio + QUESTION_TOKENS, room)
+    if visual + audio:  # what of the media the prompt's length leaves room for
+        scale = max(0, prompt - QUESTION_TOKENS) / (visual + audio)
+        visual, audio = round(scale * visual), round(scale * audio)
     prompts = -(-stage.prompts_per_step // dp)
     reinforced = stage.kind == "rl"
     counts = [rl.n_on if reinforced else 1] * prompts + [rl.n_off] * prompts * (reinforced and rl.n_off > 0)
