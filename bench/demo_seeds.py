@@ -16,6 +16,7 @@ from dataclasses import asdict
 from datetime import date
 from pathlib import Path
 
+from bench.timing import JSON_HELP, RESULTS, is_default
 from eval.demo import Job, evaluation, run_phase, training
 from eval.score import paired_difference, read_predictions, system_scores
 
@@ -37,7 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--root", type=Path, default=Path("runs"))
-    parser.add_argument("--json", action="store_true", help="write bench/results/demo_seeds.json, print it as one line")
+    parser.add_argument("--json", action="store_true", help=JSON_HELP)
     arguments = parser.parse_args()
     folders = {seed: arguments.root / (f"demo-seed{seed}" if seed else "demo") for seed in arguments.seeds}
     for seed, out in folders.items():
@@ -64,9 +65,8 @@ def main() -> None:
         "differences": {f"{a} - {b}": asdict(paired_difference(pooled[a], pooled[b])) for a, b in PAIRS},
     }
     if arguments.json:
-        path = Path("bench/results/demo_seeds.json")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=1) + "\n")
+        if is_default(parser, arguments):
+            (RESULTS / "demo_seeds.json").write_text(json.dumps(result, indent=1) + "\n")
         print(json.dumps(result))
     for name, difference in result["differences"].items():
         print(f"{name:<22} {100 * difference['value']:+.1f} points "

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from transformers import Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditionalGeneration
 
-from bench.timing import in_turns, medians, report
+from bench.timing import JSON_HELP, in_turns, medians, report
 from megatron_avatar.config.schema import ModelConfig, ParallelConfig, SamplingConfig
 from megatron_avatar.policy import backend as backends
 from megatron_avatar.policy.generate import generate
@@ -60,6 +60,16 @@ def make_model() -> Qwen2_5OmniThinkerForConditionalGeneration:
     config.eos_token_id = VOCABULARY
     torch.manual_seed(0)
     return Qwen2_5OmniThinkerForConditionalGeneration(config).eval()
+
+
+def as_policy(model: Qwen2_5OmniThinkerForConditionalGeneration) -> OmniPolicy:
+    """Our policy of the same weights; starts the backend."""
+    parallel = ParallelConfig(threads=THREADS)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        policy = build_policy(folder, backends.start(parallel), ModelConfig(path=folder), parallel)
+        load_hf(policy, Path(folder))
+    return policy
 
 
 def make_prompts(length: int) -> list[Prompt]:
@@ -107,17 +117,14 @@ def measure(policy: OmniPolicy, model: Qwen2_5OmniThinkerForConditionalGeneratio
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--json", action="store_true", help="one JSON object on the last line, also kept in results/")
+    parser.add_argument("--json", action="store_true", help=JSON_HELP)
     arguments = parser.parse_args()
     model = make_model()
-    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        model.save_pretrained(folder)
-        parallel = ParallelConfig(threads=THREADS)
-        policy = build_policy(folder, backends.start(parallel), ModelConfig(path=folder), parallel)
-        load_hf(policy, Path(folder))
+    with torch.no_grad():
+        policy = as_policy(model)
         result = measure(policy, model, 512, rounds=5) | {"at_2048": measure(policy, model, 2048, rounds=3)}
-        backends.stop()
-    report("generation", result, as_json=arguments.json)
+    backends.stop()
+    report("generation", result, as_json=arguments.json, keep=True)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.utils import entropy_from_logits, selective_log_softmax
 
 from bench.logprobs import peak_mib
-from bench.timing import in_turns, medians, report
+from bench.timing import JSON_HELP, RESULTS, in_turns, is_default, medians, report
 from eval.figures import STYLE
 from megatron_avatar.config.schema import ModelConfig, ParallelConfig
 from megatron_avatar.policy import backend as backends
@@ -268,30 +268,36 @@ def plot(points: dict[int, dict[str, float]], path: Path) -> None:
         figure.savefig(path.with_suffix(".png"), dpi=160, facecolor="white")
 
 
+def compare(prompt_length: int, rounds: int) -> tuple[Contest, dict[str, float]]:
+    """The contest and its figures at one length, once all three have proved to compute the same."""
+    contest = Contest()
+    difference = max(contest.largest_difference(make_step(prompt_length, groups)) for groups in (1, 2))
+    assert difference < 1e-4, f"the contestants don't compute the same: {difference}"
+    point = measure(contest, prompt_length, rounds)
+    bound = token_bound(prompt_length)
+    rows, trl = (point[f"{name}_s"] / point["ours_s"] for name in ("rows", "trl"))
+    return contest, point | {
+        "token_bound": bound, "speedup_rows": rows, "speedup_trl": trl, "fraction_of_bound": rows / bound,
+        "token_bound_replay": token_bound(prompt_length, 2), "largest_difference": difference,
+    }  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--no-sweep", action="store_true", help="P = 512 only, and no plot")
-    parser.add_argument(
-        "--json", action="store_true", help="write bench/results/group_update.json, print it as one line"
-    )
+    parser.add_argument("--no-sweep", action="store_true", help="P = 512 only")
+    parser.add_argument("--json", action="store_true", help=f"{JSON_HELP}, and plot it")
     arguments = parser.parse_args()
-    contest = Contest()
-    difference = max(contest.largest_difference(make_step(PROMPT, groups)) for groups in (1, 2))
-    assert difference < 1e-4, f"the contestants don't compute the same: {difference}"
-    main_point = measure(contest, PROMPT, arguments.rounds)
-    bound = token_bound(PROMPT)
-    rows, trl = (main_point[f"{name}_s"] / main_point["ours_s"] for name in ("rows", "trl"))
-    result = main_point | {
-        "token_bound": bound, "speedup_rows": rows, "speedup_trl": trl, "fraction_of_bound": rows / bound,
-        "token_bound_replay": token_bound(PROMPT, 2), "largest_difference": difference,
-    }  # fmt: skip
+    keep = is_default(parser, arguments)
+    contest, result = compare(PROMPT, arguments.rounds)
     if not arguments.no_sweep:
-        points = {n: main_point if n == PROMPT else measure(contest, n, rounds=3, warmup=int(n < 2048)) for n in SWEEP}
+        point = {name: value for name, value in result.items() if name.endswith(("_s", "_mib"))}
+        points = {n: point if n == PROMPT else measure(contest, n, rounds=3, warmup=int(n < 2048)) for n in SWEEP}
         result["sweep"] = points
-        plot(points, Path(__file__).parent / "results" / "group_update")
+        if arguments.json and keep:
+            plot(points, RESULTS / "group_update")
     backends.stop()
-    report("group_update", result, as_json=arguments.json)
+    report("group_update", result, as_json=arguments.json, keep=keep)
 
 
 if __name__ == "__main__":

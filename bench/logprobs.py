@@ -15,12 +15,13 @@ import gc
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.timing import in_turns, medians, report
+from bench.timing import JSON_HELP, in_turns, is_default, medians, report
 from megatron_avatar.policy.logprobs import completion_logprobs
 
 VOCABULARY, PADDED = 151_936, 152_064  # Qwen2.5's tokens, and the rows of its output layer
@@ -58,21 +59,15 @@ def _status_mib(key: str) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:")) / 1024
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", action="store_true", help="write bench/results/logprobs.json, print it as one line")
-    arguments = parser.parse_args()
+def compare(tokens: int, size: int, rounds: int) -> dict[str, Any]:
+    """Seconds, MiB and the largest difference of log-probabilities and entropies, for N `tokens` and a hidden size."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     torch.manual_seed(0)
     hidden, weight = (
-        torch.randn(n, arguments.hidden, device=device).mul_(arguments.hidden**-0.25).to(dtype).requires_grad_()
-        for n in (arguments.tokens, PADDED)
+        torch.randn(n, size, device=device).mul_(size**-0.25).to(dtype).requires_grad_() for n in (tokens, PADDED)
     )
-    ids = torch.randint(VOCABULARY, (arguments.tokens,), device=device)
+    ids = torch.randint(VOCABULARY, (tokens,), device=device)
 
     results: dict[str, Tensor] = {}
 
@@ -83,13 +78,24 @@ def main() -> None:
 
     steps = {form.__name__: partial(step, form) for form in (ours, naive)}
     memory = {name: peak_mib(work) for name, work in steps.items()}
-    seconds = medians(in_turns(steps, arguments.rounds, warmup=0))
-    report("logprobs", {
-        "tokens": arguments.tokens, "hidden": arguments.hidden, "vocabulary": PADDED, "dtype": str(dtype),
+    seconds = medians(in_turns(steps, rounds, warmup=0))
+    return {
+        "tokens": tokens, "hidden": size, "vocabulary": PADDED, "dtype": str(dtype),
         "ours_s": seconds["ours"], "naive_s": seconds["naive"], "speedup": seconds["naive"] / seconds["ours"],
         "ours_mib": memory["ours"], "naive_mib": memory["naive"], "memory_ratio": memory["naive"] / memory["ours"],
         "largest_difference": float((results["ours"] - results["naive"]).abs().max()),
-    }, as_json=arguments.json)
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", action="store_true", help=JSON_HELP)
+    arguments = parser.parse_args()
+    result = compare(arguments.tokens, arguments.hidden, arguments.rounds)
+    report("logprobs", result, as_json=arguments.json, keep=is_default(parser, arguments))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
 import os
@@ -16,6 +17,8 @@ from typing import Any
 
 import torch
 
+JSON_HELP = "print one line of JSON; with the defaults of all other arguments, keep it in bench/results/ too"
+RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "megatron-core", "transformers", "trl")
 
 
@@ -51,17 +54,26 @@ def machine() -> dict[str, Any]:
     return found | {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
 
 
-def report(name: str, result: dict[str, Any], *, as_json: bool) -> None:
-    """Print the result, with `as_json` as one line, which is kept in bench/results/NAME.json too."""
+def report(name: str, result: dict[str, Any], *, as_json: bool, keep: bool) -> None:
+    """Print the result, with `as_json` as one line; `keep` writes that to bench/results/NAME.json too.
+
+    A benchmark asks to keep what its default arguments gave: other figures don't compare with those kept there.
+    """
     result = {**result, "machine": machine(), "date": date.today().isoformat()}
     if as_json:
-        path = Path(__file__).parent / "results" / f"{name}.json"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(result, indent=1) + "\n")
+        if keep:
+            path = RESULTS / f"{name}.json"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(json.dumps(result, indent=1) + "\n")
         print(json.dumps(result), flush=True)
         return
     for key, value in result.items():
         print(f"{key:<24} {value}", flush=True)
+
+
+def is_default(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> bool:
+    """Whether all arguments but --json are the parser's defaults."""
+    return all(value == parser.get_default(name) for name, value in vars(arguments).items() if name != "json")
 
 
 def _version(package: str) -> str | None:
