@@ -34,8 +34,9 @@ class Optimization:
 
     `model` is what the pipeline schedule runs: Megatron's data-parallel wrapper, whose fp32 buffers collect the
     gradients of every trainable parameter. `lr` is the rate of the latest update, `skipped` counts the updates refused
-    for non-finite numbers, `skipped_in_row` those since the latest one applied. With the distributed optimizer a rank keeps main weights and moments of its share of the
-    gradient buffer, and the weights themselves move into a buffer of their own.
+    for non-finite numbers, `skipped_in_row` those since the latest one applied. With the distributed optimizer a rank
+    keeps main weights and moments of its share of the gradient buffer, and the weights themselves move into a buffer of
+    their own.
     """
 
     def __init__(self, policy: nn.Module, optimizer_config: OptimizerConfig, schedule: dict[str, Any]) -> None:

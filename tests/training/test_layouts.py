@@ -1,4 +1,4 @@
-"""Every layout trains alike: the same losses and gradient norms over 20 float32 steps, also over checkpoints between layouts."""
+"""Every layout trains alike: losses and gradient norms over 20 float32 steps, also across checkpoints."""
 
 from __future__ import annotations
 
