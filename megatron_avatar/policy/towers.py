@@ -86,11 +86,13 @@ class Towers(nn.Module):
     def forward(self, prompts: Sequence[Prompt], grad: bool = False) -> list[Tensor | None]:
         """Embeddings [M, H] of each prompt's media, in the order of its placeholders; None without media.
 
-        All ranks of a tensor-parallel group call it alike. With `grad` (training towers) each encoder runs exactly
-        once, without media on a dummy that gets a gradient of zero, so that all ranks reduce the same parameters.
+        All ranks of a tensor-parallel group call it alike. With `grad` (training towers), where torch records
+        gradients, each encoder runs exactly once, without media on a dummy that gets a gradient of zero, so that all
+        ranks reduce the same parameters.
         Raises ValueError where placeholders and features differ in number.
         """
-        with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
+        grad = grad and torch.is_grad_enabled()  # not where a reference is scored
+        with torch.set_grad_enabled(grad):
             slices = [self._slices(prompt) for prompt in prompts]
             chunks = [self._chunks(prompt) for prompt in prompts]
             visual = self._encode(self._see, _join(slices), self._dummy_slice(), grad)

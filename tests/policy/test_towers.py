@@ -186,6 +186,11 @@ def test_training_encoders_run_once_whatever_the_prompts(omni, monkeypatch):
         (media,) = policy.embed_media([ragged_prompt(prompts)], grad=True)
         (nothing,) = policy.embed_media([prompts["text"]], grad=True)
         assert calls == [204, 738, 4, 4] and nothing.shape == (0, 64)
+        calls.clear()
+        with torch.no_grad():  # a reference is scored: pieces of bounded size, and no dummies
+            embedded, none = policy.embed_media([ragged_prompt(prompts), prompts["text"]], grad=True)
+        assert calls == [60, 24, 24, 24, 72, 2, 5, 200, 1, 200, 200, 130] and none is None
+        torch.testing.assert_close(embedded, media.detach(), atol=TOLERANCE, rtol=0)
         (media.sin().sum() + nothing.sum()).backward()
         ours = {name: value.grad for name, value in policy.towers.named_parameters() if value.requires_grad}
     finally:
