@@ -194,7 +194,7 @@ class Generation:
         if received is not None:
             self.policy.set_input_tensor(received)
         media = [self.media[job.prompt] for job in turn.jobs]
-        index = batch.media_index(self.policy.placeholder_ids)
+        index = batch.media_index(self.policy.placeholder_ids) if self.backend.is_first_stage else None
         hidden = self.policy.hidden(batch.token_ids, batch.positions, batch.segments, media, index)
         return None if self.backend.is_last_stage else hidden
 
@@ -230,7 +230,7 @@ class Generation:
             row = rows[~np.isfinite(logprobs)][0]
             raise FloatingPointError(
                 f"the policy's logits are not finite at token {self.counts[row]} of a completion of sample "
-                f"{self.prompts[row // self.n].sample_id!r}: its weights, or what they make of this prompt, overflowed; "
+                f"{self.prompts[row // self.n].sample_id!r}: its weights, or sums made with them, overflowed; "
                 "continue from an earlier checkpoint with a lower learning rate"
             )
         self.tokens[rows, self.counts[rows]] = ids

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_avatar.policy.flash import to_device
 from megatron_avatar.records import Prompt
 
 
@@ -26,7 +27,8 @@ from megatron_avatar.records import Prompt
 class GroupBatch:
     """Groups packed into one row of S tokens with N completion tokens, C completions.
 
-    token_ids [1, S] int64; positions [3, 1, S] int64; is_prompt [S] bool;
+    token_ids [1, S] int64; positions [3, 1, S] int64;
+    prompt_ids [S] int64 on the host: token ids of the prompts, -1 where a completion or padding is;
     segments [n, 4] int32 on the host: start, length, prefix_start, prefix_length (0: sees only itself);
     target_index [N]: places in S whose outputs predict target_ids [N];
     lengths [C]: tokens of each completion, in packed order, so that `x.split(lengths)` cuts any [N] tensor.
@@ -34,7 +36,7 @@ class GroupBatch:
 
     token_ids: Tensor
     positions: Tensor
-    is_prompt: Tensor
+    prompt_ids: Tensor
     segments: Tensor
     target_index: Tensor
     target_ids: Tensor
@@ -44,10 +46,9 @@ class GroupBatch:
         return self.token_ids.shape[1]
 
     def to(self, device: torch.device | str) -> GroupBatch:
-        """Copy to `device`; the segment table stays on the host."""
-        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-        moved = {name: value.to(device, non_blocking=True) for name, value in tensors.items() if name != "segments"}
-        return replace(self, **moved)
+        """Copy to `device`; segments and prompt_ids stay on the host."""
+        names = ("token_ids", "positions", "target_index", "target_ids")
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
 
     def pad_to(self, multiple: int) -> GroupBatch:
         """Extend S to a multiple (sequence parallelism needs one). The padding is a segment of its own."""
@@ -59,14 +60,17 @@ class GroupBatch:
             self,
             token_ids=F.pad(self.token_ids, (0, padding)),
             positions=F.pad(self.positions, (0, padding)),
-            is_prompt=F.pad(self.is_prompt, (0, padding)),
+            prompt_ids=F.pad(self.prompt_ids, (0, padding), value=-1),
             segments=torch.cat([self.segments, row]),
         )
 
     def media_index(self, placeholder_ids: Collection[int]) -> Tensor:
-        """Places in S [M] where media embeddings go: the prompts' placeholders, prompt by prompt, in order."""
-        wanted = torch.tensor(sorted(placeholder_ids), device=self.token_ids.device)
-        return (self.is_prompt & torch.isin(self.token_ids[0], wanted)).nonzero()[:, 0]
+        """Places in S [M] where media embeddings go: the prompts' placeholders, prompt by prompt, in order.
+
+        Found on the host: a device would have to be waited for.
+        """
+        places = torch.isin(self.prompt_ids, torch.tensor(sorted(placeholder_ids))).nonzero()[:, 0]
+        return to_device(places, self.token_ids.device)
 
 
 def pack_groups(prompts: Sequence[Prompt], completions: Sequence[Sequence[np.ndarray]]) -> GroupBatch:
@@ -75,7 +79,7 @@ def pack_groups(prompts: Sequence[Prompt], completions: Sequence[Sequence[np.nda
     A group of one completion is a plain causal sequence and gets a single segment.
     """
     assert prompts and len(prompts) == len(completions), "one list of completions a prompt"
-    tokens, positions, is_prompt, segments, lengths = [], [], [], [], []
+    tokens, positions, prompt_ids, segments, lengths = [], [], [], [], []
     index, targets = [], []
     start = 0
     for prompt, outputs in zip(prompts, completions, strict=True):
@@ -88,13 +92,13 @@ def pack_groups(prompts: Sequence[Prompt], completions: Sequence[Sequence[np.nda
             segments.append((prefix_start, prefix_length + len(outputs[0]), 0, 0))
         elif prefix_length:
             segments.append((prefix_start, prefix_length, 0, 0))
-        is_prompt.append(np.ones(prefix_length, bool))
+        prompt_ids.append(prompt.token_ids[:-1])
         for output in outputs:
             length = len(output)
             tokens += [prompt.token_ids[-1:], output[:-1]]
             new = np.arange(prompt.next_position, prompt.next_position + length - 1)
             positions += [prompt.positions[:, -1:], np.broadcast_to(new, (3, length - 1))]
-            is_prompt += [np.ones(1, bool), np.zeros(length - 1, bool)]
+            prompt_ids += [prompt.token_ids[-1:], np.full(length - 1, -1)]
             if len(outputs) > 1:
                 segments.append((start, length, prefix_start, prefix_length))
             lengths.append(length)
@@ -102,13 +106,13 @@ def pack_groups(prompts: Sequence[Prompt], completions: Sequence[Sequence[np.nda
             targets.append(output)
             start += length
 
-    def tensor(parts: list[np.ndarray], dtype: type = np.int64) -> Tensor:
-        return torch.from_numpy(np.concatenate(parts, axis=-1).astype(dtype))
+    def tensor(parts: list[np.ndarray]) -> Tensor:
+        return torch.from_numpy(np.concatenate(parts, axis=-1).astype(np.int64))
 
     return GroupBatch(
         token_ids=tensor(tokens)[None],
         positions=tensor(positions)[:, None],
-        is_prompt=tensor(is_prompt, bool),
+        prompt_ids=tensor(prompt_ids),
         segments=torch.tensor(segments, dtype=torch.int32),
         target_index=tensor(index),
         target_ids=tensor(targets),

@@ -110,8 +110,9 @@ class OmniPolicy(MegatronModule):
         """Run this stage's layers on token_ids [1, S] at positions [3, 1, S].
 
         `segments` is GroupBatch's table; the rows of a decode step (S rows, one token each) have none, and their
-        core attentions a ready cache. `media` are embed_media's tensors for the places media_index [M]. Returns
-        the hidden states: [S, 1, H] on the last stage, [S, 1, H] or with sequence parallelism [S / tp, 1, H] before.
+        core attentions a ready cache. `media` are embed_media's tensors for the places media_index [M], which
+        the first stage alone looks at. Returns the hidden states: [S, 1, H] on the last stage, [S, 1, H] or with
+        sequence parallelism [S / tp, 1, H] before.
         """
         decoder_input = None
         recompute = self._set_recompute()
@@ -180,7 +181,7 @@ class OmniPolicy(MegatronModule):
     def _inputs(self, batch: GroupBatch, media: Sequence[Tensor | None] | None) -> tuple:
         """`hidden`'s arguments for a batch."""
         batch = batch.pad_to(self.backend.tp if self.config.sequence_parallel else 1)
-        index = None if media is None else batch.media_index(self.placeholder_ids)
+        index = None if media is None or not self.pre_process else batch.media_index(self.placeholder_ids)
         return batch.token_ids, batch.positions, batch.segments, media, index
 
     # ------------------------------------------------------------------------------------------------------------

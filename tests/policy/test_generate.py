@@ -58,7 +58,7 @@ def train_scores(policy, prompts, generated, temperature=SAMPLING.temperature, s
     batch = pack_groups(prompts, [[c.token_ids for c in rows] for rows in generated])
     if shift:
         moved = batch.positions.clone()
-        moved[:, :, ~batch.is_prompt] += shift
+        moved[:, :, batch.prompt_ids < 0] += shift
         batch = dataclasses.replace(batch, positions=moved)
     scores, _ = policy(batch, policy.embed_media(prompts), temperature)
     return scores.detach().split(batch.lengths)
@@ -272,7 +272,7 @@ def test_recomputation_gives_the_same_gradients(policy, prompts, generated, fold
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])
 def test_generation_recomputes_nothing(policy, prompts, folder, monkeypatch, recompute):
-    """Fresh and after a training pass, and not at the training pass's expense: a checkpoint can't be in a CUDA graph."""
+    """Fresh and after a training pass, which still recomputes: a checkpoint can't be in a CUDA graph."""
     calls, plain = [], tensor_parallel.checkpoint
 
     def checkpoint(*args):
