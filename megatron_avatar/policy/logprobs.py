@@ -34,7 +34,8 @@ def completion_logprobs(
     hidden [N, H], alike on all ranks of the tensor-parallel `group` (its gradient is too); weight [V / tp, H], this
     rank's rows of the output layer, of which those from `vocab_size` on are padding and take no part;
     target_ids [N] int64. Returns logprobs [N] and entropy [N], float32; entropy carries no gradient. Beyond results
-    and gradients, either pass takes two chunks of `chunk_logits` float32 logits.
+    and gradients, the forward pass takes two chunks of `chunk_logits` float32 logits (of N, where that is more), the
+    backward pass one, half of one more for half-precision inputs, and two of float32 [N, H].
     """
     group = group if group is not None and group.size() > 1 else None
     if group is not None:
@@ -65,7 +66,9 @@ class _CompletionLogprobs(torch.autograd.Function):
         highest = hidden.new_full((len(hidden),), torch.finfo(torch.float32).min, dtype=torch.float32)
         # Sums over the vocabulary, with l = logit - highest: of exp(l), of exp(l) * l, and the target's logit.
         total, weighted, target = highest.new_zeros((3, len(hidden))).unbind()
-        for start, logits in _chunks(hidden, weight, *ctx.settings):
+        first = _first_row(weight, group)
+        for chunk in _chunks(len(hidden), weight, vocab_size, group, chunk_logits):
+            logits, start = _logits(hidden, weight[chunk], temperature), first + chunk.start
             owned = (target_ids >= start) & (target_ids < start + logits.shape[1])
             own = logits.gather(1, (target_ids - start).where(owned, 0)[:, None])[:, 0]
             target = own.where(owned, target)
@@ -93,12 +96,13 @@ class _CompletionLogprobs(torch.autograd.Function):
     def backward(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, target_ids, normaliser = ctx.saved_tensors
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
-        grad = grad / ctx.settings[0]
+        temperature, vocab_size, group, chunk_logits = ctx.settings
+        grad = grad / temperature
         grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if wants_hidden else None
         grad_weight = torch.zeros_like(weight) if wants_weight else None  # zeros stay for the padding
-        first = _first_row(weight, ctx.settings[2])
-        for start, logits in _chunks(hidden, weight, *ctx.settings):
-            chunk = slice(start - first, start - first + logits.shape[1])
+        first = _first_row(weight, group)
+        for chunk in _chunks(len(hidden), weight, vocab_size, group, chunk_logits):
+            logits, start = _logits(hidden, weight[chunk], temperature), first + chunk.start
             scores = logits.sub_(normaliser[:, None]).exp_().mul_(-grad[:, None])
             owned = ((target_ids >= start) & (target_ids < start + logits.shape[1])).float()
             place = (target_ids - start).clamp(0, logits.shape[1] - 1)
@@ -113,16 +117,18 @@ class _CompletionLogprobs(torch.autograd.Function):
 
 
 def _chunks(
-    hidden: Tensor, weight: Tensor, temperature: float, vocab_size: int, group: dist.ProcessGroup | None,
-    chunk_logits: int,
-) -> Iterator[tuple[int, Tensor]]:  # fmt: skip
-    """This rank's vocabulary without padding: first token ids, and logits [N, width] over the temperature."""
-    first = _first_row(weight, group)
-    real = min(max(vocab_size - first, 0), len(weight))  # a rank may hold nothing but padding
-    width = max(1, chunk_logits // max(1, len(hidden)))
-    for start in range(0, real, width):
-        logits = linear_float32(hidden, weight[start : min(start + width, real)])
-        yield first + start, logits if temperature == 1 else logits.div_(temperature)
+    tokens: int, weight: Tensor, vocab_size: int, group: dist.ProcessGroup | None, chunk_logits: int
+) -> Iterator[slice]:
+    """This rank's rows of the weight without padding, as many at a time as make `chunk_logits` logits of the tokens."""
+    real = min(max(vocab_size - _first_row(weight, group), 0), len(weight))  # a rank may hold nothing but padding
+    width = max(1, chunk_logits // max(1, tokens))
+    return (slice(start, min(start + width, real)) for start in range(0, real, width))
+
+
+def _logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
+    """Logits [N, rows of the weight] over the temperature."""
+    logits = linear_float32(hidden, weight)
+    return logits if temperature == 1 else logits.div_(temperature)
 
 
 def _first_row(weight: Tensor, group: dist.ProcessGroup | None) -> int:

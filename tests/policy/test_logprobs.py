@@ -66,13 +66,14 @@ def peak_bytes(work) -> int:
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-def test_extra_memory_is_two_chunks_whatever_the_number_of_tokens(frozen):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_extra_memory_is_two_chunks_whatever_the_number_of_tokens(dtype, frozen):
     """At Qwen's vocabulary, forward and backward; the naive form takes hundreds of chunks."""
     vocabulary, width, chunk = 152_064, 64, 1 << 19
-    weight = torch.randn(vocabulary, width, requires_grad=not frozen)
+    weight = torch.randn(vocabulary, width, dtype=dtype, requires_grad=not frozen)
     extra = {}
     for tokens in (64, 256):
-        hidden = torch.randn(tokens, width, requires_grad=True)
+        hidden = torch.randn(tokens, width, dtype=dtype, requires_grad=True)
         ids = torch.randint(vocabulary, (tokens,))
 
         def step(hidden=hidden, ids=ids):
@@ -81,7 +82,8 @@ def test_extra_memory_is_two_chunks_whatever_the_number_of_tokens(frozen):
             )
             torch.autograd.grad(scores.sum(), [x for x in (hidden, weight) if x.requires_grad])
 
-        results = 4 * (tokens * width * 3 + (0 if frozen else weight.numel()))  # gradients, and one matrix product
+        # Gradients, and one matrix product.
+        results = 4 * tokens * width * 3 + (0 if frozen else weight.numel() * weight.itemsize)
         extra[tokens] = peak_bytes(step) - results
         assert extra[tokens] < 2.2 * 4 * chunk, f"{extra[tokens] / (4 * chunk):.2f} chunks"
     assert extra[256] < 1.2 * extra[64]
