@@ -40,7 +40,6 @@ class Backend:
 
     device: torch.device
     rank: int
-    local_rank: int
     world: int
     tp: int
     pp: int
@@ -125,12 +124,13 @@ def start(parallel: ParallelConfig, *, seed: int = 0) -> Backend:
         pipeline_model_parallel_size=parallel.pp,
         distributed_timeout_minutes=int(TIMEOUT.total_seconds() // 60),
     )
+    if parallel.pp > 1:  # NCCL wants all ranks at a group's first call; not every tick of generation sends everywhere
+        dist.all_reduce(torch.zeros(1, device=device), group=parallel_state.get_pipeline_model_parallel_group())
     torch.manual_seed(seed)
     megatron_random.model_parallel_cuda_manual_seed(seed)
     return Backend(
         device=device,
         rank=rank,
-        local_rank=local_rank,
         world=world,
         tp=parallel.tp,
         pp=parallel.pp,

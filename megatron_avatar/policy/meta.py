@@ -1,7 +1,8 @@
 """A rank of any layout in this one process, on the meta device: shapes without numbers, for plans.
 
 The rank's policy is the real one, built and run by the code that trains. Its process groups answer without a message,
-and the bytes that its tensors would take are counted while they live.
+and the bytes that its tensors would take are counted while they live. Its layers are torch's, as on a CPU: where a GPU
+runs fused kernels, which keep less for the backward pass, a plan counts too much, most of all with recompute=none.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def shard_on_meta(
         parallel_state.initialize_model_parallel(tp, pp, create_gloo_process_groups=False)
         megatron_random.model_parallel_cuda_manual_seed(0)
         torch.cuda.current_device = lambda: META  # where Megatron-Core puts its buffers
-        backend = Backend(META, rank, 0, tp * pp, tp, pp, 1, tp_rank, pp_rank, 0)
+        backend = Backend(META, rank, tp * pp, tp, pp, 1, tp_rank, pp_rank, 0)
         with META:
             policy = build_policy(hf_folder, backend, model, parallel)
         rotary = policy.language_model.rotary_pos_emb
