@@ -48,9 +48,8 @@ def _has_flash(device: torch.device) -> bool:
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# GPU: one call over all sequences, whatever their lengths. An implementation activated by
-# torch.nn.attention.activate_flash_attention_impl (FlashAttention-3, say) takes these calls over. Backward adds in no
-# fixed order, unless torch.use_deterministic_algorithms is on.
+# GPU: one call over all sequences, whatever their lengths. Backward adds in no fixed order, unless
+# torch.use_deterministic_algorithms is on.
 
 
 @functools.lru_cache(maxsize=64)  # every layer and pass of a micro-batch asks again

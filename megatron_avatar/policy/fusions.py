@@ -1,8 +1,9 @@
 """Which layers and which Adam run: Transformer Engine's and Apex's where they are installed, else torch's own.
 
 What is installed is Megatron-Core's finding, made when it is imported. A GPU is needed for either; on a CPU, and
-with parallel.kernels=torch, everything is torch's. Parameter names are the same in all cases: Transformer Engine's
-linear layers stay apart from its norms, so that weights and checkpoints fit both.
+with parallel.kernels=torch, everything is torch's. Transformer Engine's linear layers stay apart from its norms, to
+keep the parameters' names, and with them weights and checkpoints, the same in all cases; by construction: it has not
+been run with Transformer Engine.
 """
 
 from __future__ import annotations

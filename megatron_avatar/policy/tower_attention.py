@@ -35,6 +35,7 @@ def window_attention(
 
     The signature is that of transformers' attention functions.
     """
+    assert cu_seq_lens_q is not None and max_length_q is not None, "the encoder did not say where its windows end"
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # [S, heads, D]
     if flash.kernel_for(query.device, query.dtype, query.shape[-1]) is flash.FLASH_VARLEN:
         bounds, longest = cu_seq_lens_q, max(2, max_length_q)  # length 1 would take a path made for decoding
