@@ -52,8 +52,8 @@ class ClusterConfig:
 
     gpus: int = 0  # in all; a dry run needs it
     gpu_memory_gib: float = 80.0
-    gpu: str = "h100"  # a100 | h100 | h200 | cpu: by its peaks, or calibration where it is of such a GPU; measured
-    calibration: str = "runs/calibration.json"  # what doctor --calibrate measured; gpu=measured: whatever it is of
+    gpu: str = "h100"  # a100 | h100 | h200 | cpu: its peaks, or its calibration; measured: the calibration's device
+    calibration: str = "runs/calibration.json"  # what doctor --calibrate measured
 
 
 @dataclass
