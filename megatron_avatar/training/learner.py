@@ -243,8 +243,8 @@ class Learner:
         norm, skipped = self.optimization.step(usable=usable)
         if self.optimization.skipped_in_row >= SKIPS_IN_ROW:
             raise NonFiniteUpdates(
-                f"{SKIPS_IN_ROW} updates in a row were skipped: their log-probabilities or gradients weren't finite. None "
-                "was applied; the last checkpoint is good. Lower optim.lr, or look for broken samples in the data."
+                f"{SKIPS_IN_ROW} updates in a row were skipped: their log-probabilities or gradients are not finite. "
+                "None was applied; the last checkpoint is good. Lower optim.lr, or look for broken samples in the data."
             )
         return norm, skipped
 
