@@ -25,6 +25,7 @@ from megatron_avatar.policy.cache import KeyValueCache, Shape
 from megatron_avatar.policy.decode import Decoder
 from megatron_avatar.policy.groups import GroupBatch, pack_groups
 from megatron_avatar.policy.lanes import Lane, Turn, make_jobs, plan_room
+from megatron_avatar.policy.lora import keep_up
 from megatron_avatar.policy.model import OmniPolicy
 from megatron_avatar.policy.sampling import banned_tokens, stop_token_ids, uniforms
 from megatron_avatar.records import Completion, Prompt
@@ -70,7 +71,7 @@ def generate(
         return []
     media = policy.embed_media(prompts) if media is None else media
     generation = Generation(policy, prompts, n, sampling, keys, media, stop, greedy)
-    with _evaluating(policy):
+    with _evaluating(policy), keep_up(policy):
         generation.run()
     return generation.completions()
 

@@ -8,6 +8,7 @@ the fused layer), so that a fused layer costs two small products whatever it is 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -69,6 +70,7 @@ class LoraAdapter(MegatronModule):
         ]
         owners = self.b_slot.take(marks, backend.tp, backend.tp_rank) * (lora.alpha / lora.rank)
         self.register_buffer("owners", owners.to(weight.device), persistent=False)
+        self.kept_up: Tensor | None = None  # see keep_up
 
         # Like PEFT: A uniform, B zero. Keyed by name, so that every layout starts from the same values.
         bound = columns**-0.5
@@ -93,7 +95,7 @@ class LoraAdapter(MegatronModule):
             low = tensor_parallel.reduce_scatter_to_sequence_parallel_region(low)
         else:
             low = tensor_parallel.reduce_from_tensor_model_parallel_region(low)
-        return F.linear(low, self._up().to(low.dtype))
+        return F.linear(low, self._up().to(low.dtype) if self.kept_up is None else self.kept_up)
 
     def add_to(self, linear: nn.Module, args: tuple[Tensor], output: tuple[Tensor, Tensor | None]) -> tuple:
         """The forward hook of the fused layer."""
@@ -148,6 +150,19 @@ def add_lora(policy: OmniPolicy, lora: LoraConfig, seed: int = 0) -> None:
 def lora_adapters(policy: OmniPolicy) -> Iterator[LoraAdapter]:
     """This rank's adapters, layer by layer."""
     return (module for module in policy.modules() if isinstance(module, LoraAdapter))
+
+
+@contextmanager
+def keep_up(policy: OmniPolicy) -> Iterator[None]:
+    """Make every adapter's `_up` once, for as long as no adapter changes: while tokens are generated."""
+    adapters = list(lora_adapters(policy))
+    try:
+        for adapter in adapters:
+            adapter.kept_up = adapter._up().to(adapter.b.dtype)
+        yield
+    finally:
+        for adapter in adapters:
+            adapter.kept_up = None
 
 
 def leaf(name: str) -> str:

@@ -38,10 +38,12 @@ from megatron_avatar.config.schema import (
     OptimConfig,
     ParallelConfig,
     RLConfig,
+    SamplingConfig,
 )
 from megatron_avatar.policy import backend as backends
+from megatron_avatar.policy.generate import generate
 from megatron_avatar.policy.groups import pack_groups
-from megatron_avatar.policy.lora import lora_adapters
+from megatron_avatar.policy.lora import LoraAdapter, lora_adapters
 from megatron_avatar.policy.model import build_policy
 from megatron_avatar.policy.weights import export_adapters, export_hf, load_hf
 from megatron_avatar.records import Completion, Group, Trajectory
@@ -144,6 +146,25 @@ def test_full_classes_with_trained_encoders(backend, tmp_path, kind):
     with torch.no_grad():
         theirs = thinker_logits(model.thinker, prompt) if kind == "omni" else vl_logits(model, prompt)
     torch.testing.assert_close(logits_of(policy, prompt), theirs, atol=1e-4, rtol=0)
+
+
+def test_generation_makes_the_dense_product_once_and_follows_changes(folder, backend, monkeypatch):
+    policy, calls, plain = load(folder, backend), [], LoraAdapter._up
+    prompt, sampling = tiny_prompts(policy.hf_config)["text"], SamplingConfig(max_new_tokens=4)
+    policy.hf_config.eos_token_id = 7
+
+    def up(adapter):
+        calls.append(adapter)
+        return plain(adapter)
+
+    monkeypatch.setattr(LoraAdapter, "_up", up)
+    for scale in (0.3, 0.6):
+        shake(policy, scale)
+        calls.clear()
+        ((row,),) = generate(policy, [prompt], 1, sampling, ["key"])
+        assert calls == list(lora_adapters(policy))
+        scores = policy(pack_groups([prompt], [[row.token_ids]]), policy.embed_media([prompt]))[0]
+        np.testing.assert_allclose(scores.detach().numpy(), row.logprobs, atol=1e-5)
 
 
 @pytest.mark.parametrize("recompute", ["none", "full"])
