@@ -50,7 +50,7 @@ class ParallelConfig:
 class ClusterConfig:
     """What the plan of a dry run counts with."""
 
-    gpus: int = 0  # in all; a dry run needs it
+    gpus: int = 0  # in all; 0: those of one replica, tp * pp
     gpu_memory_gib: float = 80.0
     gpu: str = "h100"  # a100 | h100 | h200 | cpu: its peaks, or its calibration; measured: the calibration's device
     calibration: str = "runs/calibration.json"  # what doctor --calibrate measured

@@ -109,8 +109,7 @@ def _check_plan(config: Config) -> None:
     cluster = config.cluster
     if not (config.model.path or config.model.shape):
         raise ValueError("model.path and model.shape are empty: a dry run plans for one of them, as model.shape=NAME")
-    if cluster.gpus < 1:
-        raise ValueError(f"cluster.gpus={cluster.gpus}: a dry run plans for a number of GPUs, as cluster.gpus=8")
+    _at_least("cluster.gpus", cluster.gpus, 0)
     _above("cluster.gpu_memory_gib", cluster.gpu_memory_gib, 0)
     _one_of("cluster.gpu", cluster.gpu, GPUS)
 

@@ -43,7 +43,7 @@ from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 from megatron_avatar.policy.backend import Backend
 from megatron_avatar.training.optim import Optimization
 
-FORMAT = 1
+FORMAT = 2
 HIDDEN = ".unfinished_"
 WEIGHTS, STATE, MANIFEST = "weights", "state.json", "manifest.json"
 POLICY = "policy."

@@ -69,7 +69,10 @@ class Plan:
 
 
 def make_plan(config: Config) -> Plan:
-    """Plan a configuration with cluster.gpus. Raises ValueError where the model doesn't split into the layout."""
+    """Plan a configuration for cluster.gpus, by default those of one replica. Raises ValueError where the model doesn't
+    split into the layout."""
+    if not config.cluster.gpus:
+        config = replace(config, cluster=replace(config.cluster, gpus=config.parallel.tp * config.parallel.pp))
     folder = config.model.path or str(CONFIG_DIR / "shapes" / config.model.shape)
     hf_config = read_config(folder)
     rates = read_rates(config)

@@ -125,7 +125,7 @@ def test_a_dry_run_needs_a_shape_and_gpus_only():
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        ("", "cluster.gpus=0: a dry run plans for a number of GPUs, as cluster.gpus=8"),
+        ("cluster.gpus=-1", "cluster.gpus=-1 must be at least 0"),
         ("cluster.gpus=8 cluster.gpu_memory_gib=0", "cluster.gpu_memory_gib=0.0 must be above 0"),
         ("cluster.gpus=8 cluster.gpu=b900", "cluster.gpu: 'b900' is not one of a100, h100, h200, cpu, measured"),
         ("cluster.gpus=8 model.shape='' parallel=single", "a dry run plans for one of them, as model.shape=NAME"),
