@@ -7,11 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 LACKING = ("hydra", "omegaconf", "h5py", "nvidia.dali", "av", "wandb", "trl", "transformer_engine", "apex",
            "flash_attn")  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_whole_benchmark_runs_on_a_bare_machine(tmp_path):
     script = f"""
 import sys

@@ -55,6 +55,7 @@ def assert_equal_runs(one, two):
     assert all(torch.equal(left[name], right[name]) for name in left)
 
 
+@pytest.mark.slow
 def test_a_run_logs_what_it_did(world, whole):
     records = metrics(whole)
     assert [r["step"] for r in records] == list(range(1, 10))
@@ -136,6 +137,7 @@ def test_damage_is_named_and_survived(world, whole):
     assert len(metrics(out)) == 9
 
 
+@pytest.mark.slow
 def test_a_damaged_clip_is_set_aside_and_listed(world):
     data = world / "dirty"
     shutil.copytree(world / "data", data)

@@ -297,6 +297,7 @@ def plan(*overrides: str, recipe: str = "avatar_7b"):
     return make_plan(load_config([f"recipe={recipe}", "dry_run=true", *overrides]))
 
 
+@pytest.mark.slow
 def test_more_work_takes_longer():
     def seconds(*overrides: str) -> dict[str, float]:
         return plan("cluster.gpus=4", "cluster.calibration=none", *overrides).stages[0].seconds
@@ -329,6 +330,7 @@ CALIBRATION = {"device": "NVIDIA A100-SXM4-40GB", "train_flops": 1e14, "forward_
                "network": None, "layer_gap_s": 1e-5, "memory_ratio": 2.0}  # fmt: skip
 
 
+@pytest.mark.slow
 def test_measured_rates_replace_assumed_ones(tmp_path):
     path = tmp_path / "calibration.json"
     path.write_text(json.dumps(CALIBRATION))
@@ -382,6 +384,7 @@ def test_what_does_not_divide_is_named(overrides, says, capsys):
     ("gpus", "gib", "start"),
     [(8, 36, []), (4, 46, ["parallel.recompute=none"]), (1, 80, ["parallel=single"])],
 )
+@pytest.mark.slow
 def test_the_remedy_fits(gpus, gib, start):
     cluster = [f"cluster.gpus={gpus}", f"cluster.gpu_memory_gib={gib}", *start]
     (problem,) = [p for p in plan(*cluster).problems if "GiB" in p]
@@ -398,6 +401,7 @@ def test_the_remedy_fits(gpus, gib, start):
     (2, 30, r"no layout of 2 such GPUs fits \(the best needs"),  # fewer than tp
     (6, 60, r"write parallel\.tp="),  # not a multiple of tp
 ])  # fmt: skip
+@pytest.mark.slow
 def test_gpus_that_the_layout_does_not_share_out_get_a_remedy(gpus, gib, says):
     cluster = [f"cluster.gpus={gpus}", f"cluster.gpu_memory_gib={gib}", "parallel.recompute=none"]
     world, memory = plan(*cluster).problems
