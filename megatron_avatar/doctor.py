@@ -254,6 +254,7 @@ def main() -> None:
         found = calibrate(Path(options.calibrate))
         if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
             print(json.dumps(found, indent=None if options.json else 2))
+            print(f"written to {options.calibrate}", file=sys.stderr)
         return
     results = examine()
     if options.json:

@@ -27,8 +27,9 @@ train() {
   trap : USR1 USR2 TERM # the tasks get these too, save their state and leave; the batch shell has to outlive them
   export AVATAR_STOPPED="$PWD/.stopped-$SLURM_JOB_ID"
   rm -f "$AVATAR_STOPPED"
-  srun --kill-on-bad-exit=1 --ntasks-per-node="$SLURM_NTASKS_PER_NODE" "$python" -m megatron_avatar.train "$@"
-  [[ -e "$AVATAR_STOPPED" ]] || return 0
+  local status=0
+  srun --kill-on-bad-exit=1 --ntasks-per-node="$SLURM_NTASKS_PER_NODE" "$python" -m megatron_avatar.train "$@" || status=$?
+  [[ -e "$AVATAR_STOPPED" ]] || return "$status" # a rank may still fail on its way out, with the state saved
   # Stopped by a signal with its state saved: into the queue again, under the same id where the cluster allows it.
   rm -f "$AVATAR_STOPPED"
   scontrol requeue "$SLURM_JOB_ID" || {

@@ -124,8 +124,7 @@ class Learner:
     def snapshot_reference(self) -> None:
         """Keep the policy as it is now as the reference of the stage.
 
-        With LoRA that is a copy of the adapters: in a run's first stage they add nothing, and later ones start from
-        what the stages before have learned.
+        A copy of what trains: with LoRA the adapters, which add nothing in a run's first stage, and trained encoders.
         """
         self.reference = {n: p.detach().clone() for n, p in self.policy.named_parameters() if p.requires_grad}
 

@@ -88,7 +88,7 @@ def read_rates(config: Config) -> Rates:
             _assumed(gpu), train=found["train_flops"], forward=found["forward_flops"], bandwidth=found["bandwidth"],
             network=found["network"] or PEAKS[gpu].network, layer_gap=found["layer_gap_s"],
             memory_ratio=found["memory_ratio"] or 1.0,
-            source=f"measured on {found['device']} ({path}), links between GPUs assumed",
+            source=f"rates measured on {found['device']} ({path}), links between GPUs assumed",
         )  # fmt: skip
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(

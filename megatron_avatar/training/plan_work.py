@@ -3,8 +3,7 @@
 Two prompts are counted with. The typical one shows one clip at the recipe's full number of frames and pixels, with the
 sound of a clip that long, or one picture to a model that doesn't hear: time is estimated from it. The longest one fills
 what model.context leaves beside a completion, with pictures and sound in the proportion of the typical one: memory is
-planned for it. Completions are counted at
-rl.sampling.max_new_tokens.
+planned for it. Completions are counted at rl.sampling.max_new_tokens.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ def up(nodes: int, gpus: int, cpus: int) -> None:
     found = {name: shutil.which(name, path=f"{os.environ['PATH']}:{SBIN}") for name in PROGRAMS}
     if missing := [name for name, path in found.items() if path is None]:
         raise ValueError(f"{', '.join(missing)} not found: apt install slurm-wlm munge")
-    if _running():
+    if running():
         return
     root = folder()
     shutil.rmtree(root, ignore_errors=True)
@@ -76,9 +76,9 @@ def up(nodes: int, gpus: int, cpus: int) -> None:
 def down() -> None:
     """End all jobs and daemons of this cluster and remove its folder."""
     root = folder()
-    if _running():
+    if running():
         user = pwd.getpwuid(os.getuid()).pw_name
-        subprocess.run(["scancel", "--user", user], env=_env(), capture_output=True, timeout=30)
+        subprocess.run(["scancel", "--user", user], env=shell(), capture_output=True, timeout=30)
         time.sleep(1)
     pids = {path.stem: int(path.read_text()) for path in sorted((root / "pid").glob("*.pid"), reverse=True)}
     for name in sorted(pids, key=lambda name: name == "munged"):  # the daemons sign their farewells with munge
@@ -141,21 +141,21 @@ MailProg=/bin/true
 
 def _start_munge(root: Path) -> None:
     key = root / "munge.key"
-    subprocess.run(["mungekey", "--create", f"--keyfile={key}"], env=_env(), check=True, capture_output=True)
+    subprocess.run(["mungekey", "--create", f"--keyfile={key}"], env=shell(), check=True, capture_output=True)
     command = ["munged", f"--socket={root}/munge.sock", f"--key-file={key}", f"--pid-file={root}/pid/munged.pid",
                f"--log-file={root}/log/munged.log", f"--seed-file={root}/munge.seed", "--force"]  # fmt: skip
-    subprocess.run(command, env=_env(), check=True, capture_output=True)
+    subprocess.run(command, env=shell(), check=True, capture_output=True)
 
 
 def _start(command: list[str], output: Path, name: str) -> None:
     with output.open("w") as file:
-        if subprocess.run(command, env=_env(), stdout=file, stderr=file).returncode:
+        if subprocess.run(command, env=shell(), stdout=file, stderr=file).returncode:
             raise ValueError(f"{name} didn't start: see {output}")
 
 
 def _spawn(command: list[str], output: Path, name: str) -> None:
     with output.open("w") as file:
-        process = subprocess.Popen(command, env=_env(), stdout=file, stderr=file, start_new_session=True)
+        process = subprocess.Popen(command, env=shell(), stdout=file, stderr=file, start_new_session=True)
     (folder() / "pid" / f"{name}.pid").write_text(str(process.pid))
 
 
@@ -188,15 +188,17 @@ def _free_ports(count: int) -> list[int]:
 
 def _states() -> dict[str, str]:
     command = ["sinfo", "--noheader", "--Node", "--partition=main", "--format=%N %t"]
-    run = subprocess.run(command, env=_env(), capture_output=True, text=True, timeout=30)
+    run = subprocess.run(command, env=shell(), capture_output=True, text=True, timeout=30)
     return dict(line.split() for line in run.stdout.splitlines())
 
 
-def _running() -> bool:
+def running() -> bool:
+    """Whether this user's cluster answers."""
     return (folder() / "slurm.conf").is_file() and bool(_states())
 
 
-def _env() -> dict[str, str]:
+def shell() -> dict[str, str]:
+    """This process's environment, with what Slurm's commands need."""
     return {**os.environ, **environment()}
 
 

@@ -19,11 +19,9 @@ import cluster  # noqa: E402
 class Slurm:
     """Commands of the local cluster."""
 
-    env = cluster._env
-
     def run(self, *command: object, **kwargs) -> str:
         """Output of a command; its error fails the test."""
-        done = subprocess.run(list(map(str, command)), env=cluster._env(), capture_output=True, text=True, **kwargs)
+        done = subprocess.run(list(map(str, command)), env=cluster.shell(), capture_output=True, text=True, **kwargs)
         assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}"
         return done.stdout
 
@@ -46,7 +44,7 @@ class Slurm:
 
 @pytest.fixture(scope="session")
 def slurm() -> Iterator[Slurm]:
-    running = cluster._running()
+    running = cluster.running()
     cluster.up(nodes=4, gpus=2, cpus=8)
     yield Slurm()
     if not running:
