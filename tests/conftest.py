@@ -33,3 +33,13 @@ def _skip(items: list[pytest.Item], marker: str, reason: str) -> None:
     for item in items:
         if item.get_closest_marker(marker):
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="module")
+def backend():
+    """One process of the real backend for the tests of a module; torch is imported for those alone."""
+    from megatron_avatar.config.schema import ParallelConfig
+    from megatron_avatar.policy import backend as backends
+
+    yield backends.start(ParallelConfig())
+    backends.stop()

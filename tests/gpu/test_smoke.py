@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from megatron_avatar.config.schema import ModelConfig, OptimConfig, ParallelConfig, RLConfig, SamplingConfig
-from megatron_avatar.policy import backend as backends
 from megatron_avatar.policy.attention import group_attention
 from megatron_avatar.policy.generate import generate
 from megatron_avatar.policy.groups import pack_groups
@@ -26,12 +25,6 @@ from megatron_avatar.training.optim import build_optimizer
 from tests.policy.tiny import KINDS, TEXT, tiny_config, tiny_prompts, tiny_thinker
 
 pytestmark = pytest.mark.gpu
-
-
-@pytest.fixture(scope="module")
-def backend():
-    yield backends.start(ParallelConfig())
-    backends.stop()
 
 
 @pytest.fixture(scope="module")

@@ -22,12 +22,6 @@ from megatron_avatar.policy.model import OmniPolicy, build_policy
 from megatron_avatar.policy.weights import load_hf
 
 
-@pytest.fixture(scope="module")
-def backend():
-    yield backends.start(ParallelConfig())
-    backends.stop()
-
-
 def pretend(monkeypatch, *, engine: bool, apex: bool) -> None:
     """Leave Megatron-Core's findings as they would be with these packages."""
     adam = "transformer_engine.pytorch.optimizers" if engine else "apex.optimizers" if apex else "torch.optim"

@@ -40,7 +40,6 @@ from megatron_avatar.config.schema import (
     RLConfig,
     SamplingConfig,
 )
-from megatron_avatar.policy import backend as backends
 from megatron_avatar.policy.generate import generate
 from megatron_avatar.policy.groups import pack_groups
 from megatron_avatar.policy.lora import LoraAdapter, lora_adapters
@@ -52,12 +51,6 @@ from megatron_avatar.training.optim import build_optimizer
 
 LORA = LoraConfig(rank=3, alpha=10.0)  # a weight that no float holds exactly
 TARGETS = [list(LORA_TARGETS), ["k_proj", "up_proj"], ["q_proj", "v_proj", "o_proj"], ["down_proj", "gate_proj"]]
-
-
-@pytest.fixture(scope="module")
-def backend():
-    yield backends.start(ParallelConfig())
-    backends.stop()
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,6 @@ from tiny import (
 )
 
 from megatron_avatar.config.schema import ModelConfig, ParallelConfig
-from megatron_avatar.policy import backend as backends
 from megatron_avatar.policy.groups import pack_groups
 from megatron_avatar.policy.model import build_policy
 from megatron_avatar.policy.weights import load_hf, policy_slots
@@ -97,12 +96,6 @@ def test_every_layout_equals_transformers(results, layout):
     assert set(checks) == expected
     assert all(checks[name] == 0 for name in checks if name.endswith(("export", "round_trip")))
     assert {name: error for name, error in checks.items() if error > TOLERANCE} == {}
-
-
-@pytest.fixture(scope="module")
-def backend():
-    yield backends.start(ParallelConfig())
-    backends.stop()
 
 
 def load(folder, backend, **parallel):

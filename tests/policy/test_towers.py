@@ -24,19 +24,12 @@ from tiny import (
 )
 
 from megatron_avatar.config.schema import ModelConfig, ParallelConfig
-from megatron_avatar.policy import backend as backends
 from megatron_avatar.policy import flash, tower_attention, towers
 from megatron_avatar.policy.groups import pack_groups
 from megatron_avatar.policy.model import build_policy
 from megatron_avatar.policy.weights import load_hf
 
 TOLERANCE = 1e-5
-
-
-@pytest.fixture(scope="module")
-def backend():
-    yield backends.start(ParallelConfig())
-    backends.stop()
 
 
 def load(model, folder, backend):
