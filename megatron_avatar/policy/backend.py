@@ -11,7 +11,7 @@ import itertools
 import os
 import re
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -47,6 +47,7 @@ class Backend:
     tp_rank: int
     pp_rank: int
     dp_rank: int
+    group: dist.ProcessGroup | None = None  # of `all_gather_object`; None: the world
 
     @property
     def is_first_stage(self) -> bool:
@@ -58,7 +59,7 @@ class Backend:
 
     def all_gather_object(self, value: Any) -> list[Any]:
         """`value` of every rank, in rank order."""
-        return _gather_objects(value, dist.group.WORLD)
+        return _gather_objects(value, self.group or dist.group.WORLD)
 
     def all_gather_object_dp(self, value: Any) -> list[Any]:
         """`value` of every data-parallel rank, in their order. Equal on all ranks of a replica if `value` is."""
@@ -80,6 +81,11 @@ class Backend:
         box = [value]
         dist.broadcast_object_list(box, source, group)
         return box[0]
+
+    def apart(self) -> Backend:
+        """This place with a group of its own for `all_gather_object`, on the hosts: for a second thread, whose messages
+        must not mix with training's. Called by all ranks together."""
+        return replace(self, group=dist.new_group(backend="gloo", timeout=TIMEOUT))
 
     def barrier(self) -> None:
         dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)

@@ -21,7 +21,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable, Collection
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,45 @@ class CheckpointError(RuntimeError):
 # Saving
 
 
+@dataclass
+class Snapshot:
+    """All that one rank contributes to a checkpoint, copied: training may go on while it is written."""
+
+    step: int
+    sharded: dict[str, Any]  # Megatron's description, its tensors on the host
+    common: bytes
+    generators: bytes
+    state: dict[str, Any]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the tensors that this rank writes."""
+        return sum(t.data.nbytes for t in nested_values(self.sharded) if is_main_replica(t.replica_id))
+
+
+def take(
+    step: int,
+    *,
+    policy: nn.Module,
+    optimization: Optimization,
+    reference: dict[str, Tensor] | None,
+    state: dict[str, Any],
+    backend: Backend,
+) -> Snapshot:
+    """Copy everything that continues the run after global step `step`; called by all ranks alike.
+
+    `reference` maps names of `policy.named_parameters()` to this rank's tensors of the same shapes. `state` must
+    survive JSON; rank 0's is written.
+    """
+    sharded, common = save_preprocess(_sharded_state(policy, optimization, reference, loading=False))
+    for shard in nested_values(sharded):
+        # What the distributed optimizer gathered lies on the host already, and nothing else holds it.
+        own = is_main_replica(shard.replica_id) and (shard.data.is_cuda or backend.device.type == "cpu")
+        shard.data = shard.data.detach().to("cpu", copy=True) if own else shard.data
+    state = json.loads(json.dumps(state)) if backend.rank == 0 else {}
+    return Snapshot(step, sharded, _serialise(common), _serialise(_generators()), state)
+
+
 def save(
     run_dir: Path,
     step: int,
@@ -80,39 +119,46 @@ def save(
     keep: int,
     milestones: Collection[int] = (),
 ) -> Path:
-    """Save everything that continues the run after global step `step`; called by all ranks alike.
+    """`take` and `write` at once."""
+    snapshot = take(
+        step, policy=policy, optimization=optimization, reference=reference, state=state, backend=backend
+    )
+    return write(run_dir, snapshot, backend=backend, keep=keep, milestones=milestones)
 
-    `reference` maps names of `policy.named_parameters()` to this rank's tensors of the same shapes. `state` must
-    survive JSON; rank 0's is written. Afterwards the newest `keep` checkpoints and those of `milestones` remain.
-    Raises CheckpointError where the disk refuses, with every earlier checkpoint untouched.
+
+def write(
+    run_dir: Path, snapshot: Snapshot, *, backend: Backend, keep: int, milestones: Collection[int] = ()
+) -> Path:
+    """Write a checkpoint and make it visible; called by all ranks, each with its own snapshot of the step.
+
+    From a second thread with `backend.apart()`. Afterwards the newest `keep` checkpoints and those of `milestones`
+    remain. Raises CheckpointError where the disk refuses, with every earlier checkpoint untouched.
     """
     if keep < 1:
         raise ValueError(f"checkpoint.keep={keep}: keep at least one checkpoint")
     root = Path(run_dir) / "checkpoints"
-    final = root / f"step_{step:08d}"
+    final = root / f"step_{snapshot.step:08d}"
     working = root / f"{HIDDEN}{final.name}"
-    sharded, common = save_preprocess(_sharded_state(policy, optimization, reference, loading=False))
-    size = sum(t.data.nbytes for t in nested_values(sharded) if is_main_replica(t.replica_id))
 
     def prepare() -> None:
         if backend.rank == 0:
             for leftover in root.glob(f"{HIDDEN}*"):
                 shutil.rmtree(leftover)
             (working / WEIGHTS).mkdir(parents=True)
-            _write(working / STATE, json.dumps(state).encode())
-            _write(working / WEIGHTS / "common.pt", _serialise(common))
+            _write(working / STATE, json.dumps(snapshot.state).encode())
+            _write(working / WEIGHTS / "common.pt", snapshot.common)
             header = asdict(CheckpointingConfig(sharded_backend="torch_dist", sharded_backend_version=1))
             _write(working / WEIGHTS / "metadata.json", json.dumps(header).encode())
 
     def describe() -> dict[str, dict[str, Any]]:
-        _write(working / f"rng_{backend.rank:05d}.pt", _serialise(_generators()))
+        _write(working / f"rng_{backend.rank:05d}.pt", snapshot.generators)
         return {str(path.relative_to(working)): _measure(path) for path in _own_files(working, backend.rank)}
 
     def publish() -> None:
         if backend.rank == 0:
             manifest = {
                 "format": FORMAT,
-                "step": step,
+                "step": snapshot.step,
                 "layout": {"tp": backend.tp, "pp": backend.pp, "dp": backend.dp},
                 "versions": _versions(),
                 "files": {name: entry for part in files for name, entry in sorted(part.items())},
@@ -120,17 +166,23 @@ def save(
             _write(working / MANIFEST, json.dumps(manifest, indent=1).encode())
             for folder in (working / WEIGHTS, working):
                 _flush_folder(folder)
-            if final.exists():  # damaged, or abandoned by a run that went back further
-                _discard(final)
-            working.rename(final)
-            _flush_folder(root)
-            _prune(root, step, keep, milestones)
+            _publish(working, final)
+            _prune(root, snapshot.step, keep, milestones)
 
+    size = snapshot.size
     _on_all_ranks(prepare, backend, final, size)
-    _on_all_ranks(lambda: _write_sharded(sharded, working / WEIGHTS), backend, final, size)
+    _on_all_ranks(lambda: _write_sharded(snapshot.sharded, working / WEIGHTS, backend), backend, final, size)
     files = _on_all_ranks(describe, backend, final, size)
     _on_all_ranks(publish, backend, final, size)
     return final
+
+
+def _publish(working: Path, final: Path) -> None:
+    """Give a finished checkpoint its name: the one moment at which it comes to be."""
+    if final.exists():  # damaged, or abandoned by a run that went back further
+        _discard(final)
+    working.rename(final)
+    _flush_folder(final.parent)
 
 
 def _on_all_ranks(action: Callable[[], Any], backend: Backend, final: Path, size: int) -> list[Any]:
@@ -177,7 +229,7 @@ def _sharded_state(
     return state
 
 
-def _write_sharded(sharded: dict[str, Any], folder: Path) -> None:
+def _write_sharded(sharded: dict[str, Any], folder: Path, backend: Backend) -> None:
     """Megatron's torch_dist format written by this process: Megatron's own writer starts helpers that import the entry
     script anew, 10 s a save."""
     by_key, _, _ = torch_dist._replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
@@ -187,6 +239,7 @@ def _write_sharded(sharded: dict[str, Any], folder: Path) -> None:
             torch_dist.mcore_to_pyt_state_dict(by_key),
             storage_writer=torch_checkpoint.FileSystemWriter(folder),
             planner=torch_dist.MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
+            process_group=backend.group,
         )
 
 
