@@ -28,6 +28,7 @@ def main(arguments: list[str]) -> int:
     if config.dry_run:
         return _plan(config)
     from megatron_avatar.policy.backend import start, stop  # torch and Megatron only once the settings are sound
+    from megatron_avatar.training.attempts import NoProgress
     from megatron_avatar.training.checkpoint import CheckpointError
     from megatron_avatar.training.learner import LogprobMismatch, NonFiniteUpdates
     from megatron_avatar.training.loop import Interrupted, train
@@ -47,7 +48,8 @@ def main(arguments: list[str]) -> int:
                 Path(marker).touch()
             return 0
         return INTERRUPTED
-    except (ValueError, LogprobMismatch, NonFiniteUpdates, CheckpointError, FloatingPointError, OSError) as error:
+    except (ValueError, LogprobMismatch, NonFiniteUpdates, CheckpointError, NoProgress, FloatingPointError,
+            OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     finally:

@@ -23,7 +23,7 @@ from megatron_avatar.config.schema import (
 )
 from megatron_avatar.config.validate import check_world, validate
 
-LOADING = ("differing_keys", "load_config", "save_config")
+LOADING = ("differences", "load_config", "save_config")
 
 __all__ = [
     "CheckpointConfig",
@@ -41,7 +41,7 @@ __all__ = [
     "ShapingConfig",
     "StageConfig",
     "check_world",
-    "differing_keys",
+    "differences",
     "load_config",
     "save_config",
     "validate",

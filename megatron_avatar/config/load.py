@@ -20,8 +20,8 @@ from megatron_avatar.config.validate import validate
 
 CONFIG_DIR = Path(__file__).parent.resolve()
 
-# Settings that say what a run is called and what it writes where, not what it computes.
-_BOOKKEEPING = ("name", "output_dir", "log", "checkpoint")
+# Settings that say what a run is called, where it runs and what it writes, not what it computes.
+_BOOKKEEPING = ("name", "output_dir", "log", "checkpoint", "parallel", "cluster", "dry_run", "continue_changed")
 # Settings of time and memory alone (micro-batches change sums by rounding), and the shape that a plan is for.
 _COST = ("data.workers", "data.decode_deadline_s", "rl.tokens_per_micro_batch", "model.shape")
 
@@ -66,10 +66,9 @@ def save_config(config: Config, path: Path) -> None:
     path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
 
 
-def differing_keys(path: Path, config: Config) -> list[str]:
-    """Dotted keys in which a saved configuration and this one compute differently (layout,
+def differences(path: Path, config: Config) -> dict[str, tuple[Any, Any]]:
+    """Dotted key -> (saved, now) where a saved configuration and this one compute differently (layout,
     micro-batches, logging and checkpoint frequency don't count)."""
-    ignored = (*_BOOKKEEPING, "parallel", "cluster", "dry_run")
 
     def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         items: dict[str, Any] = {}
@@ -79,9 +78,10 @@ def differing_keys(path: Path, config: Config) -> list[str]:
 
     saved = flat(OmegaConf.to_container(OmegaConf.load(path)))  # type: ignore[arg-type]
     now = flat(OmegaConf.to_container(OmegaConf.structured(config)))  # type: ignore[arg-type]
-    keys = sorted(saved.keys() | now.keys())
-    different = [k for k in keys if saved.get(k) != now.get(k)]
-    return [k for k in different if k.split(".")[0] not in ignored and k not in _COST]
+    return {
+        key: (saved.get(key), now.get(key)) for key in sorted(saved.keys() | now.keys())
+        if saved.get(key) != now.get(key) and key.split(".")[0] not in _BOOKKEEPING and key not in _COST
+    }
 
 
 def _run_name(name: str, overrides: list[str]) -> str:

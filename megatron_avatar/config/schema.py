@@ -171,6 +171,7 @@ class CheckpointConfig:
     every: int = 50  # steps
     keep: int = 2
     milestones: list[int] = field(default_factory=list)  # global steps whose checkpoints stay
+    restarts: int = 3  # automatic ones in a row without a later checkpoint, before a job gives up
 
 
 @dataclass
@@ -193,6 +194,7 @@ class Config:
     seed: int = 0
     output_dir: str = ""
     dry_run: bool = False  # plan memory and time of every rank, start nothing
+    continue_changed: bool = False  # go on with a run that was started with other settings
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)

@@ -100,6 +100,7 @@ def _check_inputs(config: Config) -> None:
         raise ValueError("parallel.sequence_parallel=true needs parallel.tp of 2 or more: raise it or switch that off")
     _at_least("checkpoint.every", config.checkpoint.every, 1)
     _at_least("checkpoint.keep", config.checkpoint.keep, 1)
+    _at_least("checkpoint.restarts", config.checkpoint.restarts, 1)
     _at_least("eval.every", config.eval.every, 0)
     _at_least("eval.samples", config.eval.samples, 1)
 
@@ -191,6 +192,10 @@ def _check_forward(config: Config) -> None:
 
 def _check_rl(config: Config) -> None:
     rl = config.rl
+    kinds = [stage.kind for stage in config.stages.values()]
+    if rl.replay.carry_over_stages and "sft" in kinds[kinds.index("rl") :]:
+        raise ValueError("rl.replay.carry_over_stages=true can't carry over an sft stage behind an rl stage: reorder "
+                         "the stages, or write rl.replay.carry_over_stages=false")
     _at_least("rl.n_on", rl.n_on, 1)
     _at_least("rl.n_off", rl.n_off, 0)
     _between("rl.revisit_share", rl.revisit_share, 0, 1)

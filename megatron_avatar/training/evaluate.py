@@ -15,16 +15,18 @@ from megatron_avatar.policy.model import OmniPolicy
 from megatron_avatar.records import Sample
 from megatron_avatar.rl.rewards import grade
 from megatron_avatar.training.rollout import load_prompts
+from megatron_avatar.training.stopping import StopSignal
 
 
 @torch.no_grad()
 def evaluate(
     policy: OmniPolicy, backend: Backend, builder: PromptBuilder, loader: MediaLoader, samples: Sequence[Sample],
-    *, max_new_tokens: int, batch: int = 16,
+    *, max_new_tokens: int, batch: int = 16, stop: StopSignal | None = None,
 ) -> list[dict]:
     """Predictions from one greedy completion a sample, in the order given, on every rank. All ranks call it together.
 
-    A quarantined sample stays in the denominator: it counts as wrong and carries its reason in `error`.
+    A quarantined sample stays in the denominator: it counts as wrong and carries its reason in `error`. Raises
+    GenerationStopped on all ranks when any of them was told to `stop`.
     """
     sampling = SamplingConfig(max_new_tokens=max_new_tokens)
     mine = list(samples[backend.dp_rank :: backend.dp])
@@ -34,8 +36,12 @@ def evaluate(
         prompts = load_prompts(loader, backend, [(s, "plain") for s in part])
         loader.prefetch([(s, "plain") for s in mine[start + batch : start + 2 * batch]])
         alive = [p for p in prompts if p is not None]
-        rows = iter(generate(policy, alive, 1, sampling, ["greedy"] * len(alive), media=policy.embed_media(alive),
-                             greedy=True) if alive else [])
+        media = policy.embed_media(alive) if alive else []
+
+        def answer(alive: list = alive, media: list = media) -> list:
+            return generate(policy, alive, 1, sampling, ["greedy"] * len(alive), media=media, stop=stop, greedy=True)
+
+        rows = iter(stop.guard(answer, backend) if stop is not None else answer())
         for sample, prompt in zip(part, prompts, strict=True):
             text = builder.decode(next(rows)[0].token_ids) if prompt is not None else ""
             predictions.append({

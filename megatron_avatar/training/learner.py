@@ -22,6 +22,7 @@ from megatron_avatar.training.balance import even_out, imbalance, packed_tokens
 from megatron_avatar.training.optim import Optimization
 
 POSITION_BINS = 20
+Poll = Callable[[], None]  # called by all ranks together; raises to drop what is not applied yet
 SKIPS_IN_ROW = 3  # one bad batch is skipped; a run that skips on and on learns nothing
 
 
@@ -100,15 +101,23 @@ class Learner:
 
     # ---- the schedule --------------------------------------------------------------------------
 
-    def _run(self, micros: list[MicroBatch], loss: Callable, *, forward_only: bool, embed: bool) -> list:
+    def _run(
+        self, micros: list[MicroBatch], loss: Callable, *, forward_only: bool, embed: bool, poll: Poll | None
+    ) -> list:
         """Run Megatron's schedule (pipelined or not); what `loss` returned last, one entry a micro-batch.
 
-        `embed` runs the encoders here, in place of the embeddings that the micro-batches hold.
+        `embed` runs the encoders here, in place of the embeddings that the micro-batches hold. `poll`, a collective
+        call, may raise to drop the update: before the schedule, and before every micro-batch where there is no
+        pipeline, whose stages are never at the same one.
         """
+        if poll is not None:
+            poll()
         temperature = self.rl.sampling.temperature
 
         def forward_step(iterator: Iterator[MicroBatch], model: torch.nn.Module) -> tuple:
             micro = next(iterator)
+            if poll is not None and self.backend.pp == 1:
+                poll()
             media = self.policy.embed_media(micro.prompts, grad=True) if embed else micro.media
             output = model(micro.batch, media, temperature)
             return output, lambda out, non_loss_data=False: loss(micro, out)
@@ -144,13 +153,15 @@ class Learner:
                     parameter.data = own[name]
 
     @torch.no_grad()
-    def reference_logprobs(self, groups: list[Group], media: list) -> list[list[np.ndarray]]:
+    def reference_logprobs(
+        self, groups: list[Group], media: list, *, poll: Poll | None = None
+    ) -> list[list[np.ndarray]]:
         """Log-probabilities [L] of every completion under the stage's reference, on every rank."""
         micros = self.micro_batches(groups, media)
         with self._reference_weights():
             # Encoders that train have changed since the snapshot: the reference embeds the media by its own.
             outputs = self._run(micros, lambda micro, out: out[0].cpu().numpy(), forward_only=True,
-                                embed=self.train_towers)
+                                embed=self.train_towers, poll=poll)
         outputs = self.backend.broadcast_from_last_stage(outputs)
         scores: list[list[np.ndarray]] = [[np.zeros(0)] * len(g.trajectories) for g in groups]
         for micro, values in zip(micros, outputs, strict=True):
@@ -165,7 +176,8 @@ class Learner:
     # ---- updates -------------------------------------------------------------------------------
 
     def update(self, groups: list[Group], media: list, reference: list[list[np.ndarray]],
-               *, n_on: int, n_off: int, check_logprobs: bool = True) -> dict[str, np.ndarray]:
+               *, n_on: int, n_off: int, check_logprobs: bool = True, poll: Poll | None = None
+               ) -> dict[str, np.ndarray]:
         """One optimizer step on the paper's objective J = J_on + alpha J_off - beta KL.
 
         n_on and n_off count the completions of the whole step, over all ranks. Returns summed
@@ -223,7 +235,7 @@ class Learner:
             return value * scale, stats
 
         self.optimization.zero_grad()
-        stats = self._reduce(self._run(micros, loss, forward_only=False, embed=self.train_towers))
+        stats = self._reduce(self._run(micros, loss, forward_only=False, embed=self.train_towers, poll=poll))
         error = float(stats["error_sum"] / max(stats["on_tokens"], 1.0))
         if check_logprobs and rl.logprob_error_limit < error < math.inf:
             raise LogprobMismatch(
@@ -247,7 +259,7 @@ class Learner:
             )
         return norm, skipped
 
-    def update_sft(self, groups: list[Group], media: list) -> dict[str, float]:
+    def update_sft(self, groups: list[Group], media: list, *, poll: Poll | None = None) -> dict[str, float]:
         """One step of cross-entropy on the completions, averaged over all tokens of the step (NaN without any).
 
         Raises NonFiniteUpdates.
@@ -264,7 +276,7 @@ class Learner:
                                  "entropy_sum": out[1].detach().double().sum() * float(real)}
 
         self.optimization.zero_grad()
-        stats = self._reduce(self._run(micros, loss, forward_only=False, embed=self.train_towers))
+        stats = self._reduce(self._run(micros, loss, forward_only=False, embed=self.train_towers, poll=poll))
         grad_norm, skipped = self._step(math.isfinite(stats["nll"])) if tokens else (0.0, True)
         count = tokens or math.nan
         return {"loss": float(stats["nll"] / count), "entropy": float(stats["entropy_sum"] / count),

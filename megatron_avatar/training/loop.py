@@ -5,31 +5,30 @@ from __future__ import annotations
 import json
 import logging
 import math
-from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from megatron_avatar.config import check_world, differing_keys, save_config
-from megatron_avatar.config.load import CONFIG_DIR
+from megatron_avatar.config import check_world, save_config
 from megatron_avatar.config.schema import Config, StageConfig
 from megatron_avatar.data.loader import MediaLoader, SampleOrder
 from megatron_avatar.data.manifest import load_manifest
 from megatron_avatar.data.prompt import PromptBuilder, load_tokenizer
-from megatron_avatar.policy.architecture import read_config
 from megatron_avatar.policy.backend import Backend
 from megatron_avatar.policy.fusions import choose_fusions
 from megatron_avatar.policy.generate import GenerationStopped, generate
 from megatron_avatar.policy.model import build_policy
 from megatron_avatar.policy.weights import export_hf, load_hf
-from megatron_avatar.records import Completion, Group, Prompt, Sample, Trajectory, Variant
+from megatron_avatar.records import Group, Prompt, Sample, Trajectory, Variant
 from megatron_avatar.rl.hints import HintPolicy
 from megatron_avatar.rl.replay.buffer import ReplayBuffer
 from megatron_avatar.rl.replay.store import Index, collect_garbage, read_shards, write_shards
 from megatron_avatar.rl.rewards import RuleJudge, combine
 from megatron_avatar.rl.tracker import RewardTracker
-from megatron_avatar.training import checkpoint, metrics
+from megatron_avatar.training import attempts, checkpoint, metrics
 from megatron_avatar.training.balance import deal, packed_tokens
+from megatron_avatar.training.checks import check_folder, check_same_model, check_same_run, model_sizes, other_shape
 from megatron_avatar.training.evaluate import evaluate
 from megatron_avatar.training.learner import Learner
 from megatron_avatar.training.optim import Optimization, build_optimizer
@@ -42,8 +41,10 @@ from megatron_avatar.training.rollout import (
     score_completions,
     share_visits,
 )
+from megatron_avatar.training.saver import Saver
 from megatron_avatar.training.sft import check_traces, sft_groups
-from megatron_avatar.training.telemetry import StopSignal, Telemetry
+from megatron_avatar.training.stopping import StopSignal
+from megatron_avatar.training.telemetry import Telemetry, plain
 
 log = logging.getLogger(__name__)
 
@@ -90,10 +91,12 @@ class Run:
         self.loader = MediaLoader(self.builder, manifest.parent, config.data.workers, config.data.decode_deadline_s)
         self.telemetry = Telemetry(self.folder, config, backend)
         self.judge = RuleJudge()
+        self.saver, self.apart = Saver(), backend.apart()
         self.optimization: Optimization | None = None  # the stage's, like the buffer
         self.buffer: ReplayBuffer | None = None
-        self.shards: Index = {}  # replay shards that hold what the newest checkpoint names (rank 0 writes them)
+        self.shards: Index = {}  # replay shards that hold what the newest checkpoint names
         self.step = 0  # optimizer steps applied, over all stages
+        self.saved: int | None = None  # step of the newest checkpoint
         self.completions_generated = 0
 
     def measure_lengths(self) -> None:
@@ -158,44 +161,73 @@ class Run:
 
     # ---- state ---------------------------------------------------------------------------------
 
-    def save(self) -> None:
-        """Write a checkpoint; the shards come first, so that the index never names a missing one."""
+    def save(self, unlogged: dict[str, Any] | None = None) -> None:
+        """Copy what continues the run; a thread writes it while training goes on.
+
+        `unlogged` is the record of a step that is applied, but whose held-out evaluation a stop signal ended.
+        """
+        if self.saved == self.step:  # nothing was applied since
+            return
         with self.telemetry.timer("checkpoint"):
+            self.saver.finish()
             state = {
                 "stage": self.stage_name, "stage_step": self.stage_step, "step": self.step,
                 "completions_generated": self.completions_generated, "order": self.order.state_dict(),
-                "quarantined": self.quarantined(),
+                "quarantined": self.quarantined(), "unlogged": plain(unlogged), "model": model_sizes(self.config),
             }
+            trajectories = None
             if self.stage.kind == "rl":
                 state["tracker"] = self.tracker.state_dict()
                 state["hints"] = self.hints.state_dict() if self.hints is not None else None
                 if self.buffer is not None:
-                    self.write_replay(self.buffer)
-                    state["replay"] = self.shards
-            checkpoint.save(
-                self.folder, self.step, policy=self.policy, optimization=self.optimization,
-                reference=self.learner.reference, state=state, backend=self.backend,
-                keep=self.config.checkpoint.keep, milestones=self.config.checkpoint.milestones,
-            )
-            if self.stage.kind == "rl" and self.buffer is not None and self.backend.rank == 0:
-                kept = [s.get("replay", {}) for s in checkpoint.all_states(self.folder)]
-                collect_garbage(self.folder / "replay", kept)
+                    trajectories = self.buffer.trajectories
+            snapshot = checkpoint.take(self.step, policy=self.policy, optimization=self.optimization,
+                                       reference=self.learner.reference, state=state, backend=self.backend)
+        self.saver.start(lambda: self.write(snapshot, trajectories))
+        self.saved = self.step
 
-    def write_replay(self, buffer: ReplayBuffer) -> None:
-        """Write what the shards don't hold yet, on rank 0; OSError on all ranks if the disk fails it."""
-        error = None
+    def write(self, snapshot: checkpoint.Snapshot, trajectories: dict[int, Trajectory] | None) -> None:
+        """Write a checkpoint, the shards first, so that its index never names a missing one; in the saver's thread."""
+        keep = self.config.checkpoint
+        if trajectories is not None:
+            self.shards = snapshot.state["replay"] = self.write_replay(trajectories)
+        checkpoint.write(self.folder, snapshot, backend=self.apart, keep=keep.keep, milestones=keep.milestones)
+        if trajectories is not None and self.backend.rank == 0:
+            self.collect_garbage()
+
+    def write_replay(self, trajectories: dict[int, Trajectory]) -> Index:
+        """Write what the shards don't hold yet, on rank 0; CheckpointError on all ranks if the disk fails it."""
+        index, error = {}, None
         if self.backend.rank == 0:
             try:
-                self.shards = write_shards(self.folder / "replay", buffer.trajectories, known=self.shards)
+                index = write_shards(self.folder / "replay", trajectories, known=self.shards)
             except OSError as failure:
                 error = failure
-        if (failed := self.backend.all_gather_object(error)[0]) is not None:
-            raise failed
+        index, reason = self.apart.all_gather_object((index, error and str(error)))[0]
+        if reason:
+            raise checkpoint.CheckpointError(reason) from error
+        return index
+
+    def collect_garbage(self) -> None:
+        """Remove shards that no checkpoint names: of checkpoints that are gone, and of attempts that died."""
+        if any(stage.kind == "rl" for stage in self.config.stages.values()):
+            collect_garbage(self.folder / "replay", [s.get("replay", {}) for s in checkpoint.all_states(self.folder)])
 
     def quarantined(self) -> dict[str, str]:
         """Samples set aside so far on any rank, with the reasons."""
         return {i: reason for part in self.backend.all_gather_object(self.loader.quarantined)
                 for i, reason in sorted(part.items())}
+
+    def begin_attempt(self, changed: dict[str, Any]) -> None:
+        """Note this start in attempts.jsonl; NoProgress on all ranks where restarts get nowhere."""
+        reason = None
+        if self.backend.rank == 0:
+            try:
+                attempts.begin(self.folder, self.step, self.config.checkpoint.restarts, changed)
+            except attempts.NoProgress as error:
+                reason = str(error)
+        if reason := self.backend.all_gather_object(reason)[0]:
+            raise attempts.NoProgress(reason)
 
     def restore(self) -> bool:
         """Continue from the newest sound checkpoint, if there is one."""
@@ -222,15 +254,26 @@ class Run:
                 self.shards = {name: shard for name, shard in state["replay"].items() if name not in damaged}
                 if damaged:
                     log.error("replay shards %s are damaged and set aside: this run is no longer bit-equal", damaged)
-        self.telemetry.rewind(self.step)
-        log.info("continuing at step %d (%s)", self.step, path.name)
+        self.saved = self.step
+        self.telemetry.rewind(self.step - (state["unlogged"] is not None))
+        if self.backend.rank == 0:
+            self.collect_garbage()
+            log.info("continuing at step %d (%s)", self.step, path.name)
+        if state["unlogged"] is not None:
+            self.finish_step(state["unlogged"])
         return True
 
     # ---- steps ---------------------------------------------------------------------------------
 
+    def check_stop(self) -> None:
+        """Drop the step where a stop signal has come; before it is applied, as keyed randomness repeats it exactly."""
+        self.stop.check(self.backend)
+
     def prompts(self, requests: list[tuple[Sample, Variant]]) -> list[Prompt | None]:
         with self.telemetry.timer("decode"):
-            return load_prompts(self.loader, self.backend, requests)
+            prompts = load_prompts(self.loader, self.backend, requests)
+        self.check_stop()
+        return prompts
 
     def embed(self, prompts: list) -> list:
         with self.telemetry.timer("towers"):
@@ -249,18 +292,8 @@ class Run:
         groups = sft_groups([p for p in prompts if p is not None], self.pool, self.builder)
         media = self.update_media(groups)
         with self.telemetry.timer("update"):
-            stats = self.learner.update_sft(groups, media)
+            stats = self.learner.update_sft(groups, media, poll=self.check_stop)
         return {**stats, "lr": self.optimization.lr}
-
-    def sample(self, prompts: list, media: list, keys: list[str]) -> list[list[Completion]]:
-        """n_on completions a prompt; GenerationStopped on every rank when a stop signal reached any of them."""
-        rl, rows = self.config.rl, None
-        with suppress(GenerationStopped):
-            rows = generate(self.policy, prompts, rl.n_on, rl.sampling, keys, media=media, stop=self.stop)
-        if any(self.backend.all_gather_object(rows is None)):
-            raise GenerationStopped
-        assert rows is not None
-        return rows
 
     def rl_step(self) -> dict:
         """B fresh prompts with n_on completions each and B replay groups: one rollout, one update."""
@@ -278,15 +311,17 @@ class Run:
         media = self.embed(prompts)
 
         with timer("generate"):
-            rows = self.sample(prompts, media, [visits[k].key for k in mine])
+            keys = [visits[k].key for k in mine]
+            rows = self.stop.guard(lambda: generate(self.policy, prompts, rl.n_on, rl.sampling, keys, media=media,
+                                                    stop=self.stop), backend)
         with timer("reward"):
-            groups = score_completions(
+            groups = self.stop.guard(lambda: score_completions(
                 prompts, rows, self.pool, self.builder.decode, self.stage.rewards, self.judge,
                 stage=self.stage_name, step=self.step, version=self.step, ref_id=self.stage_name,
-                numerical=rl.numerical,
-            )
+                numerical=rl.numerical, stop=self.stop,
+            ), backend)
         with timer("logprobs"):
-            reference = self.learner.reference_logprobs(groups, media)
+            reference = self.learner.reference_logprobs(groups, media, poll=self.check_stop)
             metrics.set_kl(groups, reference)
 
         by_visit = {k: rows for part in backend.all_gather_object_dp(
@@ -308,9 +343,12 @@ class Run:
 
         with timer("update"):
             for update in range(rl.updates_per_rollout):
+                first = update == 0  # after it the step is applied in part, and goes through to its end
                 stats = self.learner.update(everything, [*media, *replay_media], scores, n_on=len(fresh),
-                                            n_off=replayable, check_logprobs=update == 0)
-        self.commit(fresh)
+                                            n_off=replayable, check_logprobs=first,
+                                            poll=self.check_stop if first else None)
+        with timer("replay"):
+            self.commit(fresh)
         self.completions_generated += len(fresh)
         return metrics.rl_record(
             fresh=fresh, drawn=drawn, stats=stats, off_advantages=off_advantages,
@@ -367,31 +405,41 @@ class Run:
 
     def train_stage(self) -> None:
         """Run the stage from where it stands to its end."""
-        stage, config = self.stage, self.config
+        stage = self.stage
         with self.telemetry.progress(self.stage_name, self.stage_step, stage.steps) as bar:
             while self.stage_step < stage.steps:
                 order = self.order.state_dict()
                 with self.telemetry.timer("step"):
                     try:
                         record = self.sft_step() if stage.kind == "sft" else self.rl_step()
-                    except GenerationStopped:
+                    except GenerationStopped:  # the step is dropped, as if it had not begun
                         self.order.load_state_dict(order)
                         self.save()
                         raise Interrupted from None
                 self.stage_step += 1
                 self.step += 1
-                if config.eval.every and (self.step % config.eval.every == 0 or self.stage_step == stage.steps):
-                    record |= self.held_out()
-                stopping = self.stop.agree(self.backend)
-                # Logged before it is saved: at a checkpoint the metrics file is complete up to its step.
-                place = {"step": self.step, "stage": self.stage_name, "stage_step": self.stage_step}
-                self.telemetry.log(place | record)
-                if (stopping or self.step % config.checkpoint.every == 0 or self.step in config.checkpoint.milestones
-                        or self.stage_step == stage.steps):
-                    self.save()
-                bar.update(record)
-                if stopping:
-                    raise Interrupted
+                record = {"step": self.step, "stage": self.stage_name, "stage_step": self.stage_step} | record
+                bar.update(self.finish_step(record))
+
+    def finish_step(self, record: dict[str, Any]) -> dict[str, Any]:
+        """Evaluate, log and save, where it is time to, behind a step that is applied; returns the record."""
+        config, last = self.config, self.stage_step == self.stage.steps
+        if config.eval.every and (self.step % config.eval.every == 0 or last):
+            try:
+                record = record | self.held_out()
+            except GenerationStopped:
+                self.save(unlogged=record)
+                raise Interrupted from None
+        if any(self.backend.all_gather_object(self.saver.failed)):
+            self.saver.finish()
+        stopping = self.stop.agree(self.backend)
+        # Logged before it is saved: at a checkpoint the metrics file is complete up to its step.
+        self.telemetry.log(record)
+        if (stopping or last or self.step % config.checkpoint.every == 0 or self.step in config.checkpoint.milestones):
+            self.save()
+        if stopping:
+            raise Interrupted
+        return record
 
     def held_out_samples(self, stage: StageConfig) -> list[Sample]:
         """At most eval.samples of the stage's held-out samples, spread over the manifest: its families come in turn."""
@@ -404,30 +452,9 @@ class Run:
         with self.telemetry.timer("eval"):
             predictions = evaluate(
                 self.policy, self.backend, self.builder, self.loader, self.held_out_samples(self.stage),
-                max_new_tokens=self.config.rl.sampling.max_new_tokens,
+                max_new_tokens=self.config.rl.sampling.max_new_tokens, stop=self.stop,
             )
         return {"eval/overall": float(np.mean([p["correct"] for p in predictions]))}
-
-
-def check_same_run(folder: Path, config: Config) -> None:
-    """Refuse an output folder that holds a run of another configuration (ValueError naming the keys)."""
-    path = folder / "config.yaml"
-    if path.exists() and (different := differing_keys(path, config)):
-        raise ValueError(
-            f"{path}: this folder holds a run whose settings differ in {', '.join(different)}. "
-            "Choose another output_dir, or remove the folder to start anew."
-        )
-
-
-def other_shape(config: Config) -> str:
-    """In what the folder at model.path differs from model.shape, in words; empty where it doesn't."""
-    if not config.model.shape:
-        return ""
-    own, wanted = (read_config(folder).text_config for folder in
-                   (config.model.path, CONFIG_DIR / "shapes" / config.model.shape))
-    sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
-    return ", ".join(f"{name} {getattr(own, name)} instead of {getattr(wanted, name)}" for name in sizes
-                     if getattr(own, name) != getattr(wanted, name))
 
 
 def stage_split(stage: StageConfig) -> str:
@@ -441,10 +468,12 @@ def train(config: Config, backend: Backend) -> None:
     """
     folder = Path(config.output_dir)
     check_world(config, backend.world)
-    check_same_run(folder, config)
+    changed = check_same_run(folder, config)
     if (folder / "done.json").exists():
         log.info("%s is complete; nothing to do", folder)
         return
+    check_folder(folder)
+    check_same_model(folder, config)
     run = Run(config, backend)
     if backend.rank == 0:  # once the settings, the data and the weights have proved usable
         folder.mkdir(parents=True, exist_ok=True)
@@ -452,17 +481,22 @@ def train(config: Config, backend: Backend) -> None:
     try:
         names = list(config.stages)
         resumed = run.restore()
+        run.begin_attempt(changed)
         for name in names[names.index(run.stage_name) if resumed else 0 :]:
             if not (resumed and name == run.stage_name):
                 run.enter_stage(name)
             run.train_stage()
             export_hf(run.policy, folder / "export" / name, config.model.path)
+        run.saver.finish()
         summary = {"steps": run.step, "completions_generated": run.completions_generated,
                    "export": f"export/{names[-1]}", "quarantined": run.quarantined()}
         if backend.rank == 0:
             aside = folder / "done.json.tmp"
             aside.write_text(json.dumps(summary, indent=2) + "\n")
             aside.replace(folder / "done.json")  # there, whole, or not at all: the run is over
+    except Interrupted:
+        run.saver.finish()  # what was saved is saved once it is written
+        raise
     finally:
         run.loader.close()
         run.telemetry.close()

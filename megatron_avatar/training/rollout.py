@@ -10,6 +10,7 @@ import numpy as np
 from megatron_avatar.data.loader import MediaLoader, SampleOrder
 from megatron_avatar.keyed import keyed_rng
 from megatron_avatar.policy.backend import Backend
+from megatron_avatar.policy.generate import GenerationStopped
 from megatron_avatar.records import Completion, Group, Prompt, Sample, Trajectory, Variant
 from megatron_avatar.rl.advantages import off_policy_advantages, on_policy_advantages, vanished
 from megatron_avatar.rl.hints import HintPolicy
@@ -79,10 +80,16 @@ def score_completions(
     prompts: list[Prompt], completions: list[list[Completion]], samples: dict[str, Sample],
     decode: Callable[[np.ndarray], str], weights: dict[str, float], judge: Judge,
     *, stage: str, step: int, version: int, ref_id: str, numerical: str = "graded",
+    stop: Callable[[], bool] | None = None,
 ) -> list[Group]:
-    """Score each prompt's completions; kl_ref is filled in once the reference has scored them."""
+    """Score each prompt's completions; kl_ref is filled in once the reference has scored them.
+
+    Raises GenerationStopped, on this rank alone, once `stop` says so.
+    """
     groups = []
     for prompt, rows in zip(prompts, completions, strict=True):
+        if stop is not None and stop():
+            raise GenerationStopped
         texts = [decode(row.token_ids) for row in rows]
         scored = score_group(samples[prompt.sample_id], texts, weights, judge, numerical=numerical)
         trajectories = [

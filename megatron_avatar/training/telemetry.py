@@ -1,4 +1,4 @@
-"""What a run says while it runs: metrics.jsonl, wandb, a progress bar; and how it is told to stop.
+"""What a run says while it runs: metrics.jsonl, wandb, a progress bar.
 
 `log` writes the record that the loop passes, with non-finite numbers as null, and adds to it `time` (Unix seconds),
 `time/PHASE` (seconds spent in each phase since the last record) and `peak_rss_mib` (this process and its children).
@@ -12,7 +12,6 @@ import math
 import os
 import resource
 import secrets
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -93,7 +92,7 @@ class Telemetry:
         if not self._writes:
             return
         own = {f"time/{phase}": round(value, 4) for phase, value in seconds.items()}
-        record = _plain({**record, "time": round(time.time(), 3), **own, "peak_rss_mib": self._peak_rss_mib()})
+        record = plain({**record, "time": round(time.time(), 3), **own, "peak_rss_mib": self._peak_rss_mib()})
         if self._file is None:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._file = open(self.path, "a")
@@ -163,41 +162,6 @@ class Bar:
             self._printed = now
 
 
-class StopSignal:
-    """Turns SIGINT, SIGTERM, SIGUSR1 and SIGUSR2 into a flag; calling it tells whether the run should stop.
-
-    A second Ctrl-C raises KeyboardInterrupt at once.
-    """
-
-    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-
-    def __init__(self) -> None:
-        self._requested = False
-        self._owner = os.getpid()
-        for number in self.SIGNALS:
-            signal.signal(number, self._handle)
-
-    def __call__(self) -> bool:
-        """Whether this rank was told to stop."""
-        return self._requested
-
-    def agree(self, backend: Backend) -> bool:
-        """Whether any rank was told to stop; the same answer on all of them."""
-        self._requested = any(backend.all_gather_object(self._requested))
-        return self._requested
-
-    def _handle(self, number: int, frame: Any) -> None:
-        if os.getpid() != self._owner:  # a forked child inherited the handler: it dies as it would have
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        elif number == signal.SIGINT and self._requested:
-            raise KeyboardInterrupt
-        else:
-            self._requested = True
-            name = signal.Signals(number).name
-            os.write(2, f"\n{name}: saving state and stopping; Ctrl-C again stops at once, without saving\n".encode())
-
-
 def _start_wandb(folder: Path, config: Config) -> Any:
     """A wandb run that continues under the id kept in the run's folder, or None."""
     if config.log.wandb == "disabled":
@@ -237,14 +201,14 @@ def _step_of(line: str) -> float:
         return math.inf
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """JSON's own types: tensors and arrays as lists, numbers that JSON lacks as null."""
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if hasattr(value, "tolist"):
-        return _plain(value.tolist())
+        return plain(value.tolist())
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from megatron_avatar.config import Config, StageConfig, differing_keys, load_config, save_config
+from megatron_avatar.config import Config, StageConfig, differences, load_config, save_config
 from megatron_avatar.config.load import CONFIG_DIR
 
 INPUTS = ["model.path=models/omni", "data.manifest=data/manifest.jsonl"]
@@ -195,19 +195,19 @@ def test_what_is_saved_is_the_whole_configuration(tmp_path):
     assert OmegaConf.to_object(read) == config
 
 
-def test_differing_keys_name_what_is_computed_differently(tmp_path):
+def test_differences_name_what_is_computed_differently(tmp_path):
     path = tmp_path / "config.yaml"
     save_config(load(), path)
     same = load(
         "output_dir=elsewhere", "checkpoint.every=3", "log.wandb=offline", "parallel=a100_40g", "cluster.gpus=8"
     )
-    assert differing_keys(path, same) == []
+    assert differences(path, same) == {}
     after_out_of_memory = load("rl.tokens_per_micro_batch=4096", "parallel.recompute=full", "parallel.tp=2")
-    assert differing_keys(path, after_out_of_memory) == []
-    assert differing_keys(path, load("model.shape=qwen2_5_omni_3b")) == []
-    assert differing_keys(path, load("seed=1", "rl.shaping.lam=0.2")) == ["rl.shaping.lam", "seed"]
-    assert differing_keys(path, load("stages.visual.steps=1")) == ["stages.visual.steps"]
-    assert all(key.startswith("stages.visual.") for key in differing_keys(path, load("~stages.visual")))
+    assert differences(path, after_out_of_memory) == {}
+    assert differences(path, load("model.shape=qwen2_5_omni_3b")) == {}
+    assert differences(path, load("seed=1", "rl.shaping.lam=0.2")) == {"rl.shaping.lam": (0.3, 0.2), "seed": (0, 1)}
+    assert list(differences(path, load("stages.visual.steps=1"))) == ["stages.visual.steps"]
+    assert all(key.startswith("stages.visual.") for key in differences(path, load("~stages.visual")))
 
 
 def test_configuration_needs_neither_torch_nor_megatron():

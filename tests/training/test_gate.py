@@ -11,14 +11,14 @@ import pytest
 from megatron_avatar.config import load_config
 from megatron_avatar.policy import backend as backends
 from megatron_avatar.policy.model import OmniPolicy
-from megatron_avatar.training import learner, loop, telemetry
+from megatron_avatar.training import learner, loop, stopping
 from tests.training.small import ROOT, arguments, make
 
 
 @pytest.fixture
 def backend():
     config = load_config(["recipe=tiny_avatar", "model.path=x", "data.manifest=y"])
-    handlers = {number: signal.getsignal(number) for number in telemetry.StopSignal.SIGNALS}
+    handlers = {number: signal.getsignal(number) for number in stopping.StopSignal.SIGNALS}
     yield backends.start(config.parallel)
     backends.stop()
     for number, handler in handlers.items():  # the run in this process took them

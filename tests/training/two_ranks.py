@@ -22,7 +22,7 @@ from megatron_avatar.policy.model import build_policy
 from megatron_avatar.policy.weights import load_hf
 from megatron_avatar.training import checkpoint
 from megatron_avatar.training.optim import build_optimizer
-from megatron_avatar.training.telemetry import StopSignal
+from megatron_avatar.training.stopping import StopSignal
 from tests.policy.tiny import VOCABULARY, tiny_completions, tiny_prompts
 from tests.training.test_checkpoint import Trainer, cut, same
 
