@@ -2,7 +2,7 @@
 
     RUN/checkpoints/step_00000050/
         weights/         Megatron-Core's torch_dist format: policy, optimizer, the stage's reference weights
-        rng_00000.pt     torch's random generators of each rank
+        rng.pt           torch's random generators, a rank after the other
         state.json       everything else that continues a run
         manifest.json    size and SHA-256 of every other file, layout and versions
 
@@ -43,9 +43,9 @@ from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 from megatron_avatar.policy.backend import Backend
 from megatron_avatar.training.optim import Optimization
 
-FORMAT = 2
+FORMAT = 3
 HIDDEN = ".unfinished_"
-WEIGHTS, STATE, MANIFEST = "weights", "state.json", "manifest.json"
+WEIGHTS, STATE, GENERATORS, MANIFEST = "weights", "state.json", "rng.pt", "manifest.json"
 POLICY = "policy."
 CHUNK = 1 << 22
 INDEX_CLASSES = {
@@ -75,7 +75,7 @@ class Snapshot:
     step: int
     sharded: dict[str, Any]  # Megatron's description, its tensors on the host
     common: bytes
-    generators: bytes
+    generators: dict[str, Any]  # of this rank
     state: dict[str, Any]
 
     @property
@@ -104,7 +104,7 @@ def take(
         own = is_main_replica(shard.replica_id) and (shard.data.is_cuda or backend.device.type == "cpu")
         shard.data = shard.data.detach().to("cpu", copy=True) if own else shard.data
     state = json.loads(json.dumps(state)) if backend.rank == 0 else {}
-    return Snapshot(step, sharded, _serialise(common), _serialise(_generators()), state)
+    return Snapshot(step, sharded, _serialise(common), _generators(), state)
 
 
 def save(
@@ -146,12 +146,12 @@ def write(
                 shutil.rmtree(leftover)
             (working / WEIGHTS).mkdir(parents=True)
             _write(working / STATE, json.dumps(snapshot.state).encode())
+            _write(working / GENERATORS, _serialise(generators))
             _write(working / WEIGHTS / "common.pt", snapshot.common)
             header = asdict(CheckpointingConfig(sharded_backend="torch_dist", sharded_backend_version=1))
             _write(working / WEIGHTS / "metadata.json", json.dumps(header).encode())
 
     def describe() -> dict[str, dict[str, Any]]:
-        _write(working / f"rng_{backend.rank:05d}.pt", snapshot.generators)
         return {str(path.relative_to(working)): _measure(path) for path in _own_files(working, backend.rank)}
 
     def publish() -> None:
@@ -169,7 +169,7 @@ def write(
             _publish(working, final)
             _prune(root, snapshot.step, keep, milestones)
 
-    size = snapshot.size
+    size, generators = snapshot.size, backend.all_gather_object(snapshot.generators)
     _on_all_ranks(prepare, backend, final, size)
     _on_all_ranks(lambda: _write_sharded(snapshot.sharded, working / WEIGHTS, backend), backend, final, size)
     files = _on_all_ranks(describe, backend, final, size)
@@ -245,9 +245,10 @@ def _write_sharded(sharded: dict[str, Any], folder: Path, backend: Backend) -> N
 
 def _own_files(working: Path, rank: int) -> list[Path]:
     """The files whose checksums this rank computes: those it wrote; rank 0 also takes what is written once."""
-    own = [working / f"rng_{rank:05d}.pt", *(working / WEIGHTS).glob(f"__{rank}_*")]
+    own = list((working / WEIGHTS).glob(f"__{rank}_*"))
     if rank == 0:
-        own += [working / STATE, *(working / WEIGHTS / name for name in (".metadata", "common.pt", "metadata.json"))]
+        own += [working / STATE, working / GENERATORS]
+        own += [working / WEIGHTS / name for name in (".metadata", "common.pt", "metadata.json")]
     return own
 
 
@@ -487,7 +488,7 @@ def _restore_generators(path: Path, backend: Backend) -> None:
         if backend.rank == 0:
             _say(f"{path} was saved on the layout {saved['layout']}, now {now}: random generators start afresh")
         return
-    state = torch.load(path / f"rng_{backend.rank:05d}.pt", weights_only=True)
+    state = torch.load(path / GENERATORS, weights_only=True)[backend.rank]
     torch.set_rng_state(state["cpu"])
     get_cuda_rng_tracker().set_states(state["megatron"])
     if "cuda" in state and torch.cuda.is_available():

@@ -107,6 +107,41 @@ def test_killed_and_interrupted_runs_continue_bit_for_bit(world, whole):
     assert_equal_runs(whole, out)
 
 
+def disturbed(what: str, *settings: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "tests.training.disturbed", what, *settings], cwd=ROOT, text=True,
+                          capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120)
+
+
+@pytest.mark.slow
+def test_a_stop_signal_ends_evaluation_reward_and_update_and_nothing_is_repeated_or_lost(world):
+    settings = ("eval.every=2", "eval.samples=4", "checkpoint.every=9")
+    assert train(*arguments(world, world / "evaluated", *settings, steps=1)).returncode == 0
+    out = world / "stopped"
+    command = arguments(world, out, *settings, steps=1)
+    saved = []
+    for what in ("reward", "update", "evaluation"):
+        done = disturbed(what, *command)
+        assert done.returncode == 75, done.stderr
+        saved.append(json.loads((max((out / "checkpoints").iterdir()) / "state.json").read_text()))
+    assert [s["step"] for s in saved] == [0, 0, 1], "what is not applied is dropped"
+    assert saved[-1]["unlogged"]["step"] == 1 and not (out / "metrics.jsonl").exists()
+    done = train(*command)
+    assert done.returncode == 0, done.stderr
+    assert_equal_runs(world / "evaluated", out)
+    assert metrics(out)[0]["eval/overall"] is not None
+
+
+@pytest.mark.slow
+def test_training_goes_on_while_a_checkpoint_is_written(world, whole):
+    out = world / "overlapped"
+    done = disturbed("slow_write", *arguments(world, out, "checkpoint.every=2", "checkpoint.milestones=[5]", steps=3))
+    assert done.returncode == 0, done.stderr
+    assert_equal_runs(whole, out)
+    logged = [json.loads(line)["time"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    writes = json.loads((out / "writes.json").read_text())
+    assert any(began < moment < ended for began, ended in writes for moment in logged)
+
+
 @pytest.mark.slow
 def test_damage_is_named_and_survived(world, whole):
     """A damaged checkpoint and the shard it alone names: the one before it, same bits, both written anew.

@@ -1,0 +1,55 @@
+"""The trainer with something happening at a chosen moment: python -m tests.training.disturbed WHAT [key=value ...]"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from megatron_avatar import train
+from megatron_avatar.training import checkpoint, loop, rollout
+from megatron_avatar.training.learner import Learner
+
+
+def terminate(*_) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def before(owner: object, name: str, action) -> None:
+    """Call `action` before the function `name` of `owner` runs."""
+    original = getattr(owner, name)
+
+    def disturbed(*args, **kwargs):
+        action()
+        return original(*args, **kwargs)
+
+    setattr(owner, name, disturbed)
+
+
+PLACES = {"evaluation": (loop, "evaluate"), "reward": (rollout, "score_group"), "update": (Learner, "_attach")}
+
+
+def slow_write(folder: Path) -> None:
+    """Each checkpoint takes two seconds more to write; what was written when goes to FOLDER/writes.json."""
+    original, writes = checkpoint._write_sharded, []
+
+    def write(*args):
+        began = time.time()
+        time.sleep(2)
+        original(*args)
+        writes.append((began, time.time()))
+        (folder / "writes.json").write_text(json.dumps(writes))
+
+    checkpoint._write_sharded = write
+
+
+if __name__ == "__main__":
+    what, *arguments = sys.argv[1:]
+    if what == "slow_write":
+        slow_write(Path(next(a for a in arguments if a.startswith("output_dir=")).partition("=")[2]))
+    else:
+        before(*PLACES[what], terminate)
+    sys.exit(train.main(arguments))
