@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
@@ -62,13 +63,17 @@ class ReplayBuffer:
     def append(self, trajectories: Iterable[Trajectory], tiers: Mapping[str, Tier]) -> None:
         """Add a step's trajectories, then cut every tier to its capacity, its own oldest first.
 
-        Texts are dropped: the token ids hold them, and a trajectory stays at 8 bytes a token on disk.
+        Texts are dropped, as the token ids hold them, and ids take four bytes: a trajectory stays at 8 bytes a token,
+        in memory and on disk.
         """
         for trajectory in sorted(trajectories, key=_content_order):
             assert math.isfinite(trajectory.reward) and math.isfinite(trajectory.kl_ref), trajectory
-            self._add(replace(trajectory, text=""))
-        excess = {tier: size - self._capacity[tier] for tier, size in self.tier_sizes(tiers).items()}
-        for serial, trajectory in list(self._rows.items()):
+            completion = replace(trajectory.completion, token_ids=trajectory.completion.token_ids.astype(np.int32))
+            self._add(replace(trajectory, completion=completion, text=""))
+        excess = {tier: max(size - self._capacity[tier], 0) for tier, size in self.tier_sizes(tiers).items()}
+        oldest_first = iter(list(self._rows.items()) if any(excess.values()) else [])
+        while any(excess.values()):
+            serial, trajectory = next(oldest_first)
             tier = tiers.get(trajectory.sample_id, UNRANKED)
             if excess[tier] > 0:
                 excess[tier] -= 1
@@ -87,8 +92,8 @@ class ReplayBuffer:
     def tier_sizes(self, tiers: Mapping[str, Tier]) -> dict[Tier, int]:
         """Trajectories a tier, as tiers stand now."""
         sizes: dict[Tier, int] = dict.fromkeys(TIERS, 0)
-        for trajectory in self._rows.values():
-            sizes[tiers.get(trajectory.sample_id, UNRANKED)] += 1
+        for sample_id, count in Counter([t.sample_id for t in self._rows.values()]).items():
+            sizes[tiers.get(sample_id, UNRANKED)] += count
         return sizes
 
     # ---- drawing -------------------------------------------------------------------------------
@@ -110,23 +115,36 @@ class ReplayBuffer:
         if len(rows) < max(self._config.min_fill, 1):
             return []
         rng = keyed_rng(rng_key)
-        queues = self._queues(rows, self._sort_keys(rows, baselines, sigma, rng), tiers)
+        groups: dict[tuple[str, Variant], int] = {}
+        group_of = np.array([groups.setdefault((t.sample_id, t.variant), len(groups)) for t in rows])
+        order = np.argsort(-self._sort_keys(rows, group_of, list(groups), baselines, sigma, rng), kind="stable")
+        # A group stands where its first trajectory does, so that its weight is the sum of its trajectories' weights.
+        names, first = list(groups), np.unique(group_of[order], return_index=True)[1]
+        queues: dict[Tier, list[int]] = {tier: [] for tier in TIERS}
+        for group in np.argsort(first).tolist():
+            queues[tiers.get(names[group][0], UNRANKED)].append(group)
 
         drawn: list[list[Trajectory]] = []
+        taken = dict.fromkeys(TIERS, 0)
         missing = n_completions
-        while missing > 0 and any(queues.values()):
-            for tier in self._tier_sequence(math.ceil(missing / n_off), queues, rng):
-                group = queues[tier].pop(0)[: min(n_off, missing)]
-                drawn.append(group)
-                missing -= len(group)
+        while missing > 0 and any(taken[tier] < len(queues[tier]) for tier in TIERS):
+            left = {tier: len(queues[tier]) - taken[tier] for tier in TIERS}
+            for tier in self._tier_sequence(math.ceil(missing / n_off), left, rng):
+                group = queues[tier][taken[tier]]
+                taken[tier] += 1
+                members = order[group_of[order] == group][: min(n_off, missing)]
+                drawn.append([rows[k] for k in members])
+                missing -= len(members)
                 if missing == 0:
                     break
         return drawn
 
     def _sort_keys(
-        self, rows: list[Trajectory], baselines: Baseline, sigma: float, rng: np.random.Generator
+        self, rows: list[Trajectory], group_of: np.ndarray, groups: list[tuple[str, Variant]], baselines: Baseline,
+        sigma: float, rng: np.random.Generator,
     ) -> np.ndarray:
-        """Keys [rows] whose descending order is the order of drawing without replacement.
+        """Keys [rows] whose descending order is the order of drawing without replacement; row k is of the (prompt,
+        variant) `groups[group_of[k]]`.
 
         Log-weight plus Gumbel noise: sorting is then successive sampling with probability proportional
         to weight (exp(score / T), or 1 for uniform).
@@ -138,39 +156,21 @@ class ReplayBuffer:
         if config.order == "uniform":
             return noise
         assert config.order == "priority", config.order
-        rbar = {key: baselines(*key) for key in {(t.sample_id, t.variant) for t in rows}}
-        scale = max(sigma, SIGMA_FLOOR)
-        scores = np.empty(len(rows))
-        for k, t in enumerate(rows):
-            baseline = rbar[t.sample_id, t.variant]
-            advantage = 0.0 if baseline is None else (t.reward - baseline) / scale
-            advantage = min(max(advantage, -self._advantage_clip), self._advantage_clip)
-            scores[k] = config.w_reward * advantage - config.w_kl * t.kl_ref
+        rbar = np.array([math.nan if (mean := baselines(*group)) is None else mean for group in groups])[group_of]
+        rewards, kl = np.array([(t.reward, t.kl_ref) for t in rows]).T
+        advantages = np.where(np.isnan(rbar), 0.0, (rewards - rbar) / max(sigma, SIGMA_FLOOR))
+        scores = config.w_reward * np.clip(advantages, -self._advantage_clip, self._advantage_clip) - config.w_kl * kl
         return scores / config.temperature + noise
 
-    @staticmethod
-    def _queues(
-        rows: list[Trajectory], keys: np.ndarray, tiers: Mapping[str, Tier]
-    ) -> dict[Tier, list[list[Trajectory]]]:
-        """Groups a tier in order of drawing. A group stands where its first trajectory does, so that
-        its weight is the sum of its trajectories' weights."""
-        groups: dict[tuple[str, Variant], list[Trajectory]] = {}
-        for k in np.argsort(-keys, kind="stable"):
-            groups.setdefault((rows[k].sample_id, rows[k].variant), []).append(rows[k])
-        queues: dict[Tier, list[list[Trajectory]]] = {tier: [] for tier in TIERS}
-        for (sample_id, _), group in groups.items():
-            queues[tiers.get(sample_id, UNRANKED)].append(group)
-        return queues
-
     def _tier_sequence(
-        self, count: int, queues: Mapping[Tier, list[list[Trajectory]]], rng: np.random.Generator
+        self, count: int, groups_left: Mapping[Tier, int], rng: np.random.Generator
     ) -> list[Tier]:
         """Tiers of the next `count` groups (fewer when groups run out), in proportion to draw_share.
 
         A tier short of groups gives all it has and lends the rest of its share to the others, in
         proportion. Systematic rounding: each tier's share rounded down or up, and exact in the mean.
         """
-        left = np.array([len(queues[tier]) for tier in TIERS])
+        left = np.array([groups_left[tier] for tier in TIERS])
         share = np.array(self._config.draw_share)
         count = min(count, int(left.sum()))
         quota = np.zeros(len(TIERS), int)
@@ -195,5 +195,5 @@ def _content_order(trajectory: Trajectory) -> tuple[int, bytes]:
     Log-probabilities stay out: their last bits depend on the layout of the ranks, and the draws must not.
     """
     digest = hashlib.blake2b(f"{trajectory.sample_id}\0{trajectory.variant}\0".encode(), digest_size=16)
-    digest.update(np.ascontiguousarray(trajectory.completion.token_ids).tobytes())
+    digest.update(trajectory.completion.token_ids.astype(np.int64).tobytes())
     return trajectory.step, digest.digest()
