@@ -86,8 +86,8 @@ class Prompt:
 
 @dataclass
 class Completion:
-    """token_ids [L] int64; logprobs [L] float32 under the policy that sampled them (full softmax
-    at the sampling temperature); `finished` is False when the length limit cut it."""
+    """token_ids [L] int64 (int32 in the replay buffer); logprobs [L] float32 under the policy that sampled them (full
+    softmax at the sampling temperature); `finished` is False when the length limit cut it."""
 
     token_ids: np.ndarray
     logprobs: np.ndarray

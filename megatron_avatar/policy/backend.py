@@ -47,7 +47,7 @@ class Backend:
     tp_rank: int
     pp_rank: int
     dp_rank: int
-    group: dist.ProcessGroup | None = None  # of `all_gather_object`; None: the world
+    group: dist.ProcessGroup | None = None  # of messages between all ranks; None: the world
 
     @property
     def is_first_stage(self) -> bool:
@@ -60,6 +60,14 @@ class Backend:
     def all_gather_object(self, value: Any) -> list[Any]:
         """`value` of every rank, in rank order."""
         return _gather_objects(value, self.group or dist.group.WORLD)
+
+    def broadcast_object(self, value: Any) -> Any:
+        """`value` of rank 0 on every rank."""
+        if self.world == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, 0, self.group or dist.group.WORLD)
+        return box[0]
 
     def all_gather_object_dp(self, value: Any) -> list[Any]:
         """`value` of every data-parallel rank, in their order. Equal on all ranks of a replica if `value` is."""
@@ -83,8 +91,8 @@ class Backend:
         return box[0]
 
     def apart(self) -> Backend:
-        """This place with a group of its own for `all_gather_object`, on the hosts: for a second thread, whose messages
-        must not mix with training's. Called by all ranks together."""
+        """This place with a group of its own for messages between all ranks, through the hosts: for a second thread,
+        whose messages must not mix with training's. Called by all ranks together."""
         return replace(self, group=dist.new_group(backend="gloo", timeout=TIMEOUT))
 
     def barrier(self) -> None:

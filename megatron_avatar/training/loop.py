@@ -23,7 +23,6 @@ from megatron_avatar.policy.weights import export_hf, load_hf
 from megatron_avatar.records import Group, Prompt, Sample, Trajectory, Variant
 from megatron_avatar.rl.hints import HintPolicy
 from megatron_avatar.rl.replay.buffer import ReplayBuffer
-from megatron_avatar.rl.replay.store import Index, collect_garbage, read_shards, write_shards
 from megatron_avatar.rl.rewards import RuleJudge, combine
 from megatron_avatar.rl.tracker import RewardTracker
 from megatron_avatar.training import attempts, checkpoint, metrics
@@ -32,6 +31,7 @@ from megatron_avatar.training.checks import check_folder, check_same_model, chec
 from megatron_avatar.training.evaluate import evaluate
 from megatron_avatar.training.learner import Learner
 from megatron_avatar.training.optim import Optimization, build_optimizer
+from megatron_avatar.training.replay_shards import ReplayShards
 from megatron_avatar.training.rollout import (
     assign_off_policy,
     assign_on_policy,
@@ -94,7 +94,7 @@ class Run:
         self.saver, self.apart = Saver(), backend.apart()
         self.optimization: Optimization | None = None  # the stage's, like the buffer
         self.buffer: ReplayBuffer | None = None
-        self.shards: Index = {}  # replay shards that hold what the newest checkpoint names
+        self.shards = ReplayShards(self.folder, self.apart)
         self.step = 0  # optimizer steps applied, over all stages
         self.saved: int | None = None  # step of the newest checkpoint
         self.completions_generated = 0
@@ -181,6 +181,7 @@ class Run:
                 state["hints"] = self.hints.state_dict() if self.hints is not None else None
                 if self.buffer is not None:
                     trajectories = self.buffer.trajectories
+                    state["damaged_shards"] = self.shards.damaged
             snapshot = checkpoint.take(self.step, policy=self.policy, optimization=self.optimization,
                                        reference=self.learner.reference, state=state, backend=self.backend)
         self.saver.start(lambda: self.write(snapshot, trajectories))
@@ -190,28 +191,10 @@ class Run:
         """Write a checkpoint, the shards first, so that its index never names a missing one; in the saver's thread."""
         keep = self.config.checkpoint
         if trajectories is not None:
-            self.shards = snapshot.state["replay"] = self.write_replay(trajectories)
+            snapshot.state["replay"] = self.shards.write(trajectories)
         checkpoint.write(self.folder, snapshot, backend=self.apart, keep=keep.keep, milestones=keep.milestones)
-        if trajectories is not None and self.backend.rank == 0:
-            self.collect_garbage()
-
-    def write_replay(self, trajectories: dict[int, Trajectory]) -> Index:
-        """Write what the shards don't hold yet, on rank 0; CheckpointError on all ranks if the disk fails it."""
-        index, error = {}, None
-        if self.backend.rank == 0:
-            try:
-                index = write_shards(self.folder / "replay", trajectories, known=self.shards)
-            except OSError as failure:
-                error = failure
-        index, reason = self.apart.all_gather_object((index, error and str(error)))[0]
-        if reason:
-            raise checkpoint.CheckpointError(reason) from error
-        return index
-
-    def collect_garbage(self) -> None:
-        """Remove shards that no checkpoint names: of checkpoints that are gone, and of attempts that died."""
-        if any(stage.kind == "rl" for stage in self.config.stages.values()):
-            collect_garbage(self.folder / "replay", [s.get("replay", {}) for s in checkpoint.all_states(self.folder)])
+        if trajectories is not None:
+            self.shards.collect_garbage()
 
     def quarantined(self) -> dict[str, str]:
         """Samples set aside so far on any rank, with the reasons."""
@@ -247,17 +230,11 @@ class Run:
             if self.hints is not None:
                 self.hints.load_state_dict(state["hints"])
             if self.buffer is not None:
-                trajectories, damaged = read_shards(self.folder / "replay", state["replay"])
-                damaged = sorted({name for part in self.backend.all_gather_object(damaged) for name in part})
-                lost = {int(serial) for name in damaged for serial in state["replay"][name]["live"]}
-                self.buffer.restore({serial: t for serial, t in trajectories.items() if serial not in lost})
-                self.shards = {name: shard for name, shard in state["replay"].items() if name not in damaged}
-                if damaged:
-                    log.error("replay shards %s are damaged and set aside: this run is no longer bit-equal", damaged)
+                self.buffer.restore(self.shards.read(state["replay"], state["damaged_shards"]))
         self.saved = self.step
         self.telemetry.rewind(self.step - (state["unlogged"] is not None))
+        self.shards.collect_garbage()
         if self.backend.rank == 0:
-            self.collect_garbage()
             log.info("continuing at step %d (%s)", self.step, path.name)
         if state["unlogged"] is not None:
             self.finish_step(state["unlogged"])
@@ -357,7 +334,7 @@ class Run:
             hinted=sum(v.variant == "hinted" for v in visits),
             in_use=self.hints.in_use if self.hints is not None else 0, pool=self.pool,
             completions_generated=self.completions_generated, lr=self.optimization.lr,
-        )
+        ) | ({"replay/damaged_shards": self.shards.damaged} if self.shards.damaged else {})
 
     def replay_groups(
         self, drawn: list[list[Trajectory]], advantages: list[np.ndarray], loads: list[int]

@@ -7,7 +7,7 @@ never opens one: no HDF5 file locks, which shared file systems lack, and a torn 
 
 A shard holds, for its n trajectories of T tokens and M bytes of strings in all, `rows` [n] (scalars),
 `token_ids` [T] int32, `logprobs` [T] float32 and `meta` [M] (one JSON object a trajectory): reading takes
-four bulk reads.
+four bulk reads. Data-parallel ranks write shards side by side, one rank reads them for all.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,9 @@ log = logging.getLogger(__name__)
 
 Index = dict[str, dict[str, Any]]
 
-ROWS_PER_SHARD = 2048
+ROWS_PER_SHARD = 512  # 8 MB of completions of 2,048 tokens: what a reader holds twice for a moment
+MIN_ROWS_PER_SHARD = 64  # fewer are not worth a writer of their own
+NAME_DIGITS = 16  # of its SHA-256 in a shard's name, so that it can be checked without an index
 MIN_LIVE_SHARE = 0.5  # a shard with fewer live rows is compacted: its live rows are written anew
 
 _ROW = np.dtype([
@@ -39,56 +42,65 @@ _ROW = np.dtype([
 ])  # fmt: skip
 
 
-def write_shards(folder: Path, trajectories: Mapping[int, Trajectory], *, known: Index) -> Index:
-    """Write what the shards of `known` don't hold yet; returns the index of exactly `trajectories`.
+def write_shards(
+    folder: Path, trajectories: Mapping[int, Trajectory], *, known: Index, writer: int = 0, writers: int = 1
+) -> Index:
+    """Write this writer's part of what the shards of `known` don't hold yet; returns its part of the index.
 
-    `trajectories` maps serial number to trajectory (`ReplayBuffer.trajectories`). Shards of `known`
-    without a live trajectory leave the index; their files stay until `collect_garbage`, since an older
-    checkpoint may name them. Raises OSError when the disk is full; nothing already written is touched.
+    `trajectories` maps serial number to trajectory (`ReplayBuffer.trajectories`); every writer passes the same ones,
+    and the same `known`. The parts of all writers make the index of exactly `trajectories`. Shards of `known` without a
+    live trajectory leave it; their files stay until `collect_garbage`, since an older checkpoint may name them. Raises
+    OSError when the disk is full; nothing already written is touched.
     """
     marks = {serial: _mark(serial, trajectory) for serial, trajectory in trajectories.items()}
-    index: Index = {}
+    kept: Index = {}
     stored: set[int] = set()
     for name, shard in known.items():
         live = {serial: mark for serial, mark in shard["live"].items() if marks.get(int(serial)) == mark}
         if live and len(live) >= MIN_LIVE_SHARE * shard["rows"]:
-            index[name] = {**shard, "live": live}
+            kept[name] = {**shard, "live": live}
             stored.update(map(int, live))
     fresh = [serial for serial in trajectories if serial not in stored]
-    for start in range(0, len(fresh), ROWS_PER_SHARD):
-        serials = fresh[start : start + ROWS_PER_SHARD]
+    size = min(max(-(-len(fresh) // writers), MIN_ROWS_PER_SHARD), ROWS_PER_SHARD)
+    index = kept if writer == 0 else {}
+    for start in range(writer * size, len(fresh), writers * size):
+        serials = fresh[start : start + size]
         image = _encode({serial: trajectories[serial] for serial in serials})
         digest = hashlib.sha256(image).hexdigest()
-        name = f"shard-{digest[:16]}.h5"
+        name = f"shard-{digest[:NAME_DIGITS]}.h5"
         _write_whole(folder, name, image)
         live = {str(serial): marks[serial] for serial in serials}
         index[name] = {"sha256": digest, "rows": len(serials), "live": live}
     return index
 
 
-def read_shards(folder: Path, index: Index) -> tuple[dict[int, Trajectory], list[str]]:
+def read_shards(
+    folder: Path, index: Index, *, share: Callable[[Callable[[], bytes | None]], bytes | None] = lambda read: read()
+) -> tuple[dict[int, Trajectory], list[str]]:
     """Read the live trajectories of `index` by serial number, oldest first, and name damaged shards.
 
-    A missing or altered shard is set aside as NAME.damaged, reported and left out: replay goes on
-    with the rest.
+    A missing or altered shard is set aside as NAME.damaged, reported and left out: replay goes on with the rest.
+    `share` may call `read` on one rank and pass what it returned to the others, so that the disk is read once.
     """
     found: dict[int, Trajectory] = {}
     damaged = []
     for name, shard in index.items():
-        path = folder / name
-        try:
-            image = path.read_bytes()
-            reason = "" if hashlib.sha256(image).hexdigest() == shard["sha256"] else "its checksum is wrong"
-        except OSError as error:
-            reason = error.strerror or str(error)
-        if reason:
+        image = share(partial(_read_whole, folder / name, shard))
+        if image is None:
             damaged.append(name)
-            _set_aside(path)
-            log.error("replay shard %s is lost (%s): its %d trajectories are left out of the buffer; "
-                      "restore the file from a copy to have them back", path, reason, len(shard["live"]))
-            continue
-        found.update(_decode(image, shard["live"]))
+        else:
+            found.update(_decode(image, shard["live"]))
     return {serial: found[serial] for serial in sorted(found)}, damaged
+
+
+def damage(path: Path, sha256: str) -> str:
+    """What is wrong with a shard, in words; empty for a sound one. `sha256` may be its first digits, as in its name."""
+    try:
+        with open(path, "rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        return error.strerror or str(error)
+    return "" if found.startswith(sha256) else "its checksum is wrong"
 
 
 def collect_garbage(folder: Path, kept_indices: Iterable[Index]) -> list[str]:
@@ -149,7 +161,7 @@ def _decode(image: bytes, live: Mapping[str, str]) -> dict[int, Trajectory]:
             continue
         # Copies: a view would keep the whole shard in memory for one survivor.
         completion = Completion(
-            token_ids=token_ids[token_start:token_end].astype(np.int64),
+            token_ids=token_ids[token_start:token_end].copy(),
             logprobs=logprobs[token_start:token_end].copy(),
             finished=finished,
         )
@@ -159,6 +171,17 @@ def _decode(image: bytes, live: Mapping[str, str]) -> dict[int, Trajectory]:
         )
     assert trajectories.keys() == set(map(int, live)), "the index names rows that its shard doesn't hold"
     return trajectories
+
+
+def _read_whole(path: Path, shard: Mapping[str, Any]) -> bytes | None:
+    """The file image of a shard; None, with the file set aside, where it is missing or altered."""
+    if reason := damage(path, shard["sha256"]):
+        with suppress(OSError):  # missing, or a read-only folder: the loss is logged either way
+            path.rename(path.with_name(path.name + ".damaged"))
+        log.error("replay shard %s is lost (%s): its %d trajectories are left out of the buffer; "
+                  "restore the file from a copy to have them back", path, reason, len(shard["live"]))
+        return None
+    return path.read_bytes()
 
 
 def _write_whole(folder: Path, name: str, image: bytes) -> None:
@@ -186,8 +209,3 @@ def _write_whole(folder: Path, name: str, image: bytes) -> None:
             str(folder / name),
         ) from error
 
-
-def _set_aside(path: Path) -> None:
-    # Missing, set aside by another rank, or a read-only folder: the loss is logged either way.
-    with suppress(OSError):
-        path.rename(path.with_name(path.name + ".damaged"))

@@ -52,7 +52,7 @@ def assert_same(found: dict[int, Trajectory], expected: dict[int, Trajectory]) -
         got = found[serial]
         np.testing.assert_equal(asdict(got), asdict(t))  # NaN equals NaN
         assert type(got.completion.finished) is bool and type(got.reward) is float and type(got.step) is int
-        assert got.completion.token_ids.dtype == np.int64 and got.completion.logprobs.dtype == np.float32
+        assert got.completion.token_ids.dtype == np.int32 and got.completion.logprobs.dtype == np.float32
 
 
 def files(folder: Path) -> set[str]:
@@ -71,19 +71,22 @@ def test_everything_survives_exactly(tmp_path_factory: pytest.TempPathFactory, r
 
 
 @settings(deadline=None, max_examples=30)
-@given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 4)), min_size=1, max_size=6), st.integers(1, 4))
+@given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 4)), min_size=1, max_size=6), st.integers(1, 4),
+       st.integers(1, 3))
 def test_any_history_of_checkpoints_reads_back(
-    tmp_path_factory: pytest.TempPathFactory, history: list[tuple[int, int]], rows_per_shard: int
+    tmp_path_factory: pytest.TempPathFactory, history: list[tuple[int, int]], rows_per_shard: int, writers: int
 ) -> None:
-    """Appending and evicting between checkpoints, two of which are kept: neither loses a trajectory."""
+    """Appending and evicting between checkpoints, two of which are kept: neither loses a trajectory, however many
+    ranks write."""
     folder = tmp_path_factory.mktemp("replay")
     rows, first, kept = {}, 0, [({}, {})]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(store, "ROWS_PER_SHARD", rows_per_shard)
+        patch.setattr(store, "MIN_ROWS_PER_SHARD", 1)
         for added, evicted in history:
             rows = dict(list({**rows, **make(added, first)}.items())[evicted:])
             first += added
-            index = write_shards(folder, rows, known=kept[-1][0])
+            index = write_all(folder, rows, kept[-1][0], writers)
             kept = [*kept[-1:], (index, rows)]
             collect_garbage(folder, [index for index, _ in kept])
             for index, expected in kept:
@@ -92,6 +95,42 @@ def test_any_history_of_checkpoints_reads_back(
                 assert not damaged
             assert files(folder) == {name for index, _ in kept for name in index}
             assert all(2 * len(s["live"]) >= s["rows"] for s in kept[-1][0].values())  # dead rows stay bounded
+
+
+def write_all(folder: Path, rows: dict[int, Trajectory], known: store.Index, writers: int) -> store.Index:
+    """What the data-parallel ranks write side by side, in any order."""
+    parts = [write_shards(folder, rows, known=known, writer=w, writers=writers) for w in reversed(range(writers))]
+    names = [name for part in parts for name in part]
+    assert len(names) == len(set(names)), "two ranks wrote the same shard"
+    return {name: shard for part in parts for name, shard in part.items()}
+
+
+def test_ranks_share_the_writing_and_read_the_disk_once(tmp_path: Path) -> None:
+    rows = make(300)
+    parts = [write_shards(tmp_path, rows, known={}, writer=w, writers=3) for w in range(3)]
+    assert [sum(shard["rows"] for shard in part.values()) for part in parts] == [100, 100, 100]
+    few = [len(write_shards(tmp_path / "few", make(70), known={}, writer=w, writers=3)) for w in range(3)]
+    assert few == [1, 1, 0], "shards of a handful of rows would burden the file system"
+    index = {name: shard for part in parts for name, shard in part.items()}
+    images = []
+
+    def first_rank(read):
+        images.append(read())
+        return images[-1]
+
+    here, damaged = read_shards(tmp_path, index, share=first_rank)
+    there, _ = read_shards(Path("/nowhere"), index, share=lambda read: images.pop(0))
+    assert_same(here, rows)
+    assert_same(there, rows)
+
+
+def test_a_shard_can_be_checked_by_its_name(tmp_path: Path) -> None:
+    (name,) = write_shards(tmp_path, make(3), known={})
+    digits = name.removeprefix("shard-").removesuffix(".h5")
+    assert store.damage(tmp_path / name, digits) == ""
+    (tmp_path / name).write_bytes(b"x")
+    assert store.damage(tmp_path / name, digits) == "its checksum is wrong"
+    assert "No such file" in store.damage(tmp_path / "shard-0.h5", "0")
 
 
 def test_only_new_trajectories_are_written(tmp_path: Path) -> None:
