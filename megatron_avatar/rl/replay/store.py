@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 Index = dict[str, dict[str, Any]]
 
-ROWS_PER_SHARD = 512  # 8 MB of completions of 2,048 tokens: what a reader holds twice for a moment
+ROWS_PER_SHARD = 256  # 4 MB of completions of 2,048 tokens: what a reader holds three times for a moment
 MIN_ROWS_PER_SHARD = 64  # fewer are not worth a writer of their own
 NAME_DIGITS = 16  # of its SHA-256 in a shard's name, so that it can be checked without an index
 MIN_LIVE_SHARE = 0.5  # a shard with fewer live rows is compacted: its live rows are written anew
