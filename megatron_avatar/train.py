@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,11 +12,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from megatron_avatar.config import Config
 
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 INTERRUPTED = 75  # EX_TEMPFAIL: state is saved, run the same command again
 
 
 def main(arguments: list[str]) -> int:
     """Train one configuration; returns the exit status."""
+    leave_on_signals()
     from megatron_avatar.config import load_config
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
@@ -55,6 +58,18 @@ def main(arguments: list[str]) -> int:
     finally:
         stop()
     return 0
+
+
+def leave_on_signals() -> None:
+    """Until the training loop takes them over, stop signals end the process at once: there is nothing to save yet."""
+
+    def leave(*_: object) -> None:
+        if marker := os.environ.get("AVATAR_STOPPED"):
+            Path(marker).touch()
+        os._exit(INTERRUPTED)
+
+    for number in SIGNALS:
+        signal.signal(number, leave)
 
 
 def _plan(config: Config) -> int:

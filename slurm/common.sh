@@ -1,39 +1,61 @@
 #!/bin/bash
-# Sourced by the recipe scripts, whose own $0 is Slurm's spooled copy: everything is found from SLURM_SUBMIT_DIR.
-# PYTHON in the environment names another interpreter than the repository's .venv (a container's, say).
+# Sourced by the recipe scripts. At a job's first start this file is the checkout's, after a requeue the snapshot's.
+# PYTHON in the environment names another interpreter than the repository's .venv for the checks on the first node.
 set -euo pipefail
+CODE=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 # train [key=value ...]: one training process for every task of the job.
 train() {
   cd "$SLURM_SUBMIT_DIR"
-  local python="${PYTHON:-.venv/bin/python}" hosts
+  local python="${PYTHON:-.venv/bin/python}" settings
   command -v "$python" >/dev/null || {
     echo "error: $python is missing in $SLURM_SUBMIT_DIR: run 'make doctor' there, or export PYTHON=FILE" >&2
     return 2
   }
+  settings=$("$python" "$CODE/slurm/launch.py" "$@") || return 2
+  local command srun_options run log gpus
+  eval "$settings"
 
-  hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
-  export MASTER_ADDR="${hosts%%$'\n'*}"
+  AVATAR_NODES=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | tr '\n' ' ')
+  export AVATAR_NODES MASTER_ADDR="${AVATAR_NODES%% *}"
   export MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000)) # two jobs on one node must not meet
-  # torch would try for minutes to reach a name that doesn't resolve
-  timeout 20 getent hosts "$MASTER_ADDR" >/dev/null || {
-    echo "error: $(hostname) can't resolve the first node, $MASTER_ADDR: add it to DNS or /etc/hosts" >&2
-    return 2
-  }
-
   export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}" # srun no longer inherits --cpus-per-task
-  export HDF5_USE_FILE_LOCKING=FALSE                    # shared file systems often have no locks
+  export AVATAR_CHAIN="${AVATAR_CHAIN:-$SLURM_JOB_ID}" # restarts without progress are counted by it
+  export AVATAR_STOPPED="$run/.stopped-$SLURM_JOB_ID"  # the trainer touches it: to be continued in another attempt
+  rm -f "$AVATAR_STOPPED"
 
   trap : USR1 USR2 TERM # the tasks get these too, save their state and leave; the batch shell has to outlive them
-  export AVATAR_STOPPED="$PWD/.stopped-$SLURM_JOB_ID"
-  rm -f "$AVATAR_STOPPED"
-  local status=0
-  srun --kill-on-bad-exit=1 --ntasks-per-node="$SLURM_NTASKS_PER_NODE" "$python" -m megatron_avatar.train "$@" || status=$?
+  local srun=(srun --label --kill-on-bad-exit=1 --ntasks-per-node="$SLURM_NTASKS_PER_NODE"
+    ${srun_options[@]+"${srun_options[@]}"}) status=0
+  {
+    trap : USR1 USR2 TERM # a subshell has its own
+    "${srun[@]}" "${command[@]}" -m slurm.preflight "$run" "$gpus" &&
+      "${srun[@]}" "${command[@]}" -m megatron_avatar.train "$@"
+  } 2>&1 | (trap '' USR1 USR2 TERM && exec tee -a "$log") || status=$?
   [[ -e "$AVATAR_STOPPED" ]] || return "$status" # a rank may still fail on its way out, with the state saved
   # Stopped by a signal with its state saved: into the queue again, under the same id where the cluster allows it.
   rm -f "$AVATAR_STOPPED"
-  scontrol requeue "$SLURM_JOB_ID" || {
-    echo "error: job $SLURM_JOB_ID can't be requeued; its state is saved: submit the same command again" >&2
+  scontrol requeue "$SLURM_JOB_ID" || resubmit "$@"
+}
+
+# resubmit [key=value ...]: the same script, options and snapshot as a new job, where requeueing is refused.
+resubmit() {
+  local script="$run/.resubmitted-$SLURM_JOB_ID.sh" limit features
+  scontrol write batch_script "$SLURM_JOB_ID" "$script" >/dev/null
+  limit=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%l)
+  features=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%f)
+  local options=(--parsable --job-name="$SLURM_JOB_NAME" --partition="$SLURM_JOB_PARTITION" --time="$limit"
+    --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node="$SLURM_NTASKS_PER_NODE")
+  [[ -z "${SLURM_JOB_ACCOUNT:-}" ]] || options+=(--account="$SLURM_JOB_ACCOUNT")
+  [[ -z "${SLURM_JOB_QOS:-}" ]] || options+=(--qos="$SLURM_JOB_QOS")
+  [[ -z "${SLURM_CPUS_PER_TASK:-}" ]] || options+=(--cpus-per-task="$SLURM_CPUS_PER_TASK")
+  [[ -z "${SLURM_GPUS_PER_NODE:-}" ]] || options+=(--gpus-per-node="$SLURM_GPUS_PER_NODE")
+  [[ "$features" == "(null)" ]] || options+=(--constraint="$features")
+  local job
+  job=$(sbatch "${options[@]}" "$script" "$@") || {
+    echo "error: job $SLURM_JOB_ID can be neither requeued nor resubmitted; its state is saved: submit it again" >&2
     return 75
   }
+  rm -f "$script"
+  echo "job $SLURM_JOB_ID may not be requeued: job $job continues it"
 }

@@ -11,5 +11,5 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%x-%j.out
-source "$SLURM_SUBMIT_DIR/slurm/common.sh"
+source "${AVATAR_SNAPSHOT:-$(readlink -e "$SLURM_SUBMIT_DIR/.jobs/$SLURM_JOB_ID" || echo "$SLURM_SUBMIT_DIR")}/slurm/common.sh"
 train recipe=grpo_3b "$@"

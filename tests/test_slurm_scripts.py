@@ -10,15 +10,19 @@ import sys
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
-from megatron_avatar.config import check_world, load_config
+from megatron_avatar.config import Config, check_world, load_config
+from megatron_avatar.config.load import CONFIG_DIR
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(path for path in (ROOT / "slurm").glob("*.sh") if path.name != "common.sh")
 FAKE_SRUN = """#!/bin/bash
-{ printf '%s\\n' "$@"; echo "cwd=$PWD"; env | grep -E '^(MASTER_|SRUN_|HDF5_)'; } > "$RECORD"
+{ printf '%s\\n' "$@"; echo "cwd=$PWD"; env | grep -E '^(MASTER_|SRUN_|HDF5_|AVATAR_|NCCL_|PYTHONSAFE|PYTHONPATH)'; } >> "$RECORD"
+[[ "$*" == *preflight* ]] && exit "${PREFLIGHT_STATUS:-0}"
 exit "${SRUN_STATUS:-0}"
 """
+FAKE_SCONTROL = "#!/bin/bash\n[[ $1 == show ]] && printf 'localhost\\nnode2\\n' || echo \"$*\" >> \"$RECORD\"\n"
 
 
 def directives(script: Path) -> dict[str, str]:
@@ -28,47 +32,64 @@ def directives(script: Path) -> dict[str, str]:
 
 @pytest.fixture
 def submit(tmp_path):
-    """Runs a script as Slurm does: a spooled copy, from another folder, with a job's environment."""
-    programs, spool, record = tmp_path / "bin", tmp_path / "spool", tmp_path / "record"
-    programs.mkdir()
-    spool.mkdir()
-    for name, text in {"srun": FAKE_SRUN, "scontrol": "#!/bin/bash\necho localhost\necho node2\n"}.items():
+    """Runs a script as Slurm does: a spooled copy, from another folder, with a job's environment. Model and data are
+    empty files of the right names: nothing is started."""
+    programs, spool, record, folder = tmp_path / "bin", tmp_path / "spool", tmp_path / "record", tmp_path / "model"
+    for path in (programs, spool, folder):
+        path.mkdir()
+    (tmp_path / "manifest.jsonl").touch()
+    for name, text in {"srun": FAKE_SRUN, "scontrol": FAKE_SCONTROL}.items():
         (programs / name).write_text(text)
         (programs / name).chmod(0o755)
 
     def run(script: Path, *arguments: str, **environment: str) -> tuple[subprocess.CompletedProcess, list[str]]:
         copy = shutil.copy(script, spool / "slurm_script")
+        shutil.copy(CONFIG_DIR / "shapes" / "qwen2_5_omni_7b" / "config.json", folder)
+        options = directives(script)
         job = {
             "PATH": f"{programs}:{os.environ['PATH']}",
             "PYTHON": sys.executable,
             "RECORD": str(record),
-            "SLURM_CPUS_PER_TASK": directives(script)["cpus-per-task"],
+            "SLURM_CPUS_PER_TASK": options["cpus-per-task"],
+            "SLURM_GPUS_ON_NODE": options.get("gpus-per-node", "0"),
             "SLURM_JOB_ID": "123456",
             "SLURM_JOB_NODELIST": "node[1-2]",
-            "SLURM_NTASKS_PER_NODE": directives(script)["ntasks-per-node"],
+            "SLURM_JOB_NUM_NODES": options["nodes"],
+            "SLURM_NTASKS_PER_NODE": options["ntasks-per-node"],
             "SLURM_SUBMIT_DIR": str(ROOT),
             **environment,
         }
-        command = ["bash", copy, *arguments]
-        done = subprocess.run(command, cwd=spool, env=job, capture_output=True, text=True, timeout=60)
+        settings = [f"model.path={folder}", f"data.manifest={tmp_path / 'manifest.jsonl'}",
+                    f"output_dir={tmp_path / 'run'}"]
+        done = subprocess.run(["bash", copy, *settings, *arguments], cwd=spool, env=job, capture_output=True, text=True,
+                              timeout=60)
         return done, record.read_text().splitlines() if record.exists() else []
 
-    return run
+    yield run
+    for link in (ROOT / ".jobs").glob("*"):
+        if not link.exists() or str(tmp_path) in str(link.resolve()):
+            link.unlink()
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
-def test_starts_one_process_a_task(submit, script):
+@pytest.mark.parametrize("script", SCRIPTS[::4], ids=lambda path: path.stem)
+def test_starts_one_process_a_task_from_a_snapshot(submit, script, tmp_path):
     options = directives(script)
-    done, seen = submit(script, "model.path=a folder", "seed=3")
+    done, seen = submit(script, "seed=3", "+name=a b")
     assert done.returncode == 0, done.stderr
-    recipe = options["job-name"]
-    assert seen[:8] == [
-        "--kill-on-bad-exit=1", f"--ntasks-per-node={options['ntasks-per-node']}", sys.executable, "-m",
-        "megatron_avatar.train", f"recipe={recipe}", "model.path=a folder", "seed=3",
-    ]  # fmt: skip
-    assert f"cwd={ROOT}" in seen and "MASTER_ADDR=localhost" in seen and "HDF5_USE_FILE_LOCKING=FALSE" in seen
-    assert f"SRUN_CPUS_PER_TASK={options['cpus-per-task']}" in seen
-    (port,) = (int(line.partition("=")[2]) for line in seen if line.startswith("MASTER_PORT="))
+    srun = ["--label", "--kill-on-bad-exit=1", f"--ntasks-per-node={options['ntasks-per-node']}", sys.executable, "-m"]
+    assert seen[:6] == [*srun, "slurm.preflight"]
+    train = seen.index("megatron_avatar.train")
+    assert seen[train - 5 : train] == srun and seen[train + 1] == f"recipe={options['job-name']}"
+    assert "seed=3" in seen[train:] and "+name=a b" in seen[train:]
+    snapshot = tmp_path / "run" / "snapshots" / "123456"
+    for line in (f"cwd={ROOT}", "MASTER_ADDR=localhost", "HDF5_USE_FILE_LOCKING=FALSE", "PYTHONSAFEPATH=1",
+                 f"PYTHONPATH={snapshot}", f"SRUN_CPUS_PER_TASK={options['cpus-per-task']}", "AVATAR_CHAIN=123456",
+                 "AVATAR_NODES=localhost node2 ", "NCCL_DEBUG=WARN"):
+        assert line in seen[train:]
+    assert load_config([f"recipe={options['job-name']}", "model.path=m", "data.manifest=d"]).rl == OmegaConf.to_object(
+        OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(snapshot / "config.yaml"))).rl
+    assert (snapshot / "slurm" / "common.sh").read_bytes() == (ROOT / "slurm" / "common.sh").read_bytes()
+    (port,) = {int(line.partition("=")[2]) for line in seen if line.startswith("MASTER_PORT=")}
     assert 1024 < port < 32768, "below Linux's range for outgoing connections"
 
 
@@ -82,8 +103,8 @@ def test_asks_for_what_the_recipe_needs(script):
 
 
 def test_two_jobs_take_different_ports(submit):
-    ports = {line for job in ("7", "8") for line in submit(SCRIPTS[0], SLURM_JOB_ID=job)[1] if "MASTER_PORT" in line}
-    assert len(ports) == 2
+    _, seen = [submit(SCRIPTS[0], SLURM_JOB_ID=job) for job in ("7", "8")][-1]
+    assert len({line for line in seen if "MASTER_PORT" in line}) == 2
 
 
 def test_failures_end_the_job_with_a_reason(submit):
@@ -92,8 +113,56 @@ def test_failures_end_the_job_with_a_reason(submit):
     assert done.returncode == 2 and "missing/python is missing" in done.stderr
 
 
-def test_an_unknown_master_is_found_before_torch_hangs(submit, tmp_path):
-    (tmp_path / "bin" / "scontrol").write_text("#!/bin/bash\necho no-such-node.invalid\n")
+def test_training_does_not_start_where_the_pre_flight_fails(submit):
+    done, seen = submit(SCRIPTS[0], PREFLIGHT_STATUS="2")
+    assert done.returncode == 2 and "megatron_avatar.train" not in seen
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "says"),
+    [
+        (["rl.n_onn=3"], {}, "unknown key 'rl.n_onn'"),
+        (["parallel.tp=8"], {}, "need a multiple of 8 processes, but 4 were started"),
+        ([], {"SLURM_GPUS_ON_NODE": "2"}, "the job has 2 GPUs on this node for 4 processes"),
+        (["data.manifest=/nowhere.jsonl"], {}, "data.manifest=/nowhere.jsonl doesn't exist"),
+        (["cluster.container=/no/image.sif"], {}, "cluster.container=/no/image.sif doesn't exist"),
+        (["cluster=nowhere"], {}, "cluster=nowhere: there is no such cluster"),
+        (["output_dir=/proc/run"], {}, "nothing can be written into /proc"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_refused_before_anything_is_started(submit, arguments, environment, says):
+    done, seen = submit(ROOT / "slurm" / "avatar_7b.sh", *arguments, **environment)
+    assert done.returncode == 2 and says in done.stderr and not seen, done.stderr
+
+
+def test_a_containers_and_modules_settings_reach_the_command(submit, tmp_path):
+    (tmp_path / "bin" / "module").write_text('#!/bin/bash\necho "module $*" >> "$RECORD"\n')
+    (tmp_path / "bin" / "module").chmod(0o755)
+    image = tmp_path / "image.sif"
+    image.touch()
+    common = (f"cluster.container={image}", f"cluster.mounts=[{tmp_path}:/data]", "cluster.modules=[cuda/13.0,nccl]")
+    done, seen = submit(SCRIPTS[0], *common, "cluster.runtime=apptainer", "+cluster.env.NCCL_IB_HCA=mlx5")
+    assert done.returncode == 0, done.stderr
+    assert seen[0] == "module load cuda/13.0 nccl" and "NCCL_IB_HCA=mlx5" in seen
+    start = seen.index("apptainer")
+    assert seen[start : start + 11] == ["apptainer", "exec", "--nv", "--pwd", str(ROOT), "--bind", f"{ROOT}:{ROOT}",
+                                        "--bind", f"{tmp_path}:/data", str(image), "python3"]
+    done, seen = submit(SCRIPTS[0], *common, "cluster.python=python", SLURM_JOB_ID="9")
+    assert f"--container-image={image}" in seen and f"--container-mounts={ROOT}:{ROOT},{tmp_path}:/data" in seen
+    assert "python" in seen
+
+
+def test_a_requeued_job_runs_its_snapshot(submit, tmp_path):
+    submit(SCRIPTS[0])
+    snapshot = tmp_path / "run" / "snapshots" / "123456"
+    marker = snapshot / "slurm" / "common.sh"
+    marker.write_text(marker.read_text() + "\necho from the snapshot\n")
+    done, seen = submit(SCRIPTS[0], SLURM_RESTART_COUNT="1")
+    assert done.returncode == 0 and "from the snapshot" in done.stdout, done.stderr
+    assert sorted(path.name for path in (tmp_path / "run" / "logs").iterdir()) == ["123456.0.log", "123456.1.log"]
+
+
+def test_a_stopped_job_goes_back_into_the_queue(submit, tmp_path):
+    (tmp_path / "bin" / "srun").write_text('#!/bin/bash\n[[ "$*" == *preflight* ]] || touch "$AVATAR_STOPPED"\n')
     done, seen = submit(SCRIPTS[0])
-    assert done.returncode == 2 and "can't resolve the first node, no-such-node.invalid" in done.stderr
-    assert not seen
+    assert done.returncode == 0 and seen == ["requeue 123456"]

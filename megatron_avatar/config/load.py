@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
@@ -33,8 +34,12 @@ def load_config(overrides: list[str]) -> Config:
     every other override names a key of the schema (`rl.n_on=8`, `+stages.visual.rewards.self=0.4` to
     add an entry to a dictionary, `~stages.visual` to remove one). Raises ValueError naming the key, the
     value's expected type or the nearest valid name, and the choices where a recipe or group is unknown.
+    AVATAR_CLUSTER in the environment is the default of `cluster=`.
     """
     overrides = [item for item in overrides if item != "ablation=null"]  # the default, which Hydra won't take
+    site = os.environ.get("AVATAR_CLUSTER")
+    if site and not any(item.startswith("cluster=") for item in overrides):
+        overrides = [*overrides, f"cluster={site}"]
     ConfigStore.instance().store(name="schema", node=Config)
     OmegaConf.register_new_resolver("for_shape", _for_shape, replace=True)
     try:

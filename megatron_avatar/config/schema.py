@@ -48,12 +48,25 @@ class ParallelConfig:
 
 @dataclass
 class ClusterConfig:
-    """What the plan of a dry run counts with."""
+    """A site: what its nodes are, how jobs start there. config/cluster/example.yaml explains the keys."""
 
     gpus: int = 0  # in all; 0: those of one replica, tp * pp
     gpu_memory_gib: float = 80.0
     gpu: str = "h100"  # a100 | h100 | h200 | cpu: its peaks, or its calibration; measured: the calibration's device
     calibration: str = "runs/calibration.json"  # what doctor --calibrate measured
+    gpus_per_node: int = 4  # tasks a node: one process a GPU (cpu: processes)
+    cpus_per_task: int = 12
+    minutes: int = 1440  # a job's time limit; it continues in another
+    signal_s: int = 300  # before the time limit: the run saves its state and goes back into the queue
+    partition: str = ""  # these three for sweep.py and reproduce.py; sbatch has its own options and variables
+    account: str = ""
+    qos: str = ""
+    modules: list[str] = field(default_factory=list)  # environment modules loaded before training
+    container: str = ""  # image; empty: none
+    runtime: str = "pyxis"  # pyxis | apptainer
+    mounts: list[str] = field(default_factory=list)  # FROM:TO, beside the working directory
+    python: str = ""  # interpreter of training; empty: the one that checks, or the image's python3
+    env: dict[str, str] = field(default_factory=dict)  # of every rank: NCCL and fabric settings go here
 
 
 @dataclass

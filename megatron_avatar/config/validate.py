@@ -23,6 +23,7 @@ KERNELS = ("auto", "torch")
 DECODERS = ("auto", "dali", "pyav")
 RATIO_LEVELS = ("token", "sequence")
 WANDB_MODES = ("auto", "offline", "disabled")
+RUNTIMES = ("pyxis", "apptainer")
 GPUS = ("a100", "h100", "h200", "cpu", "measured")
 
 
@@ -94,6 +95,14 @@ def _check_inputs(config: Config) -> None:
                 f"parallel.first_stage_layers={parallel.first_stage_layers} needs parallel.pp of 2 or more: raise "
                 "that, or write parallel.first_stage_layers=null"
             )
+    cluster = config.cluster
+    for key in ("gpus_per_node", "cpus_per_task", "minutes"):
+        _at_least(f"cluster.{key}", getattr(cluster, key), 1)
+    _at_least("cluster.signal_s", cluster.signal_s, 0)
+    _one_of("cluster.runtime", cluster.runtime, RUNTIMES)
+    for mount in cluster.mounts:
+        if ":" not in mount:
+            raise ValueError(f"cluster.mounts: '{mount}' is no FROM:TO")
     _one_of("parallel.recompute", parallel.recompute, RECOMPUTE)
     _one_of("parallel.kernels", parallel.kernels, KERNELS)
     if parallel.sequence_parallel and parallel.tp == 1:

@@ -11,6 +11,7 @@ import itertools
 import os
 import re
 import socket
+import warnings
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
@@ -105,6 +106,8 @@ def start(parallel: ParallelConfig, *, seed: int = 0) -> Backend:
     Ranks come from torchrun's variables, from an `srun` step, or there is one process. Raises ValueError where
     the number of processes doesn't fit `parallel`, or the master's address can't be resolved.
     """
+    # Megatron-Core calls collectives by names that torch has left behind; said once a rank, it would bury the log.
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     os.environ.setdefault("MKL_CBWR", MKL_REPRODUCIBLE)  # read by MKL at its first call
     torch.set_num_threads(parallel.threads)
     rank, local_rank, world = _place_from_environment()

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from megatron_avatar.config import check_world, save_config
+from megatron_avatar.config.checks import check_folder, check_same_model, check_same_run, model_sizes, other_shape
 from megatron_avatar.config.schema import Config, StageConfig
 from megatron_avatar.data.loader import MediaLoader, SampleOrder
 from megatron_avatar.data.manifest import load_manifest
@@ -27,7 +28,6 @@ from megatron_avatar.rl.rewards import RuleJudge, combine
 from megatron_avatar.rl.tracker import RewardTracker
 from megatron_avatar.training import attempts, checkpoint, metrics
 from megatron_avatar.training.balance import deal, packed_tokens
-from megatron_avatar.training.checks import check_folder, check_same_model, check_same_run, model_sizes, other_shape
 from megatron_avatar.training.evaluate import evaluate
 from megatron_avatar.training.learner import Learner
 from megatron_avatar.training.optim import Optimization, build_optimizer
@@ -445,12 +445,12 @@ def train(config: Config, backend: Backend) -> None:
     """
     folder = Path(config.output_dir)
     check_world(config, backend.world)
-    changed = check_same_run(folder, config)
+    changed = check_same_run(config)
     if (folder / "done.json").exists():
         log.info("%s is complete; nothing to do", folder)
         return
     check_folder(folder)
-    check_same_model(folder, config)
+    check_same_model(config)
     run = Run(config, backend)
     if backend.rank == 0:  # once the settings, the data and the weights have proved usable
         folder.mkdir(parents=True, exist_ok=True)

@@ -173,7 +173,8 @@ def test_an_unknown_or_missing_recipe_lists_the_recipes(overrides):
 
 def test_a_mistake_in_a_recipe_names_its_file(tmp_path, monkeypatch):
     (tmp_path / "recipe").mkdir()
-    shutil.copytree(CONFIG_DIR / "parallel", tmp_path / "parallel")
+    for group in ("parallel", "cluster"):
+        shutil.copytree(CONFIG_DIR / group, tmp_path / group)
     (tmp_path / "config.yaml").write_text((CONFIG_DIR / "config.yaml").read_text())
     (tmp_path / "recipe" / "mine.yaml").write_text("# @package _global_\nrl: {n_onn: 3}\n")
     monkeypatch.setattr("megatron_avatar.config.load.CONFIG_DIR", tmp_path)

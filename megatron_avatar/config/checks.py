@@ -1,0 +1,126 @@
+"""What is refused before a model is built or a job submitted: folders that hold something else, or can't be written.
+
+Reads configuration files and sizes alone, in a second, on any host.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from megatron_avatar.config.load import CONFIG_DIR, differences
+from megatron_avatar.config.schema import Config
+
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
+GIB = 2**30
+
+
+def check_same_run(config: Config) -> dict[str, Any]:
+    """The settings that differ from those of the run in output_dir: key -> (saved, now).
+
+    Raises ValueError naming them, unless continue_changed=true says that they may.
+    """
+    path = Path(config.output_dir) / "config.yaml"
+    changed = differences(path, config) if path.exists() else {}
+    if changed and not config.continue_changed:
+        listed = "; ".join(f"{key} was {saved!r}, now {now!r}" for key, (saved, now) in changed.items())
+        raise ValueError(
+            f"{path}: this folder holds a run of other settings: {listed}. Choose another output_dir, remove the "
+            "folder to start anew, or write continue_changed=true to go on with the new ones"
+        )
+    return changed
+
+
+def check_same_model(config: Config) -> None:
+    """Raise ValueError where output_dir's newest checkpoint is of a model of other sizes than model.path's."""
+    states = sorted(Path(config.output_dir).glob("checkpoints/step_*/state.json"))
+    try:
+        saved = json.loads(states[-1].read_text())["model"]
+    except (IndexError, OSError, ValueError, KeyError):
+        return  # none yet, or a damaged one, which is named and passed over when it is loaded
+    if different := _difference(model_sizes(config), saved):
+        raise ValueError(
+            f"{states[-1].parent} is a checkpoint of another model than {config.model.path} ({different}): correct "
+            "model.path, or choose another output_dir"
+        )
+
+
+def check_folder(folder: Path) -> None:
+    """Raise ValueError where files can't be written into `folder`, which need not exist yet; nothing is left there."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        raise ValueError(
+            f"output_dir={folder}: nothing can be written into {there} ({error.strerror}): choose another output_dir, "
+            "or correct its permissions or quota"
+        ) from None
+
+
+def check_space(config: Config) -> str:
+    """What is to be said about the space for checkpoints; empty where all that are kept will fit.
+
+    Raises ValueError where not even one does.
+    """
+    folder, size = Path(config.output_dir), checkpoint_bytes(config)
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if free < size:
+        raise ValueError(
+            f"output_dir={folder}: a checkpoint takes about {size / GIB:.1f} GiB, but the disk of {there} has "
+            f"{free / GIB:.1f} GiB free: make room there, or choose another output_dir"
+        )
+    kept = config.checkpoint.keep + len(config.checkpoint.milestones) + 1  # one more is written before one is removed
+    if free < kept * size:
+        return (f"output_dir={folder}: {kept} checkpoints of about {size / GIB:.1f} GiB are kept, and {free / GIB:.1f} "
+                "GiB are free: lower checkpoint.keep or checkpoint.milestones, or make room")  # fmt: skip
+    return ""
+
+
+def checkpoint_bytes(config: Config) -> float:
+    """About the bytes of a checkpoint: weights, the optimizer's numbers and a stage's reference, from the size of the
+    weights in model.path (of two bytes each; talker included, so rather too much)."""
+    parameters = sum(path.stat().st_size for path in Path(config.model.path).glob("*.safetensors")) / 2
+    weight = 2 if config.model.dtype == "bfloat16" else 4
+    if config.model.lora.rank:
+        return parameters * weight * 1.2  # adapters, and encoders where they train
+    trained = 12 if config.model.dtype == "bfloat16" else 8  # main weights in float32, two moments
+    reference = weight if any(stage.kind == "rl" for stage in config.stages.values()) else 0
+    return parameters * (weight + trained + reference)
+
+
+def model_sizes(config: Config) -> dict[str, int]:
+    """The sizes of the language model at model.path that a checkpoint has to share.
+
+    Raises ValueError where that folder holds no configuration of a known kind.
+    """
+    return _sizes(Path(config.model.path))
+
+
+def other_shape(config: Config) -> str:
+    """In what the folder at model.path differs from model.shape, in words; empty where it doesn't."""
+    shape = config.model.shape
+    return _difference(model_sizes(config), _sizes(CONFIG_DIR / "shapes" / shape)) if shape else ""
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    path = folder / "config.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        found = found.get("thinker_config", found)  # of the full Omni class
+        found = found.get("text_config", found)  # VL's older files have the sizes at their top
+        return {name: int(found[name]) for name in SIZES}
+    except OSError as error:
+        raise ValueError(
+            f"{path} can't be read ({error.strerror}): point model.path to a Hugging Face folder of Qwen2.5-Omni or "
+            "Qwen2.5-VL"
+        ) from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no configuration of Qwen2.5-Omni or Qwen2.5-VL ({error!r})") from None
+
+
+def _difference(now: dict[str, int], wanted: dict[str, int]) -> str:
+    return ", ".join(f"{name} {now[name]} instead of {wanted[name]}" for name in SIZES if now[name] != wanted[name])
