@@ -68,10 +68,10 @@ def check(config: Config, *, nodes: int, tasks_per_node: int, submit: list[str] 
     if warning := check_space(config):
         print(f"warning: {warning}", file=sys.stderr)
     if submit is not None:
-        _try_submission(submit)
+        try_submission(submit)
 
 
-def _try_submission(options: list[str]) -> None:
+def try_submission(options: list[str]) -> None:
     """ValueError with sbatch's own reason where it would refuse such a job."""
     if shutil.which("sbatch") is None:
         raise ValueError("sbatch is not on this machine: run this on a login node, or write cluster=local")

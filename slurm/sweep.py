@@ -1,0 +1,150 @@
+"""A sweep as one job array of trainings, each of which resumes and retries by itself.
+
+    python slurm/sweep.py sweep=tas_lambda recipe=avatar_7b model.path=FOLDER data.manifest=FILE [key=value ...]
+    python slurm/sweep.py recipe=avatar_7b rl.shaping.lam=0.1,0.3 seed=0,1 ...        (any Hydra sweep)
+
+    cluster=NAME       where (config/cluster; cluster=local: processes on this machine)
+    output_dir=FOLDER  of the whole sweep (runs/sweeps/NAME), with a run in it for each member
+    concurrency=4      members that run at the same time
+    retries=3          failed attempts of a member that are made good by another
+    watch=true         show the table until all is done; Ctrl-C leaves the jobs alone
+
+The same command again shows where it stands, and submits again what has failed. Named sweeps: slurm/sweeps.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[0] = str(ROOT)
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper  # noqa: E402
+from hydra.core.override_parser.overrides_parser import OverridesParser  # noqa: E402
+from hydra.errors import HydraException  # noqa: E402
+from omegaconf import OmegaConf  # noqa: E402
+from rich.console import Console  # noqa: E402
+
+from slurm import launch  # noqa: E402
+from slurm.jobs import Board, Task, sbatch_options  # noqa: E402
+from slurm.snapshot import snapshot  # noqa: E402
+from slurm.table import watch  # noqa: E402
+
+SWEEPS = Path(__file__).parent / "sweeps"
+OPTIONS = {"concurrency": "4", "retries": "3", "watch": "true"}
+
+
+def split_options(arguments: list[str], known: dict[str, str]) -> tuple[dict[str, str], list[str]]:
+    """The command's own key=value options (with `known`'s defaults), and the settings for the trainer."""
+    options, settings = dict(known), []
+    for item in arguments:
+        key, _, value = item.partition("=")
+        if key in known:
+            options[key] = value
+        else:
+            settings.append(item)
+    for key in ("concurrency", "retries"):
+        if not options.get(key, "1").isdecimal() or (key == "concurrency" and int(options[key]) < 1):
+            raise ValueError(f"{key}={options[key]}: write a whole number, {'at least 1' if key[0] == 'c' else 'or 0'}")
+    if options.get("watch", "true") not in ("true", "false"):
+        raise ValueError(f"watch={options['watch']}: write true or false")
+    site = os.environ.get("AVATAR_CLUSTER")  # said now: the jobs' own environment may be another
+    if site and not any(item.startswith("cluster=") for item in settings):
+        settings.append(f"cluster={site}")
+    return options, settings
+
+
+def members_of(sweep: str, settings: list[str]) -> dict[str, list[str]]:
+    """Member name -> its settings, of a named sweep or of Hydra's comma-separated values; ValueError for none."""
+    if not sweep:
+        return hydra_members(settings)
+    path = SWEEPS / f"{sweep}.yaml"
+    if not path.is_file():
+        raise ValueError(f"sweep={sweep}: choose one of {', '.join(sorted(p.stem for p in SWEEPS.glob('*.yaml')))}")
+    members = OmegaConf.to_container(OmegaConf.load(path))["members"]
+    wanted = sorted({name for own in members.values() for item in own for name in re.findall(r"{(\w+)}", item)})
+    given = dict(item.split("=", 1) for item in settings if item.partition("=")[0] in wanted)
+    if missing := [name for name in wanted if name not in given]:
+        raise ValueError(f"sweep={sweep} needs {' '.join(f'{name}=FOLDER' for name in missing)}")
+    rest = [item for item in settings if item.partition("=")[0] not in wanted]
+    return {name: join(rest, [item.format(**given) for item in own]) for name, own in members.items()}
+
+
+def join(settings: list[str], own: list[str]) -> list[str]:
+    """The user's settings, then the member's; of a stage or reward that the member leaves out nothing is set."""
+    gone = tuple(f"{item[1:]}{end}" for item in own if item.startswith("~") for end in (".", "="))
+    return [item for item in settings if not item.lstrip("+").startswith(gone or ("~~",))] + own
+
+
+def hydra_members(settings: list[str]) -> dict[str, list[str]]:
+    """Every combination of values, as Hydra's own sweeper makes them; members are named by what differs."""
+    try:
+        parsed = OverridesParser.create().parse_overrides(settings)
+        (combinations,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
+    except HydraException as error:
+        raise ValueError(str(error)) from None
+    swept = [o.key_or_group for o in parsed if o.is_sweep_override()]
+    if not swept:
+        raise ValueError("nothing to sweep: write sweep=NAME, or several values, as rl.shaping.lam=0.1,0.3")
+    members = {}
+    for own in combinations:
+        values = dict(item.lstrip("+").split("=", 1) for item in own if "=" in item)
+        short = "-".join(f"{key.rpartition('.')[2]}_{values[key]}" for key in swept)
+        members[re.sub(r"[^\w.-]+", "_", short)] = list(own)
+    if len(members) < len(combinations):
+        repeated = Counter(key.rpartition(".")[2] for key in swept).most_common(1)[0][0]
+        raise ValueError(f"members would share a name: two swept settings end in '{repeated}'")
+    return members
+
+
+def tasks_of(members: dict[str, list[str]], folder: Path, retries: int) -> list[Task]:
+    """A training for each member, its settings checked; ValueError lists what is wrong with all of them."""
+    tasks, wrong, asked = [], [], set()
+    for name, settings in members.items():
+        run = folder / name
+        task = Task(name, run, [*settings, f"output_dir={run}"], run / "done.json", retries=retries)
+        try:
+            config = task.config()
+            nodes, per_node = launch.layout(config)
+            options = sbatch_options(config)
+            asking = on_slurm(settings) and str(options) not in asked
+            asked.add(str(options))
+            launch.check(config, nodes=nodes, tasks_per_node=per_node, submit=options if asking else None)
+        except ValueError as error:
+            wrong.append(f"{name}: {error}")
+        tasks.append(task)
+    if wrong:
+        raise ValueError("\n  ".join(["nothing was submitted:", *wrong]))
+    return tasks
+
+
+def on_slurm(settings: list[str]) -> bool:
+    return "cluster=local" not in settings
+
+
+def main(arguments: list[str]) -> int:
+    console = Console()
+    try:
+        options, settings = split_options(arguments, {"sweep": "", "output_dir": "", **OPTIONS})
+        name = options["sweep"] or "sweep"
+        folder = Path(options["output_dir"] or f"runs/sweeps/{name}")
+        tasks = tasks_of(members_of(options["sweep"], settings), folder, int(options["retries"]))
+        board = Board(folder, tasks, local=not on_slurm(settings))
+        number = len(list((folder / "snapshots").glob("*"))) if folder.exists() else 0
+        missing = [task for task, state in board.states().items() if state in ("", "failed")]
+        if missing:
+            code = snapshot(folder / "snapshots" / str(number), None, arguments)
+            board.submit(code, int(options["concurrency"]), chained=False)
+            console.print(f"submitted {', '.join(missing)}")
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return watch(board, console) if options["watch"] == "true" else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

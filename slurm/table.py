@@ -1,0 +1,103 @@
+"""The live table of sweep.py and reproduce.py: one line a task, from its files and its job's state."""
+
+from __future__ import annotations
+
+import json
+import time
+from datetime import timedelta
+from pathlib import Path
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from slurm.jobs import Board, Task, failures
+
+INTERVAL_S = 3.0
+PLAIN_INTERVAL_S = 30.0  # between lines where there is no terminal
+COLORS = {"done": "green", "RUNNING": "cyan", "failed": "red"}
+
+
+def watch(board: Board, console: Console) -> int:
+    """Show the tasks until none is queued or running; 0 if all are done. Ctrl-C leaves the jobs alone."""
+    steps = {name: _steps(task) for name, task in board.tasks.items()}
+    try:
+        if console.is_terminal:
+            with Live(table(board, board.states(), steps), console=console, refresh_per_second=2) as live:
+                while _busy(states := board.states()):
+                    live.update(table(board, states, steps))
+                    time.sleep(INTERVAL_S)
+                live.update(table(board, states, steps))
+        else:
+            said = ""
+            while _busy(states := board.states()):
+                now = ", ".join(f"{n}: {progress(board.tasks[n], state, steps[n])}" for n, state in states.items())
+                if now != said:
+                    console.print(now, soft_wrap=True)
+                    said = now
+                _sleep_while_busy(board)
+            console.print(table(board, states, steps))
+    except KeyboardInterrupt:
+        console.print("the jobs go on; the same command shows them again")
+        return 130
+    return 0 if all(state == "done" for state in states.values()) else 1
+
+
+def _sleep_while_busy(board: Board) -> None:
+    end = time.monotonic() + PLAIN_INTERVAL_S
+    while time.monotonic() < end and _busy(board.states()):
+        time.sleep(INTERVAL_S)
+
+
+def _busy(states: dict[str, str]) -> bool:
+    return any(state not in ("done", "failed", "") for state in states.values())
+
+
+def table(board: Board, states: dict[str, str], steps: dict[str, int]) -> Table:
+    shown = Table("task", "job", "state", "step", "reward or loss", "s/step", "left", "failures")
+    for name, task in board.tasks.items():
+        records = _records(task.folder / "metrics.jsonl") if not task.module else []
+        last = records[-1] if records else {}
+        value = last.get("reward", last.get("loss"))
+        pace = _pace(records)
+        left = timedelta(seconds=int(pace * (steps[name] - last["step"]))) if pace and states[name] != "done" else ""
+        color = COLORS.get(states[name], "yellow")
+        shown.add_row(
+            name, board.jobs.get(name, ""), f"[{color}]{states[name] or 'not submitted'}[/]",
+            f"{last.get('step', 0)}/{steps[name]}" if steps[name] else "", "" if value is None else f"{value:.3f}",
+            f"{pace:.2f}" if pace else "", str(left), str(failures(task) or ""),
+        )  # fmt: skip
+    return shown
+
+
+def progress(task: Task, state: str, steps: int) -> str:
+    records = _records(task.folder / "metrics.jsonl") if not task.module else []
+    return f"{state or 'not submitted'} {records[-1]['step']}/{steps}" if records else state or "not submitted"
+
+
+def _steps(task: Task) -> int:
+    return 0 if task.module else sum(stage.steps for stage in task.config().stages.values())
+
+
+def _records(path: Path, last: int = 20) -> list[dict]:
+    """The last records of a metrics file; a line that is being written is left out."""
+    if not path.exists():
+        return []
+    with path.open("rb") as file:
+        file.seek(0, 2)
+        file.seek(max(0, file.tell() - 200_000))
+        lines = file.read().splitlines()[-last:]
+    records = []
+    for line in lines:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records
+
+
+def _pace(records: list[dict]) -> float:
+    """Seconds a step: the median of the last ones."""
+    seconds = sorted(r["time/step"] for r in records if "time/step" in r)
+    return seconds[len(seconds) // 2] if seconds else 0.0
+
