@@ -5,10 +5,12 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.training import small
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "slurm" / "local"))
@@ -18,6 +20,8 @@ import cluster  # noqa: E402
 
 class Slurm:
     """Commands of the local cluster."""
+
+    environment = staticmethod(cluster.shell)
 
     def run(self, *command: object, **kwargs) -> str:
         """Output of a command; its error fails the test."""
@@ -33,13 +37,30 @@ class Slurm:
         """State of a job, such as RUNNING."""
         return self.run("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T").strip()
 
-    def wait(self, job: str, states: set[str], timeout: float = 60) -> str:
+    def nodes(self, job: str) -> list[str]:
+        """Names of the nodes that a job has."""
+        found = self.run("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%N").strip()
+        return self.run("scontrol", "show", "hostnames", found).split() if found else []
+
+    def wait(self, job: str, states: set[str], timeout: float = 60, log: Path | None = None) -> str:
         """Wait for one of the states."""
-        end = time.monotonic() + timeout
-        while (state := self.state(job)) not in states:
-            assert time.monotonic() < end, f"job {job} is {state} after {timeout} s, not {states}"
-            time.sleep(0.2)
-        return state
+        last = [""]
+
+        def there() -> bool:
+            last[0] = self.state(job)
+            return last[0] in states
+
+        until(there, timeout, lambda: f"job {job} is {last[0]} after {timeout} s, not {states}\n"
+              f"{log.read_text() if log is not None and log.exists() else ''}")
+        return last[0]
+
+
+def until(condition: Callable[[], bool], timeout: float, otherwise: Callable[[], str]) -> None:
+    """Wait for `condition`; past the deadline the test fails with what `otherwise` says."""
+    end = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < end, otherwise()
+        time.sleep(0.1)
 
 
 @pytest.fixture(scope="session")
@@ -49,3 +70,10 @@ def slurm() -> Iterator[Slurm]:
     yield Slurm()
     if not running:
         cluster.down()
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    small.make(folder)
+    return folder

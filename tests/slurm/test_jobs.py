@@ -1,0 +1,86 @@
+"""sweep.py and reproduce.py on a real Slurm: an array that is preempted and left alone, a graph that runs to its end."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.conftest import ROOT, Slurm, until
+from tests.training import small
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
+MEMBERS = 8
+
+
+def command(script: str, *arguments: object) -> list[str]:
+    return [sys.executable, f"slurm/{script}", *map(str, arguments)]
+
+
+def start(*arguments: object) -> subprocess.Popen:
+    return subprocess.Popen(command(*arguments), cwd=ROOT, env=Slurm.environment(), text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT)
+
+
+def finish(process: subprocess.Popen, timeout: float) -> str:
+    text, _ = process.communicate(timeout=timeout)
+    assert process.returncode == 0, text
+    return text
+
+
+def test_an_array_survives_preemption_and_its_submitter(slurm, world, tmp_path):
+    out = tmp_path / "sweep"
+    settings = [s for s in small.arguments(world, out, recipe="tiny_sft", steps=12) if not s.startswith("recipe=")]
+    sweep = ("sweep.py", "recipe=tiny_sft", "seed=range(0,8)", "concurrency=3", "cluster=default",
+             "cluster.cpus_per_task=1", "checkpoint.every=4", *settings)
+    submitter = start(*sweep)
+    runs = [out / f"seed_{k}" for k in range(MEMBERS)]
+
+    def busy() -> list[Path]:
+        return [run for run in runs if (run / "metrics.jsonl").exists() and not (run / "done.json").exists()]
+
+    until(lambda: len(busy()) >= 2, 150, lambda: slurm.run("squeue", "--states=all"))
+    submitter.kill()
+    urgent = slurm.submit("--partition=urgent", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+    slurm.wait(urgent, {"COMPLETED"}, 90)
+    jobs = json.loads((out / "jobs.json").read_text())
+    assert len({job.split("_")[0] for job in jobs.values()}) == 1 and len(jobs) == MEMBERS, "one array"
+
+    assert "submitted" not in (text := finish(start(*sweep), 400)), text
+    attempts = {run.name: [json.loads(line) for line in (run / "attempts.jsonl").read_text().splitlines()]
+                for run in runs}
+    again = {name for name, found in attempts.items() if len(found) > 1}
+    assert len(again) >= 2, attempts
+    assert all(len({a["chain"] for a in found}) == 1 for found in attempts.values()), "under their first job's id"
+    for run in runs:
+        steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+        assert steps == list(range(1, 13)), run
+        assert not list(run.glob("failures-*"))
+    assert json.loads((out / "jobs.json").read_text()) == jobs
+
+
+def test_the_smoke_graph_runs_to_its_tables_and_is_done(slurm, tmp_path):
+    out = tmp_path / "smoke"
+    graph = ("reproduce.py", "profile=smoke", f"output_dir={out}", "cluster=default", "cluster.cpus_per_task=1")
+    assert "submitted 9 of 9 tasks" in finish(start(*graph), 400)
+    tables = json.loads((out / "tables.json").read_text())
+    assert set(tables) == {"base", "sft", "grpo", "avatar"} and tables["avatar"]["overall"]["n"] == 18
+    (out / "eval" / "grpo.jsonl").unlink()
+    (out / "tasks" / "eval_grpo.done").unlink()
+    (out / "tasks" / "tables.done").unlink()
+    assert "submitted 2 of 9 tasks" in finish(start(*graph), 200)
+    assert (out / "eval" / "grpo.jsonl").exists()
+
+
+@pytest.mark.parametrize(("setting", "says"), [("cluster.partition=nowhere", "invalid partition"),
+                                               ("cluster.cpus_per_task=999", "can not be satisfied")])
+def test_what_slurm_would_refuse_is_refused_before_anything_is_written(slurm, world, tmp_path, setting, says):
+    out = tmp_path / "sweep"
+    settings = [s for s in small.arguments(world, out, recipe="tiny_sft") if not s.startswith("recipe=")]
+    process = start("sweep.py", "recipe=tiny_sft", "seed=0,1", "cluster=default", setting, *settings)
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == 2 and "Slurm refuses such a job" in text and says in text.lower(), text
+    assert not out.exists()
