@@ -198,6 +198,7 @@ class EvalConfig:
 @dataclass
 class LogConfig:
     wandb_project: str = "megatron-avatar"
+    watchdog_s: float = 1800.0  # without a sign of life, before a hung job ends to be continued; 0: off
     wandb: str = "auto"  # auto (online with WANDB_API_KEY, else offline) | offline | disabled
 
 

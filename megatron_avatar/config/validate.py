@@ -107,6 +107,11 @@ def _check_inputs(config: Config) -> None:
     _one_of("parallel.kernels", parallel.kernels, KERNELS)
     if parallel.sequence_parallel and parallel.tp == 1:
         raise ValueError("parallel.sequence_parallel=true needs parallel.tp of 2 or more: raise it or switch that off")
+    if config.log.watchdog_s and config.log.watchdog_s <= config.data.decode_deadline_s:
+        raise ValueError(
+            f"log.watchdog_s={config.log.watchdog_s} would end a job that waits for data.decode_deadline_s="
+            f"{config.data.decode_deadline_s}: make it longer, or 0 to switch it off"
+        )
     _at_least("checkpoint.every", config.checkpoint.every, 1)
     _at_least("checkpoint.keep", config.checkpoint.keep, 1)
     _at_least("checkpoint.restarts", config.checkpoint.restarts, 1)

@@ -45,6 +45,7 @@ from megatron_avatar.training.saver import Saver
 from megatron_avatar.training.sft import check_traces, sft_groups
 from megatron_avatar.training.stopping import StopSignal
 from megatron_avatar.training.telemetry import Telemetry, plain
+from megatron_avatar.training.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -98,6 +99,20 @@ class Run:
         self.step = 0  # optimizer steps applied, over all stages
         self.saved: int | None = None  # step of the newest checkpoint
         self.completions_generated = 0
+        self.stage_name, self.working_on = "", []  # for the last words
+        self.watchdog: Watchdog | None = None
+        if (deadline := config.log.watchdog_s) > 0:
+            self.watchdog = Watchdog(
+                self.folder, backend, self.stop, deadline, doing=self.doing,
+                alive=lambda: max(self.stop.polled, self.telemetry.timer.changed),
+            )
+
+    def doing(self) -> str:
+        """What goes on, in words: the phase, the step and this rank's samples."""
+        phases, samples = self.telemetry.timer.active, self.working_on
+        more = f" and {len(samples) - 8} more" if len(samples) > 8 else ""
+        return (f"{'/'.join(phases) or 'between steps'}, step {self.step + 1}, stage {self.stage_name}, samples "
+                f"{', '.join(samples[:8]) or 'none'}{more}")  # fmt: skip
 
     def measure_lengths(self) -> None:
         """Prompt tokens of every sample, and by stage the packed tokens expected of its group, from the manifest alone.
@@ -247,6 +262,7 @@ class Run:
         self.stop.check(self.backend)
 
     def prompts(self, requests: list[tuple[Sample, Variant]]) -> list[Prompt | None]:
+        self.working_on = [sample.id for sample, _ in requests]
         with self.telemetry.timer("decode"):
             prompts = load_prompts(self.loader, self.backend, requests)
         self.check_stop()
@@ -457,13 +473,16 @@ def train(config: Config, backend: Backend) -> None:
         save_config(config, folder / "config.yaml")
     try:
         names = list(config.stages)
+        if run.watchdog is not None:
+            run.watchdog.start()
         resumed = run.restore()
         run.begin_attempt(changed)
         for name in names[names.index(run.stage_name) if resumed else 0 :]:
             if not (resumed and name == run.stage_name):
                 run.enter_stage(name)
             run.train_stage()
-            export_hf(run.policy, folder / "export" / name, config.model.path)
+            with run.telemetry.timer("export"):
+                export_hf(run.policy, folder / "export" / name, config.model.path)
         run.saver.finish()
         summary = {"steps": run.step, "completions_generated": run.completions_generated,
                    "export": f"export/{names[-1]}", "quarantined": run.quarantined()}
@@ -474,6 +493,11 @@ def train(config: Config, backend: Backend) -> None:
     except Interrupted:
         run.saver.finish()  # what was saved is saved once it is written
         raise
+    except Exception:
+        log.error("rank %d ends in %s", backend.rank, run.doing())
+        raise
     finally:
+        if run.watchdog is not None:
+            run.watchdog.close()
         run.loader.close()
         run.telemetry.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -22,19 +23,22 @@ class StopSignal:
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
     def __init__(self) -> None:
-        self._requested = False
+        self.requested = False  # read it, where asking should not count as a sign of life
+        self.polled = time.monotonic()  # when a rank last asked: a sign of life
         self._owner = os.getpid()
         for number in self.SIGNALS:
             signal.signal(number, self._handle)
 
     def __call__(self) -> bool:
         """Whether this rank was told to stop."""
-        return self._requested
+        self.polled = time.monotonic()
+        return self.requested
 
     def agree(self, backend: Backend) -> bool:
         """Whether any rank was told to stop; the same answer on all of them."""
-        self._requested = any(backend.all_gather_object(self._requested))
-        return self._requested
+        self.requested = any(backend.all_gather_object(self.requested))
+        self.polled = time.monotonic()
+        return self.requested
 
     def check(self, backend: Backend) -> None:
         """GenerationStopped on every rank if any was told to stop. For where the step is not applied yet."""
@@ -47,7 +51,7 @@ class StopSignal:
         try:
             results.append(work())
         except GenerationStopped:
-            self._requested = True
+            self.requested = True
         self.check(backend)
         return results[0]
 
@@ -55,9 +59,9 @@ class StopSignal:
         if os.getpid() != self._owner:  # a forked child inherited the handler: it dies as it would have
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        elif number == signal.SIGINT and self._requested:
+        elif number == signal.SIGINT and self.requested:
             raise KeyboardInterrupt
         else:
-            self._requested = True
+            self.requested = True
             name = signal.Signals(number).name
             os.write(2, f"\n{name}: saving state and stopping; Ctrl-C again stops at once, without saving\n".encode())

@@ -33,20 +33,29 @@ PLAIN_INTERVAL_S = 10.0  # between progress lines where there is no terminal
 
 
 class Timer:
-    """Seconds spent by phase: `with timer("generate"): …`. A phase inside another counts for both."""
+    """Seconds spent by phase: `with timer("generate"): …`. A phase inside another counts for both.
+
+    `active` are the phases that go on, the innermost last; `changed` is when one last began or ended.
+    """
 
     def __init__(self) -> None:
         self._seconds: dict[str, float] = {}
+        self.active: list[str] = []
+        self.changed = time.monotonic()
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         start = time.perf_counter()
+        self.active.append(phase)
+        self.changed = time.monotonic()
         try:
             yield
+            self.active.pop()  # after an exception it stays, for the last words
         finally:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()  # kernels of this phase must not be billed to the next
             self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - start
+            self.changed = time.monotonic()
 
     def take(self) -> dict[str, float]:
         """The seconds by phase since the last call."""

@@ -1,4 +1,4 @@
-"""sweep.py and reproduce.py on a real Slurm: an array that is preempted and left alone, a graph that runs to its end."""
+"""sweep.py and reproduce.py on a real Slurm: an array that is preempted, and left alone; a graph to its end."""
 
 from __future__ import annotations
 

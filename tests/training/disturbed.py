@@ -6,12 +6,14 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
 from megatron_avatar import train
 from megatron_avatar.training import checkpoint, loop, rollout
 from megatron_avatar.training.learner import Learner
+from megatron_avatar.training.stopping import StopSignal
 
 
 def terminate(*_) -> None:
@@ -27,6 +29,11 @@ def before(owner: object, name: str, action) -> None:
         return original(*args, **kwargs)
 
     setattr(owner, name, disturbed)
+
+
+def hang() -> None:
+    if os.environ.get("RANK", "0") == "0":
+        time.sleep(600)
 
 
 PLACES = {"evaluation": (loop, "evaluate"), "reward": (rollout, "score_group"), "update": (Learner, "_attach")}
@@ -50,6 +57,13 @@ if __name__ == "__main__":
     what, *arguments = sys.argv[1:]
     if what == "slow_write":
         slow_write(Path(next(a for a in arguments if a.startswith("output_dir=")).partition("=")[2]))
+    elif what == "hang":
+        before(rollout, "score_group", hang)
+    elif what == "terminate_rank_1":  # in generation, which rank 0 makes long
+        if os.environ["RANK"] == "1":
+            before(loop, "generate", lambda: threading.Timer(1, terminate).start())
+        else:
+            before(StopSignal, "__call__", lambda: time.sleep(0.5))
     else:
         before(*PLACES[what], terminate)
     sys.exit(train.main(arguments))
