@@ -18,7 +18,6 @@ INTERRUPTED = 75  # EX_TEMPFAIL: state is saved, run the same command again
 
 def main(arguments: list[str]) -> int:
     """Train one configuration; returns the exit status."""
-    leave_on_signals()
     from megatron_avatar.config import load_config
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
@@ -35,6 +34,7 @@ def main(arguments: list[str]) -> int:
     from megatron_avatar.training.checkpoint import CheckpointError
     from megatron_avatar.training.learner import LogprobMismatch, NonFiniteUpdates
     from megatron_avatar.training.loop import Interrupted, train
+    from megatron_avatar.training.replay_step import replay_step
 
     try:
         backend = start(config.parallel, seed=config.seed)
@@ -42,6 +42,8 @@ def main(arguments: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     try:
+        if config.replay_step:
+            return replay_step(config, backend)
         train(config, backend)
     except Interrupted:
         if backend.rank == 0:
@@ -85,4 +87,5 @@ def _plan(config: Config) -> int:
 
 
 if __name__ == "__main__":
+    leave_on_signals()
     sys.exit(main(sys.argv[1:]))

@@ -35,7 +35,11 @@ train() {
   [[ -e "$AVATAR_STOPPED" ]] || return "$status" # a rank may still fail on its way out, with the state saved
   # Stopped by a signal with its state saved: into the queue again, under the same id where the cluster allows it.
   rm -f "$AVATAR_STOPPED"
-  scontrol requeue "$SLURM_JOB_ID" || resubmit "$@"
+  scontrol requeue "$SLURM_JOB_ID" && return
+  local state
+  state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)
+  [[ "$state" == RUNNING ]] || return 0 # Slurm was first, as after the loss of a node
+  resubmit "$@"
 }
 
 # resubmit [key=value ...]: the same script, options and snapshot as a new job, where requeueing is refused.

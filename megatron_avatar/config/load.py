@@ -22,7 +22,8 @@ from megatron_avatar.config.validate import validate
 CONFIG_DIR = Path(__file__).parent.resolve()
 
 # Settings that say what a run is called, where it runs and what it writes, not what it computes.
-_BOOKKEEPING = ("name", "output_dir", "log", "checkpoint", "parallel", "cluster", "dry_run", "continue_changed")
+_BOOKKEEPING = ("name", "output_dir", "log", "checkpoint", "parallel", "cluster", "dry_run", "continue_changed",
+                "replay_step")  # fmt: skip
 # Settings of time and memory alone (micro-batches change sums by rounding), and the shape that a plan is for.
 _COST = ("data.workers", "data.decode_deadline_s", "rl.tokens_per_micro_batch", "model.shape")
 

@@ -208,6 +208,7 @@ class Config:
     seed: int = 0
     output_dir: str = ""
     dry_run: bool = False  # plan memory and time of every rank, start nothing
+    replay_step: int = 0  # run this logged step of output_dir again and compare, changing nothing; 0: train
     continue_changed: bool = False  # go on with a run that was started with other settings
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

@@ -99,6 +99,7 @@ class Run:
         self.step = 0  # optimizer steps applied, over all stages
         self.saved: int | None = None  # step of the newest checkpoint
         self.completions_generated = 0
+        self.fresh: list[Trajectory] = []  # of the latest step
         self.stage_name, self.working_on = "", []  # for the last words
         self.watchdog: Watchdog | None = None
         if (deadline := config.log.watchdog_s) > 0:
@@ -233,6 +234,18 @@ class Run:
         if path is None:
             self.telemetry.rewind(0)
             return False
+        unlogged = self.load(path)["unlogged"]
+        self.saved = self.step
+        self.telemetry.rewind(self.step - (unlogged is not None))
+        self.shards.collect_garbage()
+        if self.backend.rank == 0:
+            log.info("continuing at step %d (%s)", self.step, path.name)
+        if unlogged is not None:
+            self.finish_step(unlogged)
+        return True
+
+    def load(self, path: Path) -> dict[str, Any]:
+        """Take over all that a checkpoint holds, in its stage; returns its state. Writes nothing."""
         self.enter_stage(checkpoint.read_state(path)["stage"])
         state = checkpoint.load(path, policy=self.policy, optimization=self.optimization,
                                 reference=self.learner.reference, backend=self.backend)
@@ -246,14 +259,7 @@ class Run:
                 self.hints.load_state_dict(state["hints"])
             if self.buffer is not None:
                 self.buffer.restore(self.shards.read(state["replay"], state["damaged_shards"]))
-        self.saved = self.step
-        self.telemetry.rewind(self.step - (state["unlogged"] is not None))
-        self.shards.collect_garbage()
-        if self.backend.rank == 0:
-            log.info("continuing at step %d (%s)", self.step, path.name)
-        if state["unlogged"] is not None:
-            self.finish_step(state["unlogged"])
-        return True
+        return state
 
     # ---- steps ---------------------------------------------------------------------------------
 
@@ -342,6 +348,7 @@ class Run:
                                             poll=self.check_stop if first else None)
         with timer("replay"):
             self.commit(fresh)
+        self.fresh = fresh
         self.completions_generated += len(fresh)
         return metrics.rl_record(
             fresh=fresh, drawn=drawn, stats=stats, off_advantages=off_advantages,
@@ -402,17 +409,21 @@ class Run:
         with self.telemetry.progress(self.stage_name, self.stage_step, stage.steps) as bar:
             while self.stage_step < stage.steps:
                 order = self.order.state_dict()
-                with self.telemetry.timer("step"):
-                    try:
-                        record = self.sft_step() if stage.kind == "sft" else self.rl_step()
-                    except GenerationStopped:  # the step is dropped, as if it had not begun
-                        self.order.load_state_dict(order)
-                        self.save()
-                        raise Interrupted from None
-                self.stage_step += 1
-                self.step += 1
-                record = {"step": self.step, "stage": self.stage_name, "stage_step": self.stage_step} | record
+                try:
+                    record = self.take_step()
+                except GenerationStopped:  # the step is dropped, as if it had not begun
+                    self.order.load_state_dict(order)
+                    self.save()
+                    raise Interrupted from None
                 bar.update(self.finish_step(record))
+
+    def take_step(self) -> dict[str, Any]:
+        """Apply the stage's next step; returns its record."""
+        with self.telemetry.timer("step"):
+            record = self.sft_step() if self.stage.kind == "sft" else self.rl_step()
+        self.stage_step += 1
+        self.step += 1
+        return {"step": self.step, "stage": self.stage_name, "stage_step": self.stage_step} | record
 
     def finish_step(self, record: dict[str, Any]) -> dict[str, Any]:
         """Evaluate, log and save, where it is time to, behind a step that is applied; returns the record."""
