@@ -137,6 +137,7 @@ def test_time_limit(slurm, world, tmp_path):
     """Slurm's shortest limit is a minute, and its signal may be a minute early: a longer run, cut at least once."""
     run = Run(slurm, world, tmp_path / "run", "2x1", steps=60)
     run.submit("--time=1", "--signal=USR1@30")
+    run.wait_for_step(1)
     run.wait("PENDING", timeout=150)
     first = run.steps_done()
     assert 0 < first < 180
