@@ -2,6 +2,10 @@
 # Sourced by the recipe scripts. At a job's first start this file is the checkout's, after a requeue the snapshot's.
 # PYTHON in the environment names another interpreter than the repository's .venv for the checks on the first node.
 set -euo pipefail
+# Before any Python: the code itself lies in the run's folder.
+SEES_THE_RUN='[[ -r "$AVATAR_SNAPSHOT/snapshot.json" ]] || { echo "error: pre-flight on $(uname -n): $AVATAR_SNAPSHOT, \
+written by the first node, is not there: output_dir must lie on a file system that all nodes share" >&2; exit 2; }
+exec "$@"'
 CODE=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 # train [key=value ...]: one training process for every task of the job.
@@ -29,17 +33,16 @@ train() {
     ${srun_options[@]+"${srun_options[@]}"}) status=0
   {
     trap : USR1 USR2 TERM # a subshell has its own
-    "${srun[@]}" "${command[@]}" -m slurm.preflight "$run" "$gpus" &&
+    "${srun[@]}" bash -c "$SEES_THE_RUN" pre-flight "${command[@]}" -m slurm.preflight "$run" "$gpus" &&
       "${srun[@]}" "${command[@]}" -m megatron_avatar.train "$@"
   } 2>&1 | (trap '' USR1 USR2 TERM && exec tee -a "$log") || status=$?
+  case $status in 138 | 140 | 143) touch "$AVATAR_STOPPED" ;; esac # USR1, USR2, TERM before Python could answer
   [[ -e "$AVATAR_STOPPED" ]] || return "$status" # a rank may still fail on its way out, with the state saved
-  # Stopped by a signal with its state saved: into the queue again, under the same id where the cluster allows it.
+  # Stopped by a signal with its state saved: into the queue again, under the same id where the cluster allows it. Not
+  # where Slurm has the last word already: a cancelled job stays cancelled, one that lost a node is queued again.
   rm -f "$AVATAR_STOPPED"
-  scontrol requeue "$SLURM_JOB_ID" && return
-  local state
-  state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)
-  [[ "$state" == RUNNING ]] || return 0 # Slurm was first, as after the loss of a node
-  resubmit "$@"
+  [[ $(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T) == RUNNING ]] || return "$status"
+  scontrol requeue "$SLURM_JOB_ID" || resubmit "$@"
 }
 
 # resubmit [key=value ...]: the same script, options and snapshot as a new job, where requeueing is refused.

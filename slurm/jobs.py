@@ -70,7 +70,9 @@ class Task:
         status = self._run_on_slurm()
         if status == 0:
             return
-        if status != REFUSED and self._may_retry(status):
+        state = ["squeue", "--noheader", "--format=%T", f"--jobs={os.environ['SLURM_JOB_ID']}"]
+        running = subprocess.run(state, capture_output=True, text=True).stdout.strip() == "RUNNING"  # not cancelled
+        if running and status != REFUSED and self._may_retry(status):
             subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
             time.sleep(600)  # Slurm ends this process
         raise TaskFailed(f"{self.name} ended with status {status}: see {self.log}")

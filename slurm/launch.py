@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
@@ -22,6 +23,7 @@ if __name__ == "__main__":
 
 from megatron_avatar.config import Config, check_world, load_config  # noqa: E402
 from megatron_avatar.config.checks import check_folder, check_same_model, check_same_run, check_space  # noqa: E402
+from megatron_avatar.training import attempts  # noqa: E402
 from slurm.snapshot import snapshot  # noqa: E402
 
 REFUSAL_S = 60
@@ -39,8 +41,9 @@ def layout(config: Config) -> tuple[int, int]:
     return nodes, tasks // nodes
 
 
-def check(config: Config, *, nodes: int, tasks_per_node: int, submit: list[str] | None = None) -> None:
-    """Refuse what can be refused without a GPU: ValueError naming the setting and the remedy.
+def check(config: Config, *, nodes: int, tasks_per_node: int, submit: list[str] | None = None) -> dict[str, Any]:
+    """Refuse what can be refused without a GPU: ValueError naming the setting and the remedy. Returns the settings that
+    differ from those of the run in output_dir, where they may.
 
     Partition, account and the node's size are Slurm's to judge, before anything is submitted: `submit` holds sbatch's
     options, which it tries without queueing anything.
@@ -62,13 +65,14 @@ def check(config: Config, *, nodes: int, tasks_per_node: int, submit: list[str] 
     for mount in cluster.mounts if image else ():
         if not Path(mount.split(":")[0]).exists():
             raise ValueError(f"cluster.mounts: {mount.split(':')[0]} doesn't exist")
-    check_same_run(config)
+    changed = check_same_run(config)
     check_same_model(config)
     check_folder(Path(config.output_dir))
     if warning := check_space(config):
         print(f"warning: {warning}", file=sys.stderr)
     if submit is not None:
         try_submission(submit)
+    return changed
 
 
 def try_submission(options: list[str]) -> None:
@@ -121,7 +125,8 @@ def batch_shell(arguments: list[str]) -> str:
     """Shell text for common.sh: refuses what is wrong, and takes the job's snapshot at its first start."""
     config = load_config(arguments)
     job = os.environ["SLURM_JOB_ID"]
-    check(config, nodes=int(os.environ["SLURM_JOB_NUM_NODES"]), tasks_per_node=int(os.environ["SLURM_NTASKS_PER_NODE"]))
+    nodes, tasks = (int(os.environ[name]) for name in ("SLURM_JOB_NUM_NODES", "SLURM_NTASKS_PER_NODE"))
+    changed = check(config, nodes=nodes, tasks_per_node=tasks)
     run = Path(config.output_dir).absolute()
     code = ROOT  # a requeued or resubmitted job: this file is the snapshot's
     if not (ROOT / "snapshot.json").exists():
@@ -132,10 +137,13 @@ def batch_shell(arguments: list[str]) -> str:
         link.symlink_to(code)
     logs = run / "logs" / f"{job}.{os.environ.get('SLURM_RESTART_COUNT', '0')}.log"
     logs.parent.mkdir(parents=True, exist_ok=True)
+    saved = sorted(int(path.name.removeprefix("step_")) for path in run.glob("checkpoints/step_*"))
+    attempts.begin(run, saved[-1] if saved else 0, config.checkpoint.restarts, changed)  # before what may fail at once
     modules = config.cluster.modules
     lines = [f"module load {shlex.join(modules)}"] if modules else []
     lines += [f"export {name}={shlex.quote(value)}" for name, value in environment(config, code).items()]
     lines += [
+        "export AVATAR_ATTEMPT=noted",
         f"export AVATAR_SNAPSHOT={shlex.quote(str(code))}",
         f"command=({shlex.join(command(config))})",
         f"srun_options=({shlex.join(srun_options(config))})",
@@ -149,6 +157,6 @@ def batch_shell(arguments: list[str]) -> str:
 if __name__ == "__main__":
     try:
         print(batch_shell(sys.argv[1:]))
-    except ValueError as error:
+    except (ValueError, OSError, attempts.NoProgress) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -17,7 +17,6 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -94,10 +93,10 @@ def hydra_members(settings: list[str]) -> dict[str, list[str]]:
     for own in combinations:
         values = dict(item.lstrip("+").split("=", 1) for item in own if "=" in item)
         short = "-".join(f"{key.rpartition('.')[2]}_{values[key]}" for key in swept)
-        members[re.sub(r"[^\w.-]+", "_", short)] = list(own)
-    if len(members) < len(combinations):
-        repeated = Counter(key.rpartition(".")[2] for key in swept).most_common(1)[0][0]
-        raise ValueError(f"members would share a name: two swept settings end in '{repeated}'")
+        name = re.sub(r"[^\w.-]+", "_", short)
+        if name in members:
+            raise ValueError(f"two members would be named {name}: sweep over fewer values, or values of simpler names")
+        members[name] = list(own)
     return members
 
 

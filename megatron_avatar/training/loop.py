@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -218,9 +219,10 @@ class Run:
                 for i, reason in sorted(part.items())}
 
     def begin_attempt(self, changed: dict[str, Any]) -> None:
-        """Note this start in attempts.jsonl; NoProgress on all ranks where restarts get nowhere."""
+        """Note this start in attempts.jsonl, unless the job's launcher has; NoProgress on all ranks where restarts get
+        nowhere."""
         reason = None
-        if self.backend.rank == 0:
+        if self.backend.rank == 0 and "AVATAR_ATTEMPT" not in os.environ:
             try:
                 attempts.begin(self.folder, self.step, self.config.checkpoint.restarts, changed)
             except attempts.NoProgress as error:
