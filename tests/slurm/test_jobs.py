@@ -76,7 +76,7 @@ def test_the_smoke_graph_runs_to_its_tables_and_is_done(slurm, tmp_path):
 
 
 @pytest.mark.parametrize(("setting", "says"), [("cluster.partition=nowhere", "invalid partition"),
-                                               ("cluster.cpus_per_task=999", "can not be satisfied")])
+                                               ("cluster.cpus_per_task=999", "is not available")])
 def test_what_slurm_would_refuse_is_refused_before_anything_is_written(slurm, world, tmp_path, setting, says):
     out = tmp_path / "sweep"
     settings = [s for s in small.arguments(world, out, recipe="tiny_sft") if not s.startswith("recipe=")]
