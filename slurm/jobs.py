@@ -23,7 +23,7 @@ from pathlib import Path
 import psutil
 from submitit import LocalExecutor, SlurmExecutor
 
-from megatron_avatar.config import Config, load_config
+from megatron_avatar.config import Config, load_config, save_config
 from slurm import launch
 
 REFUSED, INTERRUPTED, HUNG = 2, 75, 76  # exit statuses of training
@@ -209,6 +209,9 @@ class Board:
         missing = [task for name, task in self.tasks.items() if states[name] in ("", "failed")]
         for task in missing:
             task.code = str(code)
+            if not task.module:
+                (code / "configs").mkdir(exist_ok=True)
+                save_config(task.config(), code / "configs" / f"{task.name}.yaml")
             (task.folder / f"failures-{task.name}.jsonl").unlink(missing_ok=True)  # the user's word gives new retries
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.local:

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PYTHON_FILES = [path for folder in ("megatron_avatar", "data_tools", "eval") for path in (ROOT / folder).rglob("*.py")]
+FOLDERS = ("megatron_avatar", "data_tools", "eval", "slurm")
+PYTHON_FILES = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]
 # What a room may import of the project besides itself, records.py and keyed.py; None: everything below floor 5.
 FLOORS = {
     "config": set(),
@@ -54,7 +55,8 @@ def test_imports_go_down_the_floors_only(room):
     assert files
     for path in files:
         names = imports(path)
-        assert not {n.split(".")[0] for n in names} & ({"data_tools", "eval", "tests"} | BARRED.get(room, set())), path
+        barred = {"data_tools", "eval", "slurm", "tests"} | BARRED.get(room, set())
+        assert not {n.split(".")[0] for n in names} & barred, path
         used = {name.split(".")[1] for name in names if name.startswith("megatron_avatar.")}
         assert used <= FLOORS[room] | {room, "records", "keyed"}, f"{path} imports {used}"
 
@@ -69,7 +71,7 @@ def test_every_import_is_a_pinned_requirement():
     pinned = {name.lower().replace("_", "-") for name in pins}
     assert "apex" not in pinned
     owners = packages_distributions()
-    own = {"megatron_avatar", "data_tools", "eval", "tests"}
+    own = {"megatron_avatar", "data_tools", "eval", "slurm", "tests"}
     optional = {"transformer_engine", "apex"}
     lacking = set()
     for path in PYTHON_FILES:

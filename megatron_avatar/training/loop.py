@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from megatron_avatar.config import check_world, save_config
 from megatron_avatar.config.checks import check_folder, check_same_model, check_same_run, model_sizes, other_shape
-from megatron_avatar.config.schema import Config, StageConfig
+from megatron_avatar.config.schema import Config
 from megatron_avatar.data.loader import MediaLoader, SampleOrder
 from megatron_avatar.data.manifest import load_manifest
 from megatron_avatar.data.prompt import PromptBuilder, load_tokenizer
@@ -43,7 +44,8 @@ from megatron_avatar.training.rollout import (
     share_visits,
 )
 from megatron_avatar.training.saver import Saver
-from megatron_avatar.training.sft import check_traces, sft_groups
+from megatron_avatar.training.sft import sft_groups
+from megatron_avatar.training.stage_data import check_stages, held_out_samples, measure_lengths, stage_samples
 from megatron_avatar.training.stopping import StopSignal
 from megatron_avatar.training.telemetry import Telemetry, plain
 from megatron_avatar.training.watchdog import Watchdog
@@ -64,22 +66,7 @@ class Run:
         self.stop = StopSignal()
         manifest = Path(config.data.manifest)
         self.samples = {s.id: s for s in load_manifest(manifest)}
-        for name, stage in config.stages.items():
-            if len(self.stage_samples(stage)) < 1:
-                raise ValueError(
-                    f"{manifest}: no sample for stages.{name}: it needs stage in {stage.data} and "
-                    f"split '{stage_split(stage)}'; prepare that data or correct stages.{name}.data"
-                )
-            if stage.kind == "sft":
-                check_traces(self.stage_samples(stage).values())
-            if stage.rewards.get("judge") and not any(s.scene for s in self.stage_samples(stage).values()):
-                log.warning("stages.%s weighs the judge, but the rule-based one knows synthetic scenes only: this part "
-                            "is masked and its weight goes to the others", name)
-            if config.eval.every and not self.held_out_samples(stage):
-                raise ValueError(
-                    f"{manifest}: no sample has split 'eval' and a stage in {stage.data}, so eval.every="
-                    f"{config.eval.every} has nothing to evaluate: prepare that data or write eval.every=0"
-                )
+        check_stages(config, self.samples)
         tokenizer = load_tokenizer(config.model.path)
         if backend.rank == 0 and (difference := other_shape(config)):
             log.warning("%s is not of the recipe's model.shape=%s (%s): its layout and its plan are for that one",
@@ -89,7 +76,7 @@ class Run:
         if backend.rank == 0:
             log.info("kernels: %s", choose_fusions(config.parallel.kernels, on_cpu=backend.device.type == "cpu"))
         self.builder = PromptBuilder(tokenizer, self.policy.hf_config, config.data, config.model.context)
-        self.measure_lengths()
+        self.prompt_tokens, self.estimates = measure_lengths(config, self.samples, self.builder)
         self.loader = MediaLoader(self.builder, manifest.parent, config.data.workers, config.data.decode_deadline_s)
         self.telemetry = Telemetry(self.folder, config, backend)
         self.judge = RuleJudge()
@@ -116,35 +103,6 @@ class Run:
         return (f"{'/'.join(phases) or 'between steps'}, step {self.step + 1}, stage {self.stage_name}, samples "
                 f"{', '.join(samples[:8]) or 'none'}{more}")  # fmt: skip
 
-    def measure_lengths(self) -> None:
-        """Prompt tokens of every sample, and by stage the packed tokens expected of its group, from the manifest alone.
-
-        Raises ValueError for a prompt that leaves no room for a completion or trace, before anything is decoded.
-        """
-        context, rl = self.config.model.context, self.config.rl
-        self.prompt_tokens: dict[str, int] = {}  # with the hint, where there is one
-        self.estimates: dict[str, dict[str, int]] = {}
-        for name, stage in self.config.stages.items():
-            estimates = self.estimates[name] = {}
-            for sample in self.stage_samples(stage).values():
-                length = self.builder.length(sample, "hinted" if sample.hint else "plain")
-                room, traced = rl.sampling.max_new_tokens, stage.kind == "sft" and sample.trace
-                if traced:
-                    room = len(self.builder.completion_ids(sample.trace))
-                if length + room > context:
-                    raise ValueError(
-                        f"{self.config.data.manifest}: sample {sample.id} has a prompt of {length} tokens and needs "
-                        f"{room} for its {'trace' if traced else 'completion'}, but model.context={context}. Media are "
-                        "never truncated: lower data.max_frames or data.frame_max_pixels, or leave the sample out"
-                    )
-                self.prompt_tokens[sample.id] = length
-                # Until they are there, completions count half of what they may have.
-                estimates[sample.id] = length + (room if traced else rl.n_on * room // 2)
-
-    def stage_samples(self, stage: StageConfig) -> dict[str, Sample]:
-        split = stage_split(stage)
-        return {i: s for i, s in self.samples.items() if s.split == split and s.stage in stage.data}
-
     # ---- stages --------------------------------------------------------------------------------
 
     def enter_stage(self, name: str) -> None:
@@ -152,7 +110,7 @@ class Run:
         rewards have a scale of their own)."""
         config, stage = self.config, self.config.stages[name]
         self.stage_name, self.stage, self.stage_step = name, stage, 0
-        self.pool = self.stage_samples(stage)
+        self.pool = stage_samples(self.samples, stage)
         if self.optimization is not None:
             self.optimization.close()
         self.policy.set_train_towers(stage.train_towers)
@@ -207,6 +165,8 @@ class Run:
     def write(self, snapshot: checkpoint.Snapshot, trajectories: dict[int, Trajectory] | None) -> None:
         """Write a checkpoint, the shards first, so that its index never names a missing one; in the saver's thread."""
         keep = self.config.checkpoint
+        if self.backend.device.type == "cuda":
+            torch.cuda.set_device(self.backend.device)  # a thread begins with the first one
         if trajectories is not None:
             snapshot.state["replay"] = self.shards.write(trajectories)
         checkpoint.write(self.folder, snapshot, backend=self.apart, keep=keep.keep, milestones=keep.milestones)
@@ -447,24 +407,15 @@ class Run:
             raise Interrupted
         return record
 
-    def held_out_samples(self, stage: StageConfig) -> list[Sample]:
-        """At most eval.samples of the stage's held-out samples, spread over the manifest: its families come in turn."""
-        held = [s for s in self.samples.values() if s.split == "eval" and s.stage in stage.data]
-        count = min(self.config.eval.samples, len(held))
-        return [held[k * len(held) // count] for k in range(count)]
-
     def held_out(self) -> dict:
         """Greedy accuracy on the stage's held-out samples."""
         with self.telemetry.timer("eval"):
             predictions = evaluate(
-                self.policy, self.backend, self.builder, self.loader, self.held_out_samples(self.stage),
+                self.policy, self.backend, self.builder, self.loader,
+                held_out_samples(self.samples, self.stage, self.config.eval.samples),
                 max_new_tokens=self.config.rl.sampling.max_new_tokens, stop=self.stop,
             )
         return {"eval/overall": float(np.mean([p["correct"] for p in predictions]))}
-
-
-def stage_split(stage: StageConfig) -> str:
-    return "sft" if stage.kind == "sft" else "train"
 
 
 def train(config: Config, backend: Backend) -> None:

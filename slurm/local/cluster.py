@@ -41,11 +41,15 @@ def environment() -> dict[str, str]:
     return {"SLURM_CONF": str(folder() / "slurm.conf"), "PATH": f"{folder() / 'bin'}:{os.environ['PATH']}:{SBIN}"}
 
 
+def missing() -> list[str]:
+    """Programs that Debian's packages would bring."""
+    return [name for name in PROGRAMS if shutil.which(name, path=f"{os.environ['PATH']}:{SBIN}") is None]
+
+
 def up(nodes: int, gpus: int, cpus: int) -> None:
     """Start the cluster, or leave a running one alone; ValueError where something is missing or doesn't come up."""
-    found = {name: shutil.which(name, path=f"{os.environ['PATH']}:{SBIN}") for name in PROGRAMS}
-    if missing := [name for name, path in found.items() if path is None]:
-        raise ValueError(f"{', '.join(missing)} not found: apt install slurm-wlm munge")
+    if lacking := missing():
+        raise ValueError(f"{', '.join(lacking)} not found: apt install slurm-wlm munge")
     if running():
         return
     root = folder()

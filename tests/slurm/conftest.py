@@ -65,6 +65,8 @@ def until(condition: Callable[[], bool], timeout: float, otherwise: Callable[[],
 
 @pytest.fixture(scope="session")
 def slurm() -> Iterator[Slurm]:
+    if missing := cluster.missing():
+        pytest.skip(f"{', '.join(missing)} not installed")
     running = cluster.running()
     cluster.up(nodes=4, gpus=2, cpus=8)
     yield Slurm()
