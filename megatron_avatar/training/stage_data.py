@@ -1,4 +1,4 @@
-"""Which samples a stage draws from, and how long their prompts are: from the manifest alone, before a file is opened."""
+"""Which samples a stage draws from, and how long their prompts are: from the manifest, before a file is opened."""
 
 from __future__ import annotations
 
