@@ -117,6 +117,9 @@ def main(run: Path, gpus: int) -> int:
     except (RuntimeError, dist.DistError) as error:
         problems.append(f"an all-reduce over all ranks failed: {str(error).splitlines()[0]}. NCCL_DEBUG=INFO says "
                         "more; NCCL's settings belong into cluster.env")  # fmt: skip
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
     for problem in problems:
         print(f"error: pre-flight on {host}, rank {rank}: {problem}", file=sys.stderr)
     store.set(f"done {rank}", "bad" if problems else "good")

@@ -113,7 +113,7 @@ def test_every_task_comes_behind_what_it_needs(name, tmp_path):
     assert len(names) == len(set(names)) and names[-1] == "tables"
     for k, task in enumerate(tasks):
         assert set(task.needs) <= set(names[:k]), task.name
-        assert task.config().seed == 3
+        assert task.module or task.config().seed == 3
     trained = {task.name for task in tasks if not task.module}
     assert {f"eval_{system}" for system in trained} <= set(tasks[-1].needs), "everything that is trained is evaluated"
     if name == "paper":

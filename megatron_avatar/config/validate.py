@@ -103,6 +103,12 @@ def _check_inputs(config: Config) -> None:
     for mount in cluster.mounts:
         if ":" not in mount:
             raise ValueError(f"cluster.mounts: '{mount}' is no FROM:TO")
+    for name in cluster.env:
+        if not re.fullmatch(r"[A-Za-z_]\w*", name):
+            raise ValueError(f"cluster.env: '{name}' is no name of an environment variable")
+        if re.search("KEY|TOKEN|SECRET|PASSWORD", name.upper()):
+            raise ValueError(f"cluster.env.{name} looks like a secret, and settings are copied into every run: export "
+                             "it where you submit")
     _one_of("parallel.recompute", parallel.recompute, RECOMPUTE)
     _one_of("parallel.kernels", parallel.kernels, KERNELS)
     if parallel.sequence_parallel and parallel.tp == 1:

@@ -23,6 +23,10 @@ def tp4() -> Config:
         ("model.path=''", "model.path is empty: write model.path=FOLDER"),
         ("data.manifest=''", "data.manifest is empty"),
         ("output_dir=''", "output_dir is empty"),
+        ("cluster.runtime=docker", "cluster.runtime: 'docker' is not one of pyxis, apptainer"),
+        ("cluster.mounts=[/data]", "cluster.mounts: '/data' is no FROM:TO"),
+        ("log.watchdog_s=30", "would end a job that waits for data.decode_deadline_s=60.0"),
+        ("checkpoint.restarts=0", "checkpoint.restarts=0 must be at least 1"),
         ("model.dtype=float16", "model.dtype: 'float16' is not one of float32, bfloat16"),
         ("model.context=1", "model.context=1 must be at least 2"),
         ("model.lora.rank=-1", "model.lora.rank=-1 must be at least 0"),
@@ -94,6 +98,22 @@ def test_refused_with_key_and_remedy(tp4, overrides, says):
     tree.merge_with_dotlist(overrides.split())
     with pytest.raises(ValueError) as error:
         validate(OmegaConf.to_object(tree))
+    assert says in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["+cluster.env.WANDB_API_KEY=x"], "cluster.env.WANDB_API_KEY looks like a secret"),
+        (["+cluster.env.A-B=x"], "cluster.env: 'A-B' is no name"),
+        (["rl.replay.carry_over_stages=true", "stages.audio_visual.kind=sft",
+          *(f"~stages.audio_visual.rewards.{name}" for name in ("format", "accuracy", "self"))],
+         "can't carry over an sft stage behind an rl stage"),
+    ],
+)  # fmt: skip
+def test_entries_that_are_added_or_left_out_are_checked_too(overrides, says):
+    with pytest.raises(ValueError) as error:
+        load_config([*AVATAR, *overrides])
     assert says in str(error.value)
 
 

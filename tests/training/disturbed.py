@@ -36,6 +36,18 @@ def hang() -> None:
         time.sleep(600)
 
 
+def terminate_before(step: int) -> None:
+    """A stop signal once that step has begun, and is dropped."""
+    original = loop.Run.take_step
+
+    def take_step(self):
+        if self.step == step - 1:
+            terminate()
+        return original(self)
+
+    loop.Run.take_step = take_step
+
+
 PLACES = {"evaluation": (loop, "evaluate"), "reward": (rollout, "score_group"), "update": (Learner, "_attach")}
 
 
@@ -57,6 +69,8 @@ if __name__ == "__main__":
     what, *arguments = sys.argv[1:]
     if what == "slow_write":
         slow_write(Path(next(a for a in arguments if a.startswith("output_dir=")).partition("=")[2]))
+    elif what.startswith("step_"):
+        terminate_before(int(what.removeprefix("step_")))
     elif what == "hang":
         before(rollout, "score_group", hang)
     elif what == "terminate_rank_1":  # in generation, which rank 0 makes long

@@ -42,12 +42,14 @@ def arguments(folder: Path, out: Path, *overrides: str, recipe: str = "tiny_avat
     ]
 
 
-def train(*args: str, ranks: int = 1, **kwargs) -> subprocess.CompletedProcess:
-    """Run the product's entry point, on several ranks through torchrun."""
+def train(
+    *args: str, ranks: int = 1, module: tuple[str, ...] = ("megatron_avatar.train",), **kwargs
+) -> subprocess.CompletedProcess:
+    """Run the product's entry point, or a disturbed one, on several ranks through torchrun."""
     launcher = [sys.executable]
     if ranks > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    return subprocess.run([*launcher, "-m", "megatron_avatar.train", *args], cwd=ROOT, text=True, capture_output=True,
+    return subprocess.run([*launcher, "-m", *module, *args], cwd=ROOT, text=True, capture_output=True,
                           env={**os.environ, "OMP_NUM_THREADS": "1"}, **kwargs)
 
 

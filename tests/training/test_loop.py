@@ -242,6 +242,23 @@ def test_layouts_take_the_same_steps(world, whole, layout):
     out = world / ("-".join(layout).replace("=", "") or "dp2")  # a setting's value takes no =
     done = train(*arguments(world, out, "checkpoint.every=2", *layout, steps=3), ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert_same_steps(out, whole)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_the_same_steps_on_other_layouts(world, whole):
+    """Stopped in a step under tensor parallelism, then under pipeline parallelism, finished on two replicas."""
+    out = world / "resharded"
+    for stop, layout in (("step_4", ("parallel.tp=2",)), ("step_6", ("parallel.pp=2",)), ("step_99", ())):
+        done = train(*arguments(world, out, "checkpoint.every=5", *layout, steps=3), ranks=2,
+                     module=("tests.training.disturbed", stop))
+        assert ("same command continues" in done.stderr) == (stop != "step_99"), done.stderr[-3000:]
+    assert_same_steps(out, whole)
+    starts = [json.loads(line)["step"] for line in (out / "attempts.jsonl").read_text().splitlines()]
+    assert starts == [0, 3, 5], "nothing that was applied is repeated"
+
+
+def assert_same_steps(out, whole):
     for ours, theirs in zip(metrics(out), metrics(whole), strict=True):
         for key in ("step", "reward", "vanished", "length", "replay/completions", "hints", "completions_generated"):
             assert ours[key] == pytest.approx(theirs[key]), key

@@ -1,0 +1,96 @@
+"""Folders, sizes and space, as they are judged before anything is built or submitted."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+
+from megatron_avatar.config import checks, load_config, save_config
+from megatron_avatar.config.load import CONFIG_DIR
+
+Usage = namedtuple("Usage", "total used free")
+
+
+@pytest.fixture
+def config(tmp_path):
+    shutil.copytree(CONFIG_DIR / "shapes" / "qwen2_5_omni_7b", tmp_path / "model")
+    with open(tmp_path / "model" / "model.safetensors", "wb") as file:
+        file.truncate(2_000_000)  # a million parameters of two bytes
+    return load_config(["recipe=avatar_7b", f"model.path={tmp_path / 'model'}", "data.manifest=d",
+                        f"output_dir={tmp_path / 'run'}", "checkpoint.keep=2", "checkpoint.milestones=[1]"])
+
+
+def free(monkeypatch, size: float) -> None:
+    monkeypatch.setattr(checks.shutil, "disk_usage", lambda _: Usage(10**12, 0, size))
+
+
+def test_a_disk_without_room_for_one_checkpoint_is_refused_and_a_tight_one_is_said(config, monkeypatch):
+    one = 1e6 * (2 + 12 + 2)  # bf16 weights, float32 weights and two moments, the stage's reference
+    assert checks.checkpoint_bytes(config) == one
+    free(monkeypatch, 0.9 * one)
+    with pytest.raises(ValueError, match="a checkpoint takes about .* make room there"):
+        checks.check_space(config)
+    free(monkeypatch, 3.9 * one)
+    assert "4 checkpoints of about" in checks.check_space(config)
+    free(monkeypatch, 4.1 * one)
+    assert checks.check_space(config) == ""
+
+
+def test_a_checkpoint_of_another_model_is_refused_in_numbers(config):
+    checks.check_same_model(config)
+    folder = Path(config.output_dir) / "checkpoints" / "step_00000003"
+    folder.mkdir(parents=True)
+    sizes = checks.model_sizes(config)
+    (folder / "state.json").write_text(json.dumps({"model": sizes}))
+    checks.check_same_model(config)
+    (folder / "state.json").write_text(json.dumps({"model": {**sizes, "hidden_size": 2048}}))
+    with pytest.raises(ValueError, match="hidden_size 3584 instead of 2048"):
+        checks.check_same_model(config)
+    (folder / "state.json").write_text("torn")
+    checks.check_same_model(config)  # named and passed over when it is loaded
+
+
+@pytest.mark.parametrize("shape", ["qwen2_5_omni_3b", "qwen2_5_omni_7b", "qwen2_5_vl_7b", "tiny_base"])
+def test_sizes_are_found_in_every_kind_of_folder(config, shape, tmp_path):
+    config.model.path, config.model.shape = str(CONFIG_DIR / "shapes" / shape), shape
+    assert checks.model_sizes(config)["hidden_size"] > 0 and checks.other_shape(config) == ""
+    whole = json.loads((CONFIG_DIR / "shapes" / shape / "config.json").read_text())
+    (tmp_path / "omni").mkdir()
+    (tmp_path / "omni" / "config.json").write_text(json.dumps({"thinker_config": whole}))
+    config.model.path = str(tmp_path / "omni")
+    assert checks.other_shape(config) == ""
+
+
+def test_a_run_of_other_settings_goes_on_only_when_told(config):
+    Path(config.output_dir).mkdir()
+    save_config(config, Path(config.output_dir) / "config.yaml")
+    assert checks.check_same_run(config) == {}
+    config.seed = 5
+    with pytest.raises(ValueError, match="seed was 0, now 5.*continue_changed=true"):
+        checks.check_same_run(config)
+    config.continue_changed = True
+    assert checks.check_same_run(config) == {"seed": (0, 5)}
+
+
+def test_a_folder_that_cannot_be_written_is_refused_and_nothing_is_left(tmp_path):
+    checks.check_folder(tmp_path / "new" / "run")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file" / "run", Path("/proc/run")):
+        with pytest.raises(ValueError, match="nothing can be written into"):
+            checks.check_folder(folder)
+
+
+def test_a_site_may_set_paths(tmp_path, monkeypatch):
+    shutil.copytree(CONFIG_DIR, tmp_path / "config")
+    site = "# @package _global_\ncluster: {gpus_per_node: 8}\ndata: {manifest: /datasets/manifest.jsonl}\n"
+    (tmp_path / "config" / "cluster" / "site.yaml").write_text(site)
+    monkeypatch.setattr("megatron_avatar.config.load.CONFIG_DIR", tmp_path / "config")
+    monkeypatch.setenv("AVATAR_CLUSTER", "site")
+    config = load_config(["recipe=avatar_7b", "model.path=m"])
+    assert config.data.manifest == "/datasets/manifest.jsonl" and config.cluster.gpus_per_node == 8
+    assert load_config(["recipe=avatar_7b", "model.path=m", "data.manifest=x"]).data.manifest == "x"
