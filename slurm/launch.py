@@ -9,6 +9,7 @@ Needs hydra-core, neither torch nor Megatron. Exit status 2 with one line where 
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import shutil
@@ -121,6 +122,18 @@ def srun_options(config: Config) -> list[str]:
     return [f"--container-image={cluster.container}", f"--container-mounts={mounts}", f"--container-workdir={here}"]
 
 
+def _check_alone(run: Path, chain: str) -> None:
+    """ValueError where another running job works on the same run: both would write its checkpoints."""
+    path = run / "attempts.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    other = str(json.loads(lines[-1])["chain"]) if lines else chain
+    if other == chain or not other.isdecimal():
+        return
+    state = ["squeue", "--noheader", f"--jobs={other}", "--format=%T"]
+    if subprocess.run(state, capture_output=True, text=True).stdout.strip() == "RUNNING":
+        raise ValueError(f"{run}: job {other} works on this run: wait for its end, or choose another output_dir")
+
+
 def batch_shell(arguments: list[str]) -> str:
     """Shell text for common.sh: refuses what is wrong, and takes the job's snapshot at its first start."""
     config = load_config(arguments)
@@ -128,6 +141,7 @@ def batch_shell(arguments: list[str]) -> str:
     nodes, tasks = (int(os.environ[name]) for name in ("SLURM_JOB_NUM_NODES", "SLURM_NTASKS_PER_NODE"))
     changed = check(config, nodes=nodes, tasks_per_node=tasks)
     run = Path(config.output_dir).absolute()
+    _check_alone(run, os.environ.get("AVATAR_CHAIN", job))
     code = ROOT  # a requeued or resubmitted job: this file is the snapshot's
     if not (ROOT / "snapshot.json").exists():
         code = snapshot(run / "snapshots" / job, config, arguments)

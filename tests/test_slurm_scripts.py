@@ -102,9 +102,17 @@ def test_asks_for_what_the_recipe_needs(script):
     assert options["open-mode"] == "append" and {"requeue", "signal"} <= options.keys()
 
 
-def test_two_jobs_take_different_ports(submit):
-    _, seen = [submit(SCRIPTS[0], SLURM_JOB_ID=job) for job in ("7", "8")][-1]
+def test_two_jobs_take_different_ports(submit, tmp_path):
+    _, seen = [submit(SCRIPTS[0], f"output_dir={tmp_path / job}", SLURM_JOB_ID=job) for job in ("7", "8")][-1]
     assert len({line for line in seen if "MASTER_PORT" in line}) == 2
+
+
+def test_two_jobs_do_not_write_the_same_run(submit):
+    assert submit(SCRIPTS[0], SLURM_JOB_ID="7")[0].returncode == 0
+    assert submit(SCRIPTS[0], SLURM_JOB_ID="7", SLURM_RESTART_COUNT="1")[0].returncode == 0
+    assert submit(SCRIPTS[0], SLURM_JOB_ID="8", AVATAR_CHAIN="7")[0].returncode == 0, "it takes the other's place"
+    done, _ = submit(SCRIPTS[0], SLURM_JOB_ID="9")
+    assert done.returncode == 2 and "job 7 works on this run" in done.stderr
 
 
 def test_failures_end_the_job_with_a_reason(submit):
@@ -147,7 +155,7 @@ def test_a_containers_and_modules_settings_reach_the_command(submit, tmp_path):
     start = seen.index("apptainer")
     assert seen[start : start + 11] == ["apptainer", "exec", "--nv", "--pwd", str(ROOT), "--bind", f"{ROOT}:{ROOT}",
                                         "--bind", f"{tmp_path}:/data", str(image), "python3"]
-    done, seen = submit(SCRIPTS[0], *common, "cluster.python=python", SLURM_JOB_ID="9")
+    done, seen = submit(SCRIPTS[0], *common, "cluster.python=python")
     assert f"--container-image={image}" in seen and f"--container-mounts={ROOT}:{ROOT},{tmp_path}:/data" in seen
     assert "python" in seen
 
