@@ -57,6 +57,8 @@ resubmit() {
   [[ -z "${SLURM_JOB_QOS:-}" ]] || options+=(--qos="$SLURM_JOB_QOS")
   [[ -z "${SLURM_CPUS_PER_TASK:-}" ]] || options+=(--cpus-per-task="$SLURM_CPUS_PER_TASK")
   [[ -z "${SLURM_GPUS_PER_NODE:-}" ]] || options+=(--gpus-per-node="$SLURM_GPUS_PER_NODE")
+  [[ -z "${SLURM_MEM_PER_NODE:-}" ]] || options+=(--mem="$SLURM_MEM_PER_NODE")
+  [[ -z "${SLURM_JOB_RESERVATION:-}" ]] || options+=(--reservation="$SLURM_JOB_RESERVATION")
   [[ "$features" == "(null)" ]] || options+=(--constraint="$features")
   local job
   job=$(sbatch "${options[@]}" "$script" "$@") || {

@@ -102,24 +102,33 @@ def environment(config: Config, code: Path) -> dict[str, str]:
 
 def command(config: Config) -> list[str]:
     """The interpreter of training, inside of Apptainer where the settings say so."""
-    cluster, here = config.cluster, str(Path.cwd())
+    cluster = config.cluster
     if not cluster.container:
         return [cluster.python or sys.executable]
     python = cluster.python or "python3"
     if cluster.runtime == "pyxis":
         return [python]
-    binds = [item for mount in (f"{here}:{here}", *cluster.mounts) for item in ("--bind", mount)]
+    binds = [item for mount in _mounts(config) for item in ("--bind", mount)]
     gpu = [] if cluster.gpu == "cpu" else ["--nv"]
-    return ["apptainer", "exec", *gpu, "--pwd", here, *binds, cluster.container, python]
+    return ["apptainer", "exec", *gpu, "--pwd", str(Path.cwd()), *binds, cluster.container, python]
 
 
 def srun_options(config: Config) -> list[str]:
     """What srun needs beside the job's own options."""
-    cluster, here = config.cluster, str(Path.cwd())
+    cluster = config.cluster
     if not cluster.container or cluster.runtime != "pyxis":
         return []
-    mounts = ",".join([f"{here}:{here}", *cluster.mounts])
-    return [f"--container-image={cluster.container}", f"--container-mounts={mounts}", f"--container-workdir={here}"]
+    return [f"--container-image={cluster.container}", f"--container-mounts={','.join(_mounts(config))}",
+            f"--container-workdir={Path.cwd()}"]  # fmt: skip
+
+
+def _mounts(config: Config) -> list[str]:
+    """FROM:TO of what a container has to see: the working directory, run, model and data, and cluster.mounts."""
+    seen: list[Path] = []
+    for path in (Path.cwd(), *map(Path, (config.output_dir, config.model.path)), Path(config.data.manifest).parent):
+        if not any(path.absolute().is_relative_to(other) for other in seen):
+            seen.append(path.absolute())
+    return [*(f"{path}:{path}" for path in seen), *config.cluster.mounts]
 
 
 def _check_alone(run: Path, chain: str) -> None:

@@ -152,11 +152,12 @@ def test_a_containers_and_modules_settings_reach_the_command(submit, tmp_path):
     done, seen = submit(SCRIPTS[0], *common, "cluster.runtime=apptainer", "+cluster.env.NCCL_IB_HCA=mlx5")
     assert done.returncode == 0, done.stderr
     assert seen[0] == "module load cuda/13.0 nccl" and "NCCL_IB_HCA=mlx5" in seen
-    start = seen.index("apptainer")
-    assert seen[start : start + 11] == ["apptainer", "exec", "--nv", "--pwd", str(ROOT), "--bind", f"{ROOT}:{ROOT}",
-                                        "--bind", f"{tmp_path}:/data", str(image), "python3"]
+    start, own = seen.index("apptainer"), [f"{p}:{p}" for p in (ROOT, tmp_path / "run", tmp_path / "model", tmp_path)]
+    binds = [item for mount in (*own, f"{tmp_path}:/data") for item in ("--bind", mount)]
+    command = ["apptainer", "exec", "--nv", "--pwd", str(ROOT), *binds, str(image), "python3"]
+    assert seen[start : start + len(command)] == command
     done, seen = submit(SCRIPTS[0], *common, "cluster.python=python")
-    assert f"--container-image={image}" in seen and f"--container-mounts={ROOT}:{ROOT},{tmp_path}:/data" in seen
+    assert f"--container-image={image}" in seen and f"--container-mounts={','.join(own)},{tmp_path}:/data" in seen
     assert "python" in seen
 
 

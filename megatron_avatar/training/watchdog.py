@@ -1,8 +1,9 @@
 """A rank that gives no sign of life ends the job with its last words, so that it can go on from its checkpoint.
 
-A thread of every rank looks when its trainer last began a phase or asked for stop signals. Past the deadline all ranks
-write their Python stacks to RUN/stacks, and end with status HUNG. The same threads spread a stop signal that reached
-one rank alone. They talk through torch's rendezvous store, which needs no training collective to be alive.
+A thread of every rank looks when its trainer last began a phase or asked for stop signals. Once no rank has given a
+sign for the whole deadline (one alone may well wait for the others), all write their Python stacks to RUN/stacks, and
+end with status HUNG. The same threads spread a stop signal that reached one rank alone. They talk through torch's
+rendezvous store, which needs no training collective to be alive.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class Watchdog:
     """Watches this rank from its own thread, from `start` to `close`.
 
     `alive` gives the moment (time.monotonic) of the latest sign of life, `doing` says in words what goes on: phase,
-    step, samples. After `deadline_s` without a sign of life the process ends.
+    step, samples. After `deadline_s` without a sign of life of any rank the process ends.
     """
 
     def __init__(
@@ -63,8 +64,15 @@ class Watchdog:
             faulthandler.dump_traceback_later(self._deadline + MARGIN_S, exit=True)
             self._spread_stop()
             silent = time.monotonic() - max(self._alive(), self._began)
-            if silent > self._deadline or self._has("hung"):
+            self._set(f"alive {self._backend.rank}", str(time.time() - silent))
+            if (silent > self._deadline and self._all_silent()) or self._has("hung"):
                 self._end(silent)
+
+    def _all_silent(self) -> bool:
+        """Whether no rank's latest sign of life, in seconds of the nodes' clocks, is younger than the deadline."""
+        limit = time.time() - self._deadline
+        return not any(self._has(key) and float(self._store.get(key)) > limit
+                       for key in (f"alive {rank}" for rank in range(self._backend.world)))
 
     def _spread_stop(self) -> None:
         if self._stop.requested and not self._told_to_stop:
