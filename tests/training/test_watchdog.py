@@ -41,7 +41,7 @@ def start(what: str, settings: list[str], ranks: int, marker: Path) -> list[subp
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_hung_rank_ends_all_with_stacks_and_last_words(world, tmp_path, ranks):
     out = tmp_path / "run"
-    settings = arguments(world, out, "data.decode_deadline_s=5", "log.watchdog_s=6", steps=1)
+    settings = arguments(world, out, "data.workers=0", "data.decode_deadline_s=5", "log.watchdog_s=12", steps=1)
     processes = start("hang", settings, ranks, tmp_path / "stopped")
     texts = [process.communicate(timeout=120)[0] for process in processes]
     assert [process.returncode for process in processes] == [76] * ranks, texts
