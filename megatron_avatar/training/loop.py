@@ -50,6 +50,7 @@ from megatron_avatar.training.stopping import StopSignal
 from megatron_avatar.training.telemetry import Telemetry, plain
 from megatron_avatar.training.watchdog import Watchdog
 
+SETTLE_S = 60.0  # a failing rank's patience with a checkpoint that is being written
 log = logging.getLogger(__name__)
 
 
@@ -459,6 +460,7 @@ def train(config: Config, backend: Backend) -> None:
         raise
     except Exception:
         log.error("rank %d ends in %s", backend.rank, run.doing())
+        run.saver.settle(SETTLE_S)
         raise
     finally:
         if run.watchdog is not None:

@@ -35,6 +35,11 @@ class Saver:
         if error is not None:
             raise error
 
+    def settle(self, seconds: float) -> None:
+        """Give the job that runs, if there is one, that long to end, whatever it comes to: before the process fails."""
+        if self._thread is not None:
+            self._thread.join(seconds)
+
     def _run(self, job: Callable[[], None]) -> None:
         began = time.perf_counter()
         try:

@@ -34,3 +34,14 @@ def test_an_error_is_seen_at_once_and_raised_where_the_caller_waits():
     assert not saver.failed
     saver.start(lambda: None)
     saver.finish()
+
+
+def test_a_failing_process_gives_its_job_some_time_and_no_more():
+    saver, release, done = Saver(), threading.Event(), []
+    saver.settle(1)
+    saver.start(lambda: (release.wait(10), done.append(1)))
+    saver.settle(0.05)
+    assert done == []
+    release.set()
+    saver.settle(10)
+    assert done == [1]
