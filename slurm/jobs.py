@@ -9,13 +9,14 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import json
+import math
 import os
 import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,6 +46,7 @@ class Task:
     settings: list[str]
     done: Path
     module: str = ""  # empty: a training
+    parallel: bool = True  # in the settings' layout; False: one process
     arguments: list[str] = field(default_factory=list)
     needs: list[str] = field(default_factory=list)
     retries: int = 3
@@ -57,6 +59,10 @@ class Task:
     def config(self) -> Config:
         return load_config(self.settings)
 
+    def layout(self) -> tuple[int, int]:
+        """(nodes, tasks a node)."""
+        return launch.layout(self.config()) if self.parallel else (1, 1)
+
     # ---- inside of the job ---------------------------------------------------------------------
 
     def __call__(self) -> None:
@@ -64,7 +70,7 @@ class Task:
         stopped: list[int] = []
         for number in SIGNALS:  # in submitit's place: what runs below gets the signals itself, saves and ends
             signal.signal(number, lambda number, _: stopped.append(number))
-        self._under_slurm() if "SLURM_JOB_ID" in os.environ else self._locally(stopped)
+        self._under_slurm() if os.environ["SUBMITIT_EXECUTOR"] == "slurm" else self._locally(stopped)
 
     def _under_slurm(self) -> None:
         status = self._run_on_slurm()
@@ -82,13 +88,17 @@ class Task:
             script = 'source "$AVATAR_SNAPSHOT/slurm/common.sh"; train "$@"'
             environment = {**os.environ, "PYTHON": sys.executable, "AVATAR_SNAPSHOT": self.code}
             return subprocess.run(["bash", "-c", script, "train", *self.settings], env=environment).returncode
-        config, tasks = self.config(), os.environ.get("SLURM_NTASKS_PER_NODE", "1")
-        srun = ["srun", "--kill-on-bad-exit=1", f"--ntasks-per-node={tasks}", *launch.srun_options(config)]
-        return self._run_command(srun)
+        srun = ["srun", "--kill-on-bad-exit=1", f"--ntasks-per-node={self.layout()[1]}"]
+        return self._run_command([*srun, *launch.srun_options(self.config())])
 
-    def _run_command(self, prefix: list[str]) -> int:
+    def _torchrun(self) -> list[str]:
+        """Python's arguments that start several processes on this machine; none for a single one."""
+        ranks = math.prod(self.layout())
+        return ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+
+    def _run_command(self, prefix: list[str], launcher: Sequence[str] = ()) -> int:
         config = self.config()
-        command = [*prefix, *launch.command(config), "-m", self.module, *self.arguments]
+        command = [*prefix, *launch.command(config), *launcher, "-m", self.module, *self.arguments]
         environment = {**os.environ, **launch.environment(config, Path(self.code))}
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("a") as log:
@@ -114,7 +124,7 @@ class Task:
         with ExitStack() as stack:
             stack.enter_context(_place(places, stopped, self._ready))
             while not stopped:
-                status = self._run_child(stopped) if not self.module else self._run_command([])
+                status = self._run_child(stopped) if not self.module else self._run_command([], self._torchrun())
                 if status == 0:
                     return
                 again = status in (INTERRUPTED, HUNG) or (status != REFUSED and self._may_retry(status))
@@ -133,9 +143,7 @@ class Task:
     def _run_child(self, stopped: list[int]) -> int:
         """Training in processes of their own; a stop signal is passed on to them."""
         config = self.config()
-        ranks = (config.cluster.gpus or config.parallel.tp * config.parallel.pp)
-        torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"] if ranks > 1 else []
-        command = [*launch.command(config), "-m", *torchrun, "megatron_avatar.train", *self.settings]
+        command = [*launch.command(config), *self._torchrun(), "-m", "megatron_avatar.train", *self.settings]
         self.log.mkdir(parents=True, exist_ok=True)
         parent = os.getpid()
 
@@ -225,7 +233,7 @@ class Board:
         else:
             shapes: dict[tuple, list[Task]] = {}
             for task in missing:
-                shapes.setdefault(launch.layout(task.config()), []).append(task)
+                shapes.setdefault(task.layout(), []).append(task)
             for group in shapes.values():
                 self._note(dict(zip([t.name for t in group], self._submit_to_slurm(group, code, concurrency, {}),
                                     strict=True)))  # fmt: skip
@@ -242,7 +250,7 @@ class Board:
         executor = SlurmExecutor(self.folder / "submitit")
         setup = [f"export PYTHONPATH={shlex.quote(str(code))} PYTHONSAFEPATH=1"]
         executor.update_parameters(
-            **slurm_parameters(config, alone=bool(group[0].module)), job_name=f"{config.name}-{group[0].name}"[:60],
+            **slurm_parameters(config, group[0].layout()), job_name=f"{config.name}-{group[0].name}"[:60],
             array_parallelism=concurrency, setup=setup, use_srun=False, stderr_to_stdout=True,
             signal_delay_s=config.cluster.signal_s,
             additional_parameters={"requeue": True, **more, **({"kill-on-invalid-dep": "yes"} if more else {})},
@@ -297,19 +305,18 @@ class Marked:
             raise
 
 
-def slurm_parameters(config: Config, *, alone: bool = False) -> dict[str, object]:
-    """submitit's parameters of a job for this configuration; `alone`: one process, for what isn't training."""
-    cluster = config.cluster
-    nodes, tasks = (1, 1) if alone else launch.layout(config)
+def slurm_parameters(config: Config, layout: tuple[int, int]) -> dict[str, object]:
+    """submitit's parameters of a job of `layout` nodes and tasks a node."""
+    cluster, (nodes, tasks) = config.cluster, layout
     named = {name: getattr(cluster, name) for name in ("partition", "account", "qos") if getattr(cluster, name)}
     gpus = {} if cluster.gpu == "cpu" else {"gpus_per_node": tasks}
     return {"nodes": nodes, "ntasks_per_node": tasks, "cpus_per_task": cluster.cpus_per_task, "time": cluster.minutes,
             **named, **gpus}  # fmt: skip
 
 
-def sbatch_options(config: Config) -> list[str]:
+def sbatch_options(config: Config, layout: tuple[int, int]) -> list[str]:
     """The same as sbatch's options, to ask whether Slurm would take such a job."""
-    return [f"--{name.replace('_', '-')}={value}" for name, value in slurm_parameters(config).items()]
+    return [f"--{name.replace('_', '-')}={value}" for name, value in slurm_parameters(config, layout).items()]
 
 
 def _slurm_states(jobs: dict[str, str]) -> dict[str, str]:

@@ -71,15 +71,18 @@ def graph(profile: dict[str, Any], out: Path, settings: list[str], retries: int)
         run = out / name
         return add(Task(name, run, [*own, f"output_dir={run}"], run / "done.json", needs=needs))
 
-    def command(name: str, module: str, arguments: list[str], where: list[str], needs: list[str]) -> str:
-        return add(Task(name, out / "tasks", where, out / "tasks" / f"{name}.done", module, arguments, needs))
+    def command(
+        name: str, module: str, arguments: list[str], where: list[str], needs: list[str], *, parallel: bool = False
+    ) -> str:
+        done = out / "tasks" / f"{name}.done"
+        return add(Task(name, out / "tasks", where, done, module, parallel, arguments, needs))
 
     def evaluate(name: str, model: Path, recipe: str, own: list[str], manifest: str, needs: list[str]) -> str:
         layout = [s for s in own if s.startswith(("data.", "rl.sampling.", "parallel", "cluster", "model.dtype"))]
         arguments = ["--model", str(model), "--manifest", manifest, "--recipe", recipe, "--out",
                      str(out / "eval" / f"{name}.jsonl"), *layout]  # fmt: skip
         where = [f"recipe={recipe}", f"model.path={model}", f"data.manifest={manifest}", *layout]
-        return command(f"eval_{name}", "eval.run", arguments, where, needs)
+        return command(f"eval_{name}", "eval.run", arguments, where, needs, parallel=True)
 
     prepared, evaluations = [], []
     for family, parts in profile["families"].items():
@@ -118,10 +121,9 @@ def check(tasks: list[Task], out: Path, *, slurm: bool) -> None:
     for task in tasks:
         try:
             config = task.config()
-            launch.layout(config)
             if not task.module:
                 check_same_run(config)
-            options = sbatch_options(config)
+            options = sbatch_options(config, task.layout())
             if slurm and str(options) not in asked:
                 asked.add(str(options))
                 launch.try_submission(options)
@@ -135,7 +137,7 @@ def show(board: Board, console: Console) -> None:
     """The graph: what every task needs, takes and runs, and where it stands."""
     states = board.states()
     for name, task in board.tasks.items():
-        nodes, tasks = launch.layout(task.config()) if not task.module else (1, 1)
+        nodes, tasks = task.layout()
         command = [task.module, *task.arguments] if task.module else ["megatron_avatar.train", *task.settings]
         after = f", after {', '.join(task.needs)}" if task.needs else ""
         console.print(f"[bold]{name}[/]: {states[name] or 'to do'}, {nodes} x {tasks} processes{after}",

@@ -109,7 +109,7 @@ def tasks_of(members: dict[str, list[str]], folder: Path, retries: int) -> list[
         try:
             config = task.config()
             nodes, per_node = launch.layout(config)
-            options = sbatch_options(config)
+            options = sbatch_options(config, (nodes, per_node))
             asking = on_slurm(settings) and str(options) not in asked
             asked.add(str(options))
             launch.check(config, nodes=nodes, tasks_per_node=per_node, submit=options if asking else None)

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from megatron_avatar.config import load_config
-from slurm import reproduce, sweep
+from slurm import launch, reproduce, sweep
 from slurm.jobs import Board, slurm_parameters
 from tests.training import small
 
@@ -89,8 +89,10 @@ def test_sites_become_slurms_parameters(monkeypatch):
     _, settings = sweep.split_options(["recipe=avatar_7b"], sweep.OPTIONS)
     assert settings[-1] == "cluster=example"
     config = load_config([*settings, "parallel=a100_40g", "model.path=m", "data.manifest=d"])
-    assert slurm_parameters(config) == {"nodes": 2, "ntasks_per_node": 4, "cpus_per_task": 12, "time": 1440,
-                                        "partition": "gpu", "account": "my_project", "gpus_per_node": 4}
+    assert slurm_parameters(config, launch.layout(config)) == {
+        "nodes": 2, "ntasks_per_node": 4, "cpus_per_task": 12, "time": 1440, "partition": "gpu",
+        "account": "my_project", "gpus_per_node": 4,
+    }  # fmt: skip
 
 
 # ---- the paper's graph ---------------------------------------------------------------------------------------------
@@ -117,6 +119,9 @@ def test_every_task_comes_behind_what_it_needs(name, tmp_path):
     trained = {task.name for task in tasks if not task.module}
     assert {f"eval_{system}" for system in trained} <= set(tasks[-1].needs), "everything that is trained is evaluated"
     if name == "paper":
+        by_name = {task.name: task for task in tasks}
+        assert by_name["eval_omni_7b_avatar"].layout() == by_name["omni_7b_avatar"].layout() > (1, 1)
+        assert by_name["tables"].layout() == (1, 1)
         assert {"omni_7b_avatar", "omni_7b_avatar_wo_sft", "vl_7b_wo_tas", "omni_7b_tas_lambda_lam_2.0"} <= trained
 
 
