@@ -47,6 +47,10 @@ train() {
 
 # resubmit [key=value ...]: the same script, options and snapshot as a new job, where requeueing is refused.
 resubmit() {
+  [[ -z "${SUBMITIT_EXECUTOR:-}" ]] || { # its job is known by its id
+    echo "error: job $SLURM_JOB_ID may not be requeued; its state is saved: run sweep.py or reproduce.py again" >&2
+    return 75
+  }
   local script="$run/.resubmitted-$SLURM_JOB_ID.sh" limit features
   scontrol write batch_script "$SLURM_JOB_ID" "$script" >/dev/null
   limit=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%l)

@@ -175,3 +175,24 @@ def test_a_stopped_job_goes_back_into_the_queue(submit, tmp_path):
     (tmp_path / "bin" / "srun").write_text('#!/bin/bash\n[[ "$*" == *preflight* ]] || touch "$AVATAR_STOPPED"\n')
     done, seen = submit(SCRIPTS[0])
     assert done.returncode == 0 and seen == ["requeue 123456"]
+
+
+def test_where_requeueing_is_refused_the_script_is_submitted_again_with_its_options(submit, tmp_path):
+    programs = {
+        "srun": '#!/bin/bash\n[[ "$*" == *preflight* ]] || touch "$AVATAR_STOPPED"\n',
+        "scontrol": "#!/bin/bash\n[[ $1 == show ]] && echo localhost\n[[ $1 != requeue ]]\n",
+        "sbatch": '#!/bin/bash\n{ printf "%s\\n" "$@"; env | grep "^AVATAR_"; } > "$RECORD"; echo 77\n',
+        "squeue": "#!/bin/bash\ncase $* in *%T*) echo RUNNING ;; *%l*) echo 2:00:00 ;; *) echo '(null)' ;; esac\n",
+    }
+    for name, text in programs.items():
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    job = {"SLURM_JOB_NAME": "avatar_3b", "SLURM_JOB_PARTITION": "gpu", "SLURM_JOB_ACCOUNT": "me",
+           "SLURM_GPUS_PER_NODE": "4", "SLURM_MEM_PER_NODE": "9000"}  # fmt: skip
+    done, seen = submit(SCRIPTS[0], "seed=3", **job)
+    assert done.returncode == 0 and "job 123456 may not be requeued: job 77 continues it" in done.stdout, done.stderr
+    for option in ("--partition=gpu", "--account=me", "--time=2:00:00", "--gpus-per-node=4", "--mem=9000", "seed=3",
+                   "AVATAR_CHAIN=123456", f"AVATAR_SNAPSHOT={tmp_path / 'run' / 'snapshots' / '123456'}"):
+        assert option in seen, option
+    done, _ = submit(SCRIPTS[0], **job, SUBMITIT_EXECUTOR="slurm")
+    assert done.returncode == 75 and "run sweep.py or reproduce.py again" in done.stderr
