@@ -236,18 +236,9 @@ def test_nothing_is_embedded_for_an_update_that_runs_the_encoders_itself(trained
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", [("parallel.tp=2",), ("parallel.pp=2",), ()], ids=["tp2", "pp2", "dp2"])
-def test_layouts_take_the_same_steps(world, whole, layout):
-    """Two ranks by tensor, pipeline or data parallelism: same prompts, tokens and rewards, losses within 1e-4."""
-    out = world / ("-".join(layout).replace("=", "") or "dp2")  # a setting's value takes no =
-    done = train(*arguments(world, out, "checkpoint.every=2", *layout, steps=3), ranks=2)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert_same_steps(out, whole)
-
-
-@pytest.mark.slow
 def test_a_run_goes_on_with_the_same_steps_on_other_layouts(world, whole):
-    """Stopped in a step under tensor parallelism, then under pipeline parallelism, finished on two replicas."""
+    """Stopped in a step under tensor parallelism, then under pipeline parallelism, finished on two replicas: the
+    prompts, tokens and rewards of one process, losses within 1e-4. (Twenty steps a layout: test_layouts.py.)"""
     out = world / "resharded"
     for stop, layout in (("step_4", ("parallel.tp=2",)), ("step_6", ("parallel.pp=2",)), ("step_99", ())):
         done = train(*arguments(world, out, "checkpoint.every=5", *layout, steps=3), ranks=2,
