@@ -36,9 +36,11 @@ class StopSignal:
 
     def agree(self, backend: Backend) -> bool:
         """Whether any rank was told to stop; the same answer on all of them."""
-        self.requested = any(backend.all_gather_object(self.requested))
+        told = any(backend.all_gather_object(self.requested))
+        if told:  # never back to False: a signal may have come meanwhile
+            self.requested = True
         self.polled = time.monotonic()
-        return self.requested
+        return told
 
     def check(self, backend: Backend) -> None:
         """GenerationStopped on every rank if any was told to stop. For where the step is not applied yet."""

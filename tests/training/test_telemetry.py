@@ -223,6 +223,15 @@ def test_ranks_agree(stop, told):
     assert stop.agree(backend) == (told is not None) == stop()
 
 
+def test_a_signal_that_comes_while_ranks_agree_is_not_lost(stop):
+    def gather(mine: bool) -> list[bool]:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return [mine, False]  # what the others were told was asked before
+
+    assert not stop.agree(SimpleNamespace(all_gather_object=gather))
+    assert stop() and stop.agree(SimpleNamespace(all_gather_object=lambda mine: [mine]))
+
+
 def test_a_forked_worker_still_dies_of_a_signal(stop):
     ready, tell = os.pipe()
     child = os.fork()
