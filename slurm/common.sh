@@ -36,7 +36,8 @@ train() {
     "${srun[@]}" bash -c "$SEES_THE_RUN" pre-flight "${command[@]}" -m slurm.preflight "$run" "$gpus" &&
       "${srun[@]}" "${command[@]}" -m megatron_avatar.train "$@"
   } 2>&1 | (trap '' USR1 USR2 TERM && exec tee -a "$log") || status=$?
-  case $status in 138 | 140 | 143) touch "$AVATAR_STOPPED" ;; esac # USR1, USR2, TERM before Python could answer
+  # USR1 or USR2 before Python could answer. Not by srun's status: it ends the others by TERM when any task has failed.
+  if grep -q '^srun: error: .*: User defined signal' "$log"; then touch "$AVATAR_STOPPED"; fi
   [[ -e "$AVATAR_STOPPED" ]] || return "$status" # a rank may still fail on its way out, with the state saved
   # Stopped by a signal with its state saved: into the queue again, under the same id where the cluster allows it. Not
   # where Slurm has the last word already: a cancelled job stays cancelled, one that lost a node is queued again.
