@@ -25,7 +25,8 @@ CONFIG_DIR = Path(__file__).parent.resolve()
 _BOOKKEEPING = ("name", "output_dir", "log", "checkpoint", "parallel", "cluster", "dry_run", "continue_changed",
                 "replay_step")  # fmt: skip
 # Settings of time and memory alone (micro-batches change sums by rounding), and the shape that a plan is for.
-_COST = ("data.workers", "data.decode_deadline_s", "rl.tokens_per_micro_batch", "model.shape")
+_COST = ("data.workers", "data.decode_deadline_s", "rl.tokens_per_micro_batch", "model.shape", "judge.endpoint",
+         "judge.concurrency", "judge.deadline_s", "judge.retries", "judge.wait_s", "judge.max_unscored")  # fmt: skip
 
 
 def load_config(overrides: list[str]) -> Config:

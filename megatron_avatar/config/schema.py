@@ -180,6 +180,21 @@ class RLConfig:
 
 
 @dataclass
+class JudgeConfig:
+    """Who gives the judge reward: a vision-language model behind an OpenAI-compatible endpoint (slurm/judge.sh serves
+    one), or, without an endpoint, the rule-based judge, which knows synthetic scenes only."""
+
+    endpoint: str = ""  # http://HOST:PORT/v1, several with commas, or a file that holds one a line
+    model: str = "OpenGVLab/InternVL3-2B"  # as the server calls it
+    frames: int = 8  # of those that the policy saw
+    concurrency: int = 32  # requests in flight, of each model replica
+    deadline_s: float = 60.0  # for one completion, retries included; without a verdict by then it is masked
+    retries: int = 3
+    wait_s: float = 900.0  # for the server to come up, before training starts
+    max_unscored: float = 0.2  # the run stops once more of the last 100 completions stay without a verdict
+
+
+@dataclass
 class CheckpointConfig:
     every: int = 50  # steps
     keep: int = 2
@@ -217,6 +232,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     rl: RLConfig = field(default_factory=RLConfig)
     stages: dict[str, StageConfig] = field(default_factory=dict)  # in order; override as stages.NAME.steps=10
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     log: LogConfig = field(default_factory=LogConfig)

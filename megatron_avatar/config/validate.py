@@ -11,6 +11,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from megatron_avatar.config.schema import LORA_TARGETS, Config, LoraConfig, StageConfig
+from megatron_avatar.config.urls import addresses
 
 STAGE_KINDS = ("sft", "rl")
 REWARDS = ("format", "accuracy", "self", "judge")
@@ -118,6 +119,16 @@ def _check_inputs(config: Config) -> None:
             f"log.watchdog_s={config.log.watchdog_s} would end a job that waits for data.decode_deadline_s="
             f"{config.data.decode_deadline_s}: make it longer, or 0 to switch it off"
         )
+    judge = config.judge
+    if "://" in judge.endpoint:
+        addresses(judge.endpoint)
+    for key, low in {"frames": 1, "concurrency": 1, "retries": 0, "wait_s": 0}.items():
+        _at_least(f"judge.{key}", getattr(judge, key), low)
+    _above("judge.deadline_s", judge.deadline_s, 0)
+    _between("judge.max_unscored", judge.max_unscored, 0, 1)
+    if judge.endpoint and config.log.watchdog_s and config.log.watchdog_s <= judge.deadline_s:
+        raise ValueError(f"log.watchdog_s={config.log.watchdog_s} would end a job that waits for judge.deadline_s="
+                         f"{judge.deadline_s}: make it longer, or 0 to switch it off")
     _at_least("checkpoint.every", config.checkpoint.every, 1)
     _at_least("checkpoint.keep", config.checkpoint.keep, 1)
     _at_least("checkpoint.restarts", config.checkpoint.restarts, 1)

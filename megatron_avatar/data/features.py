@@ -79,6 +79,18 @@ def patchify(frames: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.from_numpy(pixels.reshape(len(patches), -1)), torch.tensor(grid)
 
 
+def unpatchify(pixels: torch.Tensor, grid: tuple[int, int, int]) -> np.ndarray:
+    """The uint8 frames [2t, 14h, 14w, 3] of which `patchify` made patches [t * h * w, 1176]; a picture comes twice."""
+    t, h, w = grid
+    channels = pixels.reshape(len(pixels), 3, -1).numpy()
+    tables = _normalised_bytes()
+    patches = np.stack([np.rint((channels[:, c] - tables[c, 0]) * (255 / (tables[c, 255] - tables[c, 0])))
+                        for c in range(3)], axis=1).astype(np.uint8)  # fmt: skip
+    blocks = patches.reshape(t, h // MERGE, w // MERGE, MERGE, MERGE, 3, TEMPORAL_PATCH, PATCH, PATCH)
+    frames = blocks.transpose(0, 6, 1, 3, 7, 2, 4, 8, 5)
+    return frames.reshape(t * TEMPORAL_PATCH, h * PATCH, w * PATCH, 3)
+
+
 @cache
 def _mel_filters() -> torch.Tensor:
     """[128, 201] float32 triangular filters on the Slaney mel scale, 0 to 8000 Hz."""

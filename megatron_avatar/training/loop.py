@@ -26,7 +26,7 @@ from megatron_avatar.policy.weights import export_hf, load_hf
 from megatron_avatar.records import Group, Prompt, Sample, Trajectory, Variant
 from megatron_avatar.rl.hints import HintPolicy
 from megatron_avatar.rl.replay.buffer import ReplayBuffer
-from megatron_avatar.rl.rewards import RuleJudge, combine
+from megatron_avatar.rl.rewards import combine
 from megatron_avatar.rl.tracker import RewardTracker
 from megatron_avatar.training import attempts, checkpoint, metrics
 from megatron_avatar.training.balance import deal, packed_tokens
@@ -39,11 +39,12 @@ from megatron_avatar.training.rollout import (
     assign_on_policy,
     choose_prompts,
     load_prompts,
+    make_groups,
     rewards_of,
-    score_completions,
     share_visits,
 )
 from megatron_avatar.training.saver import Saver
+from megatron_avatar.training.scoring import JudgeSilent, Scoring
 from megatron_avatar.training.sft import sft_groups
 from megatron_avatar.training.stage_data import check_stages, held_out_samples, measure_lengths, stage_samples
 from megatron_avatar.training.stopping import StopSignal
@@ -80,7 +81,7 @@ class Run:
         self.prompt_tokens, self.estimates = measure_lengths(config, self.samples, self.builder)
         self.loader = MediaLoader(self.builder, manifest.parent, config.data.workers, config.data.decode_deadline_s)
         self.telemetry = Telemetry(self.folder, config, backend)
-        self.judge = RuleJudge()
+        self.scoring = Scoring(config, backend)
         self.saver, self.apart = Saver(), backend.apart()
         self.optimization: Optimization | None = None  # the stage's, like the buffer
         self.buffer: ReplayBuffer | None = None
@@ -276,15 +277,14 @@ class Run:
             keys = [visits[k].key for k in mine]
             rows = self.stop.guard(lambda: generate(self.policy, prompts, rl.n_on, rl.sampling, keys, media=media,
                                                     stop=self.stop), backend)
-        with timer("reward"):
-            groups = self.stop.guard(lambda: score_completions(
-                prompts, rows, self.pool, self.builder.decode, self.stage.rewards, self.judge,
-                stage=self.stage_name, step=self.step, version=self.step, ref_id=self.stage_name,
-                numerical=rl.numerical, stop=self.stop,
-            ), backend)
+        groups = make_groups(prompts, rows, self.builder.decode, stage=self.stage_name, step=self.step,
+                             version=self.step, ref_id=self.stage_name)
+        scores = self.scoring.start(groups, self.pool, self.stage.rewards)  # while the reference is asked
         with timer("logprobs"):
             reference = self.learner.reference_logprobs(groups, media, poll=self.check_stop)
             metrics.set_kl(groups, reference)
+        with timer("reward"):
+            unscored = self.scoring.finish(groups, scores, self.stop)
 
         by_visit = {k: rows for part in backend.all_gather_object_dp(
             {k: g.trajectories for k, g in zip(mine, groups, strict=True)}) for k, rows in part.items()}
@@ -301,12 +301,12 @@ class Run:
         replayed, replay_media = self.replay_groups(drawn, off_advantages, loads)
         replayable = sum(backend.all_gather_object_dp(sum(len(g.trajectories) for g in replayed)))
         everything = [*groups, *replayed]
-        scores = [*reference, *([t.completion.logprobs for t in g.trajectories] for g in replayed)]
+        behaviour = [*reference, *([t.completion.logprobs for t in g.trajectories] for g in replayed)]
 
         with timer("update"):
             for update in range(rl.updates_per_rollout):
                 first = update == 0  # after it the step is applied in part, and goes through to its end
-                stats = self.learner.update(everything, [*media, *replay_media], scores, n_on=len(fresh),
+                stats = self.learner.update(everything, [*media, *replay_media], behaviour, n_on=len(fresh),
                                             n_off=replayable, check_logprobs=first,
                                             poll=self.check_stop if first else None)
         with timer("replay"):
@@ -320,7 +320,7 @@ class Run:
             hinted=sum(v.variant == "hinted" for v in visits),
             in_use=self.hints.in_use if self.hints is not None else 0, pool=self.pool,
             completions_generated=self.completions_generated, lr=self.optimization.lr,
-        ) | ({"replay/damaged_shards": self.shards.damaged} if self.shards.damaged else {})
+        ) | ({"replay/damaged_shards": self.shards.damaged} if self.shards.damaged else {}) | unscored
 
     def replay_groups(
         self, drawn: list[list[Trajectory]], advantages: list[np.ndarray], loads: list[int]
@@ -374,9 +374,12 @@ class Run:
                 order = self.order.state_dict()
                 try:
                     record = self.take_step()
-                except GenerationStopped:  # the step is dropped, as if it had not begun
+                except (GenerationStopped, JudgeSilent) as reason:  # the step is dropped, as if it had not begun
                     self.order.load_state_dict(order)
                     self.save()
+                    if isinstance(reason, JudgeSilent):
+                        self.saver.finish()
+                        raise
                     raise Interrupted from None
                 bar.update(self.finish_step(record))
 
@@ -465,5 +468,6 @@ def train(config: Config, backend: Backend) -> None:
     finally:
         if run.watchdog is not None:
             run.watchdog.close()
+        run.scoring.close()
         run.loader.close()
         run.telemetry.close()

@@ -59,6 +59,7 @@ def replay_step(config: Config, backend: Backend) -> int:
         show_completions(run, console)
         return 0 if all(backend.all_gather_object(equal)) else 1
     finally:
+        run.scoring.close()
         run.loader.close()
 
 

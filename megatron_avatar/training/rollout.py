@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,11 +11,9 @@ import numpy as np
 from megatron_avatar.data.loader import MediaLoader, SampleOrder
 from megatron_avatar.keyed import keyed_rng
 from megatron_avatar.policy.backend import Backend
-from megatron_avatar.policy.generate import GenerationStopped
 from megatron_avatar.records import Completion, Group, Prompt, Sample, Trajectory, Variant
 from megatron_avatar.rl.advantages import off_policy_advantages, on_policy_advantages, vanished
 from megatron_avatar.rl.hints import HintPolicy
-from megatron_avatar.rl.rewards import Judge, score_group
 from megatron_avatar.rl.tracker import RewardTracker
 from megatron_avatar.training.balance import deal, loads_of
 
@@ -76,28 +75,19 @@ def load_prompts(
     return prompts
 
 
-def score_completions(
-    prompts: list[Prompt], completions: list[list[Completion]], samples: dict[str, Sample],
-    decode: Callable[[np.ndarray], str], weights: dict[str, float], judge: Judge,
-    *, stage: str, step: int, version: int, ref_id: str, numerical: str = "graded",
-    stop: Callable[[], bool] | None = None,
+def make_groups(
+    prompts: list[Prompt], completions: list[list[Completion]], decode: Callable[[np.ndarray], str],
+    *, stage: str, step: int, version: int, ref_id: str,
 ) -> list[Group]:
-    """Score each prompt's completions; kl_ref is filled in once the reference has scored them.
-
-    Raises GenerationStopped, on this rank alone, once `stop` says so.
-    """
+    """The step's fresh groups, not scored yet: `Scoring` fills in reward and parts, `metrics.set_kl` kl_ref."""
     groups = []
     for prompt, rows in zip(prompts, completions, strict=True):
-        if stop is not None and stop():
-            raise GenerationStopped
-        texts = [decode(row.token_ids) for row in rows]
-        scored = score_group(samples[prompt.sample_id], texts, weights, judge, numerical=numerical)
         trajectories = [
             Trajectory(
-                sample_id=prompt.sample_id, variant=prompt.variant, completion=row, reward=reward, parts=parts,
-                kl_ref=0.0, ref_id=ref_id, stage=stage, step=step, policy_version=version, text=text,
+                sample_id=prompt.sample_id, variant=prompt.variant, completion=row, reward=math.nan, parts={},
+                kl_ref=0.0, ref_id=ref_id, stage=stage, step=step, policy_version=version, text=decode(row.token_ids),
             )
-            for row, text, (reward, parts) in zip(rows, texts, scored, strict=True)
+            for row in rows
         ]
         groups.append(Group(prompt, trajectories, on_policy=np.ones(len(rows), bool)))
     return groups

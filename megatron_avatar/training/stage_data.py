@@ -42,9 +42,9 @@ def check_stages(config: Config, samples: Mapping[str, Sample]) -> None:
             )
         if stage.kind == "sft":
             check_traces(own.values())
-        if stage.rewards.get("judge") and not any(s.scene for s in own.values()):
-            log.warning("stages.%s weighs the judge, but the rule-based one knows synthetic scenes only: this part "
-                        "is masked and its weight goes to the others", name)
+        if stage.rewards.get("judge") and not config.judge.endpoint and not any(s.scene for s in own.values()):
+            log.warning("stages.%s weighs the judge, but the rule-based one knows synthetic scenes only: this part is "
+                        "masked and its weight goes to the others; name a server with judge.endpoint", name)
         if config.eval.every and not held_out_samples(samples, stage, config.eval.samples):
             raise ValueError(
                 f"{manifest}: no sample has split 'eval' and a stage in {stage.data}, so eval.every="

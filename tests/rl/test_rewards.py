@@ -22,6 +22,7 @@ from megatron_avatar.rl.rewards import (
     self_rewards,
 )
 from megatron_avatar.rl.rewards.algebra import equal
+from tests.rl.reward_cases import BY_TYPE, CHOICES, FORMAT
 
 STAGE_3 = {"format": 0.2, "accuracy": 0.3, "self": 0.2, "judge": 0.3}
 SCENE = {
@@ -38,6 +39,24 @@ def make(problem_type, answer, choices=(), scene=None):
 
 def wrap(answer, think="I see it."):
     return f"<think>{think}</think><answer>{answer}</answer>"
+
+
+@pytest.mark.parametrize("kind", BY_TYPE)
+def test_every_type_has_cases_enough_and_two_fifths_of_them_fail(kind):
+    cases = BY_TYPE[kind]
+    assert len(cases) >= 25 and len({case[:2] for case in cases}) == len(cases)
+    assert sum(reward < 0.5 for *_, reward in cases) >= 0.4 * len(cases)
+
+
+@pytest.mark.parametrize(("kind", "answer", "gold", "reward"), [(k, *case) for k, v in BY_TYPE.items() for case in v])
+def test_an_answer_earns_what_a_person_gave_it(kind, answer, gold, reward):
+    sample = make(kind, gold, CHOICES if kind == "multiple_choice" else ())
+    assert accuracy_reward(answer, sample) == pytest.approx(reward)
+
+
+@pytest.mark.parametrize(("completion", "reward"), FORMAT)
+def test_a_completion_has_the_format_that_a_person_saw(completion, reward):
+    assert format_reward(completion) == reward
 
 
 FRAGMENTS = st.sampled_from(
@@ -102,7 +121,6 @@ def test_formatted_text_is_its_two_blocks(text):
 
 # accuracy
 
-CHOICES = ("red circle", "blue square", "green star")
 
 
 @pytest.mark.parametrize("answer", ["B", "b", "B.", "(b)", "b)", "B. blue square", "Blue square.", "B: blue square"])
@@ -393,7 +411,7 @@ def test_any_text_can_be_graded(problem_type, text):
 
 
 @pytest.mark.parametrize(("answer", "graded", "exact"), [("4", 1, 1), ("4.003", 0.99925, 1), ("4.005", 0.99875, 0),
-                                                         ("3", 0.75, 0), ("12", 0, 0), (None, 0, 0), ("four", 0, 0)])
+                                                         ("3", 0.75, 0), ("12", 0, 0), (None, 0, 0), ("four", 1, 1)])
 def test_a_number_is_graded_or_exact(answer, graded, exact):
     sample = Sample("n", "visual", "train", "count", "How many?", "4", "numerical")
     assert accuracy_reward(answer, sample) == pytest.approx(graded)

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from megatron_avatar import train
-from megatron_avatar.training import checkpoint, loop, rollout
+from megatron_avatar.training import checkpoint, loop
 from megatron_avatar.training.learner import Learner
 from megatron_avatar.training.stopping import StopSignal
 
@@ -48,7 +48,7 @@ def terminate_before(step: int) -> None:
     loop.Run.take_step = take_step
 
 
-PLACES = {"evaluation": (loop, "evaluate"), "reward": (rollout, "score_group"), "update": (Learner, "_attach")}
+PLACES = {"evaluation": (loop, "evaluate"), "reward": (loop, "make_groups"), "update": (Learner, "_attach")}
 
 
 def slow_write(folder: Path) -> None:
@@ -72,7 +72,7 @@ if __name__ == "__main__":
     elif what.startswith("step_"):
         terminate_before(int(what.removeprefix("step_")))
     elif what == "hang":
-        before(rollout, "score_group", hang)
+        before(loop, "make_groups", hang)
     elif what == "terminate_rank_1":  # in generation, which rank 0 makes long
         if os.environ["RANK"] == "1":
             before(loop, "generate", lambda: threading.Timer(1, terminate).start())

@@ -7,6 +7,7 @@ weight the other parts share in proportion.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from megatron_avatar.config.validate import REWARDS
 from megatron_avatar.records import Sample
@@ -35,12 +36,13 @@ __all__ = [
 
 def score_group(
     sample: Sample, texts: list[str], weights: dict[str, float], judge: Judge | None = None, *,
-    numerical: str = "graded",
+    pictures: Sequence[bytes] = (), numerical: str = "graded",
 ) -> list[tuple[float, dict[str, float]]]:
     """Reward and parts of each completion in `texts`, all on-policy completions of one prompt.
 
     The parts always hold format and accuracy (the tracker and the logs need them whatever their weight),
-    and self and judge where their weight is above 0. Raises ValueError for unusable weights.
+    and self and judge where their weight is above 0; `pictures` are for the judge. Raises ValueError for unusable
+    weights.
     """
     check_weights(weights)
     answers = [parse(text)[1] for text in texts]
@@ -53,8 +55,9 @@ def score_group(
         for part, vote in zip(parts, votes, strict=True):
             part["self"] = vote
     if weights.get("judge", 0) > 0:
-        for part, text in zip(parts, texts, strict=True):
-            part["judge"] = math.nan if judge is None else judge_reward(judge.score(sample, text))
+        verdicts = [math.nan] * len(texts) if judge is None else map(judge_reward, judge.score(sample, texts, pictures))
+        for part, verdict in zip(parts, verdicts, strict=True):
+            part["judge"] = verdict
     return [(combine(part, weights), part) for part in parts]
 
 

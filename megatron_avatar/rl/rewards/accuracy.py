@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-import math
 import re
 import unicodedata
-from functools import lru_cache
-from typing import Any
+
+from rapidfuzz.distance import Levenshtein
 
 from megatron_avatar.records import Sample
 from megatron_avatar.rl.rewards import algebra
+from megatron_avatar.rl.rewards.bounded import bounded
+from megatron_avatar.rl.rewards.numbers import quantity, readings
+from megatron_avatar.rl.rewards.symbolic import latex_equal, rouge
 
-_NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?", re.IGNORECASE)
 _LETTER = re.compile(r"[(\[]?([A-Za-z])[)\]]?[.:)]?(?:\s+(.*))?", re.DOTALL)
+_WRAPPED = re.compile(
+    r"\\(?:boxed|text|mathrm|mathbf|textbf)\s*\{([^{}]*)\}|\*\*(.+?)\*\*|`([^`]+)`|\$([^$]+)\$", re.DOTALL
+)
+_LEAD = re.compile(
+    r"\A\s*(?:(?:so|thus|therefore|hence)\b[,:]?\s+)?(?:(?:i\s+(?:choose|pick|select)|it\s+is|it's)\s+|"
+    r"(?:the\s+|my\s+)?(?:(?:correct|right|final|best)\s+)*(?:answer|choice|option)\b(?:\s+is\b)?\s*[:=]?\s*)"
+    r"(?:(?:the\s+)?(?:option|choice|letter)\s+)?",
+    re.IGNORECASE,
+)
 _FENCE = re.compile(r"^\s*```[^\n]*\n(.*?)\n?```\s*$", re.DOTALL)
 
 
@@ -20,24 +30,25 @@ def accuracy_reward(answer: str | None, sample: Sample, *, numerical: str = "gra
     """Score in [0, 1] of an answer against `sample.answer`; an answer that was not parsed (None) scores 0.
 
     multiple_choice: the letter, case-folded. numerical: 1 - min(1, |x - gold| / |gold|), for gold 0 whether
-    |x| < 1e-5; with `numerical` "exact" (the released trainer's rule) 1 within a relative 1e-3, else 0.
-    math: equality as expressions. ocr: 1 - word error rate, not below 0. free_form: mean F1 of ROUGE-1, -2
-    and -L. code: equality after normalising. other: exact text.
+    |x| < 1e-5, x in the gold's unit; with `numerical` "exact" (the released trainer's rule) 1 within a relative 1e-3,
+    else 0. math: equality as expressions, sets, intervals, matrices. ocr: 1 - word error rate, not below 0. free_form:
+    mean F1 of ROUGE-1, -2 and -L. code: equality after normalising. other: exact text.
     """
     if answer is None:
         return 0.0
     match sample.problem_type:
         case "numerical":
-            closeness = _relative(number(answer), number(sample.answer))
+            closeness = _closeness(answer, sample.answer)
             return closeness if numerical == "graded" else float(closeness >= 1 - 1e-3)
         case "math":
-            same_text = answer.split() == sample.answer.split()
-            return float(same_text or algebra.equal(answer, sample.answer))
+            same = answer.split() == sample.answer.split() or algebra.equal(answer, sample.answer)
+            short = max(len(answer), len(sample.answer)) <= algebra.MAX_LENGTH
+            return float(same or (short and bool(bounded(latex_equal, answer, sample.answer))))
         case "ocr":
-            return _word_accuracy(answer.split(), sample.answer.split())
+            words, gold = (unicodedata.normalize("NFKC", text).split() for text in (answer, sample.answer))
+            return max(0.0, 1.0 - Levenshtein.distance(words, gold) / len(gold)) if gold else float(not words)
         case "free_form":
-            scores = _rouge().score(sample.answer, answer).values()
-            return min(1.0, sum(score.fmeasure for score in scores) / 3)
+            return bounded(rouge, answer, sample.answer) or 0.0
         case _:
             return float(canonical(answer, sample) == canonical(sample.answer, sample))
 
@@ -48,8 +59,10 @@ def canonical(answer: str, sample: Sample) -> str:
         case "multiple_choice":
             return choice_letter(answer, sample.choices) or normalise(answer)
         case "numerical":
-            value = number(answer)
-            return normalise(answer) if value is None else f"{value:.12g}"
+            found = quantity(answer)
+            return normalise(answer) if found is None else f"{found.value:.12g}"
+        case "math":
+            return algebra.key(answer) or normalise(answer)
         case "code":
             fenced = _FENCE.match(answer)
             lines = (fenced.group(1) if fenced else answer).splitlines()
@@ -59,27 +72,37 @@ def canonical(answer: str, sample: Sample) -> str:
 
 
 def choice_letter(answer: str, choices: tuple[str, ...]) -> str | None:
-    """The capital letter of `B`, `(b)`, `B.`, `B. second choice` or `second choice`; None for anything else.
+    r"""The capital letter of `B`, `(b)`, `B. second choice`, `The answer is **B**`, `\boxed{B}` or `second choice`;
+    None for anything else.
 
     A lone letter that numbers a choice is that choice, even where another choice's text is this letter. One that
-    is followed by the text of another choice names no choice.
+    is followed by other words than its own choice's text, or by a second choice, names none.
     """
+    answer = _WRAPPED.sub(lambda match: next(g for g in match.groups() if g is not None), answer).strip()
+    return _bare_letter(answer, choices) or _bare_letter(_LEAD.sub("", answer, count=1), choices)
+
+
+def _bare_letter(answer: str, choices: tuple[str, ...]) -> str | None:
     texts = [normalise(choice) for choice in choices]
-    match = _LETTER.fullmatch(answer.strip())
+    match = _LETTER.fullmatch(answer.strip().strip("*\"'"))
     letter, text = (match.group(1).upper(), match.group(2)) if match else (None, None)
     index = ord(letter) - ord("A") if letter else len(texts)
     if letter and text is None and (index < len(texts) or not texts):
         return letter
     if normalise(answer) in texts:
         return chr(ord("A") + texts.index(normalise(answer)))
-    return letter if text is not None and index < len(texts) and texts[index] == normalise(text) else None
-
-
-def number(answer: str) -> float | None:
-    """The only number in the text (thousands separators dropped), or None: two numbers are no answer."""
-    found = _NUMBER.findall(re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", answer))
-    value = float(found[0]) if len(found) == 1 else math.nan
-    return value if math.isfinite(value) else None
+    if text is None or index >= len(texts):
+        return None
+    said, own = normalise(text), texts[index]
+    if said == own:
+        return letter
+    rest = said.removeprefix(own)
+    if not own or rest == said or re.match(r"\w", rest):  # `B. blue squares` is not `blue square`
+        return None
+    others = [other for k, other in enumerate(texts) if k != index and other]
+    named = [other for other in others if re.search(rf"(?<!\w){re.escape(other)}(?!\w)", rest)]
+    letters = {chr(ord("a") + k) for k in range(len(texts)) if k != index} - {"a", "i"}  # an article, a pronoun
+    return None if named or letters & set(re.findall(r"\b[a-z]\b", rest)) else letter
 
 
 def normalise(text: str) -> str:
@@ -88,28 +111,12 @@ def normalise(text: str) -> str:
     return text.strip(" .,;:!?\"'`()[]*") or text
 
 
-def _relative(value: float | None, gold: float | None) -> float:
-    if value is None or gold is None:
+def _closeness(answer: str, gold: str) -> float:
+    """1 - relative error in [0, 1], of the reading that is closest; 0 for what is no number or of another unit."""
+    value, target = quantity(answer), quantity(gold)
+    if value is None or target is None:
         return 0.0
-    if gold == 0:
-        return float(abs(value) < 1e-5)
-    return 1.0 - min(1.0, abs(value - gold) / abs(gold))
-
-
-def _word_accuracy(words: list[str], gold: list[str]) -> float:
-    """1 - Levenshtein distance in words over the gold's length, not below 0."""
-    if not gold:
-        return float(not words)
-    row = list(range(len(words) + 1))
-    for i, expected in enumerate(gold, 1):
-        diagonal, row[0] = row[0], i
-        for j, word in enumerate(words, 1):
-            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (word != expected))
-    return max(0.0, 1.0 - row[-1] / len(gold))
-
-
-@lru_cache(maxsize=1)
-def _rouge() -> Any:
-    from rouge_score.rouge_scorer import RougeScorer  # seconds to import, and only free_form needs it
-
-    return RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
+    if target.value == 0:
+        return float(any(abs(x) < 1e-5 for x in readings(value, target)))
+    errors = (abs(x - target.value) / abs(target.value) for x in readings(value, target))
+    return max((1.0 - min(1.0, error) for error in errors), default=0.0)

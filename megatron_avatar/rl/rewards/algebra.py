@@ -61,6 +61,18 @@ def equal(left: str, right: str) -> bool:
     return all(_identical(a, b) for a, b in zip(*trees, strict=True))
 
 
+def key(text: str) -> str | None:
+    """A text that equal expressions share (but for rounding at its last digit); None for what is no expression."""
+    trees = _parse(text)
+    if trees is None:
+        return None
+    try:
+        values = [_evaluate(tree, 0) for tree in trees]
+    except (ArithmeticError, ValueError, TypeError, RecursionError):
+        return None
+    return ";".join(f"{value.real + 0:.9g},{value.imag + 0:.9g}" for value in values)
+
+
 def _identical(left: ast.expr, right: ast.expr) -> bool:
     compared = 0
     for point in range(_POINTS):

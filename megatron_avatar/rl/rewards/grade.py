@@ -6,8 +6,9 @@ import re
 from typing import Any
 
 from megatron_avatar.records import Sample
-from megatron_avatar.rl.rewards.accuracy import accuracy_reward, choice_letter, normalise, number
+from megatron_avatar.rl.rewards.accuracy import accuracy_reward, choice_letter, normalise
 from megatron_avatar.rl.rewards.format import format_reward, parse
+from megatron_avatar.rl.rewards.numbers import quantity
 
 # An answer that scores this much is correct. Graded numbers count when they are right to three digits.
 THRESHOLD = {"free_form": 0.5, "ocr": 0.5}
@@ -40,7 +41,7 @@ def read_answer(text: str, sample: Sample) -> str | None:
             letters = {choice_letter(name, sample.choices) for name in named}
             return letters.pop() if len(letters) == 1 else choice_letter(text, sample.choices)
         case "numerical":
-            return text if number(text) is not None else None
+            return text if quantity(text) is not None else None
         case _:
             return text or None
 

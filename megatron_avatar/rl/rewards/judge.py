@@ -1,13 +1,15 @@
 """Judges score how well a completion describes what is seen and heard (paper, rewards).
 
 A judge gives each of four criteria a score in [0, 1], or NaN where it has no verdict: a missing verdict
-masks, it is never a zero. `RuleJudge` is the judge of the synthetic data, whose scenes are known.
+masks, it is never a zero. `RuleJudge` is the judge of the synthetic data, whose scenes are known; for real
+video there is http_judge.py.
 """
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from typing import Protocol
 
 from megatron_avatar.records import Sample
@@ -16,8 +18,11 @@ CRITERIA = ("audio_grounding_score", "visual_id_score", "location_acc_score", "c
 
 
 class Judge(Protocol):
-    def score(self, sample: Sample, text: str) -> dict[str, float]:
-        """One value for each of CRITERIA: in [0, 1], or NaN where the judge has no verdict."""
+    def score(self, sample: Sample, texts: Sequence[str], pictures: Sequence[bytes]) -> list[dict[str, float]]:
+        """For each completion one value for each of CRITERIA: in [0, 1], or NaN where the judge has no verdict.
+
+        `pictures`: JPEGs of what the policy saw, in order of time.
+        """
         ...
 
 
@@ -31,10 +36,10 @@ class RuleJudge:
     that names every colour contradicts itself. A criterion that expects nothing has no verdict.
     """
 
-    def score(self, sample: Sample, text: str) -> dict[str, float]:
+    def score(self, sample: Sample, texts: Sequence[str], pictures: Sequence[bytes] = ()) -> list[dict[str, float]]:
         rules = (sample.scene or {}).get("judge", {})
-        said = _words(text)
-        return {criterion: _verdict(rules.get(criterion, {}), said) for criterion in CRITERIA}
+        spoken = map(_words, texts)
+        return [{criterion: _verdict(rules.get(criterion, {}), said) for criterion in CRITERIA} for said in spoken]
 
 
 def judge_reward(scores: dict[str, float]) -> float:

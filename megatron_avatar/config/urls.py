@@ -1,0 +1,43 @@
+"""Addresses of servers in settings, and what of them may be shown."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from urllib.parse import urlsplit
+
+KEY = "AVATAR_ENDPOINT_KEY"  # the environment variable that holds the key of all endpoints
+
+
+def mask(text: str) -> str:
+    """The text with user names, passwords and query strings of URLs hidden, and the endpoint's key."""
+    if key := os.environ.get(KEY):
+        text = text.replace(key, "***")
+    return re.sub(r"(\w+://)[^/\s@]*@", r"\1***@", re.sub(r"(\w+://[^\s?'\"]*)\?[^\s'\")]*", r"\1?***", text))
+
+
+def addresses(address: str) -> list[str]:
+    """The replicas' URLs of a setting: URLs separated by commas, or a file that holds one on each line.
+
+    Raises ValueError for a file that isn't there, and for a URL that is none or that holds a secret.
+    """
+    if "://" in address:
+        urls = address.split(",")
+    else:
+        path = Path(address)
+        if not path.is_file():
+            raise ValueError(f"{address} is neither a URL nor a file: start the server, as with slurm/judge.sh, which "
+                             "writes its address there, or name it as http://HOST:PORT/v1")  # fmt: skip
+        urls = path.read_text().split()
+    urls = [url.strip().rstrip("/") for url in urls if url.strip()]
+    if not urls:
+        raise ValueError(f"{address} names no server: write one http://HOST:PORT/v1 on each line")
+    for url in urls:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"{mask(url)} is no address of a server: write http://HOST:PORT/v1")
+        if parts.username or parts.password or parts.query or parts.fragment:
+            raise ValueError(f"{mask(url)} holds a user, a key or a query, which settings and logs would show: "
+                             f"take it out, and export {KEY}=... instead")  # fmt: skip
+    return urls

@@ -1,0 +1,269 @@
+"""Chat models behind OpenAI-compatible HTTP endpoints: the judge, and the teachers that write hints, captions, traces.
+
+Many questions are in flight at once, each under a deadline, with retries over all replicas of the server. The key comes
+from the environment variable AVATAR_ENDPOINT_KEY alone. Replies can be kept by content, so that none is paid twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import json
+import logging
+import os
+import random
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import httpx2 as httpx
+import openai
+
+from megatron_avatar.config.urls import KEY, addresses, mask
+
+MAX_REPLY = 2**20  # bytes of a response; no answer that we ask for is near it
+BACKOFF_S = 0.5
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+Messages = list[dict[str, Any]]
+
+
+class Replies:
+    """Replies kept by the content of their questions: JSON lines in FOLDER/OWNER.jsonl; all owners' are read."""
+
+    def __init__(self, folder: Path, owner: str, *, write: bool = True) -> None:
+        self._known: dict[str, str] = {}
+        self._path = folder / f"{owner}.jsonl" if write else None
+        self._lock, self._begun = threading.Lock(), False
+        for path in sorted(folder.glob("*.jsonl")):
+            with open(path, "rb") as file:
+                for line in file:
+                    try:
+                        entry = json.loads(line)
+                        self._known[entry["key"]] = entry["reply"]
+                    except (ValueError, KeyError, TypeError):  # the torn end of a killed process
+                        continue
+
+    def get(self, key: str) -> str | None:
+        return self._known.get(key)
+
+    def put(self, key: str, reply: str) -> None:
+        with self._lock:
+            self._known[key] = reply
+            if self._path is not None:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                with open(self._path, "a", encoding="utf-8") as file:
+                    start, self._begun = "" if self._begun or not file.tell() else "\n", True  # ends a torn line
+                    file.write(start + json.dumps({"key": key, "reply": reply}) + "\n")
+
+
+class Endpoint(Generic[T]):
+    """Asks one chat model. `read` makes an answer of a reply's text, and raises ValueError for one that is unusable.
+
+    `schema` is the JSON schema of a reply, which servers that can are asked to keep to. At most `concurrency` questions
+    are in flight; a question has `deadline_s` seconds in all, for 1 + `retries` attempts, each at another replica.
+    """
+
+    def __init__(
+        self, address: str, model: str, read: Callable[[str], T], *, schema: dict[str, Any] | None = None,
+        max_tokens: int = 512, concurrency: int = 16, deadline_s: float = 60.0, retries: int = 3,
+        replies: Replies | None = None,
+    ) -> None:
+        self.address, self.model = address, model
+        self._read, self._schema, self._max_tokens = read, schema, max_tokens
+        self._deadline_s, self._retries, self._replies = deadline_s, retries, replies
+        self._urls = addresses(address) if "://" in address else []  # a file may be written later
+        self._clients: dict[str, openai.AsyncOpenAI] = {}
+        self._turn = random.randrange(1000)
+        self.failures: dict[str, int] = {}  # attempts that failed, by reason
+        self._loop = asyncio.new_event_loop()
+        self._slots = asyncio.Semaphore(concurrency)
+        threading.Thread(target=self._loop.run_forever, name="endpoint", daemon=True).start()
+
+    def submit(self, messages: Messages) -> Future[T | None]:
+        """The answer to come; None once the deadline or the attempts are used up."""
+        return asyncio.run_coroutine_threadsafe(self._answer(messages), self._loop)
+
+    def ask(self, conversations: Iterable[Messages]) -> list[T | None]:
+        """Answers in the order asked for; None for a question without a usable one."""
+        return [future.result() for future in [self.submit(messages) for messages in conversations]]
+
+    def wait_until_ready(self, wait_s: float, probe: Messages) -> None:
+        """Returns once every replica serves the model and answers `probe`; learns whether they keep to a schema.
+
+        Raises ValueError with the reason after `wait_s` seconds, or at once where waiting can't help.
+        """
+        deadline = time.monotonic() + wait_s
+        reason = ""
+        while True:
+            try:
+                self._urls = addresses(self.address)
+                for url in self._urls:
+                    asyncio.run_coroutine_threadsafe(self._probe(url, probe), self._loop).result()
+                return
+            except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
+                raise ValueError(f"{self.address} refuses the key ({_reason(error)}): export {KEY}=...") from None
+            except (openai.OpenAIError, httpx.HTTPError, ValueError, TimeoutError) as error:
+                if _reason(error) != reason:
+                    reason = _reason(error)
+                    log.info("waiting for %s: %s", mask(self.address), reason)
+            if time.monotonic() > deadline:
+                raise ValueError(f"{mask(self.address)} is not ready after {wait_s:g} s ({reason}): see that it runs, "
+                                 f"serves {self.model}, and can be reached from this node")  # fmt: skip
+            time.sleep(min(2.0, wait_s / 10))
+
+    def close(self) -> None:
+        async def end() -> None:
+            for client in self._clients.values():
+                await client.close()
+
+        asyncio.run_coroutine_threadsafe(end(), self._loop).result(timeout=5)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+
+    # ---- in the loop's thread ------------------------------------------------------------------
+
+    async def _answer(self, messages: Messages) -> T | None:
+        key = hashlib.sha256(json.dumps([self.model, self._max_tokens, messages]).encode()).hexdigest()
+        if self._replies is not None and (kept := self._replies.get(key)) is not None:
+            try:
+                return self._read(kept)
+            except ValueError:  # read by another rule now
+                pass
+        try:
+            async with self._slots, asyncio.timeout(self._deadline_s):
+                pause = 0.0
+                for attempt in range(1 + self._retries):
+                    await asyncio.sleep(pause)
+                    try:
+                        if not self._urls:
+                            self._urls = addresses(self.address)
+                        self._turn += 1
+                        text = await self._chat(self._urls[self._turn % len(self._urls)], messages)
+                        answer = self._read(text)
+                    except (openai.OpenAIError, httpx.HTTPError, ValueError) as error:
+                        self._count(_reason(error))
+                        if isinstance(error, openai.BadRequestError | openai.UnprocessableEntityError):
+                            return None  # this question; asking again changes nothing
+                        pause = _pause(error, attempt)
+                        self._look_again()
+                        continue
+                    if self._replies is not None:
+                        self._replies.put(key, text)
+                    return answer
+        except TimeoutError:
+            self._count(f"no answer within {self._deadline_s:g} s")
+        return None
+
+    async def _chat(self, url: str, messages: Messages) -> str:
+        options = {}
+        if self._schema is not None:
+            form = {"name": "reply", "schema": self._schema, "strict": True}
+            options["response_format"] = {"type": "json_schema", "json_schema": form}
+        reply = await self._client(url).chat.completions.create(
+            model=self.model, messages=messages, max_tokens=self._max_tokens, temperature=0.0, **options
+        )
+        content = reply.choices[0].message.content if getattr(reply, "choices", None) else None
+        if not isinstance(content, str) or not content.strip():
+            raise ValueError("an empty reply")
+        return content
+
+    async def _probe(self, url: str, probe: Messages) -> None:
+        async with asyncio.timeout(self._deadline_s):
+            served = [model.id async for model in self._client(url).models.list()]
+            if served and self.model not in served:
+                raise ValueError(f"{url} serves {', '.join(served[:5])}, not {self.model}")
+            try:
+                await self._chat(url, probe)
+            except (openai.BadRequestError, openai.UnprocessableEntityError):
+                if self._schema is None:
+                    raise
+                schema, self._schema = self._schema, None  # a server that knows no schemas; replies are checked anyway
+                try:
+                    await self._chat(url, probe)
+                except Exception:
+                    self._schema = schema
+                    raise
+
+    def _client(self, url: str) -> openai.AsyncOpenAI:
+        if url not in self._clients:
+            # Redirects are not followed: the key goes nowhere else.
+            http = httpx.AsyncClient(transport=_Bounded(), timeout=self._deadline_s, follow_redirects=False)
+            self._clients[url] = openai.AsyncOpenAI(
+                base_url=url, api_key=os.environ.get(KEY, "none"), max_retries=0, timeout=self._deadline_s,
+                http_client=http,
+            )
+        return self._clients[url]
+
+    def _look_again(self) -> None:
+        """A server that was restarted elsewhere has written another address."""
+        try:
+            self._urls = addresses(self.address)
+        except ValueError:
+            pass
+
+    def _count(self, reason: str) -> None:
+        if not self.failures.get(reason):
+            log.warning("%s: %s", mask(self.address), reason)
+        self.failures[reason] = self.failures.get(reason, 0) + 1
+
+
+def _reason(error: Exception) -> str:
+    """In few words, without URLs and without what the server wrote at length."""
+    if isinstance(error, openai.APIStatusError):
+        return f"HTTP {error.status_code}"
+    if isinstance(error, openai.APITimeoutError | TimeoutError):
+        return "too slow"
+    cause = error.__cause__ if isinstance(error, openai.APIConnectionError) and error.__cause__ else error
+    return mask(f"{type(cause).__name__}: {cause}".splitlines()[0][:160])
+
+
+def _pause(error: Exception, attempt: int) -> float:
+    """Seconds before the next attempt: what the server asks for, or twice as long each time, spread out."""
+    try:
+        return max(0.0, float(error.response.headers["retry-after"]))
+    except (AttributeError, KeyError, ValueError):
+        return BACKOFF_S * 2**attempt * random.uniform(0.5, 1.5)
+
+
+class _Bounded(httpx.AsyncHTTPTransport):
+    """Reads at most MAX_REPLY bytes of a response, and none that is packed: a server cannot fill the memory."""
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        request.headers["accept-encoding"] = "identity"
+        response = await super().handle_async_request(request)
+        if response.headers.get("content-encoding", "identity") != "identity":
+            await response.aclose()
+            raise httpx.ReadError("a packed response, which was not asked for", request=request)
+        response.stream = _Counted(response.stream, request)
+        return response
+
+
+class _Counted(httpx.AsyncByteStream):
+    def __init__(self, stream: httpx.AsyncByteStream, request: httpx.Request) -> None:
+        self._stream, self._request = stream, request
+
+    async def __aiter__(self):
+        size = 0
+        async for chunk in self._stream:
+            size += len(chunk)
+            if size > MAX_REPLY:
+                raise httpx.ReadError(f"a response of more than {MAX_REPLY} bytes", request=self._request)
+            yield chunk
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+
+def picture_part(jpeg: bytes) -> dict[str, Any]:
+    """A JPEG as part of a message."""
+    return {"type": "image_url", "image_url": {"url": "data:image/jpeg;base64," + base64.b64encode(jpeg).decode()}}
+
+
+def question(system: str, text: str, pictures: Sequence[bytes] = ()) -> Messages:
+    """A conversation of one question: what to do, then pictures (JPEG) and text."""
+    content = [*map(picture_part, pictures), {"type": "text", "text": text}]
+    return [{"role": "system", "content": system}, {"role": "user", "content": content if pictures else text}]

@@ -1,0 +1,146 @@
+"""Reading a number, and its unit, out of an answer: digits, words, fractions, percent, scientific notation."""
+
+from __future__ import annotations
+
+import math
+import re
+import unicodedata
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+_SUPERSCRIPT = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
+_SUPERSCRIPTS = re.compile(r"[⁻⁺]?[⁰¹²³⁴⁵⁶⁷⁸⁹]+")
+_PLAIN = (  # LaTeX and typography as plain text, in this order
+    (re.compile(r"\\(?:text|mathrm|mathbf|boxed|operatorname)\s*\{([^{}]*)\}"), r"\1"),
+    (re.compile(r"\\(?:left|right|displaystyle|[,;!: ])|\$|\\?\{,\}"), ""),
+    (re.compile(r"\\[dt]?frac\s*\{\s*([^{}]*?)\s*\}\s*\{\s*([^{}]*?)\s*\}"), r" \1/\2"),
+    (re.compile(r"[−–‒](?=\s?[\d.])"), "-"),
+    (re.compile(r"\\times|\\cdot|×|·"), "x"),
+    (re.compile(r"(?<=\d),(?=\d{3}(?!\d))|(?<=\d)\s(?=\d{3}(?:\s\d{3})*(?![\d.]))"), ""),  # thousands
+    (re.compile(r"\\%"), "%"),
+    (re.compile(r"\\?\^?\s*\{?\\circ\}?"), "°"),
+)
+_DECIMAL = r"(?:\d+\.?\d*|\.\d+)"
+_NUMBER = re.compile(
+    rf"(?<![\w.])(?P<sign>[-+]?)\s?(?:(?P<whole>\d+)\s+(?P<a>\d+)/(?P<b>\d+)"  # 1 1/2
+    rf"|(?P<top>{_DECIMAL})\s?/\s?(?P<bottom>{_DECIMAL})"
+    rf"|(?P<power>(?:(?P<mantissa>{_DECIMAL})\s?[x*]\s?)?10\s?(?:\^|\*\*)\s?\{{?\s?(?P<exponent>[-+]?\d+)\s?\}}?)"
+    rf"|(?P<decimal>{_DECIMAL}(?:e[-+]?\d+)?))",
+    re.IGNORECASE,
+)
+_UNIT = re.compile(r"\s?(?P<unit>%|°?\s?[A-Za-zµμΩ]+\d?(?:\s?[/x*]\s?[A-Za-zµμΩ]+(?:\^?-?\d)?)?|°|percent)(?![\w^])")
+_NO_UNIT = {"x", "e", "and", "or", "to", "of", "in", "is", "as", "per", "times", "a", "the", "at", "on"}
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """A value as written, with its unit ('%' for percent, '' for none that is known)."""
+
+    value: float
+    unit: str = ""
+
+
+@lru_cache(maxsize=1)
+def _words() -> tuple[dict[str, int], re.Pattern[str]]:
+    """The number words from 0 to 100, and a pattern that finds them."""
+    from num2words import num2words
+
+    values = {num2words(n).replace("-", sep): n for n in range(101) for sep in ("-", " ")} | {"a hundred": 100}
+    longest_first = sorted(values, key=len, reverse=True)
+    return values, re.compile(r"\b(?:" + "|".join(map(re.escape, longest_first)) + r")\b", re.IGNORECASE)
+
+
+def number_words(value: int) -> str:
+    """The English words of a whole number: 21 is `twenty-one`."""
+    from num2words import num2words
+
+    return num2words(value)
+
+
+def quantity(text: str) -> Quantity | None:
+    """The only number in a text, or None: a text with two numbers is no answer, nor is one that isn't finite.
+
+    Digits (thousands separated or not), fractions, mixed numbers, `3 x 10^5` and `3e5`, number words up to a hundred
+    where there are no digits; LaTeX's forms of these.
+    """
+    text = _SUPERSCRIPTS.sub(lambda match: "^" + match.group().translate(_SUPERSCRIPT), text)
+    text = unicodedata.normalize("NFKC", text.replace("½", " 1/2").replace("¼", " 1/4").replace("¾", " 3/4"))
+    for pattern, plain in _PLAIN:
+        text = pattern.sub(plain, text)
+    if not any(character.isdigit() for character in text):
+        values, pattern = _words()
+        text = pattern.sub(lambda match: f" {values[match.group().casefold()]} ", text)
+    found = _NUMBER.search(text)
+    value = _value(found) if found else None
+    if found is None or value is None or not math.isfinite(value):
+        return None
+    unit = _UNIT.match(text, found.end())  # its own digit, as in m/s^2, is no second number
+    if re.search(r"\d", text[: found.start()] + text[(unit or found).end() :]):
+        return None
+    return Quantity(value, _unit(unit.group("unit")) if unit else "")
+
+
+def _value(match: re.Match[str]) -> float | None:
+    groups = match.groupdict()
+    try:
+        if groups["whole"] is not None:
+            value = int(groups["whole"]) + int(groups["a"]) / int(groups["b"])
+        elif groups["top"] is not None:
+            value = float(groups["top"]) / float(groups["bottom"])
+        elif groups["power"] is not None:
+            value = float(groups["mantissa"] or 1) * 10.0 ** int(groups["exponent"])
+        else:
+            value = float(groups["decimal"])
+    except (ArithmeticError, ValueError):  # ValueError: more digits than Python converts
+        return None
+    return -value if groups["sign"] == "-" else value
+
+
+def _unit(text: str) -> str:
+    text = text.replace(" ", "")
+    if text.casefold() in ("%", "percent"):
+        return "%"
+    text = text.replace("°", "deg")
+    return "" if text.casefold() in _NO_UNIT else text
+
+
+@lru_cache(maxsize=1)
+def _registry() -> Any:
+    import pint  # half a second to import, and only numbers with units need it
+
+    return pint.UnitRegistry(case_sensitive=True)
+
+
+@lru_cache(maxsize=4096)
+def _known(unit: str) -> Any:
+    """pint's unit, or None. The names are short and their exponents are one digit, so that parsing is cheap."""
+    name = re.sub(r"(?<=[A-Za-zµμΩ])(\d)$", r"^\1", unit)  # cm3
+    for spelling in (name, name.casefold()):
+        try:
+            return _registry().Unit(spelling)
+        except Exception:  # pint raises whatever its parser meets
+            continue
+    return None
+
+
+def readings(answer: Quantity, gold: Quantity) -> list[float]:
+    """The values of an answer in the gold's unit; none where their units exclude each other.
+
+    A unit that one side leaves out is the other's. A percentage beside a bare number may mean its hundredth too.
+    """
+    if answer.unit == gold.unit:
+        return [answer.value]
+    if answer.unit == "%" and not gold.unit:
+        return [answer.value, answer.value / 100]
+    if gold.unit == "%" and not answer.unit:
+        return [answer.value, answer.value * 100]
+    if not answer.unit or not gold.unit:
+        return [answer.value]
+    have, want = (_known(unit) if unit != "%" else None for unit in (answer.unit, gold.unit))
+    if have is None or want is None:  # `4 beeps` against `4 tones`: words, not units
+        return [answer.value] if "%" not in (answer.unit, gold.unit) else []
+    try:
+        return [float(_registry().Quantity(answer.value, have).to(want).magnitude)]
+    except Exception:  # units of other dimensions, as pint raises it
+        return []

@@ -1,0 +1,112 @@
+"""A real HTTP server on loopback that speaks the chat protocol, and misbehaves as it is told."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+VERDICT = {"audio_grounding_score": 1.0, "visual_id_score": 0.5, "location_acc_score": 0.5, "caption_corr_score": 0.0}
+
+
+class ChatServer:
+    """`reply(body, number)` returns the assistant's text, or a behaviour: an int (HTTP status) or a name in BEHAVIOURS.
+
+    `number` counts the chat requests from 0. `requests` keeps their bodies, `keys` their Authorization headers.
+    """
+
+    BEHAVIOURS = ("stall", "cut", "flood", "drip", "redirect", "not_json", "no_choices", "slow")
+
+    def __init__(self, reply: Callable[[dict, int], str | int], model: str = "judge") -> None:
+        self.requests: list[dict] = []
+        self.keys: Counter[str] = Counter()
+        self.most_at_once = self.at_once = 0
+        self._lock = threading.Lock()
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *args):
+                pass
+
+            def do_GET(self):
+                self.send(200, {"object": "list", "data": [{"id": model, "object": "model"}]})
+
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+                with server._lock:
+                    number = len(server.requests)
+                    server.requests.append(body)
+                    server.keys[self.headers["authorization"]] += 1
+                    server.at_once += 1
+                    server.most_at_once = max(server.most_at_once, server.at_once)
+                try:
+                    self.behave(reply(body, number))
+                except (BrokenPipeError, ConnectionResetError):
+                    pass
+                finally:
+                    with server._lock:
+                        server.at_once -= 1
+
+            def behave(self, what):
+                if isinstance(what, int):
+                    self.send(what, {"error": {"message": "as told"}})
+                elif what in ("stall", "slow"):
+                    time.sleep(1000 if what == "stall" else 0.3)
+                    self.chat("late")
+                elif what == "redirect":
+                    self.send_response(307)
+                    self.send_header("location", "http://127.0.0.1:9/v1/chat/completions")
+                    self.send_header("content-length", "0")
+                    self.end_headers()
+                elif what == "not_json":
+                    self.raw(b"<html>no JSON</html>")
+                elif what == "no_choices":
+                    self.send(200, {"id": "x", "object": "chat.completion", "choices": []})
+                elif what == "cut":
+                    self.send_response(200)
+                    self.send_header("content-length", "100000")
+                    self.end_headers()
+                    self.wfile.write(b'{"choices": [')
+                    self.close_connection = True
+                elif what in ("flood", "drip"):
+                    self.send_response(200)
+                    self.send_header("content-type", "application/json")
+                    self.send_header("content-length", str(2**40))
+                    self.end_headers()
+                    self.close_connection = True
+                    while True:
+                        self.wfile.write(b" " * (2**16 if what == "flood" else 1))
+                        self.wfile.flush()
+                        if what == "drip":
+                            time.sleep(0.05)
+                else:
+                    self.chat(what)
+
+            def chat(self, text):
+                message = {"role": "assistant", "content": text}
+                choice = {"index": 0, "message": message, "finish_reason": "stop"}
+                self.send(200, {"id": "x", "object": "chat.completion", "created": 0, "model": model, "choices": [choice]})
+
+            def send(self, status, value):
+                self.raw(json.dumps(value).encode(), status)
+
+            def raw(self, data, status=200):
+                self.send_response(status)
+                self.send_header("content-type", "application/json")
+                self.send_header("content-length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}/v1"
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
