@@ -70,13 +70,13 @@ class Endpoint(Generic[T]):
 
     def __init__(
         self, address: str, model: str, read: Callable[[str], T], *, schema: dict[str, Any] | None = None,
-        max_tokens: int = 512, concurrency: int = 16, deadline_s: float = 60.0, retries: int = 3,
-        replies: Replies | None = None,
+        max_tokens: int = 512, temperature: float = 0.0, concurrency: int = 16, deadline_s: float = 60.0,
+        retries: int = 3, replies: Replies | None = None,
     ) -> None:
         self.address, self.model = address, model
-        self._read, self._schema, self._max_tokens = read, schema, max_tokens
+        self._read, self._schema, self._max_tokens, self._temperature = read, schema, max_tokens, temperature
         self._deadline_s, self._retries, self._replies = deadline_s, retries, replies
-        self._urls = addresses(address) if "://" in address else []  # a file may be written later
+        self._urls = addresses(address) if "://" in address else []  # a server may write it later
         self._clients: dict[str, openai.AsyncOpenAI] = {}
         self._turn = random.randrange(1000)
         self.failures: dict[str, int] = {}  # attempts that failed, by reason
@@ -164,7 +164,8 @@ class Endpoint(Generic[T]):
             form = {"name": "reply", "schema": self._schema, "strict": True}
             options["response_format"] = {"type": "json_schema", "json_schema": form}
         reply = await self._client(url).chat.completions.create(
-            model=self.model, messages=messages, max_tokens=self._max_tokens, temperature=0.0, **options
+            model=self.model, messages=messages, max_tokens=self._max_tokens,
+            temperature=self._temperature, **options,
         )
         content = reply.choices[0].message.content if getattr(reply, "choices", None) else None
         if not isinstance(content, str) or not content.strip():
@@ -173,11 +174,14 @@ class Endpoint(Generic[T]):
 
     async def _probe(self, url: str, probe: Messages) -> None:
         async with asyncio.timeout(self._deadline_s):
-            served = [model.id async for model in self._client(url).models.list()]
-            if served and self.model not in served:
-                raise ValueError(f"{url} serves {', '.join(served[:5])}, not {self.model}")
+            try:
+                served = [model.id async for model in self._client(url).models.list()]
+            except (openai.InternalServerError, openai.NotFoundError):  # some serve a model and cannot list it
+                served = ["other models"]
             try:
                 await self._chat(url, probe)
+            except openai.NotFoundError:
+                raise ValueError(f"{url} serves {', '.join(served[:5])}, not {self.model}") from None
             except (openai.BadRequestError, openai.UnprocessableEntityError):
                 if self._schema is None:
                     raise

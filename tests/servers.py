@@ -45,7 +45,7 @@ class ChatServer:
                     server.at_once += 1
                     server.most_at_once = max(server.most_at_once, server.at_once)
                 try:
-                    self.behave(reply(body, number))
+                    self.behave(reply(body, number) if body["model"] == model else 404)
                 except (BrokenPipeError, ConnectionResetError):
                     pass
                 finally:
@@ -89,8 +89,9 @@ class ChatServer:
 
             def chat(self, text):
                 message = {"role": "assistant", "content": text}
-                choice = {"index": 0, "message": message, "finish_reason": "stop"}
-                self.send(200, {"id": "x", "object": "chat.completion", "created": 0, "model": model, "choices": [choice]})
+                choices = [{"index": 0, "message": message, "finish_reason": "stop"}]
+                reply = {"id": "x", "object": "chat.completion", "created": 0, "model": model, "choices": choices}
+                self.send(200, reply)
 
             def send(self, status, value):
                 self.raw(json.dumps(value).encode(), status)

@@ -184,7 +184,7 @@ class JudgeConfig:
     """Who gives the judge reward: a vision-language model behind an OpenAI-compatible endpoint (slurm/judge.sh serves
     one), or, without an endpoint, the rule-based judge, which knows synthetic scenes only."""
 
-    endpoint: str = ""  # http://HOST:PORT/v1, several with commas, or a file that holds one a line
+    endpoint: str = ""  # http://HOST:PORT/v1, several with commas, or the folder where judge.sh puts it
     model: str = "OpenGVLab/InternVL3-2B"  # as the server calls it
     frames: int = 8  # of those that the policy saw
     concurrency: int = 32  # requests in flight, of each model replica

@@ -18,21 +18,21 @@ def mask(text: str) -> str:
 
 
 def addresses(address: str) -> list[str]:
-    """The replicas' URLs of a setting: URLs separated by commas, or a file that holds one on each line.
+    """The replicas' URLs of a setting: URLs separated by commas, or a folder whose files hold one each.
 
-    Raises ValueError for a file that isn't there, and for a URL that is none or that holds a secret.
+    Raises ValueError for a folder that isn't there or is empty, and for a URL that is none or that holds a secret.
     """
     if "://" in address:
         urls = address.split(",")
     else:
-        path = Path(address)
-        if not path.is_file():
-            raise ValueError(f"{address} is neither a URL nor a file: start the server, as with slurm/judge.sh, which "
+        folder = Path(address)
+        if not folder.is_dir():
+            raise ValueError(f"{address} is neither a URL nor a folder: start the server with slurm/judge.sh, which "
                              "writes its address there, or name it as http://HOST:PORT/v1")  # fmt: skip
-        urls = path.read_text().split()
+        urls = [path.read_text() for path in sorted(folder.iterdir()) if path.suffix != ".part"]
     urls = [url.strip().rstrip("/") for url in urls if url.strip()]
     if not urls:
-        raise ValueError(f"{address} names no server: write one http://HOST:PORT/v1 on each line")
+        raise ValueError(f"{address} names no server: start one with slurm/judge.sh, or write http://HOST:PORT/v1")
     for url in urls:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:

@@ -88,9 +88,9 @@ def test_a_dead_replica_costs_a_retry(serve):
 
 def test_a_server_that_moved_is_found_again(serve, tmp_path):
     server, client = serve(lambda body, n: GOOD)
-    file = tmp_path / "address"
+    file = tmp_path / "job"
     file.write_text("http://127.0.0.1:9/v1\n")
-    moved = Endpoint(str(file), "judge", read_verdict, deadline_s=5.0, retries=8)
+    moved = Endpoint(str(tmp_path), "judge", read_verdict, deadline_s=5.0, retries=8)
     future = moved.submit(probe())
     time.sleep(0.1)
     file.write_text(server.url)
@@ -146,7 +146,7 @@ def test_a_secret_in_an_address_is_refused_and_not_shown(url):
     assert "word" not in mask(f"see {url.replace('#', '?')} there")
 
 
-@pytest.mark.parametrize("address", ["ftp://host", "http://", "missing-file", "http://a/v1,,http://"])
+@pytest.mark.parametrize("address", ["ftp://host", "http://", "missing", "http://a/v1,,http://"])
 def test_no_address_is_refused(address):
     with pytest.raises(ValueError):
         addresses(address)
@@ -205,8 +205,7 @@ def test_a_long_completion_is_cut_in_the_middle():
     "reply",
     [
         "", "1.0", "null", "[]", "{", GOOD + " ok", "Here: " + GOOD, GOOD + "\n" + GOOD, "```json\n" + GOOD,
-        GOOD.replace("1.0", "1.5"), GOOD.replace("1.0", "-0.1"), GOOD.replace("1.0", "NaN"), GOOD.replace("1.0", "true"),
-        GOOD.replace("1.0", '"1.0"'), GOOD.replace("1.0", "null"), GOOD.replace("1.0", "Infinity"),
+        *(GOOD.replace("1.0", score) for score in ("1.5", "-0.1", "NaN", "true", '"1.0"', "null", "Infinity")),
         GOOD.replace("}", ', "caption_corr_score": 1.0}'), GOOD.replace("}", ', "extra": 1.0}'),
         GOOD.replace("visual_id_score", "visual"), "[" * 100_000,
     ],
