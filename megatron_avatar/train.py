@@ -35,6 +35,7 @@ def main(arguments: list[str]) -> int:
     from megatron_avatar.training.learner import LogprobMismatch, NonFiniteUpdates
     from megatron_avatar.training.loop import Interrupted, train
     from megatron_avatar.training.replay_step import replay_step
+    from megatron_avatar.training.scoring import JudgeSilent
 
     try:
         backend = start(config.parallel, seed=config.seed)
@@ -53,8 +54,8 @@ def main(arguments: list[str]) -> int:
                 Path(marker).touch()
             return 0
         return INTERRUPTED
-    except (ValueError, LogprobMismatch, NonFiniteUpdates, CheckpointError, NoProgress, FloatingPointError,
-            OSError) as error:
+    except (ValueError, LogprobMismatch, NonFiniteUpdates, CheckpointError, NoProgress, JudgeSilent,
+            FloatingPointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     finally:

@@ -69,6 +69,7 @@ class Run:
         manifest = Path(config.data.manifest)
         self.samples = {s.id: s for s in load_manifest(manifest)}
         check_stages(config, self.samples)
+        self.scoring = Scoring(config, backend)  # the judge has to answer before weights are read
         tokenizer = load_tokenizer(config.model.path)
         if backend.rank == 0 and (difference := other_shape(config)):
             log.warning("%s is not of the recipe's model.shape=%s (%s): its layout and its plan are for that one",
@@ -81,7 +82,6 @@ class Run:
         self.prompt_tokens, self.estimates = measure_lengths(config, self.samples, self.builder)
         self.loader = MediaLoader(self.builder, manifest.parent, config.data.workers, config.data.decode_deadline_s)
         self.telemetry = Telemetry(self.folder, config, backend)
-        self.scoring = Scoring(config, backend)
         self.saver, self.apart = Saver(), backend.apart()
         self.optimization: Optimization | None = None  # the stage's, like the buffer
         self.buffer: ReplayBuffer | None = None

@@ -1,0 +1,94 @@
+"""Rewards in a run: the judge over HTTP, asked once for a completion, and what happens when it falls silent."""
+
+import base64
+import hashlib
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from megatron_avatar.data.features import patchify
+from megatron_avatar.records import Prompt
+from megatron_avatar.rl.rewards.http_judge import CRITERIA
+from megatron_avatar.training.scoring import pictures
+from tests.servers import ChatServer
+from tests.training.small import arguments, make, train
+from tests.training.test_loop import metrics
+
+
+def verdict(body, number=0):
+    """Depends on what is asked alone, as a judge at temperature 0."""
+    digest = hashlib.sha256(json.dumps(body["messages"]).encode()).digest()
+    return json.dumps({name: digest[k] / 255 for k, name in enumerate(CRITERIA)})
+
+
+def test_the_judge_sees_the_frames_that_the_policy_saw():
+    video = np.repeat(np.arange(0, 160, 10, dtype=np.uint8), 56 * 84 * 3).reshape(16, 56, 84, 3)
+    photo = np.full((1, 28, 28, 3), 200, np.uint8)
+    parts = [patchify(video), patchify(np.repeat(photo, 2, axis=0))]
+    prompt = Prompt("s", "plain", np.zeros(1), np.zeros((3, 1)), torch.cat([p for p, _ in parts]),
+                    torch.stack([g for _, g in parts]))  # fmt: skip
+    shown = [np.asarray(Image.open(io.BytesIO(jpeg))) for jpeg in pictures(prompt, 8)]
+    assert [picture.shape for picture in shown] == [(56, 84, 3)] * 7 + [(28, 28, 3)]
+    assert [round(picture.mean(), -1) for picture in shown] == [0, 20, 50, 70, 90, 110, 140, 200]
+    assert len(pictures(prompt, 100)) == 17
+    assert pictures(Prompt("s", "plain", np.zeros(1), np.zeros((3, 1))), 8) == []
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    make(folder)
+    return folder
+
+
+def judged(world, out, server, *more):
+    return arguments(
+        world, world / out, f"judge.endpoint={server.url}", "judge.model=judge", "judge.wait_s=5", "~stages.visual",
+        "~stages.audio_visual", "checkpoint.every=100", *more, steps=9,
+    )  # fmt: skip
+
+
+def without_removed(args):
+    return [a for a in args if not a.startswith(("stages.visual.", "stages.audio_visual."))]
+
+
+@pytest.mark.slow
+def test_a_silent_judge_stops_the_run_and_the_same_command_goes_on(world):
+    whole = ChatServer(verdict)
+    done = train(*without_removed(judged(world, "whole", whole)))
+    assert done.returncode == 0, done.stderr
+    records = metrics(world / "whole")
+    assert len(records) == 9 and all(0 < r["reward/judge"] < 1 and r["judge/unscored"] == 0 for r in records)
+    shown = [p for p in whole.requests[5]["messages"][1]["content"] if p["type"] == "image_url"]
+    assert len(shown) == 8 and base64.b64decode(shown[0]["image_url"]["url"].partition(",")[2])[:2] == b"\xff\xd8"
+
+    early = ChatServer(lambda body, n: verdict(body) if n < 40 else 500)
+    args = without_removed(judged(world, "silent", early, "judge.retries=0"))
+    stopped = train(*args)
+    assert stopped.returncode == 1 and "without a verdict" in stopped.stderr and "HTTP 500" in stopped.stderr
+    assert "Traceback" not in stopped.stderr
+    state = json.loads(next((world / "silent" / "checkpoints").glob("step_*/state.json")).read_text())
+    assert 2 < state["step"] < 9 and len(metrics(world / "silent")) == state["step"]
+
+    # A new server: nothing that has a verdict is asked again, and no step that was applied is repeated.
+    late = ChatServer(verdict)
+    resumed = train(*[f"judge.endpoint={late.url}" if a.startswith("judge.endpoint") else a for a in args])
+    assert resumed.returncode == 0, resumed.stderr
+    assert metrics(world / "silent")[:2] == metrics(world / "whole")[:2]
+    assert len(metrics(world / "silent")) == 9
+
+
+@pytest.mark.slow
+def test_one_rank_of_a_replica_asks_and_an_absent_judge_is_named_at_once(world):
+    server = ChatServer(verdict)
+    done = train(*without_removed(judged(world, "tp", server, "parallel.tp=2", "stages.localisation.steps=2")), ranks=2)
+    assert done.returncode == 0, done.stderr
+    unique = {json.dumps(r["messages"]) for r in server.requests[1:]}
+    assert len(server.requests) == 1 + len(unique) <= 1 + 2 * 16
+    gone = train(*without_removed(judged(world, "gone", server, "judge.endpoint=http://127.0.0.1:9/v1",
+                                         "judge.wait_s=0.5")))  # fmt: skip
+    assert gone.returncode == 1 and "is not ready after 0.5 s" in gone.stderr and not (world / "gone").exists()
