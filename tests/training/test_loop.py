@@ -269,3 +269,24 @@ def test_supervised_fine_tuning_lowers_the_loss_and_trains_the_towers(world):
     assert np.mean(losses[-3:]) < 0.8 * losses[0]
     before, after = load_file(world / "base" / "model.safetensors"), weights(out, "sft")
     assert any(n.startswith("visual") and not torch.equal(before[n].float(), after[n].float()) for n in after)
+
+
+@pytest.mark.slow
+def test_buffer_and_baselines_go_into_the_next_stage_together(world):
+    """Carried over, their rewards are those of the new stage's weights; an interrupted run goes on alike."""
+    settings = ("rl.replay.carry_over_stages=true", "checkpoint.every=1", "~stages.localisation")
+    args = [a for a in arguments(world, world / "carried", *settings, steps=2) if "localisation." not in a]
+    assert train(*args).returncode == 0
+    records = metrics(world / "carried")
+    assert [r["replay/size"] for r in records] == [16, 32, 48, 64] and records[2]["replay/completions"] == 16
+    at_boundary = world / "boundary"
+    args = [a.replace(str(world / "carried"), str(at_boundary)) for a in args]
+    stopped = train("step_3", *args, module=("tests.training.disturbed",))
+    assert stopped.returncode == 75 and len(metrics(at_boundary)) == 2
+    state = json.loads((at_boundary / "checkpoints" / "step_00000002" / "state.json").read_text())
+    assert state["stage"] == "visual"
+    assert train(*args).returncode == 0
+    assert metrics(at_boundary) == records
+    first = json.loads((world / "carried" / "checkpoints" / "step_00000003" / "state.json").read_text())
+    carried = [rewards for name, variant, rewards in first["tracker"]["windows"] if len(rewards) >= 4]
+    assert len(carried) >= 8 and all(0 <= reward <= 1 for rewards in carried for reward in rewards)

@@ -1,5 +1,6 @@
 """Choosing a step's prompts, feeding its rewards back, and the advantages of its groups."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -87,3 +88,20 @@ def test_replayed_groups_meet_r_bar_or_without_vcrs_the_batch_mean():
     (first, _), _ = assign_off_policy(drawn, tracker, vcrs=False, clip=5.0)
     np.testing.assert_allclose(first, [-0.5 / sigma, 0.5 / sigma], rtol=1e-5)
     assert assign_off_policy([], tracker, vcrs=True, clip=5.0) == ([], 0.0)
+
+
+def test_replayed_completions_meet_the_prompt_that_they_were_made_with():
+    """A hinted completion is replayed under the hinted prompt, also once the hint has been withdrawn."""
+    asked = []
+
+    def prompts(requests):
+        asked.extend((sample.id, variant) for sample, variant in requests)
+        return [Prompt(sample.id, variant, np.arange(3), np.zeros((3, 3))) for sample, variant in requests]
+
+    run = SimpleNamespace(samples=POOL, tokens=lambda name, rows: len(rows), backend=SimpleNamespace(dp_rank=0),
+                          prompts=prompts, update_media=lambda groups: [None] * len(groups))  # fmt: skip
+    hinted = [replace(trajectory("p1", 0.5), variant="hinted"), replace(trajectory("p1", 1.0), variant="hinted")]
+    drawn = [hinted, [trajectory("p1", 0.0)], [trajectory("p2", 0.0)]]
+    groups, _ = Run.replay_groups(run, drawn, [np.zeros(len(d)) for d in drawn], [0])
+    assert sorted(asked) == [("p1", "hinted"), ("p1", "plain"), ("p2", "plain")]
+    assert all(t.variant == g.prompt.variant for g in groups for t in g.trajectories)
