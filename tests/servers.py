@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 import threading
 import time
 from collections import Counter
@@ -20,7 +22,9 @@ class ChatServer:
 
     BEHAVIOURS = ("stall", "cut", "flood", "drip", "redirect", "not_json", "no_choices", "slow")
 
-    def __init__(self, reply: Callable[[dict, int], str | int], model: str = "judge") -> None:
+    def __init__(
+        self, reply: Callable[[dict, int], str | int], model: str = "judge", host: str = "127.0.0.1", port: int = 0
+    ) -> None:
         self.requests: list[dict] = []
         self.keys: Counter[str] = Counter()
         self.most_at_once = self.at_once = 0
@@ -103,7 +107,7 @@ class ChatServer:
                 self.end_headers()
                 self.wfile.write(data)
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server = ThreadingHTTPServer((host, port), Handler)
         self._server.daemon_threads = True
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}/v1"
@@ -111,3 +115,12 @@ class ChatServer:
     def close(self) -> None:
         self._server.shutdown()
         self._server.server_close()
+
+
+if __name__ == "__main__":  # in vLLM's place: serve MODEL --port N [more options]
+    key = f"Bearer {os.environ.get('VLLM_API_KEY', 'none')}"
+    port = int(sys.argv[sys.argv.index("--port") + 1])
+    server = ChatServer(lambda body, n: json.dumps(VERDICT), sys.argv[2], "", port)
+    while True:
+        time.sleep(1)
+        assert not server.keys.keys() - {key}, "a request with another key"

@@ -16,7 +16,7 @@ from megatron_avatar.config import Config, check_world, load_config
 from megatron_avatar.config.load import CONFIG_DIR
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = sorted(path for path in (ROOT / "slurm").glob("*.sh") if path.name != "common.sh")
+SCRIPTS = sorted(path for path in (ROOT / "slurm").glob("*.sh") if "/common.sh" in path.read_text())
 FAKE_SRUN = """#!/bin/bash
 { printf '%s\\n' "$@"; echo "cwd=$PWD"; env | grep -E '^(MASTER_|SRUN_|HDF5_|AVATAR_|NCCL_|PYTHON)'; } >> "$RECORD"
 [[ "$*" == *preflight* ]] && exit "${PREFLIGHT_STATUS:-0}"
