@@ -95,7 +95,8 @@ def test_the_readme_names_targets_and_files_that_exist():
     for link in re.findall(r"\]\(([^)#:]+)\)", readme):
         assert (ROOT / link).exists(), link
     for module in re.findall(r"python -m ((?:megatron_avatar|data_tools|eval)[\w.]*)", readme):
-        assert (ROOT / (module.replace(".", "/") + ".py")).exists(), module
+        path = ROOT / module.replace(".", "/")
+        assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), module
     for recipe in re.findall(r"recipe=(\w+)", readme):
         assert (ROOT / f"megatron_avatar/config/recipe/{recipe}.yaml").exists(), recipe
     for ablation in re.findall(r"ablation=(\w+)", readme):

@@ -1,0 +1,47 @@
+"""Prepare a dataset for training: rows and media in, manifest.jsonl, media/, report.md and rejected.jsonl out.
+
+    python -m data_tools.prepare source=avatar_rl input=FOLDER out=FOLDER model=HF_FOLDER [key=value ...]
+
+source: avatar_rl, vision_r1_rl, video_r1, or mapping with mapping=FILE.yaml. input: a file or folder of JSONL, JSON
+lists or parquet, or OWNER/NAME of the hub with revision=COMMIT. The other keys: data_tools/prepare/settings.py. Keys
+with a dot change the recipe that the data are for (recipe=avatar_7b): data.max_frames=8.
+
+The same command again continues what was interrupted. In a Slurm array every task does its shard, the last one merges.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+
+def main(arguments: list[str]) -> int:
+    if not arguments or {"-h", "--help", "help"} & set(arguments):
+        print(__doc__)
+        return 0 if arguments else 2
+    from rich.console import Console
+
+    from data_tools.prepare.settings import parse
+    from data_tools.prepare.work import prepare
+
+    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGUSR1, _interrupt)  # Slurm's notice before the end of a job's time
+    try:
+        prepare(*parse(arguments), Console(stderr=True))
+    except KeyboardInterrupt:
+        print("stopped; what is done is kept, the same command continues", file=sys.stderr)
+        return 75
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
+    return 0
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    sys.exit(main(sys.argv[1:]))

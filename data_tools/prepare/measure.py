@@ -1,0 +1,209 @@
+"""What a media file holds, measured as the trainer's decoder will see it. Needs no torch: it runs in the workers."""
+
+from __future__ import annotations
+
+import warnings
+from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import av
+import numpy as np
+from av.stream import Disposition
+from PIL import Image, ImageOps
+
+from data_tools.prepare.damage import Refused
+
+CODECS = ("vp8", "vp9", "mjpeg", "h264", "hevc", "av1", "mpeg4")  # that DALI decodes, on the CPU or on a GPU
+IN_ORDER = ("vp8", "vp9", "mjpeg", "av1")  # a packet's place is its frame's place
+HIDDEN_FRAMES = ("vp8", "mpeg4")  # packets without a frame of their own: only decoding tells the frames
+# No playlists and no picture sequences: those name other files.
+OPEN = {
+    "protocol_whitelist": "file",
+    "format_whitelist": "mov,matroska,avi,flv,mpegts,mpeg,ogg,asf,mp3,wav,flac,aac,gif",
+}
+PICTURES = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+MAX_SIDE = 16_384
+MAX_SECONDS = 24 * 3600
+MAX_RATE = 1000
+TRANSCODE = "write transcode=h264 to have such clips encoded anew"
+Image.init()  # before that, open() knows half of these formats
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A video's frames as the decoder counts them; `pts` [frame_count] seconds where the frame rate varies."""
+
+    frame_count: int
+    fps: float
+    pts: list[float] | None
+    height: int
+    width: int
+    codec: str
+    container: str
+    seconds: float
+    start: float
+    rotation: int
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[av.container.InputContainer]:
+    """An opened media file; what FFmpeg refuses becomes a refusal."""
+    try:
+        container = av.open(str(path), options=OPEN)
+    except (av.FFmpegError, ValueError) as error:
+        raise Refused("not_media", f"no media file, or its index is cut off ({_brief(error)})") from None
+    with container:
+        try:
+            yield container
+        except (av.FFmpegError, UnicodeDecodeError) as error:
+            raise Refused("damaged", f"breaks off while it is read ({_brief(error)})") from None
+
+
+def _brief(error: BaseException) -> str:
+    return getattr(error, "strerror", None) or str(error)
+
+
+def measure_video(path: Path, *, decode: bool, any_codec: bool = False) -> Clip:
+    """Frames, times and size of a clip, from its packets and first frame, or with `decode` from every frame.
+
+    `any_codec` lets everything pass that FFmpeg decodes, for a clip that is encoded anew.
+    """
+    with opened(path) as container:
+        stream = container.streams.video[0] if container.streams.video else None
+        if stream is None or stream.disposition & Disposition.attached_pic:
+            raise Refused("no_video", "holds no video stream")
+        if stream.codec_context is None:
+            raise Refused("codec", "no decoder knows its codec")
+        codec = stream.codec_context.codec.canonical_name
+        if codec not in CODECS and not any_codec:
+            raise Refused("codec", f"codec {codec} is none of {', '.join(CODECS)}; {TRANSCODE}")
+        form = container.format.name.split(",")[0]
+        rate = float(stream.average_rate or stream.guessed_rate or 0)
+        times, missing = _packet_times(container, stream, codec)
+    first, decoded = _decoded(path, everything=decode or codec in HIDDEN_FRAMES)
+    if decoded is not None:
+        times, missing = decoded
+    if not len(times) + missing:
+        raise Refused("no_frames", "its video stream holds no frame")
+    height, width = first.height, first.width
+    if max(height, width) > MAX_SIDE or not min(height, width):
+        raise Refused("size", f"{width}x{height} pixels; a side may have {MAX_SIDE}")
+    count, fps, pts, seconds = _rate(times, missing, rate)
+    rotation = first.rotation
+    if rotation and not any_codec:
+        raise Refused("rotated", f"is to be shown turned by {rotation} degrees, which the decoder doesn't; {TRANSCODE}")
+    return Clip(count, fps, pts, height, width, codec, form, seconds, float(times[0]) if len(times) else 0.0, rotation)
+
+
+def _packet_times(
+    container: av.container.InputContainer, stream: av.VideoStream, codec: str
+) -> tuple[np.ndarray, int]:
+    """Seconds [n] of the video packets, rising, and how many have none; refuses a clip that ends too early."""
+    ticks, missing, packets, end = array("q"), 0, 0, 0.0
+    for packet in container.demux():
+        if not packet.size:
+            continue  # the flush at the end
+        when = packet.pts if packet.pts is not None else packet.dts
+        if when is not None:
+            end = max(end, float((when + (packet.duration or 0)) * packet.time_base))
+        if packet.stream is not stream:
+            continue
+        packets += 1
+        if packet.is_corrupt:
+            raise Refused("truncated", "holds a cut or damaged packet")
+        if packet.is_discard:
+            continue  # before the start that an edit list gives
+        if when is None:
+            missing += 1
+        else:
+            ticks.append(when)
+    exact = container.format.name.startswith("mov")  # other containers' headers are rough
+    if packets < (stream.frames if exact else 0.95 * stream.frames - 2):
+        raise Refused("truncated", f"holds {packets} of the {stream.frames} frames in its index")
+    promised = (container.duration or 0) / av.time_base + (container.start_time or 0) / av.time_base
+    interval = 1 / float(stream.average_rate or 10)
+    if (exact or container.format.name.startswith("matroska")) and packets and end < promised - max(0.25, 2 * interval):
+        raise Refused("truncated", f"ends at {end:.2f} s of {promised:.2f} s")
+    times = np.asarray(ticks, np.float64) * float(stream.time_base)
+    if codec not in IN_ORDER:
+        times = np.sort(times)
+    return _rising(times), missing
+
+
+def _rising(times: np.ndarray) -> np.ndarray:
+    if len(times) > 1 and not (np.diff(times) > 0).all():
+        frame = int(np.argmin(np.diff(times) > 0)) + 1
+        raise Refused("pts", f"the time of frame {frame} is not after that of the frame before it")
+    return times
+
+
+def _decoded(path: Path, *, everything: bool) -> tuple[av.VideoFrame, tuple[np.ndarray, int] | None]:
+    """The first frame, and with `everything` the seconds of all frames and how many have none."""
+    times, missing, first = array("d"), 0, None
+    with opened(path) as container:
+        stream = container.streams.video[0]
+        stream.codec_context.thread_count = 1
+        for frame in container.decode(stream):
+            first = first or frame
+            if not everything:
+                return first, None
+            if frame.is_corrupt:
+                raise Refused("damaged", f"frame {len(times) + missing} is damaged")
+            if (frame.height, frame.width) != (first.height, first.width):
+                raise Refused("size", f"its size changes at frame {len(times) + missing}; {TRANSCODE}")
+            if frame.time is None:
+                missing += 1
+            else:
+                times.append(frame.time)
+    if first is None:
+        raise Refused("no_frames", "its video stream holds no frame")
+    return first, (_rising(np.asarray(times)), missing)
+
+
+def _rate(times: np.ndarray, missing: int, rate: float) -> tuple[int, float, list[float] | None, float]:
+    """(frames, frames a second, seconds of each frame where the rate varies, seconds of the clip)."""
+    count = len(times) + missing
+    if missing or count == 1:
+        if not 0 < rate <= MAX_RATE:
+            rate = 1.0 if count == 1 else 0.0
+        if not rate:
+            raise Refused("pts", "says neither its frames' times nor its frame rate")
+        return count, rate, None, count / rate
+    since = times - times[0]
+    measured = (count - 1) / float(since[-1])
+    seconds = count / measured
+    if seconds > MAX_SECONDS or measured > MAX_RATE:
+        raise Refused("size", f"{seconds:.0f} s at {measured:.0f} frames a second")
+    for fps in (rate, measured):  # the declared rate first: containers round the times
+        if fps > 0 and np.abs(since - np.arange(count) / fps).max() <= 0.5 / fps:
+            return count, fps, None, seconds
+    pts = [round(float(t), 6) for t in since]
+    if not all(a < b for a, b in pairwise(pts)):
+        raise Refused("pts", "frames lie less than a microsecond apart")
+    return count, measured, pts, seconds
+
+
+def measure_image(path: Path) -> tuple[int, int, str]:
+    """(height, width, format) of a picture turned upright, every pixel read."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            picture = Image.open(path, formats=PICTURES)
+        with picture:
+            if max(picture.size) > MAX_SIDE:
+                raise Refused("size", f"{picture.width}x{picture.height} pixels; a side may have {MAX_SIDE}")
+            kind = str(picture.format)
+            picture.load()
+            upright = ImageOps.exif_transpose(picture)
+            return upright.height, upright.width, kind.lower()
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise Refused("size", str(error)) from None
+    except Image.UnidentifiedImageError:
+        raise Refused("not_media", f"no picture of a known format ({', '.join(PICTURES)})") from None
+    except (OSError, ValueError, SyntaxError) as error:  # as Pillow's formats raise
+        kind = "truncated" if "truncated" in str(error) else "damaged"
+        raise Refused(kind, f"the picture breaks off ({error})") from None

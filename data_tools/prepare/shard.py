@@ -1,0 +1,168 @@
+"""One shard of the rows: read, media handed to killable workers, every row's outcome appended to the shard's journal.
+
+The journal holds the rows in order, so that its complete lines say where to continue; its last line counts all rows.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import TimeoutError as Late
+from pathlib import Path
+from typing import Any
+
+from pebble import ProcessExpired, ProcessFuture, ProcessPool
+
+from data_tools.prepare.damage import Refused
+from data_tools.prepare.judge_row import RowJudge, row_key
+from data_tools.prepare.rows import Input, Row, read_rows
+from data_tools.prepare.sources import Dataset, Draft
+from data_tools.prepare.store import Handling, Source, ignore_signals, store
+from megatron_avatar.data.manifest import sample_to_dict
+
+AHEAD = 8  # rows a worker that wait in memory
+REMEMBERED = 4096  # paths whose content is known
+
+
+def journal_path(out: Path, shard: int, shards: int) -> Path:
+    return out / "shards" / f"{shard}-of-{shards}.jsonl"
+
+
+def lines_of(path: Path) -> Iterator[dict[str, Any]]:
+    """Complete lines of a journal; a torn last one is left out."""
+    if path.exists():
+        with open(path, "rb") as file:
+            yield from (json.loads(line) for line in file if line.endswith(b"\n"))
+
+
+def is_done(path: Path) -> bool:
+    """Whether the last line counts the rows."""
+    if not path.exists():
+        return False
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - 64))
+        last = file.read().splitlines(keepends=True)[-1:]
+    return bool(last) and last[0].startswith(b'{"rows"') and last[0].endswith(b"\n")
+
+
+def _continue(path: Path) -> int:
+    """Cuts a torn line off and returns the row after the last complete one."""
+    start = end = 0
+    if path.exists():
+        with open(path, "r+b") as file:
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                start, end = json.loads(line)["row"] + 1, end + len(line)
+            file.truncate(end)
+    return start
+
+
+class Shard:
+    """The work on one shard; `run` returns when the journal is complete."""
+
+    def __init__(self, dataset: Dataset, rows: Input, judge: RowJudge, handling: Handling, *, stage: str,
+                 processes: int, deadline_s: float, shards: int, shard: int):  # fmt: skip
+        self.dataset, self.rows, self.judge, self.handling, self.stage = dataset, rows, judge, handling, stage
+        self.processes, self.deadline_s, self.shards, self.number = processes, deadline_s, shards, shard
+        self.path = journal_path(Path(handling.out), shard, shards)
+        self._stored: OrderedDict[Source, ProcessFuture] = OrderedDict()
+
+    def run(self, progress: Callable[[bool], None]) -> None:
+        """`progress` is told of each row whether it was kept."""
+        scratch = Path(self.handling.scratch)
+        shutil.rmtree(scratch, ignore_errors=True)  # what a killed attempt left
+        scratch.mkdir(parents=True)
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["data_tools.prepare.store"])
+        pool = ProcessPool(self.processes, initializer=ignore_signals, context=context)
+        try:
+            with open(self.path, "ab") as journal:
+                total = self._all(pool, journal, progress)
+                journal.write(f'{{"rows": {total}}}\n'.encode())
+                journal.flush()
+                os.fsync(journal.fileno())
+            pool.close()
+        except BaseException:
+            pool.stop()
+            raise
+        finally:
+            pool.join()
+            shutil.rmtree(scratch, ignore_errors=True)
+
+    def _all(self, pool: ProcessPool, journal: Any, progress: Callable[[bool], None]) -> int:
+        total, waiting, checked = 0, deque(), False
+
+        def write() -> None:
+            entry = self._outcome(*waiting.popleft())
+            journal.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
+            journal.flush()
+            progress("sample" in entry)
+
+        for row in read_rows(self.rows, self.shards, self.number, _continue(self.path)):
+            total = row.index + 1
+            if row.values is None and not row.refused:
+                continue  # another shard's, or done
+            if row.values is not None and not checked:
+                self.dataset.check(row.values, row.origin)
+                checked = True
+            waiting.append((row, *self._begin(pool, row)))
+            while len(waiting) > AHEAD * self.processes or (waiting and all(f.done() for f in waiting[0][2])):
+                write()
+        while waiting:
+            write()
+        return total
+
+    def _begin(self, pool: ProcessPool, row: Row) -> tuple[Draft | Refused, list[ProcessFuture]]:
+        """The row's draft, and the handling of its media, begun."""
+        if row.refused:
+            return row.refused, []
+        try:
+            draft = self.dataset.draft(row.values, row.origin, self.stage)
+        except Refused as refused:
+            return refused, []
+        return draft, [self._store(pool, source) for source in draft.media]
+
+    def _store(self, pool: ProcessPool, source: Source) -> ProcessFuture:
+        """A path that comes again soon is handled once; embedded bytes are known by their content alone."""
+        if source.data is None and source in self._stored:
+            self._stored.move_to_end(source)
+            return self._stored[source]
+        future = pool.schedule(store, args=(source, self.handling), timeout=self.deadline_s)
+        if source.data is None:
+            self._stored[source] = future
+            if len(self._stored) > REMEMBERED:
+                self._stored.popitem(last=False)
+        return future
+
+    def _outcome(self, row: Row, draft: Draft | Refused, futures: list[ProcessFuture]) -> dict[str, Any]:
+        """The journal's line for a row."""
+        entry: dict[str, Any] = {"row": row.index, "origin": row.origin}
+        try:
+            if isinstance(draft, Refused):
+                raise draft
+            entry["id"] = draft.id
+            contents = tuple(
+                self._content(source, future) for source, future in zip(draft.media, futures, strict=True)
+            )
+            judged = self.judge.judge(draft, contents)
+        except Refused as refused:
+            return entry | {"refused": refused.kind, "detail": refused.detail}
+        facts = list(judged.facts)
+        return entry | {"key": row_key(draft, contents), "tokens": judged.tokens, "contents": list(contents),
+                        "facts": facts, "sample": sample_to_dict(judged.sample)}  # fmt: skip
+
+    def _content(self, source: Source, future: ProcessFuture) -> str:
+        what = source.path or f"embedded {source.kind}"
+        try:
+            return future.result()
+        except Refused as refused:
+            raise Refused(refused.kind, f"{what}: {refused.detail}") from None
+        except Late:
+            raise Refused("deadline", f"{what}: took longer than deadline_s={self.deadline_s:g}") from None
+        except ProcessExpired:
+            raise Refused("crash", f"{what}: the decoder crashed on it") from None

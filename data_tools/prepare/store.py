@@ -1,0 +1,190 @@
+"""One medium into out/media: found, measured, copied or encoded, and named by its content. Runs in the workers.
+
+Beside the files lies CONTENT.KIND.json with what was measured, or why the medium is refused: whoever meets the same
+content again, in another row, shard or attempt, reads it there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from data_tools.prepare import convert, measure
+from data_tools.prepare.damage import Refused
+
+MIN_SAMPLES = 321  # the manifest's least: less makes no audio token
+# By content, not by the given name: the manifest must not depend on which of two equal files came first.
+SUFFIXES = {"mov": ".mp4", "matroska": ".mkv", "avi": ".avi", "mpegts": ".ts", "flv": ".flv", "ogg": ".ogv"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A medium as a row names it: by path (below `Handling.root`) or by its bytes."""
+
+    kind: str  # video | image | audio
+    path: str = ""
+    data: bytes | None = None
+
+
+@dataclass(frozen=True)
+class Handling:
+    """What is done with every medium. `root`: a folder, or an address (hf://...) below which paths lie."""
+
+    root: str
+    out: str
+    scratch: str
+    decode: bool = False
+    codec: str = "none"
+    max_side: int = 1280
+
+
+def ignore_signals() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)  # the parent answers, and ends its workers
+
+
+def card_path(out: Path, content: str, kind: str) -> Path:
+    return out / "media" / content[:2] / f"{content}.{kind}.json"
+
+
+def read_card(out: Path, content: str, kind: str) -> dict[str, Any]:
+    """What is known of a medium: `media` (of records.Media) and `facts`, or `refused` and `detail`."""
+    return json.loads(card_path(out, content, kind).read_bytes())
+
+
+def store(source: Source, handling: Handling) -> str:
+    """Puts a medium and its card into the store; returns its content's name. Raises Refused for one without content."""
+    out = Path(handling.out)
+    with tempfile.TemporaryDirectory(dir=handling.scratch) as folder:
+        path = _fetch(source, handling, Path(folder))
+        with open(path, "rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()[:32]
+        card = card_path(out, content, source.kind)
+        if card.exists():
+            return content
+        card.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            known = _KINDS[source.kind](path, content, handling, Path(folder))
+        except Refused as refused:
+            known = {"refused": refused.kind, "detail": refused.detail}
+        except (OSError, MemoryError):
+            raise  # this machine's fault: the medium is not to blame
+        except Exception as error:  # whatever a foreign decoder raises on damaged bytes
+            known = {"refused": "damaged", "detail": f"{type(error).__name__}: {error}"}
+        temporary = Path(folder) / "card.json"
+        temporary.write_text(json.dumps(known), encoding="utf-8")
+        os.replace(temporary, card)  # last: with the card all is there
+    return content
+
+
+def _fetch(source: Source, handling: Handling, folder: Path) -> Path:
+    """The medium as a file: in place where it is one of the input's, else below `folder`."""
+    if source.data is not None:
+        path = folder / "embedded"
+        path.write_bytes(source.data)
+    elif "://" in handling.root:
+        path = folder / "fetched"
+        _download(source.path, handling.root, path)
+    else:
+        root = Path(handling.root).resolve()
+        path = (root / source.path).resolve()
+        if not path.is_relative_to(root):
+            raise Refused("outside", f"lies outside of {handling.root}; put it there, or widen media=FOLDER")
+        if not path.is_file():
+            raise Refused("missing", f"there is no such file below {handling.root}; set media=FOLDER")
+    if not path.stat().st_size:
+        raise Refused("empty", "the file has 0 bytes")
+    return path
+
+
+def _download(name: str, root: str, target: Path) -> None:
+    """Copies a file of the hub; addresses that rows bring must lie below `root` as well."""
+    address = name if "://" in name else f"{root}/{name}"
+    if not address.rpartition("::")[2].startswith(f"{root}/") or ".." in address.split("/"):
+        raise Refused("outside", f"lies outside of {root}")
+    try:
+        with fsspec.open(address, "rb") as remote, open(target, "wb") as local:
+            shutil.copyfileobj(remote, local, 1 << 20)
+    except FileNotFoundError:
+        raise Refused("missing", f"there is no {address}; download the dataset and write input=FOLDER") from None
+
+
+def _video(path: Path, content: str, handling: Handling, folder: Path) -> dict[str, Any]:
+    again = handling.codec != "none"
+    clip = measure.measure_video(path, decode=handling.decode and not again, any_codec=again)
+    facts = {"seconds": clip.seconds, "codec": clip.codec, "height": clip.height, "width": clip.width}
+    sound = folder / "sound.flac"
+    samples = convert.extract_sound(path, sound, start=clip.start)
+    if again:
+        encoded = folder / f"encoded{convert.ENCODERS[handling.codec][1]}"
+        convert.transcode(path, encoded, clip, handling.codec, handling.max_side)
+        path, count = encoded, clip.frame_count
+        clip = measure.measure_video(path, decode=handling.decode)
+        if clip.frame_count < count // 2:
+            raise Refused("damaged", f"only {clip.frame_count} of {count} frames could be encoded anew")
+    suffix = path.suffix if again else SUFFIXES.get(clip.container, ".bin")
+    media = {
+        "path": _place(path, content, suffix, handling),
+        "kind": "video",
+        "frame_count": clip.frame_count,
+        "fps": clip.fps,
+        "height": clip.height,
+        "width": clip.width,
+    }
+    if clip.pts is not None:
+        media["pts"] = clip.pts
+    if samples >= MIN_SAMPLES:
+        heard = {"audio_path": _place(sound, content, ".flac", handling), "audio_samples": samples}
+        media |= heard | {"audio_in_video": True}
+    return {"media": media, "facts": facts}
+
+
+def _image(path: Path, content: str, handling: Handling, folder: Path) -> dict[str, Any]:
+    height, width, form = measure.measure_image(path)
+    place = _place(path, content, f".{form}", handling)
+    media = {"path": place, "kind": "image", "height": height, "width": width}
+    return {"media": media, "facts": {"codec": form, "height": height, "width": width}}
+
+
+def _audio(path: Path, content: str, handling: Handling, folder: Path) -> dict[str, Any]:
+    """Sound is converted, unless it is as the trainer reads it best already."""
+    sound = folder / "sound.flac"
+    with measure.opened(path) as container:
+        if not container.streams.audio:
+            raise Refused("no_sound", "holds no sound track")
+        context = container.streams.audio[0].codec_context
+        codec = context.codec.canonical_name if context else "unknown"
+    if convert.is_ready_sound(path):
+        sound, samples = path, convert.count_samples(path)
+    else:
+        samples = convert.extract_sound(path, sound)
+    if samples < MIN_SAMPLES:
+        raise Refused("no_sound", f"{samples} samples are too short to hear")
+    place = _place(sound, content, ".flac", handling)
+    facts = {"seconds": samples / convert.SAMPLE_RATE, "codec": codec}
+    return {"media": {"path": place, "kind": "audio", "audio_samples": samples}, "facts": facts}
+
+
+_KINDS = {"video": _video, "image": _image, "audio": _audio}
+
+
+def _place(path: Path, content: str, suffix: str, handling: Handling) -> str:
+    """Links or copies a file to its name below out, at once; returns that name."""
+    name = Path("media") / content[:2] / (content + suffix)
+    target, temporary = Path(handling.out) / name, Path(handling.scratch) / f"{os.getpid()}-{content}{suffix}"
+    try:
+        os.link(path, temporary)
+    except OSError:  # another file system
+        shutil.copyfile(path, temporary)
+    os.replace(temporary, target)
+    temporary.unlink(missing_ok=True)  # rename does nothing between two links to one file
+    return name.as_posix()
