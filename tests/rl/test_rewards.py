@@ -60,7 +60,8 @@ def test_a_completion_has_the_format_that_a_person_saw(completion, reward):
 
 
 FRAGMENTS = st.sampled_from(
-    ["<think>", "</think>", "<answer>", "</answer>", "A", "3", " ", "\n", "red circle", "\\frac{1}{2}", "```", "<th"]
+    ["<think>", "</think>", "<answer>", "</answer>", "A", "3", " ", "\n", "red circle", "\\frac{1}{2}", "```", "<th",
+     "1/2", "%", "10^", "½", " km", "\\boxed{", "}", "**", "not ", "answer is ", "\ud800", "²"]
 )
 TEXTS = st.one_of(st.text(), st.lists(FRAGMENTS, max_size=12).map("".join), st.text(max_size=40).map(wrap))
 
@@ -293,7 +294,8 @@ def test_agreement_does_not_depend_on_order(answers, random):
 
 
 def verdicts(text, scene=SCENE):
-    return RuleJudge().score(make("other", "x", scene=scene), text)
+    [scores] = RuleJudge().score(make("other", "x", scene=scene), [text])
+    return scores
 
 
 def test_the_judge_scores_the_share_of_expected_words():

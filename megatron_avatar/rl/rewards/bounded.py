@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import multiprocessing
 import signal
@@ -28,6 +29,7 @@ def bounded(function: Callable[..., Any], *args: Any, deadline_s: float = DEADLI
         if _pool is None or not _pool.active:
             context = multiprocessing.get_context("forkserver")
             _pool = ProcessPool(WORKERS, context=context, initializer=_ignore_signals)
+            atexit.register(_pool.stop)
         future = _pool.schedule(function, args=args, timeout=deadline_s)
     try:
         return future.result()
