@@ -58,7 +58,7 @@ def test_imports_go_down_the_floors_only(room):
         barred = {"data_tools", "eval", "slurm", "tests"} | BARRED.get(room, set())
         assert not {n.split(".")[0] for n in names} & barred, path
         used = {name.split(".")[1] for name in names if name.startswith("megatron_avatar.")}
-        assert used <= FLOORS[room] | {room, "records", "keyed"}, f"{path} imports {used}"
+        assert used <= FLOORS[room] | {room, "records", "keyed", "endpoint"}, f"{path} imports {used}"
 
 
 @pytest.mark.parametrize("name", ["records.py", "keyed.py"])
@@ -66,8 +66,14 @@ def test_the_ground_floor_stands_on_nothing(name):
     assert not {name for name in imports(ROOT / "megatron_avatar" / name) if name.startswith("megatron_avatar")}
 
 
+def test_endpoints_need_settings_alone():
+    used = {name for name in imports(ROOT / "megatron_avatar" / "endpoint.py") if name.startswith("megatron_avatar.")}
+    assert all(name.startswith("megatron_avatar.config") for name in used)
+
+
 def test_every_import_is_a_pinned_requirement():
-    pins = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "requirements.txt").read_text(), re.MULTILINE))
+    text = "".join((ROOT / name).read_text() for name in ("requirements.txt", "requirements-bench.txt"))
+    pins = dict(re.findall(r"^([\w.-]+)==(\S+)$", text, re.MULTILINE))
     pinned = {name.lower().replace("_", "-") for name in pins}
     assert "apex" not in pinned
     owners = packages_distributions()
