@@ -29,6 +29,7 @@ PICTURES = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 MAX_SIDE = 16_384
 MAX_SECONDS = 24 * 3600
 MAX_RATE = 1000
+ROUNDED_S = 0.002  # containers round times to milliseconds: so near, the declared rate holds
 TRANSCODE = "write transcode=h264 to have such clips encoded anew"
 Image.init()  # before that, open() knows half of these formats
 
@@ -83,8 +84,8 @@ def measure_video(path: Path, *, decode: bool, any_codec: bool = False) -> Clip:
             raise Refused("codec", f"codec {codec} is none of {', '.join(CODECS)}; {TRANSCODE}")
         form = container.format.name.split(",")[0]
         rate = float(stream.average_rate or stream.guessed_rate or 0)
-        times, missing = _packet_times(container, stream, codec)
-    first, decoded = _decoded(path, everything=decode or codec in HIDDEN_FRAMES)
+        times, missing, opens = _packet_times(container, stream, codec)
+    first, decoded = _decoded(path, everything=decode or codec in HIDDEN_FRAMES or not opens)
     if decoded is not None:
         times, missing = decoded
     if not len(times) + missing:
@@ -101,9 +102,10 @@ def measure_video(path: Path, *, decode: bool, any_codec: bool = False) -> Clip:
 
 def _packet_times(
     container: av.container.InputContainer, stream: av.VideoStream, codec: str
-) -> tuple[np.ndarray, int]:
-    """Seconds [n] of the video packets, rising, and how many have none; refuses a clip that ends too early."""
-    ticks, missing, packets, end = array("q"), 0, 0, 0.0
+) -> tuple[np.ndarray, int, bool]:
+    """Seconds [n] of the video packets, rising, how many have none, and whether the first is a key frame; refuses a
+    clip that ends too early."""
+    ticks, missing, packets, end, opens = array("q"), 0, 0, 0.0, True
     for packet in container.demux():
         if not packet.size:
             continue  # the flush at the end
@@ -112,6 +114,7 @@ def _packet_times(
             end = max(end, float((when + (packet.duration or 0)) * packet.time_base))
         if packet.stream is not stream:
             continue
+        opens = opens and (packets > 0 or packet.is_keyframe)
         packets += 1
         if packet.is_corrupt:
             raise Refused("truncated", "holds a cut or damaged packet")
@@ -124,14 +127,14 @@ def _packet_times(
     exact = container.format.name.startswith("mov")  # other containers' headers are rough
     if packets < (stream.frames if exact else 0.95 * stream.frames - 2):
         raise Refused("truncated", f"holds {packets} of the {stream.frames} frames in its index")
-    promised = (container.duration or 0) / av.time_base + (container.start_time or 0) / av.time_base
+    promised = ((container.duration or 0) + min(0, container.start_time or 0)) / av.time_base
     interval = 1 / float(stream.average_rate or 10)
     if (exact or container.format.name.startswith("matroska")) and packets and end < promised - max(0.25, 2 * interval):
         raise Refused("truncated", f"ends at {end:.2f} s of {promised:.2f} s")
     times = np.asarray(ticks, np.float64) * float(stream.time_base)
     if codec not in IN_ORDER:
         times = np.sort(times)
-    return _rising(times), missing
+    return _rising(times), missing, opens
 
 
 def _rising(times: np.ndarray) -> np.ndarray:
@@ -178,8 +181,8 @@ def _rate(times: np.ndarray, missing: int, rate: float) -> tuple[int, float, lis
     seconds = count / measured
     if seconds > MAX_SECONDS or measured > MAX_RATE:
         raise Refused("size", f"{seconds:.0f} s at {measured:.0f} frames a second")
-    for fps in (rate, measured):  # the declared rate first: containers round the times
-        if fps > 0 and np.abs(since - np.arange(count) / fps).max() <= 0.5 / fps:
+    for fps, off in ((rate, ROUNDED_S), (measured, 0.5 / measured)):
+        if fps > 0 and np.abs(since - np.arange(count) / fps).max() <= off:
             return count, fps, None, seconds
     pts = [round(float(t), 6) for t in since]
     if not all(a < b for a, b in pairwise(pts)):
