@@ -1,0 +1,351 @@
+"""What data_tools.prepare makes of single files: every codec as the decoder counts it, every damage with its reason."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import soundfile
+from PIL import Image
+
+from data_tools.prepare import store as stores
+from data_tools.prepare.convert import bounded_size
+from data_tools.prepare.damage import Refused
+from data_tools.prepare.measure import measure_video
+from data_tools.prepare.store import Handling, Source, read_card, store
+from megatron_avatar.data.decode import MediaError, decode_audio, decode_frames
+from tests.data.media import make_audio
+from tests.data_tools.clips import FORMATS, make_clip
+
+GOP = {"g": "10", "bf": "0", "sc_threshold": "0"}
+
+
+@pytest.fixture
+def handle(tmp_path):
+    """Stores a file below `in` and returns its card."""
+    folder, out = tmp_path / "in", tmp_path / "out"
+    for path in (folder, out / "scratch"):
+        path.mkdir(parents=True)
+
+    def run(name: str | bytes, kind: str = "video", root: object = folder, **options) -> dict:
+        handling = Handling(str(root), str(out), str(out / "scratch"), **options)
+        source = Source(kind, data=name) if isinstance(name, bytes) else Source(kind, name)
+        card = read_card(out, store(source, handling), kind)
+        assert not list((out / "scratch").iterdir())
+        return card
+
+    run.folder, run.out = folder, out
+    return run
+
+
+@pytest.mark.parametrize("form", [form for form in FORMATS if form != "mpeg2_mp3"])
+def test_frames_are_counted_as_the_decoder_counts_them(handle, form):
+    path = make_clip(handle.folder, form=form, fps=8, frames=21)
+    card = handle(path.name)
+    media = card["media"]
+    count = media["frame_count"]
+    assert (count, media["height"], media["width"]) == (21, 84, 84)
+    if form == "mjpeg_mp3":  # this AVI leaves out the time of its second frame
+        assert media["pts"][:3] == [0, 0.25, 0.375]
+    else:
+        assert media["fps"] == 8.0 and "pts" not in media
+    stored = handle.out / media["path"]
+    assert len(decode_frames(stored, np.arange(count), "pyav")) == count
+    with pytest.raises(MediaError, match="ends before"):
+        decode_frames(stored, np.array([count]), "pyav")
+    assert measure_video(path, decode=True).frame_count == count
+    assert os.path.samefile(stored, path)  # linked, not copied
+    assert media["audio_in_video"] and len(decode_audio(handle.out / media["audio_path"])) == media["audio_samples"]
+    assert soundfile.info(handle.out / media["audio_path"]).samplerate == 16_000
+    assert abs(media["audio_samples"] - 42_000) < 1_200
+    assert card["facts"]["codec"] == FORMATS[form][1].replace("lib", "").replace("x264", "h264").replace(
+        "vpx-vp9", "vp9").replace("vpx", "vp8").replace("svtav1", "av1")  # fmt: skip
+
+
+def test_times_are_kept_where_the_frame_rate_varies(handle):
+    times = [0, 100, 200, 300, 900, 1000, 2000, 2050]
+    path = make_clip(handle.folder, form="vp9_opus", frames=len(times), pts=times, sound=0)
+    media = handle(path.name)["media"]
+    assert media["pts"] == [t / 1000 for t in times] and media["frame_count"] == 8 and "audio_path" not in media
+    assert measure_video(path, decode=True).pts == media["pts"]
+
+
+def test_a_clip_that_does_not_open_with_a_key_frame_is_counted_by_decoding(handle):
+    whole, path = make_clip(handle.folder, "whole", sound=0, frames=40, options=GOP), "cut.mkv"
+    with av.open(str(whole)) as source, av.open(str(handle.folder / path), "w") as sink:
+        stream = sink.add_stream_from_template(source.streams.video[0])
+        for index, packet in enumerate(source.demux()):
+            if packet.size and index >= 5:
+                packet.stream = stream
+                sink.mux(packet)
+    card = handle(path)
+    if "media" in card:
+        stored, count = handle.out / card["media"]["path"], card["media"]["frame_count"]
+        assert len(decode_frames(stored, np.arange(count), "pyav")) == count < 35
+    else:
+        assert card["refused"] == "damaged"
+
+
+def test_b_frames_are_sorted_in_time(handle):
+    path = make_clip(handle.folder, frames=30, options={"bf": "3", "preset": "medium"})
+    assert handle(path.name)["media"]["frame_count"] == 30
+
+
+def cut(path: Path, share: float) -> Path:
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+    return path
+
+
+def fast_start(folder: Path) -> Path:
+    """An MP4 with its index in front, so that it opens when its end is cut off."""
+    whole, path = make_clip(folder, "whole", frames=48), folder / "fast.mp4"
+    with av.open(str(whole)) as source, av.open(str(path), "w", options={"movflags": "faststart"}) as sink:
+        streams = {stream: sink.add_stream_from_template(stream) for stream in source.streams}
+        for packet in source.demux():
+            if packet.dts is not None:
+                packet.stream = streams[packet.stream]
+                sink.mux(packet)
+    return path
+
+
+def sound_only(folder: Path) -> Path:
+    path = folder / "sound.mp4"
+    with av.open(str(path), "w") as container:
+        track = container.add_stream("aac", rate=16_000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 16_000
+        container.mux(track.encode(frame))
+        container.mux(track.encode())
+    return path
+
+
+def no_frames(folder: Path) -> Path:
+    path = folder / "none.mkv"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mjpeg", rate=8)
+        stream.width = stream.height = 84
+        stream.pix_fmt = "yuvj420p"
+        track = container.add_stream("libmp3lame", rate=48_000, layout="stereo")
+        for _ in range(20):
+            frame = av.AudioFrame.from_ndarray(np.zeros((2, 1152), np.float32), format="fltp", layout="stereo")
+            frame.sample_rate = 48_000
+            container.mux(track.encode(frame))
+        container.mux(track.encode())
+    return path
+
+
+def standing_time(folder: Path) -> Path:
+    """Two frames at the same time."""
+    whole, path = make_clip(folder, "whole", "vp9_opus", sound=0), folder / "standing.mkv"
+    with av.open(str(whole)) as source, av.open(str(path), "w") as sink:
+        stream = sink.add_stream_from_template(source.streams.video[0])
+        for index, packet in enumerate(source.demux()):
+            if packet.dts is not None:
+                packet.stream = stream
+                packet.pts = packet.dts = 125 * (index - (index == 5))
+                sink.mux(packet)
+    return path
+
+
+def huge_picture(folder: Path) -> Path:
+    Image.new("1", (20_000, 8)).save(folder / "huge.png")
+    return folder / "huge.png"
+
+
+def text(folder: Path) -> Path:
+    (folder / "text.mp4").write_text("no film at all\n" * 100)
+    return folder / "text.mp4"
+
+
+def playlist(folder: Path) -> Path:
+    make_clip(folder, "other")
+    (folder / "list.mp4").write_text("ffconcat version 1.0\nfile other.mp4\n")
+    return folder / "list.mp4"
+
+
+def half_picture(folder: Path) -> Path:
+    Image.effect_noise((64, 64), 90).save(folder / "half.jpg")
+    return cut(folder / "half.jpg", 0.6)
+
+
+def turned(folder: Path) -> Path:
+    """A phone's clip: the picture's matrix says to turn it."""
+    path = make_clip(folder, "turned", size=(84, 112))
+    data = bytearray(path.read_bytes())
+    place = data.index(b"tkhd") + 4 + 40  # the first track is the picture
+    matrix = [0, 1 << 16, 0, -(1 << 16), 0, 0, 0, 0, 1 << 30]
+    data[place : place + 36] = b"".join(value.to_bytes(4, "big", signed=True) for value in matrix)
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize(("make", "kind", "reason"), [
+    (lambda f: f / "gone.mp4", "video", "missing"),
+    (lambda f: cut(make_clip(f), 0), "video", "empty"),
+    (text, "video", "not_media"),
+    (text, "image", "not_media"),
+    (text, "audio", "not_media"),
+    (playlist, "video", "not_media"),
+    (lambda f: cut(make_clip(f), 0.7), "video", "not_media"),  # an MP4's index is at its end
+    (lambda f: cut(fast_start(f), 0.7), "video", "truncated"),
+    (lambda f: cut(make_clip(f, form="vp9_opus", frames=48), 0.6), "video", "truncated"),
+    (lambda f: cut(make_clip(f, form="mjpeg_mp3", frames=48), 0.6), "video", "truncated"),
+    (sound_only, "video", "no_video"),
+    (lambda f: make_audio(f / "a.wav"), "video", "no_video"),
+    (no_frames, "video", "no_frames"),
+    (standing_time, "video", "pts"),
+    (huge_picture, "image", "size"),
+    (half_picture, "image", "truncated"),
+    (lambda f: make_clip(f, form="mpeg2_mp3"), "video", "codec"),
+    (turned, "video", "rotated"),
+    (lambda f: make_clip(f, sound=0), "audio", "no_sound"),
+    (lambda f: make_audio(f / "short.wav", seconds=0.01), "audio", "no_sound"),
+])  # fmt: skip
+def test_damage_is_refused_with_its_reason(handle, make, kind, reason):
+    path = make(handle.folder)
+    try:
+        card = handle(path.name, kind)
+    except Refused as refused:
+        card = {"refused": refused.kind, "detail": refused.detail}
+    assert card.get("refused") == reason, card
+    assert card["detail"] and not [p for p in handle.out.rglob("*") if p.is_file() and p.suffix != ".json"]
+
+
+def test_check_decode_finds_what_packets_hide(handle):
+    path = make_clip(handle.folder, form="mjpeg_mp3", frames=40, sound=0)
+    data = bytearray(path.read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + 3000] = b"\x00" * 3000
+    path.write_bytes(data)
+    card = handle(path.name, decode=True)
+    assert card["refused"] in ("damaged", "truncated", "size"), card
+
+
+def test_no_path_leaves_the_input(handle, tmp_path):
+    outside = make_clip(tmp_path, "outside")
+    (handle.folder / "link.mp4").symlink_to(outside)
+    (handle.folder / "folder").symlink_to(tmp_path)
+    for name in ("../outside.mp4", str(outside), "link.mp4", "folder/outside.mp4"):
+        with pytest.raises(Refused, match="outside"):
+            handle(name)
+    assert handle("outside.mp4", root=tmp_path)["media"]
+
+
+def test_addresses_stay_below_the_hub_dataset(handle, monkeypatch):
+    root, asked = "hf://datasets/owner/name@1234", []
+    clip = make_clip(handle.folder).read_bytes()
+
+    def fake(address, mode):
+        asked.append(address)
+        if "gone" in address:
+            raise FileNotFoundError(address)
+        return __import__("io").BytesIO(clip)
+
+    monkeypatch.setattr(stores.fsspec, "open", fake)
+    assert handle("videos/a.mp4", root=root)["media"]["frame_count"] == 24
+    assert handle(f"zip://a.mp4::{root}/all.zip", root=root)["media"]["frame_count"] == 24
+    assert asked == [f"{root}/videos/a.mp4", f"zip://a.mp4::{root}/all.zip"]
+    for name, reason in (("videos/gone.mp4", "missing"), ("../b.mp4", "outside"), ("file:///etc/hosts", "outside"),
+                         ("hf://datasets/owner/other@1/a.mp4", "outside")):  # fmt: skip
+        with pytest.raises(Refused, match=reason):
+            handle(name, root=root)
+
+
+def test_sound_comes_in_time_with_the_picture(handle):
+    """A track that starts half a second late gets silence in front."""
+    whole, path = make_clip(handle.folder, "whole", "h264_mp3"), handle.folder / "late.mkv"
+    with av.open(str(whole)) as source, av.open(str(path), "w") as sink:
+        streams = {stream: sink.add_stream_from_template(stream) for stream in source.streams}
+        for packet in source.demux():
+            if packet.size:
+                if packet.stream.type == "audio":
+                    packet.pts, packet.dts = packet.pts + 500, None
+                packet.stream = streams[packet.stream]
+                sink.mux(packet)
+    sound, _ = soundfile.read(handle.out / handle(path.name)["media"]["audio_path"])
+    plain, _ = soundfile.read(handle.out / handle(whole.name)["media"]["audio_path"])
+    begins = [int(np.argmax(np.abs(wave) > 0.05)) for wave in (sound, plain)]
+    assert begins[0] - begins[1] == pytest.approx(8_000, abs=32)
+
+
+@pytest.mark.parametrize("name", ["a.wav", "b.ogg", "c.flac", "d.mp4"])
+def test_sounds_become_flac(handle, name):
+    if name == "d.mp4":
+        make_clip(handle.folder, "d")
+    else:
+        make_audio(handle.folder / name, rate=16_000 if name == "c.flac" else 44_100, channels=1 + (name != "c.flac"))
+    media = handle(name, "audio")["media"]
+    path = handle.out / media["path"]
+    wave = decode_audio(path)
+    assert len(wave) == media["audio_samples"] and abs(len(wave) - (48_000 if name[0] == "d" else 32_000)) < 1_200
+    assert np.abs(np.fft.rfft(wave)).argmax() * 16_000 / len(wave) == pytest.approx(440, abs=2)
+    assert os.path.samefile(path, handle.folder / name) == (name == "c.flac")
+
+
+@pytest.mark.parametrize("codec", ["h264", "vp9"])
+def test_encoding_anew_bounds_the_side_and_keeps_frames_and_colours(handle, codec):
+    path = make_clip(handle.folder, form="mpeg2_mp3", size=(120, 200), frames=40)
+    media = handle(path.name, codec=codec, max_side=100, decode=True)["media"]
+    assert (media["height"], media["width"], media["frame_count"]) == (60, 100, 40) and media["audio_in_video"]
+    stored = handle.out / media["path"]
+    with av.open(str(stored)) as container:
+        stream = container.streams.video[0]
+        assert stream.codec_context.codec.canonical_name == codec and not container.streams.audio
+        assert (stream.codec_context.colorspace, stream.codec_context.color_primaries) == (6, 6) or codec == "vp9"
+        keys = [i for i, packet in enumerate(p for p in container.demux(stream) if p.size) if packet.is_keyframe]
+    assert np.diff(keys).max() <= 8  # a second
+    old, new = (decode_frames(p, np.array([0, 20, 39]), "pyav") for p in (path, stored))
+    for before, after in zip(old, new, strict=True):
+        small = np.asarray(Image.fromarray(before).resize((100, 60), Image.Resampling.BICUBIC), np.int16)
+        assert np.abs(small - after).mean() < 6
+
+
+def test_encoding_anew_keeps_varying_times_and_turns_upright(handle):
+    times = [0, 100, 200, 300, 900, 1000, 2000, 2050]
+    path = make_clip(handle.folder, form="vp9_opus", frames=len(times), pts=times, sound=0)
+    assert handle(path.name, codec="h264")["media"]["pts"] == [t / 1000 for t in times]
+    path = turned(handle.folder)
+    media = handle(path.name, codec="h264")["media"]
+    assert (media["height"], media["width"]) == (112, 84)
+    before, after = (decode_frames(p, np.array([0]), "pyav")[0].astype(int) for p in (path, handle.out / media["path"]))
+    assert np.abs(np.rot90(before, -1) - after).mean() < 6  # the matrix turns clockwise
+
+
+def test_sizes_are_even():
+    assert bounded_size(1080, 1920, 1280) == (720, 1280) and bounded_size(85, 64, 1280) == (84, 64)
+    assert bounded_size(3, 4000, 100) == (2, 100)
+
+
+def test_memory_does_not_grow_with_the_rows(tmp_path):
+    """Peak memory of a shard and its merge, over ten times the rows."""
+    script = """
+import sys, resource, json
+from pathlib import Path
+from rich.console import Console
+from data_tools.prepare.settings import parse
+from data_tools.prepare.work import prepare
+from tests.data_tools.clips import make_model, write_rows
+folder, count = Path(sys.argv[1]), int(sys.argv[2])
+text = "what moves ? " * 12
+with open(folder / "rows.jsonl", "w") as file:
+    for k in range(count):
+        row = {"images": [], "problem": f"{text} {k}", "answer": str(k), "id": f"r{k}", "unused": "x" * 2000}
+        file.write(json.dumps(row) + "\\n")
+make_model(folder / "model")
+prepare(*parse(["source=vision_r1_rl", f"input={folder}/rows.jsonl", f"out={folder}/out", f"model={folder}/model",
+                "recipe=tiny_avatar", "data.mute=true", "processes=1"]), Console(quiet=True))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+"""
+    peaks = []
+    for count in (400, 4000):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        done = subprocess.run([sys.executable, "-c", script, str(folder), str(count)], capture_output=True, text=True,
+                              check=True, cwd=Path(__file__).parents[2])  # fmt: skip
+        peaks.append(float(done.stdout.split()[-1]))
+    assert peaks[1] - peaks[0] < 8, peaks  # MiB; 4,000 rows are 10 MiB of text, and more as objects
