@@ -19,6 +19,7 @@ import torch
 from PIL import Image, ImageOps
 
 from megatron_avatar.config.schema import DataConfig
+from megatron_avatar.data import packets
 from megatron_avatar.data.features import SAMPLE_RATE, TEMPORAL_PATCH
 from megatron_avatar.records import Media
 
@@ -109,25 +110,55 @@ def _codec(path: Path) -> str:
 
 
 def _decode_pyav(path: Path, indices: np.ndarray) -> np.ndarray:
-    wanted, last = set(indices.tolist()), int(indices.max())
+    """From the packets that are needed, where they tell which frames they hold; else from all up to the last frame."""
+    wanted = sorted(set(indices.tolist()))
+    try:
+        frames = _decode_needed(path, wanted)
+    except (packets.Untrusted, av.FFmpegError):  # a damaged packet may be one that the frames don't need
+        frames = _decode_in_turn(path, wanted)
+    if len(frames) < len(wanted):
+        raise MediaError(path, f"ends before frame {wanted[-1]}, which its manifest line promises (truncated?)")
+    return np.stack([frames[i] for i in indices.tolist()])
+
+
+def _decode_needed(path: Path, wanted: list[int]) -> dict[int, np.ndarray]:
+    with av.open(str(path)) as container:
+        stream = _video_stream(container, path)
+        to_rgb = _Converter(stream)
+        index = packets.read_index(container, stream, path.stat().st_size)
+        if wanted[-1] >= len(index.order):
+            return {}
+        return {k: to_rgb(frame) for k, frame in packets.decode_chosen(container, stream, index, wanted)}
+
+
+def _decode_in_turn(path: Path, wanted: list[int]) -> dict[int, np.ndarray]:
     frames: dict[int, np.ndarray] = {}
     with av.open(str(path)) as container:
         stream = _video_stream(container, path)
-        graph = av.filter.Graph()
+        to_rgb, chosen = _Converter(stream), set(wanted)
+        for index, frame in enumerate(container.decode(stream)):
+            if index in chosen:
+                frames[index] = to_rgb(frame)
+            if index == wanted[-1]:
+                break
+    return frames
+
+
+class _Converter:
+    """Frames of a stream as RGB bytes [H, W, 3], as DALI makes them."""
+
+    def __init__(self, stream: av.VideoStream) -> None:
+        self._graph = av.filter.Graph()
         # one thread: clips are decoded side by side, and starting threads takes longer than a short clip
-        stream.codec_context.thread_count = graph.threads = 1
+        stream.codec_context.thread_count = self._graph.threads = 1
+        graph = self._graph
         graph.link_nodes(
             graph.add_buffer(template=stream), *(graph.add(*node) for node in TO_RGB), graph.add("buffersink")
         ).configure()
-        for index, frame in enumerate(container.decode(stream)):
-            if index in wanted:
-                graph.push(frame)
-                frames[index] = graph.pull().to_ndarray()
-            if index == last:
-                break
-    if len(frames) < len(wanted):
-        raise MediaError(path, f"ends before frame {last}, which its manifest line promises (truncated?)")
-    return np.stack([frames[i] for i in indices.tolist()])
+
+    def __call__(self, frame: av.VideoFrame) -> np.ndarray:
+        self._graph.push(frame)
+        return self._graph.pull().to_ndarray()
 
 
 @cache
