@@ -114,8 +114,10 @@ def _download(name: str, root: str, target: Path) -> None:
     try:
         with fsspec.open(address, "rb") as remote, open(target, "wb") as local:
             shutil.copyfileobj(remote, local, 1 << 20)
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):
         raise Refused("missing", f"there is no {address}; download the dataset and write input=FOLDER") from None
+    except Exception as error:  # the network's fault, in classes that don't cross processes
+        raise OSError(f"{address}: {type(error).__name__}: {error}; the same command continues") from None
 
 
 def _video(path: Path, content: str, handling: Handling, folder: Path) -> dict[str, Any]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
 
+from data_tools.prepare.store import Handling, Source, store
 from tests.data.media import make_config, make_tokenizer
 
 RATE = 48_000
@@ -64,6 +67,15 @@ def _beep(seconds: float, form: str) -> av.AudioFrame:
     frame.sample_rate, frame.pts = RATE, 0
     (converted,) = av.AudioResampler(format=form, layout="stereo", rate=RATE).resample(frame)
     return converted
+
+
+def misbehave(source: Source, handling: Handling) -> str:
+    """A worker that hangs or crashes on media of such names."""
+    if "hang" in source.path:
+        time.sleep(60)
+    if "crash" in source.path:
+        os._exit(3)
+    return store(source, handling)
 
 
 def make_model(folder: Path) -> Path:

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -22,7 +23,7 @@ from megatron_avatar.config import load_config
 from megatron_avatar.data.manifest import load_manifest
 from megatron_avatar.data.prompt import PromptBuilder, load_tokenizer
 from megatron_avatar.policy.architecture import read_config
-from tests.data_tools.clips import make_clip, make_model, write_rows
+from tests.data_tools.clips import make_clip, make_model, misbehave, write_rows
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ["recipe=tiny_avatar", "model.context=2048"]
@@ -68,7 +69,7 @@ def avatar(tmp_path_factory):
     return folder
 
 
-def run(source: str, rows: Path, out: Path, model: Path, *more: str) -> Path:
+def run(source: str, rows: Path | str, out: Path, model: Path, *more: str) -> Path:
     arguments = [f"source={source}", f"input={rows}", f"out={out}", f"model={model}", "processes=2", "eval_share=0"]
     prepare(*parse([*arguments, *RECIPE, *more]), Console(quiet=True))
     return out
@@ -236,6 +237,52 @@ def test_prompts_beyond_the_context_are_refused(avatar, model, tmp_path):
               "rl.sampling.max_new_tokens=40", "data.mute=true")  # fmt: skip
     assert rejected(out) == {1: "too_long"}  # 120 words fit, with a completion they don't
     assert "for the completion exceed the context 150" in (out / "rejected.jsonl").read_text()
+
+
+def test_a_medium_that_hangs_or_crashes_costs_its_own_rows_only(model, tmp_path, monkeypatch):
+    for name in ("a", "hang", "b", "crash", "c"):
+        make_clip(tmp_path / "in", name, frames=8, seed=ord(name[0]) % 40)
+    rows = [{"problem_id": name, "problem": "what ?", "data_type": "video", "problem_type": "numerical",
+             "solution": "3", "path": f"{name}.mp4"} for name in ("a", "hang", "b", "crash", "c", "hang")]  # fmt: skip
+    write_rows(tmp_path / "in" / "rows.jsonl", rows)
+    monkeypatch.setattr("data_tools.prepare.shard.store", misbehave)
+    began = time.monotonic()
+    out = run("video_r1", tmp_path / "in", tmp_path / "out", model, "deadline_s=1")
+    assert rejected(out) == {1: "deadline", 3: "crash", 5: "deadline"} and time.monotonic() - began < 30
+    assert [s.id for s in load_manifest(out / "manifest.jsonl")] == ["video_r1-a", "video_r1-b", "video_r1-c"]
+
+
+def test_hub_rows_stream_with_a_pinned_revision(model, tmp_path, monkeypatch):
+    Image.new("RGB", (64, 64)).save(tmp_path / "i.png")
+    picture = {"bytes": (tmp_path / "i.png").read_bytes(), "path": None}
+    rows = [{"image": picture, "problem": "A ?", "answer": "<answer>3</answer>"}]
+    features = datasets.Features({"image": datasets.Image(), "problem": datasets.Value("string"),
+                                  "answer": datasets.Value("string")})  # fmt: skip
+    asked = {}
+
+    def load(name, configuration, **options):
+        asked.update(options, name=name, configuration=configuration)
+        return datasets.Dataset.from_list(rows, features=features).to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    out = run("vision_r1_rl", "owner/name", tmp_path / "out", model, "revision=12ab", "data.mute=true")
+    assert asked == {"name": "owner/name", "configuration": None, "split": "train", "revision": "12ab",
+                     "streaming": True}  # fmt: skip
+    (sample,) = check_trains(out, model).values()
+    assert (sample.media[0].height, sample.answer) == (64, "3")
+
+
+def test_lines_that_are_no_rows_are_refused(model, tmp_path):
+    good = json.dumps({"images": [], "problem": "A ?", "answer": "3"})
+    (tmp_path / "rows.jsonl").write_text(f"{good}\n\n[1]\n{good[:20]}\n")
+    out = run("vision_r1_rl", tmp_path / "rows.jsonl", tmp_path / "a", model, "data.mute=true")
+    assert rejected(out) == {1: "not_json", 2: "not_json"}
+    assert json.loads((out / "rejected.jsonl").read_text().splitlines()[1])["origin"] == "rows.jsonl line 4"
+    for name, text, message in (("a.json", good, "no list of rows"), ("b.json", f"[{good}, {{", "breaks off"),
+                                ("c.parquet", good, "no parquet file")):  # fmt: skip
+        (tmp_path / name).write_text(text)
+        with pytest.raises(ValueError, match=message):
+            run("vision_r1_rl", tmp_path / name, tmp_path / f"out_{name}", model, "data.mute=true")
 
 
 @pytest.mark.slow
