@@ -126,7 +126,9 @@ def scorable(sample: Sample) -> Sample:
         if letter is None or (len(named) > 1 and letter not in named):
             raise Refused("unscorable", f"the answer {sample.answer[:80]!r} is none of its choices")
         sample = replace(sample, answer=letter)
-    if accuracy_reward(sample.answer, sample) < 1 - 1e-6:
+    # ROUGE, the reward of free form, would need a process of its own for every row: words are what it compares.
+    free = sample.problem_type == "free_form"
+    if not (re.search(r"[^\W_]", sample.answer) if free else accuracy_reward(sample.answer, sample) > 1 - 1e-6):
         what = f"the {sample.problem_type} answer {sample.answer[:80]!r}"
         raise Refused("unscorable", f"{what} would not earn its own reward")
     return sample
