@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import string
 import unicodedata
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -122,8 +123,9 @@ def scorable(sample: Sample) -> Sample:
         if len(sample.choices) > 26:
             raise Refused("unscorable", f"{len(sample.choices)} choices, and 26 letters")
         letter = choice_letter(sample.answer, sample.choices)
-        named = set(_INLINE.findall(sample.question)) if not sample.choices else set()
-        if letter is None or (len(named) > 1 and letter not in named):
+        named = "".join(sorted(set(_INLINE.findall(sample.question)))) if not sample.choices else ""
+        listed = len(named) > 1 and string.ascii_uppercase.startswith(named)  # choices within the question
+        if letter is None or (listed and letter not in named):
             raise Refused("unscorable", f"the answer {sample.answer[:80]!r} is none of its choices")
         sample = replace(sample, answer=letter)
     # ROUGE, the reward of free form, would need a process of its own for every row: words are what it compares.

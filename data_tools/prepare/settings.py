@@ -19,6 +19,7 @@ from data_tools.prepare.sources import DATASETS, Dataset
 from megatron_avatar.config import Config, load_config
 
 HOW = ("processes", "shard", "merge", "deadline_s")  # change how fast a result comes, not what it is
+ELSEWHERE = ("manifest", "decoder", "workers", "decode_deadline_s")  # of the recipe's data: matter in training alone
 ONE_OF = {"check": ("packets", "decode"), "transcode": ("none", "h264", "vp9")}
 
 
@@ -114,7 +115,7 @@ def claim(settings: Settings, config: Config, source: Input) -> Path:
     identity |= {
         "input": source.fingerprint(),
         "mapping": mapping,
-        "data": asdict(config.data) | {"workers": 0, "manifest": ""},
+        "data": {key: value for key, value in asdict(config.data).items() if key not in ELSEWHERE},
         "context": config.model.context,
         "max_new_tokens": config.rl.sampling.max_new_tokens,
         "model": _model_fingerprint(settings.model),

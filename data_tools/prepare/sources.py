@@ -81,6 +81,10 @@ def problem_type(text: str) -> str:
 
 def bare_choices(options: Any) -> tuple[str, ...]:
     """Choices without their letters, where they bring the right ones: the prompt puts them in front."""
+    if isinstance(options, Mapping):
+        options = [options[key] for key in sorted(options)]
+    if isinstance(options, str):
+        raise Refused("choices", f"the choices are a text, not a list: {options[:80]!r}")
     texts = [str(option).strip() for option in (options if options is not None else [])]
     letters = [match[1] if (match := _LETTERED.match(text)) else None for text in texts]
     if texts and letters == list(string.ascii_uppercase[: len(texts)]):
