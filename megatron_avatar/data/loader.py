@@ -119,24 +119,50 @@ class MediaLoader:
                 if size > self._cache_bytes or not isinstance(outcome, Prompt):
                     del self._prompts[key]
 
+    def _more(self) -> list[tuple[Future[Prompt | Refusal], Request]]:
+        """Further requests that wait already, where the builder decodes ahead."""
+        tasks = []
+        while len(tasks) < getattr(self._builder, "ahead", 1) - 1:
+            try:
+                task = self._tasks.get_nowait()
+            except queue.Empty:
+                break
+            if task is None:  # the end, for another of the threads
+                self._tasks.put(None)
+                break
+            tasks.append(task)
+        return tasks
+
     def _run(self, slot: int) -> None:
         """One thread for each worker process: hands it a sample, waits no longer than the deadline, replaces it."""
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # inherited by the process that forks the workers
         while (task := self._tasks.get()) is not None and not self._closed:
-            future, request = task
-            try:
-                if slot not in self._workers or not self._workers[slot].is_idle():
-                    self._workers[slot] = _Worker(self._builder, self._root)
-                if self._closed:
-                    break
-                future.set_result(self._workers[slot].ask(request, self._deadline_s))
-            except _Lost as lost:
-                self._workers.pop(slot).kill()
-                future.set_result(
-                    Refusal(f"{_files(request[0], self._root)}: {lost}; replace the file or drop the sample")
-                )
-            except Exception as error:
-                future.set_exception(error)
+            tasks = [task, *self._more()]
+            ahead = len(tasks) > 1
+            while tasks and not self._closed:
+                together = tasks if ahead else tasks[:1]
+                try:
+                    if slot not in self._workers or not self._workers[slot].is_idle():
+                        self._workers[slot] = _Worker(self._builder, self._root)
+                    if self._closed:
+                        break
+                    worker = self._workers[slot]
+                    worker.send([request for _, request in together])
+                    for future, _ in list(together):
+                        future.set_result(worker.receive(self._deadline_s))
+                        tasks.pop(0)
+                except _Lost as lost:
+                    self._workers.pop(slot).kill()
+                    if ahead:  # which of them is to blame shows when each is alone
+                        ahead = False
+                        continue
+                    future, request = tasks.pop(0)
+                    where = _files(request[0], self._root)
+                    future.set_result(Refusal(f"{where}: {lost}; replace the file or drop the sample"))
+                except Exception as error:
+                    if slot in self._workers:  # its other answers are not waited for
+                        self._workers.pop(slot).kill()
+                    tasks.pop(0)[0].set_exception(error)
         if slot in self._workers:
             self._workers.pop(slot).kill()
 
@@ -163,9 +189,15 @@ class _Worker:
             self.kill()
             raise RuntimeError("a decode worker did not start; see its message above, or set data.workers=0")
 
-    def ask(self, request: Request, deadline_s: float) -> Prompt | Refusal:
+    def send(self, requests: list[Request]) -> None:
         try:
-            self._pipe.send(request)
+            self._pipe.send(requests)
+        except OSError:
+            raise _Lost("the decoder crashed on it") from None
+
+    def receive(self, deadline_s: float) -> Prompt | Refusal:
+        """The answer to the next of the requests."""
+        try:
             if not self._pipe.poll(deadline_s):
                 raise _Lost(f"not decoded within {deadline_s:g} s (data.decode_deadline_s)")
             reply = pickle.loads(self._pipe.recv_bytes())  # from our own worker
@@ -191,15 +223,18 @@ def _serve(pipe: Connection, builder: PromptBuilder, root: Path) -> None:
     pipe.send_bytes(b"ready")
     while True:
         try:
-            request = pipe.recv()
+            requests = pipe.recv()
         except EOFError:
             return
-        try:
-            outcome = _attempt(builder, root, request)
-            reply = outcome if isinstance(outcome, Refusal) else _to_arrays(outcome)
-        except Exception:
-            reply = traceback.format_exc()
-        pipe.send_bytes(pickle.dumps(reply, protocol=5))
+        if len(requests) > 1:
+            builder.announce(requests, root)
+        for request in requests:
+            try:
+                outcome = _attempt(builder, root, request)
+                reply = outcome if isinstance(outcome, Refusal) else _to_arrays(outcome)
+            except Exception:
+                reply = traceback.format_exc()
+            pipe.send_bytes(pickle.dumps(reply, protocol=5))
 
 
 def _attempt(builder: PromptBuilder, root: Path, request: Request) -> Prompt | Refusal:

@@ -7,6 +7,7 @@ that a prompt that is too long is known before training. Decoded media must then
 from __future__ import annotations
 
 import string
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -17,10 +18,19 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from megatron_avatar.config.schema import DataConfig
-from megatron_avatar.data import features
-from megatron_avatar.data.decode import MediaError, clip_seconds, decode_audio, decode_frames, decode_image, plan_frames
+from megatron_avatar.data import dali, features
+from megatron_avatar.data.decode import (
+    MediaError,
+    clip_seconds,
+    decode_audio,
+    decode_frames,
+    decode_image,
+    plan_frames,
+    prefers_dali,
+)
 from megatron_avatar.records import Media, MediaKind, Prompt, Sample, Variant
 
+DECODED_AHEAD = 4
 IMAGE_MIN_PIXELS = 4 * features.FACTOR**2
 VIDEO_TOTAL_PIXELS = 90_316_800  # Qwen2.5-Omni's budget for a whole clip, counted in pairs of frames
 END = "<|im_end|>"
@@ -136,6 +146,21 @@ class PromptBuilder:
     def length(self, sample: Sample, variant: Variant = "plain") -> int:
         """Prompt tokens P, from the manifest alone: no file is opened. Raises ValueError beyond the context."""
         return len(self._layout(sample, self._plans(sample), variant)[0])
+
+    @property
+    def ahead(self) -> int:
+        """Samples that a decode worker takes at once: DALI begins with the next while one is made."""
+        return DECODED_AHEAD if prefers_dali(self.data.decoder) else 1
+
+    def announce(self, requests: Sequence[tuple[Sample, Variant]], root: Path) -> None:
+        """Let DALI begin with the videos of the samples that are going to be built, in this order."""
+        clips = []
+        for sample, _ in requests:
+            for media in sample.media:
+                plan = plan_media(media, self.data)
+                if plan is not None and plan.indices is not None and (root / media.path).is_file():
+                    clips.append((root / media.path, plan.indices))
+        dali.reader().announce(clips)
 
     def build(self, sample: Sample, root: Path, variant: Variant = "plain") -> Prompt:
         """Decodes the sample's media below `root` and builds its prompt.

@@ -15,6 +15,7 @@ import torch
 from megatron_avatar.config import check_world, save_config
 from megatron_avatar.config.checks import check_folder, check_same_model, check_same_run, model_sizes, other_shape
 from megatron_avatar.config.schema import Config
+from megatron_avatar.data.decode import decoders
 from megatron_avatar.data.loader import MediaLoader, SampleOrder
 from megatron_avatar.data.manifest import load_manifest
 from megatron_avatar.data.prompt import PromptBuilder, load_tokenizer
@@ -77,6 +78,7 @@ class Run:
         self.policy = build_policy(config.model.path, backend, config.model, config.parallel, seed=config.seed)
         load_hf(self.policy, config.model.path)
         if backend.rank == 0:
+            log.info("video: %s", decoders(config.data.decoder))
             log.info("kernels: %s", choose_fusions(config.parallel.kernels, on_cpu=backend.device.type == "cpu"))
         self.builder = PromptBuilder(tokenizer, self.policy.hf_config, config.data, config.model.context)
         self.prompt_tokens, self.estimates = measure_lengths(config, self.samples, self.builder)

@@ -212,3 +212,44 @@ def test_orders_differ_and_foreign_states_are_refused():
         orders[0].load_state_dict(SampleOrder(ids[1:], 0, "a").state_dict())
     with pytest.raises(ValueError, match="stage a has no samples"):
         SampleOrder([], 0, "a")
+
+
+def test_clips_are_decoded_ahead_by_dali_and_a_bad_one_spoils_no_other(tmp_path):
+    """A worker takes several samples at once; the prompts are those of one at a time."""
+    names = ["a", "cut", "b", "c", "gone", "d"]
+    media = {}
+    for k, name in enumerate(names):
+        path = make_video(tmp_path / f"{name}.webm", frames=16 + k)
+        media[name] = Media(path.name, "video", 16 + k, 8.0, None, 84, 84)
+    cut = tmp_path / "cut.webm"
+    cut.write_bytes(cut.read_bytes()[:400])
+    (tmp_path / "gone.webm").unlink()
+    samples = [(named(name, media[name]), "plain") for name in names]
+    outcomes = {}
+    for decoder in ("dali", "pyav"):
+        builder = PromptBuilder(make_tokenizer(), make_config(), DataConfig(decoder=decoder), 4096)
+        assert builder.ahead == (4 if decoder == "dali" else 1)
+        loader = MediaLoader(builder, tmp_path, 1, 30.0)
+        loader.prefetch(samples)
+        outcomes[decoder] = loader.get(samples)
+        assert list(loader.quarantined) == ["cut", "gone"]
+        loader.close()
+    for one, other in zip(outcomes["dali"], outcomes["pyav"], strict=True):
+        assert (one is None) == (other is None)
+        assert one is None or torch.equal(one.pixels, other.pixels)
+
+
+def test_where_several_are_made_at_once_the_guilty_one_alone_is_set_aside(marks):
+    builder = Scripted(str(marks))
+    builder.ahead, builder.announce = 4, announce
+    loader = MediaLoader(builder, ".", 1, 3.0)
+    names = ["a", "hang", "b", "crash", "c", "refuse", "d"]
+    loader.prefetch(requests(*names))
+    prompts = loader.get(requests(*names))
+    assert [n for n, p in zip(names, prompts, strict=True) if p is None] == ["hang", "crash", "refuse"]
+    assert list(loader.quarantined) == ["hang", "crash", "refuse"]
+    loader.close()
+
+
+def announce(requests, root):
+    """Decodes nothing ahead."""

@@ -1,0 +1,94 @@
+"""Video by NVIDIA's DALI: on a GPU's own decoders (NVDEC) where there is one, else on the CPU.
+
+Clips that were announced are decoded ahead, while the features of those before are made.
+"""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+CPU_CODECS = ("vp8", "vp9", "mjpeg")
+GPU_CODECS = ("h264", "hevc", "av1", "mpeg4")
+Item = tuple[str, tuple[int, ...]]  # a file, and the frames that are wanted of it
+
+
+@cache
+def codecs() -> tuple[str, ...]:
+    """Codecs that DALI decodes here; none where it cannot be imported."""
+    try:
+        import nvidia.dali  # noqa: F401
+    except ImportError:
+        return ()
+    return CPU_CODECS + (GPU_CODECS if torch.cuda.is_available() else ())
+
+
+@cache
+def reader() -> Reader:
+    """This process's only one."""
+    return Reader()
+
+
+class Reader:
+    """A pipeline with a thread of its own, which decodes clips in the order in which they were announced."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="dali")
+        self._pipeline: Any = None
+        self._ahead: dict[Item, Future[np.ndarray]] = {}
+
+    def announce(self, clips: list[tuple[Path, np.ndarray]]) -> None:
+        """Begin to decode; what was announced before and not taken is forgotten."""
+        for future in self._ahead.values():
+            future.cancel()
+        self._ahead = {item: self._thread.submit(self._decode, item) for item in map(_item, clips)}
+
+    def take(self, path: Path, indices: np.ndarray) -> np.ndarray:
+        """RGB frames [T, H, W, 3] uint8, decoded ahead where the clip was announced.
+
+        Raises RuntimeError for a clip that DALI refuses; the others are decoded all the same.
+        """
+        item = _item((path, indices))
+        return (self._ahead.pop(item, None) or self._thread.submit(self._decode, item)).result()
+
+    def _decode(self, item: Item) -> np.ndarray:
+        if self._pipeline is None:
+            self._pipeline = _build()
+        try:
+            self._pipeline.feed_input("encoded", [np.fromfile(item[0], np.uint8)])
+            self._pipeline.feed_input("frames", [np.array(item[1], np.int32)])
+            (frames,) = self._pipeline.run()
+            return np.array(frames.as_cpu()[0])
+        except RuntimeError:
+            self._pipeline = None  # dead after an error
+            raise
+
+
+def _item(clip: tuple[Path, np.ndarray]) -> Item:
+    return str(clip[0]), tuple(int(k) for k in clip[1])
+
+
+def _build() -> Any:
+    """Bytes of a file and frame numbers in, frames out."""
+    from nvidia.dali import fn, pipeline_def, types
+
+    device, device_id = "cpu", None
+    if torch.cuda.is_available():
+        local_rank = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0"
+        device, device_id = "mixed", int(local_rank) % torch.cuda.device_count()
+
+    @pipeline_def(batch_size=1, num_threads=1, device_id=device_id, prefetch_queue_depth=1, exec_dynamic=True)
+    def pipeline():
+        encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
+        frames = fn.external_source(name="frames", dtype=types.INT32, ndim=1)
+        return fn.decoders.video(encoded, device=device, frames=frames, pad_mode="none")  # else black past the end
+
+    built = pipeline()
+    built.build()
+    return built
