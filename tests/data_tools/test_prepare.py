@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import datasets
@@ -15,79 +10,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from rich.console import Console
 
-from data_tools.prepare.settings import parse
-from data_tools.prepare.work import prepare
-from megatron_avatar.config import load_config
 from megatron_avatar.data.manifest import load_manifest
-from megatron_avatar.data.prompt import PromptBuilder, load_tokenizer
-from megatron_avatar.policy.architecture import read_config
-from tests.data_tools.clips import make_clip, make_model, misbehave, write_rows
+from tests.data_tools.clips import make_clip, write_rows
+from tests.data_tools.prepared import check_trains, rejected, run
 
 ROOT = Path(__file__).parents[2]
-RECIPE = ["recipe=tiny_avatar", "model.context=2048"]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return make_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def avatar(tmp_path_factory):
-    """An AVATAR-RL folder: stages 0 to 3 as the released trainer reads them, a clip that two rows share, a bad row."""
-    folder = tmp_path_factory.mktemp("avatar")
-    for name, form in (("a", "vp9_opus"), ("b", "h264_aac"), ("c", "mjpeg_mp3"), ("d", "h264_mp3")):
-        make_clip(folder / "videos", name, form, sound=0 if name == "d" else None, seed=len(name) * ord(name) % 50)
-    base = {"problem_type": "multiple_choice", "audio_cues": "a beep", "prompt_id": "p0"}
-    question = "what moves ?\nA. red\nB. blue\n"
-    chat = [{"role": "user", "content": f"<video><audio>{question}"}]
-    reply = {"role": "assistant", "content": "<think>look twice</think><answer>B</answer>"}
-    write_rows(folder / "stage0.jsonl", [
-        base | {"messages": [*chat, reply], "videos": ["videos/a.webm"], "solution": "<answer>B</answer>"},
-    ])  # fmt: skip
-    write_rows(folder / "stage1.jsonl", [
-        base | {"messages": chat, "videos": ["videos/b.mp4"], "solution": "<answer>B</answer>",
-                "hint": ["look", "twice"]},
-        base | {"prompt_id": "p1", "question": "what moves ?", "videos": ["videos/a.webm"], "solution": "blue",
-                "problem_type": "free_form"},
-        base | {"prompt_id": "p2", "messages": chat, "videos": ["videos/b.mp4"], "solution": "D"},
-    ])  # fmt: skip
-    write_rows(folder / "stage2.jsonl", [
-        base | {"prompt_id": "p3", "question": "A ?", "videos": ["videos/c.avi"], "solution": "12 B",
-                "problem_type": "numerical", "hint": "look twice"},
-        base | {"prompt_id": "p3b", "question": " a  ?", "videos": ["videos/c.avi"], "solution": "12 b",
-                "problem_type": "numerical"},
-    ])  # fmt: skip
-    write_rows(folder / "stage3.jsonl", [
-        base | {"prompt_id": "p4", "question": "A ?", "videos": ["videos/d.mkv"], "solution": "x",
-                "problem_type": "odd"},
-        base | {"prompt_id": "p5", "question": "A ?", "videos": ["videos/none.mp4"], "solution": "x",
-                "problem_type": "ocr"},
-    ])  # fmt: skip
-    return folder
-
-
-def run(source: str, rows: Path | str, out: Path, model: Path, *more: str) -> Path:
-    arguments = [f"source={source}", f"input={rows}", f"out={out}", f"model={model}", "processes=2", "eval_share=0"]
-    prepare(*parse([*arguments, *RECIPE, *more]), Console(quiet=True))
-    return out
-
-
-def check_trains(out: Path, model: Path, *overrides: str) -> dict:
-    """Loads the manifest and builds every prompt, whose length must be the measured one."""
-    config = load_config([*RECIPE, "dry_run=true", *overrides])
-    builder = PromptBuilder(load_tokenizer(model), read_config(model), config.data, config.model.context)
-    samples = load_manifest(out / "manifest.jsonl")
-    for sample in samples:
-        assert len(builder.build(sample, out)) == builder.length(sample)
-    return {sample.id: sample for sample in samples}
-
-
-def rejected(out: Path) -> dict[int, str]:
-    return {entry["row"]: entry["refused"] for entry in map(json.loads, (out / "rejected.jsonl").open())}
-
 
 def test_avatar_rows(avatar, model, tmp_path):
     out = run("avatar_rl", avatar, tmp_path / "out", model)
@@ -176,41 +104,6 @@ def test_columns_of_another_dataset_are_listed(model, tmp_path):
         run("avatar_rl", rows, tmp_path / "out", model)
 
 
-def test_settings_are_checked(model, tmp_path):
-    rows = write_rows(tmp_path / "rows.jsonl", [])
-    good = ["source=video_r1", f"input={rows}", f"out={tmp_path / 'o'}", f"model={model}"]
-    for more, message in [
-        ("proceses=2", "nearest is 'processes'"), ("processes=two", "processes"), ("check=all", "packets, decode"),
-        ("shards=2", ""), ("shard=2", "count from 0"), ("input=owner/name", "revision=COMMIT"),
-        ("input=nowhere", "no such file"), ("data.max_frame=3", "max_frames"), ("recipe=none", "recipe"),
-    ]:  # fmt: skip
-        if message:
-            with pytest.raises(ValueError, match=message):
-                prepare(*parse([*good, *RECIPE, more]), Console(quiet=True))
-    with pytest.raises(ValueError, match="no row is left"):
-        prepare(*parse([*good, *RECIPE]), Console(quiet=True))
-
-
-def test_sharded_is_unsharded_and_another_input_is_refused(avatar, model, tmp_path):
-    whole = run("avatar_rl", avatar, tmp_path / "whole", model)
-    parts = tmp_path / "parts"
-    for shard in (2, 0):
-        run("avatar_rl", avatar, parts, model, "shards=3", f"shard={shard}")
-        assert not (parts / "manifest.jsonl").exists()
-    with pytest.raises(ValueError, match="shards 1 are not done"):
-        run("avatar_rl", avatar, parts, model, "shards=3", "merge=true")
-    run("avatar_rl", avatar, parts, model, "shards=3", "shard=1")
-    for name in ("manifest.jsonl", "rejected.jsonl", "report.md"):
-        assert (whole / name).read_bytes() == (parts / name).read_bytes(), name
-    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
-    run("avatar_rl", avatar, whole, model)  # nothing to do
-    assert before == {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
-    with pytest.raises(ValueError, match="begun with another check"):
-        run("avatar_rl", avatar, whole, model, "check=decode")
-    with pytest.raises(ValueError, match="begun with another input"):
-        run("avatar_rl", avatar / "stage0.jsonl", whole, model)
-
-
 def test_no_clip_on_both_sides(model, tmp_path):
     rows = []
     for k in range(12):
@@ -239,19 +132,6 @@ def test_prompts_beyond_the_context_are_refused(avatar, model, tmp_path):
     assert "for the completion exceed the context 150" in (out / "rejected.jsonl").read_text()
 
 
-def test_a_medium_that_hangs_or_crashes_costs_its_own_rows_only(model, tmp_path, monkeypatch):
-    for name in ("a", "hang", "b", "crash", "c"):
-        make_clip(tmp_path / "in", name, frames=8, seed=ord(name[0]) % 40)
-    rows = [{"problem_id": name, "problem": "what ?", "data_type": "video", "problem_type": "numerical",
-             "solution": "3", "path": f"{name}.mp4"} for name in ("a", "hang", "b", "crash", "c", "hang")]  # fmt: skip
-    write_rows(tmp_path / "in" / "rows.jsonl", rows)
-    monkeypatch.setattr("data_tools.prepare.shard.store", misbehave)
-    began = time.monotonic()
-    out = run("video_r1", tmp_path / "in", tmp_path / "out", model, "deadline_s=1")
-    assert rejected(out) == {1: "deadline", 3: "crash", 5: "deadline"} and time.monotonic() - began < 30
-    assert [s.id for s in load_manifest(out / "manifest.jsonl")] == ["video_r1-a", "video_r1-b", "video_r1-c"]
-
-
 def test_hub_rows_stream_with_a_pinned_revision(model, tmp_path, monkeypatch):
     Image.new("RGB", (64, 64)).save(tmp_path / "i.png")
     picture = {"bytes": (tmp_path / "i.png").read_bytes(), "path": None}
@@ -270,50 +150,3 @@ def test_hub_rows_stream_with_a_pinned_revision(model, tmp_path, monkeypatch):
                      "streaming": True}  # fmt: skip
     (sample,) = check_trains(out, model).values()
     assert (sample.media[0].height, sample.answer) == (64, "3")
-
-
-def test_lines_that_are_no_rows_are_refused(model, tmp_path):
-    good = json.dumps({"images": [], "problem": "A ?", "answer": "3"})
-    (tmp_path / "rows.jsonl").write_text(f"{good}\n\n[1]\n{good[:20]}\n")
-    out = run("vision_r1_rl", tmp_path / "rows.jsonl", tmp_path / "a", model, "data.mute=true")
-    assert rejected(out) == {1: "not_json", 2: "not_json"}
-    assert json.loads((out / "rejected.jsonl").read_text().splitlines()[1])["origin"] == "rows.jsonl line 4"
-    for name, text, message in (("a.json", good, "no list of rows"), ("b.json", f"[{good}, {{", "breaks off"),
-                                ("c.parquet", good, "no parquet file")):  # fmt: skip
-        (tmp_path / name).write_text(text)
-        with pytest.raises(ValueError, match=message):
-            run("vision_r1_rl", tmp_path / name, tmp_path / f"out_{name}", model, "data.mute=true")
-
-
-@pytest.mark.slow
-def test_killed_in_the_middle_continues_to_the_same_bytes(model, tmp_path):
-    folder = tmp_path / "in"
-    rows = []
-    for k in range(30):
-        make_clip(folder, f"v{k}", "h264_aac", frames=8, seed=k)
-        rows.append({"problem_id": k, "problem": "what ?", "data_type": "video", "problem_type": "numerical",
-                     "solution": f"{k}", "path": f"v{k}.mp4"})  # fmt: skip
-    write_rows(folder / "rows.jsonl", rows)
-    whole = run("video_r1", folder, tmp_path / "whole", model)
-    out = tmp_path / "out"
-    command = [sys.executable, "-m", "data_tools.prepare", "source=video_r1", f"input={folder}", f"out={out}",
-               f"model={model}", "processes=1", "eval_share=0", *RECIPE]  # fmt: skip
-    for kill in (signal.SIGKILL, signal.SIGINT):
-        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True)
-        journal, before = out / "shards/0-of-1.jsonl", _lines(out / "shards/0-of-1.jsonl")
-        while _lines(journal) < before + 4 and process.poll() is None:
-            time.sleep(0.02)
-        (os.killpg if kill == signal.SIGKILL else os.kill)(process.pid, kill)
-        status = process.wait(timeout=30)
-        assert status == (75 if kill == signal.SIGINT else -9), status
-        assert not (out / "manifest.jsonl").exists()
-        with open(journal, "ab") as file:
-            file.write(b'{"row": 77, "torn')
-    subprocess.run(command, cwd=ROOT, check=True, stderr=subprocess.DEVNULL)
-    for name in ("manifest.jsonl", "rejected.jsonl", "report.md", "shards/0-of-1.jsonl"):
-        assert (whole / name).read_bytes() == (out / name).read_bytes(), name
-    assert not list((out / "shards").glob("*.tmp"))
-
-
-def _lines(path: Path) -> int:
-    return path.read_bytes().count(b"\n") if path.exists() else 0

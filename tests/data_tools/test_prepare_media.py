@@ -21,6 +21,18 @@ from data_tools.prepare.store import Handling, Source, read_card, store
 from megatron_avatar.data.decode import MediaError, decode_audio, decode_frames
 from tests.data.media import make_audio
 from tests.data_tools.clips import FORMATS, make_clip
+from tests.data_tools.damage import (
+    cut,
+    fast_start,
+    half_picture,
+    huge_picture,
+    no_frames,
+    playlist,
+    sound_only,
+    standing_time,
+    text,
+    turned,
+)
 
 GOP = {"g": "10", "bf": "0", "sc_threshold": "0"}
 
@@ -91,94 +103,6 @@ def test_a_clip_that_does_not_open_with_a_key_frame_is_counted_by_decoding(handl
 def test_b_frames_are_sorted_in_time(handle):
     path = make_clip(handle.folder, frames=30, options={"bf": "3", "preset": "medium"})
     assert handle(path.name)["media"]["frame_count"] == 30
-
-
-def cut(path: Path, share: float) -> Path:
-    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
-    return path
-
-
-def fast_start(folder: Path) -> Path:
-    """An MP4 with its index in front, so that it opens when its end is cut off."""
-    whole, path = make_clip(folder, "whole", frames=48), folder / "fast.mp4"
-    with av.open(str(whole)) as source, av.open(str(path), "w", options={"movflags": "faststart"}) as sink:
-        streams = {stream: sink.add_stream_from_template(stream) for stream in source.streams}
-        for packet in source.demux():
-            if packet.dts is not None:
-                packet.stream = streams[packet.stream]
-                sink.mux(packet)
-    return path
-
-
-def sound_only(folder: Path) -> Path:
-    path = folder / "sound.mp4"
-    with av.open(str(path), "w") as container:
-        track = container.add_stream("aac", rate=16_000, layout="mono")
-        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
-        frame.sample_rate = 16_000
-        container.mux(track.encode(frame))
-        container.mux(track.encode())
-    return path
-
-
-def no_frames(folder: Path) -> Path:
-    path = folder / "none.mkv"
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("mjpeg", rate=8)
-        stream.width = stream.height = 84
-        stream.pix_fmt = "yuvj420p"
-        track = container.add_stream("libmp3lame", rate=48_000, layout="stereo")
-        for _ in range(20):
-            frame = av.AudioFrame.from_ndarray(np.zeros((2, 1152), np.float32), format="fltp", layout="stereo")
-            frame.sample_rate = 48_000
-            container.mux(track.encode(frame))
-        container.mux(track.encode())
-    return path
-
-
-def standing_time(folder: Path) -> Path:
-    """Two frames at the same time."""
-    whole, path = make_clip(folder, "whole", "vp9_opus", sound=0), folder / "standing.mkv"
-    with av.open(str(whole)) as source, av.open(str(path), "w") as sink:
-        stream = sink.add_stream_from_template(source.streams.video[0])
-        for index, packet in enumerate(source.demux()):
-            if packet.dts is not None:
-                packet.stream = stream
-                packet.pts = packet.dts = 125 * (index - (index == 5))
-                sink.mux(packet)
-    return path
-
-
-def huge_picture(folder: Path) -> Path:
-    Image.new("1", (20_000, 8)).save(folder / "huge.png")
-    return folder / "huge.png"
-
-
-def text(folder: Path) -> Path:
-    (folder / "text.mp4").write_text("no film at all\n" * 100)
-    return folder / "text.mp4"
-
-
-def playlist(folder: Path) -> Path:
-    make_clip(folder, "other")
-    (folder / "list.mp4").write_text("ffconcat version 1.0\nfile other.mp4\n")
-    return folder / "list.mp4"
-
-
-def half_picture(folder: Path) -> Path:
-    Image.effect_noise((64, 64), 90).save(folder / "half.jpg")
-    return cut(folder / "half.jpg", 0.6)
-
-
-def turned(folder: Path) -> Path:
-    """A phone's clip: the picture's matrix says to turn it."""
-    path = make_clip(folder, "turned", size=(84, 112))
-    data = bytearray(path.read_bytes())
-    place = data.index(b"tkhd") + 4 + 40  # the first track is the picture
-    matrix = [0, 1 << 16, 0, -(1 << 16), 0, 0, 0, 0, 1 << 30]
-    data[place : place + 36] = b"".join(value.to_bytes(4, "big", signed=True) for value in matrix)
-    path.write_bytes(data)
-    return path
 
 
 @pytest.mark.parametrize(("make", "kind", "reason"), [
