@@ -131,7 +131,7 @@ def _decode_pyav(path: Path, indices: np.ndarray) -> np.ndarray:
         frames = _decode_in_turn(path, wanted)
     if len(frames) < len(wanted):
         raise MediaError(path, f"ends before frame {wanted[-1]}, which its manifest line promises (truncated?)")
-    return np.stack([frames[i] for i in indices.tolist()])
+    return np.stack([frames[i] for i in indices.tolist()]).transpose(0, 2, 3, 1)
 
 
 def _decode_needed(path: Path, wanted: list[int]) -> dict[int, np.ndarray]:
@@ -158,7 +158,7 @@ def _decode_in_turn(path: Path, wanted: list[int]) -> dict[int, np.ndarray]:
 
 
 class _Converter:
-    """Frames of a stream as RGB bytes [H, W, 3], with DALI's numbers."""
+    """Frames of a stream as RGB bytes [3, H, W], with DALI's numbers."""
 
     def __init__(self, stream: av.VideoStream) -> None:
         self._graph = av.filter.Graph()
@@ -172,10 +172,10 @@ class _Converter:
     def __call__(self, frame: av.VideoFrame) -> np.ndarray:
         self._graph.push(frame)
         picture = self._graph.pull()
-        rgb = np.empty((picture.height, picture.width, 3), np.uint8)
+        rgb = np.empty((3, picture.height, picture.width), np.uint8)
         for channel, plane in zip((1, 2, 0), picture.planes, strict=True):
             rows = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)
-            rgb[..., channel] = rows[: picture.height, : picture.width]
+            rgb[channel] = rows[: picture.height, : picture.width]
         return rgb
 
 

@@ -50,7 +50,15 @@ def resize(frames: np.ndarray, h: int, w: int) -> np.ndarray:
     """
     if frames.shape[1:3] == (h, w):
         return frames
-    return np.stack([np.asarray(Image.fromarray(f).resize((w, h), Image.Resampling.BICUBIC)) for f in frames])
+    return np.stack([np.asarray(_picture(f).resize((w, h), Image.Resampling.BICUBIC)) for f in frames])
+
+
+def _picture(frame: np.ndarray) -> Image.Image:
+    """A frame [H, W, 3], whose channels may lie in memory one after the other, as decoders leave them."""
+    planes = frame.transpose(2, 0, 1)
+    if planes.flags.c_contiguous:
+        return Image.merge("RGB", [Image.fromarray(plane) for plane in planes])
+    return Image.fromarray(frame)
 
 
 @cache
