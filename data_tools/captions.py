@@ -8,6 +8,7 @@ Long sound is captioned in pieces, each with its time; nothing is cut off.
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from data_tools.teacher import arguments, json_field, run, sound_parts, text_schema
@@ -53,6 +54,9 @@ class Captions:
             return answers[0], "accepted"
         starts = (int(k * self._seconds) for k in range(len(answers)))
         return " ".join(f"From {start} s: {answer}" for start, answer in zip(starts, answers, strict=False)), "accepted"
+
+    def fill(self, sample: Sample, value: str) -> Sample:
+        return replace(sample, audio_caption=value)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -8,6 +8,7 @@ A hint is one short sentence of strategy. One that gives the answer away is refu
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from data_tools.leaks import leak
@@ -52,6 +53,9 @@ class Hints:
     def accept(self, sample: Sample, answers: list[str]) -> tuple[str | None, str]:
         reason = leak(answers[0], sample)
         return (None, reason) if reason else (answers[0], "accepted")
+
+    def fill(self, sample: Sample, value: str) -> Sample:
+        return replace(sample, hint=value)
 
 
 def main(argv: list[str] | None = None) -> int:

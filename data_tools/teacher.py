@@ -17,7 +17,6 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -59,6 +58,10 @@ class Task(Protocol):
         """The field's value, or None, and the outcome in few words."""
         ...
 
+    def fill(self, sample: Sample, value: str) -> Sample:
+        """The sample with the value."""
+        ...
+
 
 def annotate(
     manifest: Path, out: Path, task: Task, endpoint: Endpoint, *, concurrency: int, version: str
@@ -76,7 +79,7 @@ def annotate(
         key = _key(version, endpoint.model, sample)
         value = kept.get(key)
         if value is not None:
-            return replace(sample, **{task.field: value}), "accepted"
+            return task.fill(sample, value), "accepted"
         refused = None
         for _ in range(task.attempts):
             try:
@@ -89,7 +92,7 @@ def annotate(
             value, refused = task.accept(sample, answers)
             if value is not None:
                 kept.put(key, value)
-                return replace(sample, **{task.field: value}), "accepted"
+                return task.fill(sample, value), "accepted"
             refusals[refused] += 1
         return sample, f"refused: {refused}"
 

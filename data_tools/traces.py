@@ -9,10 +9,12 @@ is refused and drawn again, up to four times.
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from data_tools.teacher import arguments, clip_pictures, run, sound_parts
 from megatron_avatar.endpoint import Endpoint, Messages, question
+from megatron_avatar.keyed import keyed_rng
 from megatron_avatar.records import Sample
 from megatron_avatar.rl.rewards import format_reward, grade
 
@@ -27,15 +29,17 @@ Reply in exactly this form and write nothing before or after it:
 
 
 class Traces:
-    """One trace for each sample of split sft that has none."""
+    """One trace for each sample of split sft that has none, and for a share of split train, which then moves to sft."""
 
     field, attempts = "trace", 4
 
-    def __init__(self, frames: int, sound: bool) -> None:
-        self._frames, self._sound = frames, sound
+    def __init__(self, frames: int, sound: bool, share: float) -> None:
+        self._frames, self._sound, self._share = frames, sound, share
 
     def wants(self, sample: Sample) -> bool:
-        return sample.split == "sft" and not sample.trace
+        if sample.trace or sample.split not in ("sft", "train"):
+            return False
+        return sample.split == "sft" or keyed_rng("trace", sample.id).random() < self._share
 
     def messages(self, sample: Sample, root: Path, refused: str | None) -> list[Messages]:
         choices = "".join(f"\n{chr(ord('A') + k)}. {choice}" for k, choice in enumerate(sample.choices))
@@ -53,10 +57,14 @@ class Traces:
             return None, "not in the format"
         return (trace, "accepted") if grade(sample, trace)["correct"] else (None, "wrong answer")
 
+    def fill(self, sample: Sample, value: str) -> Sample:
+        return replace(sample, trace=value, split="sft")
+
 
 def main(argv: list[str] | None = None) -> int:
     parser = arguments(__doc__, "Qwen/Qwen2.5-VL-72B-Instruct")
     parser.add_argument("--frames", type=int, default=16)
+    parser.add_argument("--share", type=float, default=0.0, help="of split train, to be moved to split sft")
     parser.add_argument("--sound", action="store_true", help="send the sound too, to a teacher that hears")
     parser.add_argument("--temperature", type=float, default=0.7, help="so that another attempt is another trace")
     args = parser.parse_args(argv)
@@ -68,7 +76,8 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: --endpoint: {error}", file=sys.stderr)
         return 2
-    return run(args, Traces(args.frames, args.sound), endpoint, question(SYSTEM, "How much is two and two?"), VERSION)
+    endpoint_probe = question(SYSTEM, "How much is two and two?")
+    return run(args, Traces(args.frames, args.sound, args.share), endpoint, endpoint_probe, VERSION)
 
 
 if __name__ == "__main__":

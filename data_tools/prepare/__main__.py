@@ -6,6 +6,8 @@ source: avatar_rl, vision_r1_rl, video_r1, or mapping with mapping=FILE.yaml. in
 lists or parquet, or OWNER/NAME of the hub with revision=COMMIT. The other keys: data_tools/prepare/settings.py. Keys
 with a dot change the recipe that the data are for (recipe=avatar_7b): data.max_frames=8.
 
+source=teacher input=MANIFEST endpoint=URL asks a teacher for reasoning traces (data_tools/traces.py).
+
 The same command again continues what was interrupted. In a Slurm array every task does its shard, the last one merges.
 """
 
@@ -17,6 +19,8 @@ import sys
 
 
 def main(arguments: list[str]) -> int:
+    if "source=teacher" in arguments:
+        return _teacher(arguments)
     if not arguments or {"-h", "--help", "help"} & set(arguments):
         print(__doc__)
         return 0 if arguments else 2
@@ -36,6 +40,21 @@ def main(arguments: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
     return 0
+
+
+def _teacher(arguments: list[str]) -> int:
+    """Traces for a manifest that is there already, as data_tools.traces writes them, by key=value."""
+    from data_tools import traces
+
+    given = dict(item.partition("=")[::2] for item in arguments)
+    names = {"endpoint": "--endpoint", "teacher": "--model", "share": "--share", "out": "--out"}
+    unknown = given.keys() - names.keys() - {"source", "input"}
+    if unknown or not given.get("input") or not given.get("endpoint"):
+        print("error: source=teacher takes input=MANIFEST endpoint=URL [teacher=MODEL] [share=0.1] [out=MANIFEST]"
+              + (f", not {', '.join(sorted(unknown))}" if unknown else ""), file=sys.stderr)  # fmt: skip
+        return 2
+    options = [item for key, option in names.items() if key in given for item in (option, given[key])]
+    return traces.main([given["input"], *options])
 
 
 def _interrupt(*_: object) -> None:

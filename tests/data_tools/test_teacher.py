@@ -11,6 +11,7 @@ import time
 import pytest
 
 from data_tools import captions, hints, traces
+from data_tools.prepare import __main__ as prepare
 from megatron_avatar.data.manifest import load_manifest, write_manifest
 from megatron_avatar.records import Media, Sample
 from tests.data.media import make_audio, make_video
@@ -101,6 +102,16 @@ def test_traces_are_kept_where_their_answer_is_right(manifest, serve):
     report = json.loads((manifest.parent / "manifest.traces.json").read_text())
     assert report["refused attempts"] == {"not in the format": 1, "wrong answer": 1}
     assert "B" not in said(server.requests[1]).split() and server.requests[1]["temperature"] == 0.7
+
+
+def test_a_share_of_the_training_samples_becomes_a_cold_start(manifest, serve, capsys):
+    server = serve(lambda body, n: "<think>I count.</think><answer>2</answer>")
+    arguments = [f"input={manifest}", f"endpoint={server.url}", "teacher=judge"]
+    assert prepare.main(["source=teacher", *arguments, "share=1.0"]) == 0
+    samples = {s.id: s for s in load_manifest(manifest, check_media=False)}
+    assert [i for i in samples if samples[i].trace] == ["t2"] and samples["t2"].split == "sft"
+    assert samples["t1"].split == "train" and samples["held"].split == "eval"
+    assert prepare.main(["source=teacher", *arguments, "shares=1"]) == 2 and "not shares" in capsys.readouterr().err
 
 
 def test_a_killed_run_continues_where_it_stopped(manifest, serve):
