@@ -242,7 +242,7 @@ def test_clips_are_decoded_ahead_by_dali_and_a_bad_one_spoils_no_other(tmp_path)
 def test_where_several_are_made_at_once_the_guilty_one_alone_is_set_aside(marks):
     builder = Scripted(str(marks))
     builder.ahead, builder.announce = 4, announce
-    loader = MediaLoader(builder, ".", 1, 3.0)
+    loader = MediaLoader(builder, ".", 1, 1.0)
     names = ["a", "hang", "b", "crash", "c", "refuse", "d"]
     loader.prefetch(requests(*names))
     prompts = loader.get(requests(*names))

@@ -246,6 +246,7 @@ def test_sizes_are_even():
     assert bounded_size(3, 4000, 100) == (2, 100)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_rows(tmp_path):
     """Peak memory of a shard and its merge, over ten times the rows."""
     script = """

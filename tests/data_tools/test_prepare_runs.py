@@ -57,6 +57,7 @@ def test_sharded_is_unsharded_and_another_input_is_refused(avatar, model, tmp_pa
         run("avatar_rl", avatar / "stage0.jsonl", whole, model)
 
 
+@pytest.mark.slow
 def test_a_medium_that_hangs_or_crashes_costs_its_own_rows_only(model, tmp_path, monkeypatch):
     for name in ("a", "hang", "b", "crash", "c"):
         make_clip(tmp_path / "in", name, frames=8, seed=ord(name[0]) % 40)

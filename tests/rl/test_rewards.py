@@ -22,6 +22,8 @@ from megatron_avatar.rl.rewards import (
     self_rewards,
 )
 from megatron_avatar.rl.rewards.algebra import equal
+from megatron_avatar.rl.rewards.bounded import bounded
+from megatron_avatar.rl.rewards.symbolic import latex_equal
 from tests.rl.reward_cases import BY_TYPE, CHOICES, FORMAT
 
 STAGE_3 = {"format": 0.2, "accuracy": 0.3, "self": 0.2, "judge": 0.3}
@@ -52,6 +54,11 @@ def test_every_type_has_cases_enough_and_two_fifths_of_them_fail(kind):
 def test_an_answer_earns_what_a_person_gave_it(kind, answer, gold, reward):
     sample = make(kind, gold, CHOICES if kind == "multiple_choice" else ())
     assert accuracy_reward(answer, sample) == pytest.approx(reward)
+
+
+def test_an_answer_that_never_ends_is_given_up(caplog):
+    assert bounded(latex_equal, "2^{2^{2^{2^{2^{2}}}}}", "65537", deadline_s=2.0) is None
+    assert "latex_equal failed" in caplog.text and bounded(latex_equal, "1/2", "0.5", deadline_s=20.0) is True
 
 
 @pytest.mark.parametrize(("completion", "reward"), FORMAT)
