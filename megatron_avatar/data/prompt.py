@@ -34,6 +34,7 @@ DECODED_AHEAD = 4
 IMAGE_MIN_PIXELS = 4 * features.FACTOR**2
 VIDEO_TOTAL_PIXELS = 90_316_800  # Qwen2.5-Omni's budget for a whole clip, counted in pairs of frames
 END = "<|im_end|>"
+MEDIUM = "<|medium|>"  # in a question: here stands the next of its media; without any they come first
 STALE = "measure it again, or restore the file that the manifest was made from"
 
 
@@ -107,10 +108,13 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
 class PromptBuilder:
     """Builds prompts for one tokenizer and one Hugging Face configuration: Qwen2.5-Omni, its Thinker, or Qwen2.5-VL.
 
-    `end_id` is the token that ends a completion. Instances can be pickled to decode workers.
+    `system` replaces the template's own system prompt. `end_id` is the token that ends a completion. Instances can be
+    pickled to decode workers.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, hf_config: Any, data: DataConfig, context: int):
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, hf_config: Any, data: DataConfig, context: int, system: str = ""
+    ):
         config = getattr(hf_config, "thinker_config", hf_config)
         vision, audio = config.vision_config, getattr(config, "audio_config", None)
         mel_bins = features.MEL_BINS if audio is None else audio.num_mel_bins
@@ -121,7 +125,7 @@ class PromptBuilder:
                 f"config.json: (patch_size, temporal_patch_size, spatial_merge_size, num_mel_bins) is {theirs}, but "
                 f"{ours} is what Qwen2.5-Omni and Qwen2.5-VL have; set model.path to such a model"
             )
-        self.tokenizer, self.data, self.context = tokenizer, data, context
+        self.tokenizer, self.data, self.context, self.system = tokenizer, data, context, system
         self.placeholders: dict[MediaKind, int] = {"image": config.image_token_id, "video": config.video_token_id}
         self.hears = audio is not None
         if self.hears:
@@ -218,12 +222,28 @@ class PromptBuilder:
             lines.append(f"Hint: {sample.hint}")
         return "\n".join(lines)
 
+    def _content(self, sample: Sample, plans: list[MediaPlan], variant: Variant) -> list[dict[str, str]]:
+        """The user's turn: media first, or where the question has a MEDIUM for each of them."""
+        first, *texts = self._text(sample, variant).split(MEDIUM)
+        if not texts:
+            return [*({"type": plan.kind} for plan in plans), {"type": "text", "text": first}]
+        if len(texts) != len(sample.media):
+            raise ValueError(
+                f"sample {sample.id}: its question has {len(texts)} places for {len(sample.media)} media; write one "
+                f"{MEDIUM} for each, or none"
+            )
+        kept = {id(plan.media): plan.kind for plan in plans}  # data.mute and data.blind leave some out
+        content = [{"type": "text", "text": first}]
+        for media, text in zip(sample.media, texts, strict=True):
+            content += [{"type": kept[id(media)]}] if id(media) in kept else []
+            content.append({"type": "text", "text": text})
+        return [part for part in content if part.get("text") != ""]
+
     def _layout(self, sample: Sample, plans: list[MediaPlan], variant: Variant) -> tuple[np.ndarray, np.ndarray]:
         """Token ids [P] with placeholders expanded, and positions [3, P] (temporal, height, width)."""
-        content = [{"type": plan.kind} for plan in plans]
-        content.append({"type": "text", "text": self._text(sample, variant)})
+        system = [{"role": "system", "content": [{"type": "text", "text": self.system}]}] if self.system else []
         text = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}],
+            [*system, {"role": "user", "content": self._content(sample, plans, variant)}],
             chat_template=self.chat_template,
             tokenize=False,
             add_generation_prompt=True,

@@ -15,7 +15,7 @@ from transformers.models.qwen2_5_omni.processing_qwen2_5_omni import Qwen2_5Omni
 from megatron_avatar.config.schema import DataConfig
 from megatron_avatar.data.decode import MediaError
 from megatron_avatar.data.features import audio_tokens, log_mel
-from megatron_avatar.data.prompt import PromptBuilder, load_tokenizer, plan_media
+from megatron_avatar.data.prompt import MEDIUM, PromptBuilder, load_tokenizer, plan_media
 from megatron_avatar.records import Media, Sample
 from tests.data.media import make_audio, make_config, make_tokenizer, make_video
 
@@ -153,6 +153,29 @@ def test_own_template_wins_and_lost_placeholders_are_refused():
         own.length(sample(Media("i", "image", height=84, width=84)))
     with pytest.raises(ValueError, match="sample s.*one placeholder"):
         builder().length(sample(question="what <|VIDEO|> moves ?"))
+
+
+def test_media_stand_where_the_question_places_them():
+    picture, sound = Media("i", "image", height=56, width=56), Media("a", "audio", audio_samples=16_000)
+    asked = sample(sound, picture, question=f"what {MEDIUM} moves {MEDIUM} ?")
+    kinds = {builder().placeholders["image"]: "image", builder().placeholders["audio"]: "audio"}
+
+    def order(data):
+        ids = builder(data)._layout(asked, builder(data)._plans(asked), "plain")[0]
+        words = [kinds.get(int(i), TOKENIZER.decode([int(i)])) for i in ids]
+        return [w for k, w in enumerate(words) if w in ("what", "moves", "?", "image", "audio") and w != words[k - 1]]
+
+    assert order(DATA) == ["what", "audio", "moves", "image", "?"]
+    assert order(replace(DATA, mute=True)) == ["what", "moves", "image", "?"]
+    assert order(replace(DATA, blind=True)) == ["what", "audio", "moves", "?"]
+    with pytest.raises(ValueError, match="sample s.*1 places for 2 media"):
+        builder().length(sample(sound, picture, question=f"what {MEDIUM} ?"))
+
+
+def test_a_system_prompt_replaces_the_templates_own():
+    own = PromptBuilder(TOKENIZER, CONFIG, DATA, 100, system="look twice")
+    assert text_of(own.build(sample(), ".").token_ids).startswith("<|im_start|> system look twice <|im_end|>")
+    assert "twice" not in text_of(builder().build(sample(), ".").token_ids)
 
 
 def test_completion_round_trip():
