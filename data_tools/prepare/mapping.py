@@ -46,7 +46,7 @@ def load_mapping(path: str) -> Dataset:
     _known(f"{path}, constants", constants, TEXTS)
     if lacking := [name for name in ("question", "answer") if name not in columns]:
         raise ValueError(f"{path}: columns lacks {' and '.join(lacking)}; name the column of each")
-    wanted = {name for value in columns.values() for name in _columns(str(value))}
+    wanted = {name for value in columns.values() for name in columns_of(str(value))}
 
     def draft(row: Row, origin: str, stage: str) -> Draft:
         values = {name: _text(row, str(columns[name])) for name in TEXTS if name in columns} | {
@@ -80,7 +80,7 @@ def _known(where: str, keys: dict[Any, Any], names: tuple[str, ...]) -> None:
             raise ValueError(f"{where}: unknown key `{key}`; use {f'`{near[0]}`' if near else ', '.join(names)}")
 
 
-def _columns(value: str) -> list[str]:
+def columns_of(value: str) -> list[str]:
     """The columns that a template names, or the one that `value` is."""
     names = [name for _, name, _, _ in string.Formatter().parse(value) if name is not None] if "{" in value else [value]
     return [name.partition("[")[0].partition(".")[0] for name in names]
