@@ -18,7 +18,8 @@ from pathlib import Path
 
 from bench.timing import JSON_HELP, RESULTS, is_default
 from eval.demo import Job, evaluation, run_phase, training
-from eval.score import paired_difference, read_predictions, system_scores
+from eval.score import read_predictions, system_scores
+from eval.stats import paired_difference
 
 PAIRS = (("sft", "base"), ("avatar", "grpo"), ("avatar", "grpo_half"), ("grpo", "sft"), ("avatar", "sft"))
 

@@ -7,8 +7,6 @@ Nothing in it is written by hand: what was not measured says so.
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import sys
 from dataclasses import dataclass, field
@@ -18,36 +16,24 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
-from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
 from eval import figures
-from eval.score import (
-    Difference,
-    Estimate,
-    Prediction,
-    estimates,
-    majority_scores,
-    paired_difference,
-    read_predictions,
-)
-from megatron_avatar.config.schema import DataConfig
-from megatron_avatar.data.decode import MediaError, decode_audio, decode_frames, plan_frames
-from megatron_avatar.data.features import SAMPLE_RATE
+from eval.score import Prediction, majority_scores, read_predictions
+from eval.stats import Difference, Estimate, estimates, paired_difference
 from megatron_avatar.data.manifest import load_manifest
-from megatron_avatar.records import Media, Sample
+from megatron_avatar.records import Sample
 
 SYSTEMS = ("base", "sft", "grpo", "avatar")
 TRAINED = ("sft", "grpo", "avatar")
 PAIRS = (("avatar", "grpo"), ("avatar", "sft"), ("grpo", "sft"), ("sft", "base"))
 MISSING = "not measured"
 SIGNIFICANT = 0.05
-FRAME_HEIGHT = 120  # pixels of a picture in the report
 
 CAPTIONS = {
     "families": "Accuracy on the held-out samples by question family, with 95 % bootstrap intervals.",
-    "curves": f"Training, step by step. Thin: as measured; bold: mean over {figures.WINDOW} steps.",
+    "curves": f"Training, step by step. Thin: as measured; bold: mean over {WINDOW} steps.",
     "solvability": "Share of a stage's training prompts that at least one completion has solved.",
     "advantages": "Advantages of all completions of the run. A group whose rewards are all equal piles up at zero.",
     "surrogate_position": "Mean absolute surrogate of a token by its place. Temporal shaping raises both ends by "
@@ -69,7 +55,7 @@ class Measurements:
     root: Path
     results: dict[str, Any]
     predictions: dict[str, list[Prediction]]
-    metrics: dict[str, figures.Records]
+    metrics: dict[str, Records]
     quarantined: list[tuple[str, str, str]] = field(default_factory=list)
 
     @cached_property
@@ -102,7 +88,7 @@ def measurements(root: Path) -> Measurements:
         root=root,
         results=_read_json(root / "results.json"),
         predictions=predictions,
-        metrics={name: figures.read_metrics(root / name / "metrics.jsonl") for name in TRAINED},
+        metrics={name: read_metrics(root / name / "metrics.jsonl") for name in TRAINED},
         quarantined=set_aside,
     )
 
@@ -157,7 +143,7 @@ def table(found: Measurements) -> tuple[list[str], list[tuple[str, list[Estimate
         predictions = found.predictions.get(system, [])
         cells = [found.estimates.get(system, {}).get(column) for column in columns]
         in_format = sum(p["format"] for p in predictions) / len(predictions) if predictions else None
-        rows.append((figures.NAMES[system], cells, in_format))
+        rows.append((style.NAMES[system], cells, in_format))
     return columns, rows
 
 
@@ -169,8 +155,8 @@ def facts(found: Measurements) -> list[tuple[str, str]]:
     known = [
         ("seed", results.get("seed")),
         ("updates of each RL run", results.get("steps")),
-        *((f"completions generated, {figures.NAMES[name]}", generated.get(name)) for name in ("grpo", "avatar")),
-        *((f"time, {figures.NAMES.get(name, name)}", wall.get(name)) for name in ("data", *TRAINED, "eval")),
+        *((f"completions generated, {style.NAMES[name]}", generated.get(name)) for name in ("grpo", "avatar")),
+        *((f"time, {style.NAMES.get(name, name)}", wall.get(name)) for name in ("data", *TRAINED, "eval")),
         ("peak memory, all processes", None if peak is None else f"{peak:,.0f} MiB"),
         ("machine", ", ".join(f"{key} {value}" for key, value in machine.items()) or None),
         *((name, version) for name, version in (results.get("versions") or {"versions": None}).items()),
@@ -186,17 +172,6 @@ def _fact(name: str, value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) and name != "seed" else str(value)
 
 
-@dataclass(frozen=True)
-class Clip:
-    """A held-out sample as a person sees and hears it; `frames` are data URLs, `trouble` says what is missing."""
-
-    sample: Sample
-    frames: list[str]
-    sound: Markup | None
-    trouble: list[str]
-    answers: list[tuple[str, Prediction | None]]
-
-
 def clips(found: Measurements) -> list[Clip]:
     """The first held-out sample with a video of each stage: picked by the manifest's order, not by results."""
     manifest = found.root / "data" / "manifest.jsonl"
@@ -208,46 +183,17 @@ def clips(found: Measurements) -> list[Clip]:
         if any(sample.id in by_id for by_id in answers.values()) and any(m.kind == "video" for m in sample.media):
             first.setdefault(sample.stage, sample)
     return [
-        _clip(sample, manifest.parent, [(figures.NAMES[name], answers[name].get(sample.id)) for name in SYSTEMS])
+        load_clip(sample, manifest.parent, [(style.NAMES[name], answers[name].get(sample.id)) for name in SYSTEMS])
         for sample in list(first.values())[:3]
     ]
-
-
-def _clip(sample: Sample, root: Path, answers: list[tuple[str, Prediction | None]]) -> Clip:
-    media = next(m for m in sample.media if m.kind == "video")
-    frames, sound, trouble = [], None, []
-    try:
-        frames = [_picture(frame) for frame in _frames(media, root)]
-    except MediaError as error:
-        trouble.append(f"no pictures: {error}")
-    try:
-        if media.audio_path is None:
-            trouble.append("no sound track")
-        else:
-            wave = figures.waveform(decode_audio(root / media.audio_path), SAMPLE_RATE)
-            sound = Markup(figures.to_svg(wave, f"wave-{sample.id}"))
-    except MediaError as error:
-        trouble.append(f"no sound: {error}")
-    return Clip(sample, frames, sound, trouble, answers)
-
-
-def _frames(media: Media, root: Path) -> Any:
-    return decode_frames(root / media.path, plan_frames(media, DataConfig(min_frames=8, max_frames=8)), "pyav")
-
-
-def _picture(frame: Any) -> str:
-    image, buffer = Image.fromarray(frame), io.BytesIO()
-    image = image.resize((max(1, round(image.width * FRAME_HEIGHT / image.height)), FRAME_HEIGHT))
-    image.save(buffer, format="JPEG", quality=88)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def render(root: Path) -> None:
     """Write report.html (self-contained), report.md and figures/ into the run's folder."""
     root = Path(root)
     found = measurements(root)
-    drawn = figures.draw(found.metrics, found.estimates, found.floor)
-    elements = figures.save(drawn, root / "figures")
+    drawn = training.draw(found.metrics, found.estimates, found.floor)
+    elements = style.save(drawn, root / "figures")
     columns, rows = table(found)
     values = {
         "verdict": verdict(found),
@@ -256,7 +202,7 @@ def render(root: Path) -> None:
         "columns": columns,
         "rows": rows,
         "floor": found.floor,
-        "differences": [(f"{figures.NAMES[a]} − {figures.NAMES[b]}", d) for (a, b), d in found.differences.items()],
+        "differences": [(f"{style.NAMES[a]} − {style.NAMES[b]}", d) for (a, b), d in found.differences.items()],
         "figures": [(name, CAPTIONS[name]) for name in drawn],
         "svg": {name: Markup(element) for name, element in elements.items()},
         "unmeasured": [CAPTIONS[name] for name in CAPTIONS if name not in drawn],
@@ -288,7 +234,7 @@ def print_table(results: dict[str, Any], console: Console) -> None:
     grid = Table(title="held-out accuracy, %")
     grid.add_column("")
     for system in systems:
-        grid.add_column(figures.NAMES.get(system, system), justify="right")
+        grid.add_column(style.NAMES.get(system, system), justify="right")
     for row in rows:
         values = [scores.get(row) for scores in systems.values()]
         grid.add_row(row, *["–" if v is None else str(v) if row == "n" else f"{100 * v:.1f}" for v in values])

@@ -21,7 +21,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
-from eval.score import Prediction, estimates
+from eval.score import Prediction
+from eval.stats import estimates
 from megatron_avatar.config import Config, load_config
 from megatron_avatar.records import Sample
 

@@ -11,7 +11,8 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from eval.score import Estimate, estimates, read_predictions
+from eval.score import read_predictions
+from eval.stats import Estimate, estimates
 
 
 def measure(folder: Path) -> dict[str, dict[str, Estimate]]:

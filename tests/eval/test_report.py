@@ -12,7 +12,8 @@ from matplotlib.image import imread
 
 from eval import figures
 from eval.report import SYSTEMS, clips, facts, main, measurements, print_table, render, table, verdict
-from eval.score import Estimate, read_predictions, system_scores
+from eval.score import read_predictions, system_scores
+from eval.stats import Estimate
 from tests.eval.made_up import ATTACK, write_lines, write_run
 
 

@@ -3,7 +3,8 @@
 import pytest
 
 from eval.run import main, predict, settings_hash
-from eval.score import estimates, read_predictions, rescore
+from eval.score import read_predictions, rescore
+from eval.stats import estimates
 from megatron_avatar.config import Config
 from megatron_avatar.records import Sample
 from megatron_avatar.rl.rewards import grade

@@ -8,7 +8,8 @@ import sys
 import pytest
 
 from eval.run import main
-from eval.score import estimates, read_predictions
+from eval.score import read_predictions
+from eval.stats import estimates
 from tests.training.small import ROOT, make
 
 

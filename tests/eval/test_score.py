@@ -8,14 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from eval.score import (
-    estimates,
-    majority_scores,
-    paired_difference,
-    read_predictions,
-    rescore,
-    system_scores,
-)
+from eval.score import majority_scores, read_predictions, rescore, system_scores
+from eval.stats import estimates, paired_difference
 
 
 def prediction(key, family="what", correct=1.0, gold="A", text="<think>t</think><answer>A</answer>", **other):
