@@ -10,10 +10,8 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from eval import figures
 from eval.report import SYSTEMS, clips, facts, main, measurements, print_table, render, table, verdict
 from eval.score import read_predictions, system_scores
-from eval.stats import Estimate
 from tests.eval.made_up import ATTACK, write_lines, write_run
 
 
@@ -143,49 +141,6 @@ def test_every_figure_is_drawn_and_written(run):
         assert pixels[0, 0].min() == 1.0 and pixels.std() > 0.05  # on white, and not empty
         assert ElementTree.parse(run / "figures" / f"{name}.svg").getroot().tag.endswith("svg")
         assert f"(figures/{name}.png)" in (run / "report.md").read_text()
-
-
-def test_figures_plot_what_was_measured(run):
-    metrics = measurements(run).metrics
-    figure = figures.surrogate_position({name: metrics[name] for name in ("grpo", "avatar")})
-    lines = {line.get_label(): line.get_ydata() for line in figure.axes[0].lines}
-    assert np.isnan(lines["AVATAR"][0])  # a bin without tokens is a gap, not a zero
-    np.testing.assert_allclose(lines["GRPO"][1:], 1.0)
-    assert lines["AVATAR"][-1] / lines["AVATAR"][10] == pytest.approx((1 + 0.3 * 0.95**2) / (1 + 0.3 * 0.05**2))
-
-    bars = figures.advantages({name: metrics[name] for name in ("grpo", "avatar")}).axes
-    for axes, count in zip(bars, (40, 80), strict=True):  # GRPO replays nothing
-        assert len(axes.patches) == count and sum(p.get_height() for p in axes.patches) == pytest.approx(1.0)
-
-    assert figures.step_time({"grpo": metrics["grpo"]}).axes[0].patches[-1].get_width() == pytest.approx(2.0 - 1.75)
-    assert len(figures.tiers(metrics["avatar"]).axes[0].collections) == 3
-    assert figures.tiers(metrics["sft"]) is None and figures.curves({"sft": metrics["sft"]}, {"kl": "KL"}) is None
-
-
-def test_a_familys_name_is_no_formula():
-    figure = figures.family_bars({"base": {r"$\frac{$": Estimate(0.5, 0.4, 0.6, 9)}}, {})
-    assert "<svg" in figures.to_svg(figure, "x")
-
-
-def test_metrics_are_read_up_to_a_cut_line_and_gaps_are_left_out(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    write_lines(path, [{"step": 1, "kl": 0.5}, {"step": 2, "kl": None}, {"step": 3}, {"step": 4, "kl": 0.7}])
-    path.write_text(path.read_text() + '{"step": 5, "k')
-    steps, values = figures.series(figures.read_metrics(path), "kl")
-    assert steps.tolist() == [1, 4] and values.tolist() == [0.5, 0.7]
-    assert figures.read_metrics(tmp_path / "none.jsonl") == []
-    assert figures.running_mean(np.array([1.0, 3.0, 5.0, 7.0]), window=2).tolist() == [1.0, 2.0, 4.0, 6.0]
-
-
-def test_systems_are_told_apart_in_grey():
-    def luminance(color):
-        red, green, blue = (int(color[i : i + 2], 16) / 255 for i in (1, 3, 5))
-        return 0.299 * red + 0.587 * green + 0.114 * blue
-
-    shades = [luminance(figures.COLORS[name]) for name in SYSTEMS]
-    assert all(a > b for a, b in zip(shades, shades[1:], strict=False))
-    for look in (figures.LINES, [(figures.HATCHES[name], shades[i] > 0.5) for i, name in enumerate(SYSTEMS)]):
-        assert len(set(look.values() if isinstance(look, dict) else look)) == 4
 
 
 def test_the_command_line(tmp_path, capsys):
