@@ -1,6 +1,7 @@
 """Format, accuracy, agreement and judge rewards, and their weighted sum."""
 
 import math
+import time
 
 import pytest
 import sympy
@@ -71,6 +72,23 @@ FRAGMENTS = st.sampled_from(
      "1/2", "%", "10^", "½", " km", "\\boxed{", "}", "**", "not ", "answer is ", "\ud800", "²"]
 )
 TEXTS = st.one_of(st.text(), st.lists(FRAGMENTS, max_size=12).map("".join), st.text(max_size=40).map(wrap))
+
+
+LONG = ["\\frac{", " ", "\n", "1", "1 ", "111 ", "1,", "⁹", "x", "km/", "\\sqrt{", "```\n", "**", "(", "the answer is ",
+        "A ", "twenty ", "\u2003", "<answer>"]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["multiple_choice", "numerical", "math", "ocr", "code", "other"])
+def test_a_long_answer_costs_no_more_than_its_length(kind):
+    """Whoever answers \\frac{ and thousands of blanks must not stop the interpreter, and with it the GPU."""
+    sample = make(kind, "B" if kind == "multiple_choice" else "3 km", CHOICES if kind == "multiple_choice" else ())
+    accuracy_reward("1 m", sample)  # imports
+    began = time.process_time()
+    for head in ("", "\\frac{", "```\n", "1"):
+        for piece in LONG:
+            text = head + piece * (4000 // len(piece))
+            assert accuracy_reward(text, sample) <= 1 and read_answer(text, sample) != ""
+    assert time.process_time() - began < 5
 
 
 # format

@@ -21,15 +21,16 @@ _PLAIN = (  # LaTeX and typography as plain text, in this order
     (re.compile(r"\\%"), "%"),
     (re.compile(r"\\?\^?\s*\{?\\circ\}?"), "°"),
 )
-_DECIMAL = r"(?:\d+\.?\d*|\.\d+)"
+_DECIMAL = r"(?:\d++\.?\d*+|\.\d++)"  # without a way back, here and below: a long text costs no more than its length
 _NUMBER = re.compile(
-    rf"(?<![\w.])(?P<sign>[-+]?)\s?(?:(?P<whole>\d+)\s+(?P<a>\d+)/(?P<b>\d+)"  # 1 1/2
+    rf"(?<![\w.])(?P<sign>[-+]?)\s?(?:(?P<whole>\d++)\s(?P<a>\d++)/(?P<b>\d++)"  # 1 1/2
     rf"|(?P<top>{_DECIMAL})\s?/\s?(?P<bottom>{_DECIMAL})"
-    rf"|(?P<power>(?:(?P<mantissa>{_DECIMAL})\s?[x*]\s?)?10\s?(?:\^|\*\*)\s?\{{?\s?(?P<exponent>[-+]?\d+)\s?\}}?)"
-    rf"|(?P<decimal>{_DECIMAL}(?:e[-+]?\d+)?))",
+    rf"|(?P<power>(?:(?P<mantissa>{_DECIMAL})\s?[x*]\s?)?10\s?(?:\^|\*\*)\s?\{{?\s?(?P<exponent>[-+]?\d++)\s?\}}?)"
+    rf"|(?P<decimal>{_DECIMAL}(?:e[-+]?\d++)?))",
     re.IGNORECASE,
 )
 _UNIT = re.compile(r"\s?(?P<unit>%|°?\s?[A-Za-zµμΩ]+\d?(?:\s?[/x*]\s?[A-Za-zµμΩ]+(?:\^?-?\d)?)?|°|percent)(?![\w^])")
+MAX_UNIT = 32  # characters
 _NO_UNIT = {"x", "e", "and", "or", "to", "of", "in", "is", "as", "per", "times", "a", "the", "at", "on"}
 
 
@@ -66,6 +67,7 @@ def quantity(text: str) -> Quantity | None:
     """
     text = _SUPERSCRIPTS.sub(lambda match: "^" + match.group().translate(_SUPERSCRIPT), text)
     text = unicodedata.normalize("NFKC", text.replace("½", " 1/2").replace("¼", " 1/4").replace("¾", " 3/4"))
+    text = " ".join(text.split())  # the patterns below would take days for a long blank
     for pattern, plain in _PLAIN:
         text = pattern.sub(plain, text)
     if not any(character.isdigit() for character in text):
@@ -114,7 +116,9 @@ def _registry() -> Any:
 
 @lru_cache(maxsize=4096)
 def _known(unit: str) -> Any:
-    """pint's unit, or None. The names are short and their exponents are one digit, so that parsing is cheap."""
+    """pint's unit, or None. Names are short and their exponents one digit, so that parsing is cheap."""
+    if len(unit) > MAX_UNIT:
+        return None
     name = re.sub(r"(?<=[A-Za-zµμΩ])(\d)$", r"^\1", unit)  # cm3
     for spelling in (name, name.casefold()):
         try:
