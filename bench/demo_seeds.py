@@ -17,7 +17,7 @@ from datetime import date
 from pathlib import Path
 
 from bench.timing import JSON_HELP, RESULTS, is_default
-from eval.demo import Job, evaluation, run_phase, training
+from eval.demo import Job, evaluation, predictions_file, run_phase, training
 from eval.score import read_predictions, system_scores
 from eval.stats import paired_difference
 
@@ -51,7 +51,7 @@ def main() -> None:
     run_phase([evaluate for _, evaluate in jobs], "eval")
 
     systems = ("base", "sft", "grpo", "grpo_half", "avatar")
-    predictions = {s: [read_predictions(out / "eval" / f"{s}.jsonl") for out in folders.values()] for s in systems}
+    predictions = {s: [read_predictions(predictions_file(out, s)) for out in folders.values()] for s in systems}
     pooled = {s: [{**p, "id": f"{seed}/{p['id']}"} for seed, part in zip(folders, parts, strict=True) for p in part]
               for s, parts in predictions.items()}
     result = {

@@ -169,10 +169,14 @@ def training(out: Path, name: str, recipe: str, seed: int, *overrides: str, smok
 
 def evaluation(out: Path, name: str, model: Path) -> Job:
     """The job that answers OUT's held-out samples with the Hugging Face folder `model`."""
-    manifest, file = out / "data" / "manifest.jsonl", out / "eval" / f"{name}.jsonl"
-    command = ["-m", "eval.run", "--model", str(model), "--manifest", str(manifest), "--recipe", "tiny_avatar",
-               "--split", "eval", "--out", str(file)]
+    manifest, file = out / "data" / "manifest.jsonl", predictions_file(out, name)
+    command = ["-m", "eval.run", f"model={model}", "benchmark=held_out", f"data={manifest}", "recipe=tiny_avatar",
+               f"out={file.parent}", f"system={name}", "family=tiny"]
     return Job(name, command, file, count_samples(manifest, "eval"), out / "eval" / f"{name}.log")
+
+
+def predictions_file(out: Path, name: str) -> Path:
+    return out / "eval" / name / "held_out.ours.jsonl"
 
 
 def phases(out: Path, seed: int, smoke: bool) -> list[tuple[str, Callable[[], list[Job]]]]:
@@ -243,7 +247,7 @@ def write_results(out: Path, seed: int, ledger: Ledger) -> None:
     done = {name: json.loads((out / name / "done.json").read_text()) for name in ("grpo", "avatar")}
     assert done["grpo"]["steps"] == done["avatar"]["steps"], "the comparison is at equal updates"
     results = {
-        "systems": {name: system_scores(read_predictions(out / "eval" / f"{name}.jsonl")) for name in SYSTEMS},
+        "systems": {name: system_scores(read_predictions(predictions_file(out, name))) for name in SYSTEMS},
         "steps": done["avatar"]["steps"],
         "completions_generated": {name: d["completions_generated"] for name, d in done.items()},
         "wall_s": ledger.state["wall_s"],

@@ -77,7 +77,7 @@ class Measurements:
 def measurements(root: Path) -> Measurements:
     """Read a run's folder. Raises ValueError naming the file and line of damaged predictions."""
     root = Path(root)
-    files = {name: root / "eval" / f"{name}.jsonl" for name in SYSTEMS}
+    files = {name: root / "eval" / name / "held_out.ours.jsonl" for name in SYSTEMS}
     predictions = {name: read_predictions(file) for name, file in files.items() if file.exists()}
     predictions = {name: found for name, found in predictions.items() if found}
     set_aside = []

@@ -1,69 +1,208 @@
-"""Greedy predictions of one system on the held-out samples of a manifest.
+"""Predictions of one model on one benchmark, on the training engine.
 
-    python -m eval.run --model runs/demo/avatar/export/localisation --manifest runs/demo/data/manifest.jsonl \
-        --recipe tiny_avatar --split eval --out runs/demo/eval/avatar.jsonl [--mute] [--blind] [key=value ...]
+    python -m eval.run model=FOLDER benchmark=NAME data=FOLDER out=FOLDER recipe=avatar_7b [key=value ...]
+    python -m eval.run model=RUN step=300 benchmark=held_out data=data/manifest.jsonl out=FOLDER
+    python -m eval.run --fixture NAME        (a benchmark's own small records, replies and scores computed by hand)
 
-One JSON line a sample, with all that scoring again needs. Stopped and started again, it goes on with the
-samples that are missing. Several processes (torchrun, srun) share the samples as the recipe's layout says.
+    model=FOLDER       a Hugging Face folder, or a run: its newest checkpoint, or step=N
+    data=FOLDER        the benchmark as its owners publish it (or OWNER/NAME of the hub with revision=COMMIT);
+                       benchmark=held_out takes a manifest
+    protocol=ours      or released: as the published scripts do it, their quirks listed
+    control=mute       or blind: without sound, without pictures
+    n=8 temperature=1  completions of each item, drawn in place of the greedy one
+    limit=100          the first items only; tables show such results as partial
+    prepared=FOLDER    of the measured media (runs/benchmarks/NAME)
+    judge.endpoint=URL where the owners let a language model read or judge replies (judge.model=NAME)
+    system=NAME family=NAME seed=N   what tables call it
+
+Other settings are the recipe's (parallel.tp=2, model.context=...). Several processes (torchrun, srun) share the items.
+Writes out/BENCHMARK.PROTOCOL.jsonl, one line a completion, and .meta.json beside it. The same command continues.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
+import os
+import platform
 import sys
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.progress import track
 
-from eval.score import Prediction
-from eval.stats import estimates
+from eval import prepare
+from eval.ask import asker
+from eval.benchmark import PROTOCOLS, Benchmark, load_benchmark
+from eval.items import Item
+from eval.prompts import as_sample
+from eval.score import Prediction, read_predictions, score_line
+from eval.summary import show, summarise
 from megatron_avatar.config import Config, load_config
 from megatron_avatar.records import Sample
 
-Answer = Callable[[Sequence[Sample]], list[Prediction]]
+Answers = Callable[[Sequence[Sample]], list[list[Any]]]
 BATCHES_A_WRITE = 4  # within one call the decoding of a batch overlaps with the answering of the one before
+CONTROLS = ("", "mute", "blind")
+PACKAGES = ("torch", "megatron-core", "transformers", "numpy", "av")
+
+
+@dataclass
+class Request:
+    """The command's own settings; see the module's docstring."""
+
+    model: str = ""
+    benchmark: str = ""
+    data: str = ""
+    out: str = ""
+    step: int = 0
+    revision: str = ""
+    protocol: str = "ours"
+    control: str = ""
+    n: int = 1
+    temperature: float = 0.0  # 0: greedy
+    limit: int = 0
+    batch: int = 16
+    prepared: str = ""
+    system: str = ""
+    family: str = ""
+    seed: int = 0
+
+    @property
+    def stem(self) -> str:
+        """BENCHMARK.PROTOCOL, with -mute, -blind or -gN behind it."""
+        more = [self.control] if self.control else []
+        return ".".join([self.benchmark, "-".join([self.protocol, *more, *([f"g{self.n}"] if self.n > 1 else [])])])
+
+
+def parse(arguments: list[str]) -> tuple[Request, Config, list[str]]:
+    """Request, the engine's configuration, and the judge's settings. ValueError naming the key and the remedy."""
+    names = {f.name for f in fields(Request)}
+    pairs = [item.partition("=") for item in arguments]
+    if wrong := [key for key, equals, _ in pairs if not equals]:
+        raise ValueError(f"{wrong[0]!r} is not key=value; python -m eval.run without arguments shows what there is")
+    own = {key: value for key, _, value in pairs if key in names}
+    judge = [item for item in arguments if item.startswith("judge.")]
+    settings = [item for item in arguments if item.partition("=")[0] not in names and item not in judge]
+    try:
+        request = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Request), own))
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{getattr(error, 'full_key', '')}: {str(error).splitlines()[0]}") from None
+    assert isinstance(request, Request)
+    for key in ("model", "benchmark", "data", "out"):
+        if not getattr(request, key):
+            raise ValueError(f"{key} is missing: write {key}=...")
+    for key, choices in (("protocol", PROTOCOLS), ("control", CONTROLS)):
+        if getattr(request, key) not in choices:
+            raise ValueError(f"{key}={getattr(request, key)}: choose one of {', '.join(filter(None, choices))}")
+    if request.n < 1 or request.batch < 1 or request.limit < 0 or request.temperature < 0:
+        raise ValueError("n and batch must be at least 1, limit and temperature 0 or above")
+    if request.n > 1 and not request.temperature:
+        raise ValueError(f"n={request.n}: several greedy completions would be the same; write temperature=1")
+    return request, engine_config(request, settings), judge
+
+
+def engine_config(request: Request, settings: list[str]) -> Config:
+    """A recipe's configuration with the model's folder, or that of the run that `model` names, with the protocol's frames
+    and the control."""
+    run = Path(request.model) / "config.yaml"
+    if run.is_file():
+        try:
+            saved = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(run), OmegaConf.from_dotlist(settings))
+            config = OmegaConf.to_object(saved)
+        except OmegaConfBaseException as error:
+            raise ValueError(f"{run}: {str(error).splitlines()[0]}") from None
+        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+            single = {"tp": 1, "pp": 1, "first_stage_layers": None, "sequence_parallel": False}
+            config.parallel = replace(config.parallel, **single)
+    else:
+        if not (Path(request.model) / "config.json").is_file():
+            raise ValueError(f"model={request.model}: neither a Hugging Face folder (config.json) nor a run (config.yaml)")
+        if request.step:
+            raise ValueError(f"step={request.step}: a Hugging Face folder has no steps; name the run's folder")
+        fixed = [f"model.path={request.model}", "data.manifest=-", f"output_dir={request.out}"]
+        config = load_config([*settings, *fixed])
+    assert isinstance(config, Config)
+    protocol = load_benchmark(request.benchmark).protocols[request.protocol]
+    given = {item.partition("=")[0] for item in settings}
+    data = {key: value for key, value in protocol.data.items() if f"data.{key}" not in given}
+    controls = {"mute": request.control == "mute" or config.data.mute, "blind": request.control == "blind"}
+    config.data = replace(config.data, **{**data, **controls})
+    if protocol.context and "model.context" not in given:
+        config.model.context = protocol.context
+    if protocol.new_tokens and "rl.sampling.max_new_tokens" not in given:
+        config.rl.sampling.max_new_tokens = protocol.new_tokens
+    return config
+
+
+# ---- predictions -----------------------------------------------------------------------------------------------
 
 
 def predict(
-    answer: Answer,
+    answers: Answers,
+    benchmark: Benchmark,
+    items: Sequence[Item],
     samples: Sequence[Sample],
     out: Path,
     *,
+    protocol: str,
     settings: str,
     chunk: int,
+    n: int = 1,
     rank: int = 0,
     share: Callable[[Any], list[Any]] = lambda value: [value],
 ) -> list[Prediction]:
-    """Answer the samples that `out` lacks, `chunk` at a time; all predictions in the order of `samples`.
+    """Answer the items that `out` lacks, `chunk` at a time; all predictions in the order of `items`.
 
-    Rank 0 alone touches the file; `share` (an all-gather) tells the others what it holds. Predictions made
-    under other `settings` are not mixed in: their file is renamed to `out`.old first.
+    Rank 0 alone touches the file; `share` (an all-gather) tells the others what it holds. Predictions made under other
+    `settings` are not mixed in: their file is renamed to `out`.old first.
     """
-    known = share(_resume(out, settings) if rank == 0 else None)[0]
-    missing = [sample for sample in samples if sample.id not in known]
-    starts = range(0, len(missing), chunk)
-    for start in track(starts, out.stem, console=Console(stderr=True), disable=rank != 0 or not missing):
-        fresh = [{**prediction, "settings": settings} for prediction in answer(missing[start : start + chunk])]
-        known |= {prediction["id"]: prediction for prediction in fresh}
+    known: dict[str, list[Prediction]] = share(_resume(out, settings, n) if rank == 0 else None)[0]
+    missing = [(i, s) for i, s in zip(items, samples, strict=True) if i.id not in known]
+    console = Console(stderr=True)
+    for start in track(range(0, len(missing), chunk), out.stem, console=console, disable=rank != 0 or not missing):
+        part = missing[start : start + chunk]
+        asked = [(i, s) for i, s in part if not i.trouble]
+        found = dict(zip([i.id for i, _ in asked], answers([s for _, s in asked]) if asked else [], strict=True))
+        fresh = [_lines(benchmark, item, sample, protocol, settings, found.get(item.id)) for item, sample in part]
+        known |= {item.id: lines for (item, _), lines in zip(part, fresh, strict=True)}
         if rank == 0:
-            with open(out, "a", encoding="utf-8") as file:
-                file.writelines(json.dumps(prediction, ensure_ascii=False) + "\n" for prediction in fresh)
-    return [known[sample.id] for sample in samples]
+            with open(out, "a", encoding="utf-8") as file:  # an item's completions in one write
+                file.writelines("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines) for lines in fresh)
+    return [line for item in items for line in known[item.id]]
 
 
-def _resume(out: Path, settings: str) -> dict[str, Prediction]:
-    """Predictions in `out` by sample id; a last line that a kill has cut is taken out of the file."""
+def _lines(
+    benchmark: Benchmark, item: Item, sample: Sample, protocol: str, settings: str, found: list[Any] | None
+) -> list[Prediction]:
+    common = {"id": item.id, "benchmark": benchmark.name, "protocol": protocol, "settings": settings, "kind": item.kind,
+              "gold": item.gold, "question": sample.question, "choices": list(item.choices), "letters": item.letters,
+              "keep": item.keep, "groups": {name: list(values) for name, values in item.groups.items()}}  # fmt: skip
+    if found is None:
+        lines = [{"k": 0, "text": "", "tokens": 0, "finished": False, "error": item.trouble}]
+    elif found[0].error is not None:
+        lines = [{"k": 0, **asdict(found[0])}]
+    else:
+        lines = [{"k": k, **asdict(answer)} for k, answer in enumerate(found)]
+    unheard = any(m.audio_in_video for m in item.media) and not any(m.audio_in_video for m in sample.media)
+    return [score_line(benchmark, {**common, **line, "without_sound": unheard}) for line in lines]
+
+
+def _resume(out: Path, settings: str, n: int) -> dict[str, list[Prediction]]:
+    """Predictions in `out` by item; a last item that a kill has cut short is taken out of the file."""
     out.parent.mkdir(parents=True, exist_ok=True)
     if not out.exists():
         return {}
-    known: dict[str, Prediction] = {}
-    whole = 0
+    known: dict[str, list[Prediction]] = {}
+    position = whole = 0
     with open(out, "rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.endswith(b"\n"):
@@ -78,102 +217,203 @@ def _resume(out: Path, settings: str) -> dict[str, Prediction]:
             if other:
                 out.replace(out.with_name(out.name + ".old"))
                 return {}
-            known[prediction["id"]] = prediction
-            whole += len(line)
+            known.setdefault(prediction["id"], []).append(prediction)
+            position += len(line)
+            if len(known[prediction["id"]]) == n or prediction["error"] is not None:
+                whole = position
+    known = {key: lines for key, lines in known.items() if len(lines) == n or lines[0]["error"] is not None}
     with open(out, "rb+") as file:
         file.truncate(whole)
     return known
 
 
-def settings_hash(config: Config, split: str) -> str:
-    """16 hex digits that change with whatever can change a prediction: weights, data, decoding, length."""
-    weights = [
-        (file.name, file.stat().st_size, file.stat().st_mtime_ns)
-        for file in sorted(Path(config.model.path).iterdir())
-        if file.suffix in (".json", ".safetensors")
+def settings_hash(config: Config, request: Request, benchmark: Benchmark, weights: Path, fingerprint: str) -> str:
+    """16 hex digits that change with whatever can change a completion: weights, items, prompts, decoding, length."""
+    files = [
+        (file.relative_to(weights).as_posix(), file.stat().st_size, file.stat().st_mtime_ns)
+        for file in sorted(weights.rglob("*"))
+        if file.is_file() and file.suffix in (".json", ".safetensors", ".distcp")
     ]
     data = {key: value for key, value in asdict(config.data).items() if key not in ("manifest", "workers")}
-    manifest = hashlib.sha256(Path(config.data.manifest).read_bytes()).hexdigest()
-    parts = [weights, data, manifest, split, asdict(config.model), config.rl.sampling.max_new_tokens]
+    protocol = benchmark.protocols[request.protocol]
+    asked = [protocol.system, protocol.prompt, protocol.option, protocol.instruction]
+    drawn = [request.n, request.temperature, request.seed if request.temperature else 0]
+    length = [config.rl.sampling.max_new_tokens, config.model.context]
+    parts = [files, fingerprint, data, asked, drawn, length, config.model.dtype]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def run(config: Config, split: str, out: Path, batch: int) -> list[Prediction]:
-    """Build the policy from `config.model.path`, and predict the split of `config.data.manifest` into `out`.
+# ---- the engine ------------------------------------------------------------------------------------------------
 
-    Returns the predictions on rank 0, nothing on the others. Raises ValueError for an empty split or a file that
-    can't be used.
+
+def run(request: Request, config: Config, judge: list[str]) -> list[Prediction]:
+    """Build the policy and predict the benchmark into `out`. Returns the predictions on rank 0, nothing on the others.
+
+    Raises ValueError for anything of the user's that can't be used.
     """
     from megatron_avatar.data.loader import MediaLoader
-    from megatron_avatar.data.manifest import load_manifest
     from megatron_avatar.data.prompt import PromptBuilder, load_tokenizer
     from megatron_avatar.policy.backend import start, stop
     from megatron_avatar.policy.model import build_policy
     from megatron_avatar.policy.weights import load_hf
-    from megatron_avatar.training.evaluate import evaluate
+    from megatron_avatar.training import checkpoint
+    from megatron_avatar.training.evaluate import answers
 
-    manifest = Path(config.data.manifest)
-    # A clip that is missing is a failed item, and failed items stay in the denominator.
-    samples = load_manifest(manifest, split=split, check_media=False)
-    if not samples:
-        raise ValueError(f"{manifest}: no sample has split '{split}'; choose another --split")
+    began = time.monotonic()
+    benchmark = load_benchmark(request.benchmark)
+    protocol = benchmark.protocols[request.protocol]
+    out = Path(request.out) / f"{request.stem}.jsonl"
+    asking = asker(judge, out.parent / "asked")
     backend = start(config.parallel, seed=config.seed)
     try:
+        prepared = _prepare(request, benchmark, backend)
         tokenizer = load_tokenizer(config.model.path)
         policy = build_policy(config.model.path, backend, config.model, config.parallel)
-        load_hf(policy, config.model.path)
-        builder = PromptBuilder(tokenizer, policy.hf_config, config.data, config.model.context)
-        loader = MediaLoader(builder, manifest.parent, config.data.workers, config.data.decode_deadline_s)
+        weights = Path(request.model)
+        if (weights / "config.yaml").is_file():
+            weights = checkpoint.find(weights, request.step or None, backend)
+            checkpoint.load(weights, policy=policy, optimization=None, reference=None, backend=backend)
+        else:
+            load_hf(policy, config.model.path)
+        sampling = replace(config.rl.sampling, temperature=request.temperature or 1.0)
+        room = config.model.context - sampling.max_new_tokens
+        builder = PromptBuilder(tokenizer, policy.hf_config, config.data, room, protocol.system)
+        items = prepared.items[: request.limit or None]
+        samples = [fitting(builder, as_sample(item, protocol, benchmark.name)) for item in items]
+        loader = MediaLoader(builder, prepared.root, config.data.workers, config.data.decode_deadline_s)
 
-        def answer(part: Sequence[Sample]) -> list[Prediction]:
-            length = config.rl.sampling.max_new_tokens
-            return evaluate(policy, backend, builder, loader, part, max_new_tokens=length, batch=batch)
+        def answer(part: Sequence[Sample]) -> list[list[Any]]:
+            return answers(policy, backend, builder, loader, part, sampling=sampling, n=request.n,
+                           greedy=not request.temperature, seed=request.seed, batch=request.batch)  # fmt: skip
 
+        settings = settings_hash(config, request, benchmark, weights, prepared.dataset["fingerprint"])
         try:
             predictions = predict(
                 answer,
+                benchmark,
+                items,
                 samples,
                 out,
-                settings=settings_hash(config, split),
-                chunk=BATCHES_A_WRITE * batch * backend.dp,
+                protocol=request.protocol,
+                settings=settings,
+                chunk=BATCHES_A_WRITE * request.batch * backend.dp,
+                n=request.n,
                 rank=backend.rank,
                 share=backend.all_gather_object,
             )
-            return predictions if backend.rank == 0 else []
         finally:
             loader.close()
+        if backend.rank:
+            return []
+        _write_meta(out, request, config, benchmark, prepared, settings, backend, time.monotonic() - began)
     finally:
         stop()
+    return _ask(out, asking, predictions, benchmark)
+
+
+def fitting(builder: Any, sample: Sample) -> Sample:
+    """The sample, without its clips' sound where the prompt is too long with it (long films); nothing is cut short."""
+    if not any(m.audio_in_video for m in sample.media):
+        return sample
+    try:
+        builder.length(sample)
+        return sample
+    except ValueError:
+        return replace(sample, media=tuple(replace(m, audio_in_video=False) for m in sample.media))
+
+
+def _prepare(request: Request, benchmark: Benchmark, backend: Any) -> prepare.Prepared:
+    """Rank 0 prepares, the others read; a user's mistake is raised on all."""
+    if benchmark.name == "held_out":
+        return prepare.held_out(Path(request.data))
+    folder = Path(request.prepared or f"runs/benchmarks/{benchmark.name}")
+    mistake, found = None, None
+    if backend.rank == 0:
+        try:
+            found = prepare.prepare(benchmark, request.data, folder, revision=request.revision)
+        except (ValueError, OSError) as error:
+            mistake = str(error)
+    if told := backend.all_gather_object(mistake)[0]:
+        raise ValueError(told)
+    return found or prepare.read_prepared(folder)
+
+
+def _ask(out: Path, asking: Any, predictions: list[Prediction], benchmark: Benchmark) -> list[Prediction]:
+    if asking is None:
+        return predictions
+    from eval.score import rescore
+
+    rescore(out, asking)
+    return read_predictions(out)
+
+
+def _write_meta(
+    out: Path, request: Request, config: Config, benchmark: Benchmark, prepared: prepare.Prepared, settings: str,
+    backend: Any, seconds: float,
+) -> None:  # fmt: skip
+    """What tables say about the predictions; seconds and GPU hours are those of all attempts together."""
+    path = out.with_name(f"{request.stem}.meta.json")
+    before = json.loads(path.read_text()) if path.exists() else {}
+    if before.get("settings") != settings:
+        before = {}
+    gpus = 0 if config.cluster.gpu == "cpu" or backend.device.type == "cpu" else backend.world
+    meta = {
+        "benchmark": benchmark.name, "protocol": request.protocol, "control": request.control, "n": request.n,
+        "temperature": request.temperature, "system": request.system, "family": request.family, "seed": request.seed,
+        "model": request.model, "step": request.step, "dataset": prepared.dataset, "limit": request.limit,
+        "settings": settings, "quirks": list(benchmark.protocols[request.protocol].quirks),
+        "aggregate": asdict(benchmark.aggregate), "data": asdict(config.data), "dtype": config.model.dtype,
+        "new_tokens": config.rl.sampling.max_new_tokens, "context": config.model.context,
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "machine": {"processes": backend.world, "device": _device(backend)}, "commit": commit(),
+        "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "seconds": round(before.get("seconds", 0.0) + seconds, 1),
+        "gpu_hours": round(before.get("gpu_hours", 0.0) + gpus * seconds / 3600, 4),
+    }  # fmt: skip
+    aside = path.with_suffix(".tmp")
+    aside.write_text(json.dumps(meta, indent=1) + "\n")
+    aside.replace(path)
+
+
+def _device(backend: Any) -> str:
+    import torch
+
+    return torch.cuda.get_device_name() if backend.device.type == "cuda" else platform.processor() or platform.machine()
+
+
+def commit() -> str:
+    """The commit of the code that runs: of a job's snapshot, or of the checkout; empty where neither is known."""
+    import subprocess
+
+    root = Path(__file__).resolve().parents[1]
+    if (root / "snapshot.json").is_file():
+        return json.loads((root / "snapshot.json").read_text()).get("commit", "")
+    done = subprocess.run(["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"],
+                          capture_output=True, text=True)  # fmt: skip
+    return done.stdout.strip()
 
 
 def main(arguments: list[str]) -> int:
-    """Evaluate one system from the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="Hugging Face folder to evaluate")
-    parser.add_argument("--manifest", type=Path, required=True, help="JSONL; media paths are relative to its folder")
-    parser.add_argument("--recipe", required=True, help="recipe whose decoding, lengths and layout are used")
-    parser.add_argument("--split", default="eval")
-    parser.add_argument("--out", type=Path, required=True, help="predictions, one JSON object a line")
-    parser.add_argument("--batch", type=int, default=16, help="samples decoded together on a rank")
-    parser.add_argument("--mute", action="store_true", help="control: drop all sound")
-    parser.add_argument("--blind", action="store_true", help="control: drop all pictures")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings on top of the recipe")
-    chosen = parser.parse_args(arguments)
+    """Evaluate from the command line; returns the exit status."""
+    if not arguments:
+        print(__doc__)
+        return 2
     try:
-        config = load_config([
-            f"recipe={chosen.recipe}", f"model.path={chosen.model}", f"data.manifest={chosen.manifest}",
-            f"output_dir={chosen.out.parent}", f"data.mute={chosen.mute}", f"data.blind={chosen.blind}",
-            *chosen.overrides,
-        ])  # fmt: skip
-        predictions = run(config, chosen.split, chosen.out, chosen.batch)
+        if arguments[0] == "--fixture":
+            from eval.fixture import check
+
+            return check(arguments[1:])
+        request, config, judge = parse(arguments)
+        predictions = run(request, config, judge)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    failed = [p for p in predictions if p["error"] is not None]
-    for name, estimate in estimates(predictions).items():
-        print(f"{name:<16} {estimate.value:6.1%}  [{estimate.low:.1%}, {estimate.high:.1%}]  n = {estimate.n}")
-    for prediction in failed:
-        print(f"failed, counted as wrong: {prediction['id']}: {prediction['error']}")
+    if predictions:
+        summary = summarise(load_benchmark(request.benchmark), predictions)
+        show(summary, f"{request.model}: {request.stem}")
+        for prediction in predictions:
+            if prediction["error"] is not None:
+                print(f"failed: {prediction['id']}: {prediction['error']}")
     return 0
 
 

@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from eval.score import correct, family
+
 RESAMPLES = 10_000
 LEVEL = 0.95
 BLOCK = 4_000_000  # drawn items held at a time
@@ -69,7 +71,7 @@ def estimate(
         raise ValueError("no scores to average")
     scores = scores[np.isfinite(scores).any(axis=1)]
     statistic = statistic or Statistic.mean(scores.shape[1])
-    value = _value(scores, statistic)
+    value = measured(scores, statistic)
     low, high = _interval(_resampled(scores[None], statistic, seed, resamples)[:, 0])
     return Estimate(value, low, high, answered, len(scores))
 
@@ -97,7 +99,7 @@ def difference(
         raise ValueError("the two systems share no answered item of one seed; evaluate both on the same")
     pair = np.where(both, np.stack([first, second]), np.nan)[:, both.any(axis=1)]
     statistic = statistic or Statistic.mean(first.shape[1])
-    value = _value(pair[0], statistic) - _value(pair[1], statistic)
+    value = measured(pair[0], statistic) - measured(pair[1], statistic)
     resampled = _resampled(pair, statistic, seed, resamples)
     deltas = resampled[:, 0] - resampled[:, 1]
     low, high = _interval(deltas)
@@ -115,14 +117,11 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted.tolist()
 
 
-def _value(scores: np.ndarray, statistic: Statistic) -> float:
-    """The statistic of `scores` [seeds, items] as they are, averaged over seeds."""
-    means = _strata_means(np.isfinite(scores) @ _one_hot(statistic), np.nan_to_num(scores) @ _one_hot(statistic))
+def measured(scores: np.ndarray, statistic: Statistic) -> float:
+    """The statistic of `scores` [seeds, items] as they are, averaged over seeds, without an interval."""
+    one_hot = np.eye(len(statistic.weights))[statistic.strata]
+    means = _strata_means(np.isfinite(scores) @ one_hot, np.nan_to_num(scores) @ one_hot)
     return float(statistic.finish(_weighted(means, statistic.weights)).mean())
-
-
-def _one_hot(statistic: Statistic) -> np.ndarray:
-    return np.eye(len(statistic.weights))[statistic.strata]
 
 
 def _strata_means(counts: np.ndarray, sums: np.ndarray) -> np.ndarray:
@@ -195,9 +194,9 @@ def estimates(
     """Accuracy "overall" and for each family of one run's predictions, in the order of appearance."""
     groups = {"overall": list(predictions)}
     for prediction in predictions:
-        groups.setdefault(prediction["family"], []).append(prediction)
+        groups.setdefault(family(prediction), []).append(prediction)
     return {
-        name: estimate(np.array([p["correct"] for p in group], float), seed=seed, resamples=resamples)
+        name: estimate(np.array([correct(p) for p in group], float), seed=seed, resamples=resamples)
         for name, group in groups.items()
         if group
     }
@@ -211,7 +210,7 @@ def paired_difference(
     resamples: int = RESAMPLES,
 ) -> Difference:
     """Accuracy of `first` minus that of `second`; ValueError if the two answered different samples."""
-    scores = [{p["id"]: p["correct"] for p in system} for system in (first, second)]
+    scores = [{p["id"]: correct(p) for p in system} for system in (first, second)]
     if not scores[0] or scores[0].keys() != scores[1].keys():
         odd = sorted(scores[0].keys() ^ scores[1].keys())[:3]
         raise ValueError(f"the two systems did not answer the same samples (for example {odd}); evaluate both anew")

@@ -1,8 +1,9 @@
-"""Greedy answers of the policy on samples: the held-out evaluation in training, and eval/'s engine."""
+"""Answers of the policy to samples: the held-out evaluation in training, and eval/'s engine."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -18,37 +19,56 @@ from megatron_avatar.training.rollout import load_prompts
 from megatron_avatar.training.stopping import StopSignal
 
 
-@torch.no_grad()
-def evaluate(
-    policy: OmniPolicy, backend: Backend, builder: PromptBuilder, loader: MediaLoader, samples: Sequence[Sample],
-    *, max_new_tokens: int, batch: int = 16, stop: StopSignal | None = None,
-) -> list[dict]:
-    """Predictions from one greedy completion a sample, in the order given, on every rank. All ranks call it together.
+@dataclass(frozen=True)
+class Answer:
+    """One completion: `tokens` counts its tokens, the end token included; `finished` is False where the limit cut it.
+    `error` says why there is none."""
 
-    A quarantined sample stays in the denominator: it counts as wrong and carries its reason in `error`. Raises
+    text: str = ""
+    tokens: int = 0
+    finished: bool = False
+    error: str | None = None
+
+
+@torch.no_grad()
+def answers(
+    policy: OmniPolicy, backend: Backend, builder: PromptBuilder, loader: MediaLoader, samples: Sequence[Sample],
+    *, sampling: SamplingConfig, n: int = 1, greedy: bool = True, seed: int = 0, batch: int = 16,
+    stop: StopSignal | None = None,
+) -> list[list[Answer]]:
+    """n answers to each sample, in the order given, on every rank. All ranks call it together.
+
+    Drawn answers depend on (seed, sample id, number) alone. A quarantined sample's answers carry its reason. Raises
     GenerationStopped on all ranks when any of them was told to `stop`.
     """
-    sampling = SamplingConfig(max_new_tokens=max_new_tokens)
     mine = list(samples[backend.dp_rank :: backend.dp])
-    predictions: list[dict] = []
+    found: dict[str, list[Answer]] = {}
     for start in range(0, -(-len(samples) // backend.dp), batch):  # as often on every rank
         part = mine[start : start + batch]
         prompts = load_prompts(loader, backend, [(s, "plain") for s in part])
         loader.prefetch([(s, "plain") for s in mine[start + batch : start + 2 * batch]])
         alive = [p for p in prompts if p is not None]
         media = policy.embed_media(alive) if alive else []
+        keys = ["greedy" if greedy else f"{seed}/evaluation/{p.sample_id}" for p in alive]
 
-        def answer(alive: list = alive, media: list = media) -> list:
-            return generate(policy, alive, 1, sampling, ["greedy"] * len(alive), media=media, stop=stop, greedy=True)
+        def complete(alive: list = alive, media: list = media, keys: list[str] = keys) -> list:
+            return generate(policy, alive, n, sampling, keys, media=media, stop=stop, greedy=greedy)
 
-        rows = iter(stop.guard(answer, backend) if stop is not None else answer())
+        rows = iter(stop.guard(complete, backend) if stop is not None else complete())
         for sample, prompt in zip(part, prompts, strict=True):
-            text = builder.decode(next(rows)[0].token_ids) if prompt is not None else ""
-            predictions.append({
-                "id": sample.id, "family": sample.family, "stage": sample.stage, "gold": sample.answer,
-                "problem_type": sample.problem_type, "choices": list(sample.choices), **grade(sample, text),
-                "error": None if prompt is not None else loader.quarantined.get(sample.id, "not decoded"),
-            })
-    gathered = backend.all_gather_object_dp(predictions)
-    by_id = {p["id"]: p for rank in gathered for p in rank}
+            if prompt is None:
+                found[sample.id] = [Answer(error=loader.quarantined.get(sample.id, "not decoded"))] * n
+            else:
+                found[sample.id] = [Answer(builder.decode(c.token_ids), len(c), c.finished) for c in next(rows)]
+    by_id = {key: value for rank in backend.all_gather_object_dp(found) for key, value in rank.items()}
     return [by_id[s.id] for s in samples]
+
+
+def evaluate(
+    policy: OmniPolicy, backend: Backend, builder: PromptBuilder, loader: MediaLoader, samples: Sequence[Sample],
+    *, max_new_tokens: int, batch: int = 16, stop: StopSignal | None = None,
+) -> list[float]:
+    """Whether the greedy answer to each sample is right (0 or 1); a quarantined sample counts as wrong."""
+    sampling = SamplingConfig(max_new_tokens=max_new_tokens)
+    found = answers(policy, backend, builder, loader, samples, sampling=sampling, batch=batch, stop=stop)
+    return [0.0 if a.error else grade(s, a.text)["correct"] for s, (a,) in zip(samples, found, strict=True)]

@@ -416,12 +416,12 @@ class Run:
     def held_out(self) -> dict:
         """Greedy accuracy on the stage's held-out samples."""
         with self.telemetry.timer("eval"):
-            predictions = evaluate(
+            correct = evaluate(
                 self.policy, self.backend, self.builder, self.loader,
                 held_out_samples(self.samples, self.stage, self.config.eval.samples),
                 max_new_tokens=self.config.rl.sampling.max_new_tokens, stop=self.stop,
             )
-        return {"eval/overall": float(np.mean([p["correct"] for p in predictions]))}
+        return {"eval/overall": float(np.mean(correct))}
 
 
 def train(config: Config, backend: Backend) -> None:

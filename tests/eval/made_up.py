@@ -7,6 +7,7 @@ import av
 import numpy as np
 import soundfile
 
+from eval.demo import predictions_file
 from megatron_avatar.data.manifest import write_manifest
 from megatron_avatar.records import Media, Sample
 
@@ -51,14 +52,15 @@ def write_run(root: Path, items: int = 160, steps: int = 30) -> Path:
         for sample, draw in zip(samples, draws, strict=True):
             right = bool(draw < skill)
             lines.append({
-                "id": sample.id, "family": sample.family, "stage": sample.stage, "gold": sample.answer,
-                "problem_type": "multiple_choice", "choices": ["x", "y"], "answer": sample.answer if right else None,
-                "text": f"{name} says {ATTACK}", "accuracy": float(right), "correct": float(right),
-                "format": float(name != "base"), "error": None, "settings": "made up",
+                "id": sample.id, "k": 0, "benchmark": "held_out", "protocol": "ours", "settings": "made up",
+                "kind": "choice", "gold": sample.answer, "choices": ["x", "y"], "letters": "AB", "keep": {},
+                "groups": {"stage": [sample.stage], "family": [sample.family]}, "text": f"{name} says {ATTACK}",
+                "answer": sample.answer if right else None, "scores": {"accuracy": float(right)}, "counted": True,
+                "format": float(name != "base"), "error": None,
             })  # fmt: skip
         if name == "sft":
-            lines[5] |= {"error": "clip.webm: damaged <file>", "correct": 0.0, "text": ""}
-        write_lines(root / "eval" / f"{name}.jsonl", lines)
+            lines[5] |= {"error": "clip.webm: damaged <file>", "scores": {"accuracy": 0.0}, "text": ""}
+        write_lines(predictions_file(root, name), lines)
 
     write_lines(root / "sft" / "metrics.jsonl", [
         {"step": s + 1, "stage": "sft", "stage_step": s + 1, "loss": 3 * 0.9**s, "tokens_per_s": 900.0}

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
+from eval.demo import predictions_file
 from eval.report import SYSTEMS, clips, facts, main, measurements, print_table, render, table, verdict
-from eval.score import read_predictions, system_scores
+from eval.score import correct, read_predictions, system_scores
 from tests.eval.made_up import ATTACK, write_lines, write_run
 
 
@@ -71,8 +72,8 @@ def test_the_table_is_that_of_the_predictions(run):
     columns, rows = table(measurements(run))
     assert columns == ["overall", "what", "count", "sync", "where"] and [row[0] for row in rows][3] == "AVATAR"
     for system, (_, cells, in_format) in zip(SYSTEMS, rows, strict=True):
-        correct = [p["correct"] for p in read_predictions(run / "eval" / f"{system}.jsonl")]
-        assert cells[0].value == np.mean(correct) and cells[0].low < cells[0].value < cells[0].high
+        right = [correct(p) for p in read_predictions(predictions_file(run, system))]
+        assert cells[0].value == np.mean(right) and cells[0].low < cells[0].value < cells[0].high
         assert f"{100 * cells[0].value:.1f} %{cells[0].low * 100:.1f} – " in text
         assert in_format == float(system != "base")
     markdown = (run / "report.md").read_text()
@@ -85,11 +86,12 @@ def test_the_table_is_that_of_the_predictions(run):
 def test_the_verdict_follows_the_paired_test(run, tmp_path):
     assert "AVATAR is ahead of GRPO" in verdict(measurements(run))
     assert verdict(measurements(run)) in "".join(Page((run / "report.html").read_text()).text)
-    avatar, grpo = (read_predictions(run / "eval" / f"{name}.jsonl") for name in ("avatar", "grpo"))
-    write_lines(tmp_path / "eval" / "avatar.jsonl", grpo)
-    write_lines(tmp_path / "eval" / "grpo.jsonl", avatar)
+    avatar, grpo = (read_predictions(predictions_file(run, name)) for name in ("avatar", "grpo"))
+    write_lines(predictions_file(tmp_path, "avatar"), grpo)
+    write_lines(predictions_file(tmp_path, "grpo"), avatar)
     assert "AVATAR is behind GRPO" in verdict(measurements(tmp_path))
-    write_lines(tmp_path / "eval" / "grpo.jsonl", [*grpo[:-1], {**grpo[-1], "correct": 1 - grpo[-1]["correct"]}])
+    almost = [*grpo[:-1], {**grpo[-1], "scores": {"accuracy": 1 - correct(grpo[-1])}}]
+    write_lines(predictions_file(tmp_path, "grpo"), almost)
     assert "does not tell the two apart" in verdict(measurements(tmp_path))
 
 
@@ -146,15 +148,15 @@ def test_every_figure_is_drawn_and_written(run):
 def test_the_command_line(tmp_path, capsys):
     assert main([str(tmp_path)]) == 0 and "report.html" in capsys.readouterr().out
     assert main([str(tmp_path / "none")]) == 2 and "no such folder" in capsys.readouterr().err
-    (tmp_path / "eval").mkdir()
-    (tmp_path / "eval" / "sft.jsonl").write_text("broken\n")
-    assert main([str(tmp_path)]) == 2 and "sft.jsonl, line 1" in capsys.readouterr().err
+    predictions_file(tmp_path, "sft").parent.mkdir(parents=True)
+    predictions_file(tmp_path, "sft").write_text("broken\n")
+    assert main([str(tmp_path)]) == 2 and "held_out.ours.jsonl, line 1" in capsys.readouterr().err
 
 
 def test_the_table_is_printed(run):
     from rich.console import Console
 
-    scores = {name: system_scores(read_predictions(run / "eval" / f"{name}.jsonl")) for name in SYSTEMS}
+    scores = {name: system_scores(read_predictions(predictions_file(run, name))) for name in SYSTEMS}
     console = Console(record=True, width=120)
     print_table(json.loads(json.dumps({"systems": scores})), console)
     printed = console.export_text()

@@ -1,61 +1,78 @@
-"""Predictions on file: resuming, settings, failures, ranks."""
+"""Predictions on file: resuming, settings, failures, ranks, several completions."""
+
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from eval.run import main, predict, settings_hash
-from eval.score import read_predictions, rescore
-from eval.stats import estimates
+from eval.benchmark import load_benchmark
+from eval.items import Item
+from eval.prompts import as_sample
+from eval.run import Request, main, parse, predict, settings_hash
+from eval.score import correct, read_predictions, rescore
 from megatron_avatar.config import Config
-from megatron_avatar.records import Sample
-from megatron_avatar.rl.rewards import grade
+from megatron_avatar.training.evaluate import Answer
 
-SAMPLES = [Sample(f"s{i}", "visual", "eval", "count", "How many?", str(i), "numerical") for i in range(7)]
+HELD_OUT = load_benchmark("held_out")
+ITEMS = [Item(f"s{i}", "number", "How many?", str(i), groups={"stage": ("visual",)}) for i in range(7)]
+ITEMS[3] = replace(ITEMS[3], trouble="clip.mp4: there is no such file")
+SAMPLES = [as_sample(item, HELD_OUT.protocols["ours"], "held_out") for item in ITEMS]
 
 
 class System:
-    """Answers 1 to everything and fails on the last sample; remembers what it was asked."""
+    """Answers 1 to everything, n times, and fails on the last item; remembers what it was asked."""
 
-    def __init__(self):
-        self.asked = []
+    def __init__(self, n=1):
+        self.asked, self.n = [], n
 
     def __call__(self, samples):
         self.asked += [s.id for s in samples]
-        return [
-            {
-                "id": s.id, "family": s.family, "stage": s.stage, "gold": s.answer, "problem_type": s.problem_type,
-                "choices": [], **grade(s, "" if s.id == "s6" else "<think>t</think><answer>1</answer>"),
-                "error": "damaged" if s.id == "s6" else None,
-            }
-            for s in samples
-        ]  # fmt: skip
+        answer = Answer("<think>t</think><answer>1</answer>", 7, True)
+        return [[Answer(error="damaged") if s.id == "s6" else answer] * self.n for s in samples]
 
 
-def test_every_sample_is_predicted_once_and_failures_count(tmp_path):
-    out, system = tmp_path / "new" / "avatar.jsonl", System()
-    predictions = predict(system, SAMPLES, out, settings="a", chunk=3)
+def ask(system, out, settings="a", items=ITEMS, **more):
+    return predict(system, HELD_OUT, items, SAMPLES[: len(items)], out, protocol="ours", settings=settings, **more)
+
+
+def test_every_item_is_predicted_once_and_failures_count(tmp_path):
+    out, system = tmp_path / "new" / "held_out.ours.jsonl", System()
+    predictions = ask(system, out, chunk=3)
     assert read_predictions(out) == predictions
-    assert [p["id"] for p in predictions] == system.asked == [s.id for s in SAMPLES]
-    assert estimates(predictions)["overall"].n == 7 and estimates(predictions)["overall"].value == pytest.approx(1 / 7)
-    assert [rescore(p) for p in predictions] == predictions
-    assert [p["error"] for p in predictions] == [None] * 6 + ["damaged"]
+    assert [p["id"] for p in predictions] == [i.id for i in ITEMS]
+    assert system.asked == ["s0", "s1", "s2", "s4", "s5", "s6"]  # nobody is asked about a clip that isn't there
+    assert [correct(p) for p in predictions] == [0, 1, 0, 0, 0, 0, 0]
+    assert [p["error"] for p in predictions] == [None] * 3 + [ITEMS[3].trouble] + [None] * 2 + ["damaged"]
+    assert [p["format"] for p in predictions] == [1, 1, 1, 0, 1, 1, 0] and predictions[1]["tokens"] == 7
+    assert rescore(out) == predictions
 
 
 def test_a_second_run_answers_only_what_is_missing(tmp_path):
     out, first, second = tmp_path / "a.jsonl", System(), System()
-    whole = predict(first, SAMPLES, out, settings="a", chunk=2)
+    whole = ask(first, out, chunk=2)
     lines = out.read_text().splitlines(keepends=True)
     out.write_text("".join(lines[:4]) + lines[4][:20])  # killed in the middle of the fifth line
-    assert predict(second, SAMPLES, out, settings="a", chunk=2) == whole
+    assert ask(second, out, chunk=2) == whole
     assert second.asked == ["s4", "s5", "s6"] and read_predictions(out) == whole
     third = System()
-    assert predict(third, SAMPLES, out, settings="a", chunk=2) == whole and third.asked == []
+    assert ask(third, out, chunk=2) == whole and third.asked == []
+
+
+def test_an_item_that_was_cut_between_its_completions_is_answered_again(tmp_path):
+    out, second = tmp_path / "a.jsonl", System(n=4)
+    whole = ask(System(n=4), out, chunk=2, n=4)
+    assert [(p["id"], p["k"]) for p in whole[:5]] == [("s0", 0), ("s0", 1), ("s0", 2), ("s0", 3), ("s1", 0)]
+    lines = out.read_text().splitlines(keepends=True)
+    out.write_text("".join(lines[:6]))  # all of s0 and half of s1
+    assert ask(second, out, chunk=2, n=4) == whole
+    assert second.asked == ["s1", "s2", "s4", "s5", "s6"] and read_predictions(out) == whole
 
 
 def test_other_settings_are_never_mixed_in_and_nothing_is_lost(tmp_path):
     out, again = tmp_path / "a.jsonl", System()
-    old = predict(System(), SAMPLES, out, settings="a", chunk=4)
-    new = predict(again, SAMPLES, out, settings="b", chunk=4)
-    assert len(again.asked) == 7 and read_predictions(out) == new
+    old = ask(System(), out, chunk=4)
+    new = ask(again, out, settings="b", chunk=4)
+    assert len(again.asked) == 6 and read_predictions(out) == new
     assert read_predictions(tmp_path / "a.jsonl.old") == old
 
 
@@ -63,43 +80,71 @@ def test_a_file_that_holds_something_else_is_left_alone(tmp_path):
     out = tmp_path / "a.jsonl"
     out.write_text('{"id": "s1"}\n')
     with pytest.raises(ValueError, match="a.jsonl, line 1"):
-        predict(System(), SAMPLES, out, settings="a", chunk=4)
+        ask(System(), out, chunk=4)
     assert out.read_text() == '{"id": "s1"}\n'
 
 
 def test_only_the_first_rank_writes_and_all_agree_on_what_is_done(tmp_path):
     out = tmp_path / "a.jsonl"
-    done = predict(System(), SAMPLES[:5], out, settings="a", chunk=4)
+    done = ask(System(), out, items=ITEMS[:5], chunk=4)
     content, system = out.read_text(), System()
-    known = {p["id"]: p for p in done}
-    predictions = predict(system, SAMPLES, out, settings="a", chunk=4, rank=1, share=lambda value: [known, value])
+    known = {p["id"]: [p] for p in done}
+    predictions = ask(system, out, chunk=4, rank=1, share=lambda value: [known, value])
     assert system.asked == ["s5", "s6"] and len(predictions) == 7 and out.read_text() == content
 
 
-def test_the_settings_hash_follows_what_changes_a_prediction(tmp_path):
+def test_the_settings_hash_follows_what_changes_a_completion(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    manifest = tmp_path / "manifest.jsonl"
-    manifest.write_text("{}\n")
-    config = Config()
-    config.model.path, config.data.manifest = str(tmp_path), str(manifest)
-    hashes = [settings_hash(config, "eval"), settings_hash(config, "eval")]
-    assert hashes[0] == hashes[1]
+    config, request, benchmark = Config(), Request(benchmark="held_out"), load_benchmark("held_out")
+
+    def found(fingerprint="f", **changed):
+        return settings_hash(config, replace(request, **changed), benchmark, tmp_path, fingerprint)
+
+    first = found()
     config.data.workers = 3
-    assert settings_hash(config, "eval") == hashes[0]
-    hashes.append(settings_hash(config, "train"))
+    assert found() == found(batch=2) == found(seed=4) == found(system="grpo") == first
+    others = [found("other"), found(n=4, temperature=1.0), found(n=4, temperature=1.0, seed=4)]
     config.data.mute = True
-    hashes.append(settings_hash(config, "eval"))
+    others.append(found())
     config.rl.sampling.max_new_tokens = 7
-    hashes.append(settings_hash(config, "eval"))
-    manifest.write_text('{"id": "x"}\n')
-    hashes.append(settings_hash(config, "eval"))
+    others.append(found())
     (tmp_path / "model.safetensors").write_text("new weights")
-    hashes.append(settings_hash(config, "eval"))
-    assert len(set(hashes[1:])) == 6
+    others.append(found())
+    assert len({first, *others}) == 7
 
 
-def test_a_users_mistake_is_explained(tmp_path, capsys):
-    common = ["--model", str(tmp_path), "--manifest", str(tmp_path / "m.jsonl"), "--out", str(tmp_path / "o.jsonl")]
-    assert main([*common, "--recipe", "tiny_avatr"]) == 2
-    assert "tiny_avatar" in capsys.readouterr().err
-    assert not (tmp_path / "o.jsonl").exists()
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("recipe=tiny_avatr", "tiny_avatar"),
+        ("benchmark=worldsens", "worldsense"),
+        ("protocol=mine", "ours, released"),
+        ("control=deaf", "mute, blind"),
+        ("n=8", "temperature=1"),
+        ("step=3", "no steps"),
+        ("model=nowhere", "neither a Hugging Face folder"),
+        ("data=none.jsonl", "none.jsonl"),
+        ("limit=few", "limit"),
+        ("--mute", "not key=value"),
+    ],
+)
+def test_a_users_mistake_is_explained(tmp_path, capsys, change, message):
+    arguments = {
+        "model": "assets/tiny_base", "benchmark": "held_out", "data": str(tmp_path / "m.jsonl"),
+        "out": str(tmp_path / "o"), "recipe": "tiny_avatar",
+    }  # fmt: skip
+    key, _, value = change.partition("=")
+    given = [f"{k}={v}" for k, v in {**arguments, key: value}.items() if k != "--mute"]
+    assert main(given if "=" in change else [*given, change]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_protocols_frames_hold_unless_the_user_says_otherwise():
+    common = ["model=assets/tiny_base", "benchmark=worldsense", "data=x", "out=x", "recipe=tiny_avatar"]
+    _, config, judge = parse([*common, "judge.endpoint=http://h/v1"])
+    assert config.data.max_frames == 64 and config.rl.sampling.max_new_tokens == 2048 and config.model.context == 32768
+    assert judge == ["judge.endpoint=http://h/v1"]
+    _, config, _ = parse([*common, "data.max_frames=8", "control=mute"])
+    assert config.data.max_frames == 8 and config.data.mute and not config.data.blind
+    assert Path(config.model.path) == Path("assets/tiny_base")

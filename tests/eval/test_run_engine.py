@@ -1,4 +1,4 @@
-"""The command on a real model and real clips: one process, two ranks, a damaged clip, and the controls."""
+"""The command on a real model and real clips: one process, two ranks, a damaged clip, the controls, a run's checkpoint."""
 
 import json
 import os
@@ -8,8 +8,7 @@ import sys
 import pytest
 
 from eval.run import main
-from eval.score import read_predictions
-from eval.stats import estimates
+from eval.score import correct, read_predictions
 from tests.training.small import ROOT, make
 
 
@@ -23,42 +22,52 @@ def world(tmp_path_factory):
 def arguments(world, out, *more):
     manifest = world / "data" / "manifest.jsonl"
     return [
-        "--model", str(world / "base"), "--manifest", str(manifest), "--recipe", "tiny_avatar", "--out", str(out),
-        "--batch", "2", "rl.sampling.max_new_tokens=8", "data.workers=0", *more,
+        f"model={world / 'base'}", "benchmark=held_out", f"data={manifest}", "recipe=tiny_avatar", f"out={out}",
+        "batch=2", "rl.sampling.max_new_tokens=8", "data.workers=0", *more,
     ]  # fmt: skip
 
 
 @pytest.mark.slow
-def test_ranks_share_the_samples_and_a_damaged_clip_counts_as_wrong(world, tmp_path, capsys):
+def test_ranks_share_the_items_and_a_damaged_clip_counts_as_wrong(world, tmp_path, capsys):
     lines = (world / "data" / "manifest.jsonl").read_text().splitlines()
     held = [sample for sample in map(json.loads, lines) if sample["split"] == "eval"]
     damaged = next(s for s in held if s["media"])
     (world / "data" / damaged["media"][0]["path"]).write_bytes(b"no video")
 
-    alone, muted, blind, shared = (tmp_path / f"{name}.jsonl" for name in ("alone", "muted", "blind", "shared"))
-    assert main(arguments(world, alone)) == 0
-    assert f"failed, counted as wrong: {damaged['id']}: " in capsys.readouterr().out
-    predictions = read_predictions(alone)
+    assert main(arguments(world, tmp_path / "alone")) == 0
+    assert f"failed: {damaged['id']}: " in capsys.readouterr().out
+    predictions = read_predictions(tmp_path / "alone" / "held_out.ours.jsonl")
     assert [p["id"] for p in predictions] == [s["id"] for s in held]
     assert {p["id"] for p in predictions if p["error"]} == {
         s["id"] for s in held if s["media"][0]["path"] == damaged["media"][0]["path"]
     }
-    assert all(p["correct"] == 0.0 for p in predictions if p["error"])
-    assert estimates(predictions)["overall"].n == len(held)
+    assert all(correct(p) == 0.0 for p in predictions if p["error"])
     assert len({p["text"] for p in predictions}) > 1
+    meta = json.loads((tmp_path / "alone" / "held_out.ours.meta.json").read_text())
+    assert meta["dataset"]["items"] == len(held) and meta["settings"] == predictions[0]["settings"]
 
     texts = [p["text"] for p in predictions if not p["error"]]
-    for out, flag in ((muted, "--mute"), (blind, "--blind")):  # the model is shown something else
-        assert main(arguments(world, out, flag)) == 0
-        control = {p["id"]: p["text"] for p in read_predictions(out)}
-        assert [control[p["id"]] for p in predictions if not p["error"]] != texts
-    assert not any(p["error"] for p in read_predictions(blind))  # nobody looks at the damaged pictures
+    for control in ("mute", "blind"):  # the model is shown something else
+        assert main(arguments(world, tmp_path, f"control={control}")) == 0
+        found = read_predictions(tmp_path / f"held_out.ours-{control}.jsonl")
+        assert [p["text"] for p in found if p["id"] in {q["id"] for q in predictions if not q["error"]}] != texts
+    assert not any(p["error"] for p in found)  # nobody looks at the damaged pictures
 
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "eval.run"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, *arguments(world, shared)], cwd=ROOT, text=True, capture_output=True, env=environment
+        [*command, *arguments(world, tmp_path / "shared")], cwd=ROOT, text=True, capture_output=True, env=environment
     )
     assert done.returncode == 0, done.stderr
-    assert [{**p, "settings": ""} for p in read_predictions(shared)] == [{**p, "settings": ""} for p in predictions]
-    assert done.stdout.count("overall") == 1  # one rank reports
+    assert read_predictions(tmp_path / "shared" / "held_out.ours.jsonl") == predictions
+    assert done.stdout.count("headline") == 1  # one rank reports
+
+
+@pytest.mark.slow
+def test_drawn_completions_repeat_with_their_seed(world, tmp_path):
+    drawn = arguments(world, tmp_path / "a", "n=4", "temperature=1", "seed=3", "limit=3")
+    assert main(drawn) == 0
+    found = read_predictions(tmp_path / "a" / "held_out.ours-g4.jsonl")
+    assert len(found) == 12 and len({p["text"] for p in found}) > 3
+    assert main([*drawn, f"out={tmp_path / 'b'}", "batch=1"]) == 0
+    assert [p["text"] for p in read_predictions(tmp_path / "b" / "held_out.ours-g4.jsonl")] == [p["text"] for p in found]

@@ -8,15 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from eval.score import majority_scores, read_predictions, rescore, system_scores
+from eval.score import correct, majority_scores, read_predictions, rescore, system_scores
 from eval.stats import estimates, paired_difference
 
 
-def prediction(key, family="what", correct=1.0, gold="A", text="<think>t</think><answer>A</answer>", **other):
+def prediction(key, family="what", right=1.0, gold="A", text="<think>t</think><answer>A</answer>", **other):
     return {
-        "id": str(key), "family": family, "stage": "visual", "gold": gold, "problem_type": "multiple_choice",
-        "choices": ["red", "blue"], "text": text, "answer": "A", "accuracy": correct, "correct": correct,
-        "format": 1.0, "error": None, **other,
+        "id": str(key), "k": 0, "benchmark": "held_out", "protocol": "ours", "settings": "s", "kind": "choice",
+        "gold": gold, "choices": ["red", "blue"], "letters": "AB", "keep": {}, "text": text, "answer": "A",
+        "groups": {"stage": ["visual"], "family": [family]}, "scores": {"accuracy": right}, "format": 1.0,
+        "error": None, "counted": True, **other,
     }  # fmt: skip
 
 
@@ -25,7 +26,7 @@ def system(values, family="what"):
 
 
 def test_scores_by_family_and_over_all_samples():
-    predictions = [prediction(0), prediction(1, correct=0.0), prediction(2, "count"), prediction(3, "count")]
+    predictions = [prediction(0), prediction(1, right=0.0), prediction(2, "count"), prediction(3, "count")]
     assert system_scores(predictions) == {"overall": 0.75, "what": 0.5, "count": 1.0, "n": 4}
 
 
@@ -77,12 +78,12 @@ def test_different_samples_cannot_be_compared():
         paired_difference([], [])
 
 
-def test_rescoring_reads_the_text_again_and_keeps_failures_wrong():
-    wrong = prediction(0, correct=0.0)
-    assert rescore(wrong)["correct"] == 1.0
-    assert rescore(prediction(1, gold="B"))["correct"] == 0.0
-    failed = prediction(2, correct=0.0, error="damaged")
-    assert rescore(failed)["correct"] == 0.0
+def test_rescoring_reads_the_text_again_and_keeps_failures_wrong(tmp_path):
+    path = tmp_path / "held_out.ours.jsonl"
+    lines = [prediction(0, right=0.0), prediction(1, gold="B"), prediction(2, right=1.0, error="damaged")]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert [correct(p) for p in rescore(path)] == [1.0, 0.0, 0.0]
+    assert [correct(p) for p in read_predictions(path)] == [1.0, 0.0, 0.0]
 
 
 def test_the_most_frequent_answer_is_the_floor():

@@ -1,0 +1,158 @@
+"""What a benchmark is: eval/benchmarks/NAME.yaml over _common.yaml, typed and checked.
+
+A file says where the owners' records are, which column is what, how a question is asked and an answer read and scored
+under each protocol, and how scores become the headline. There is no code of a single benchmark.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+FOLDER = Path(__file__).parent / "benchmarks"
+PROTOCOLS = ("ours", "released")
+KINDS = ("choice", "letters", "yes_no", "number", "math", "text")  # forms of an answer
+GOLDS = ("as_is", "letter", "text", "index")
+FAILED = ("wrong", "dropped")
+
+
+@dataclass
+class Source:
+    """The owners' publication. `files`: patterns of the record files below data=FOLDER, those of the first pattern that
+    matches are read; `items`: how many questions the owners count."""
+
+    dataset: str = ""  # OWNER/NAME of the hub
+    split: str = ""
+    files: list[str] = field(default_factory=list)
+    items: int = 0
+    note: str = ""  # what a user has to know to get it
+
+
+@dataclass
+class Records:
+    """Owners' columns -> item. A value is a column's name, or a template with columns in braces; `_key` is a row's key
+    where the owners' file is an object, `_file` the record file's stem.
+
+    unfold: a column that holds a list of questions, or /REGEX/ of columns with one question each.
+    where: column -> values of the rows that belong to the benchmark. options: a column; none where the question holds
+    them (`letters` are then those that may be answered). answer_is: how the gold is written. kind: an answer's form, or
+    {column: NAME, values: {theirs: ours}}. marks: regular expression of the places of media in the question. media:
+    list of {video|image|audio: path, column or list; start, end: columns of seconds; fps: of a folder of frames};
+    the column may be empty or absent where it ends with `?`. groups: breakdowns. keep: columns that scoring needs.
+    """
+
+    id: str = ""
+    question: str = ""
+    answer: str = ""
+    unfold: str = ""
+    where: dict[str, list[str]] = field(default_factory=dict)
+    options: str = ""
+    letters: str = "ABCDEFGHIJ"
+    answer_is: str = "as_is"
+    kind: Any = "choice"
+    marks: str = ""
+    media: list[dict[str, str]] = field(default_factory=list)
+    groups: dict[str, str] = field(default_factory=dict)
+    keep: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Protocol:
+    """How questions are asked and answers scored. By kind of answer: instruction, parser (eval/parsers.py), metric
+    (eval/metrics.py), ask (extract or judge: what a language model at judge.endpoint does, eval/ask.py)."""
+
+    system: str = ""
+    prompt: str = "{question}\n{options}\n{instruction}"
+    option: str = "{letter}. {text}"  # one line an option; "list": as Python writes the list
+    instruction: dict[str, str] = field(default_factory=dict)
+    parser: dict[str, str] = field(default_factory=dict)
+    metric: dict[str, str] = field(default_factory=dict)
+    ask: dict[str, str] = field(default_factory=dict)
+    new_tokens: int = 0  # 0: the recipe's
+    context: int = 0  # prompt and reply together; 0: the recipe's
+    data: dict[str, Any] = field(default_factory=dict)  # of the settings' data: frames, pixels, mute
+    failed: str = "wrong"  # what an item without an answer counts as
+    quirks: list[str] = field(default_factory=list)  # of the published scripts, shown beside the numbers
+
+
+@dataclass
+class Aggregate:
+    """The headline: mean of `metric` over the items (over: ""), or of a breakdown's values' means, where the values
+    listed in `merge` are averaged into one first."""
+
+    metric: str = "accuracy"
+    over: str = ""
+    merge: dict[str, list[str]] = field(default_factory=dict)
+
+
+@dataclass
+class Benchmark:
+    name: str = ""
+    title: str = ""
+    base: str = "_common"  # the file that this one changes; empty: none
+    source: Source = field(default_factory=Source)
+    records: Records = field(default_factory=Records)
+    protocols: dict[str, Protocol] = field(default_factory=dict)
+    aggregate: Aggregate = field(default_factory=Aggregate)
+
+
+def names() -> list[str]:
+    """The benchmarks that there are, the project's own `held_out` included."""
+    return sorted(path.stem for path in FOLDER.glob("[a-z]*.yaml"))
+
+
+@cache
+def load_benchmark(name: str) -> Benchmark:
+    """The benchmark `name`. Raises ValueError naming file, key and choices."""
+    path = FOLDER / f"{name}.yaml"
+    if not path.is_file() or name.startswith("_"):
+        raise ValueError(f"benchmark={name}: choose one of {', '.join(names())}")
+    try:
+        own = OmegaConf.load(path)
+        base = own.get("base", Benchmark.base)
+        layers = [OmegaConf.load(FOLDER / f"{base}.yaml")] if base else []
+        found = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Benchmark), *layers, own, {"name": name}))
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{path}: {getattr(error, 'full_key', '')}: {str(error).splitlines()[0]}") from None
+    assert isinstance(found, Benchmark)
+    try:
+        _check(found)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return found
+
+
+def kinds_of(benchmark: Benchmark) -> list[str]:
+    """The forms of answers that its records can have."""
+    kind = benchmark.records.kind
+    return list(dict.fromkeys(kind["values"].values())) if isinstance(kind, dict) else [kind]
+
+
+def _check(benchmark: Benchmark) -> None:
+    from eval.metrics import METRICS
+    from eval.parsers import PARSERS
+
+    def one_of(key: str, value: str, choices: Any) -> None:
+        if value not in choices:
+            raise ValueError(f"{key} is {value!r}; write one of {', '.join(choices)}")
+
+    records = benchmark.records
+    one_of("records.answer_is", records.answer_is, GOLDS)
+    if tuple(sorted(benchmark.protocols)) != PROTOCOLS:
+        raise ValueError(f"protocols must be {' and '.join(PROTOCOLS)}")
+    for kind in kinds_of(benchmark):
+        one_of("records.kind", kind, KINDS)
+        for name, protocol in benchmark.protocols.items():
+            for key, table, choices in (("parser", protocol.parser, PARSERS), ("metric", protocol.metric, METRICS)):
+                if kind not in table:
+                    raise ValueError(f"protocols.{name}.{key} lacks the kind {kind!r} of its records")
+                one_of(f"protocols.{name}.{key}.{kind}", table[kind], choices)
+            one_of(f"protocols.{name}.failed", protocol.failed, FAILED)
+    over = benchmark.aggregate.over
+    if over and over not in records.groups:
+        raise ValueError(f"aggregate.over is {over!r}, which is no breakdown of records.groups")

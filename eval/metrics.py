@@ -1,0 +1,96 @@
+"""From an answer to scores, as the benchmarks' owners define them. Which metric scores what is said in eval/benchmarks.
+
+A metric gets the answer (None: none was found) and the line that it belongs to: `gold`, `kind`, `choices`, `keep`,
+`judged`. It returns values by name, the headline's first; None for one that waits for a judge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from eval.parsers import sample_of
+from megatron_avatar.rl.rewards import accuracy_reward
+from megatron_avatar.rl.rewards.grade import THRESHOLD
+
+Line = dict[str, Any]
+Scores = dict[str, float | None]
+Metric = Callable[[str | None, Line], Scores]
+MRA_THRESHOLDS = np.linspace(0.5, 0.95, 10)
+EXACT = 1 - 1e-3  # numbers that are right to three digits
+
+
+def exact(answer: str | None, line: Line) -> Scores:
+    """1 where the answer is the gold by training's rules (letter, number to 1e-3, expression, text)."""
+    sample = sample_of(line)
+    reward = accuracy_reward(answer, sample)
+    return {"accuracy": float(reward >= THRESHOLD.get(sample.problem_type, EXACT))}
+
+
+def letter_set(answer: str | None, line: Line) -> Scores:
+    """1 where the set of letters is the gold's."""
+    return {"accuracy": float(_letters(answer) == _letters(line["gold"]))}
+
+
+def letter_f1(answer: str | None, line: Line) -> Scores:
+    """F1 of the two sets of letters (IntentBench, HumanOmniV2)."""
+    said, gold = _letters(answer), _letters(line["gold"])
+    return {"accuracy": 2 * len(said & gold) / (len(said) + len(gold)) if said else 0.0}
+
+
+def contains(answer: str | None, line: Line) -> Scores:
+    """1 where the gold stands in the answer, letters' case aside."""
+    return {"accuracy": float(answer is not None and line["gold"].lower() in answer.lower())}
+
+
+def mra(answer: str | None, line: Line) -> Scores:
+    """Mean relative accuracy (VSI-Bench): share of thresholds t in 0.50, 0.55 ... 0.95 with a relative error of at most
+    1 - t."""
+    value, gold = _number(answer), float(line["gold"])
+    if value is None:
+        return {"accuracy": 0.0}
+    error = abs(value - gold) / abs(gold) if gold else (0.0 if value == 0 else np.inf)
+    return {"accuracy": float(np.mean(error <= 1 - MRA_THRESHOLDS))}
+
+
+def counting(answer: str | None, line: Line) -> Scores:
+    """AV-Counting: accuracy, oboa (off by at most one), mae, rmse. An error above max(2 gold, 100) counts as 2 gold.
+
+    `rmse` is this item's error; its root of the mean square is taken over items.
+    """
+    scores = counting_uncapped(answer, line)
+    gold, error = float(line["gold"]), scores["mae"]
+    capped = 2 * gold if error > max(2 * gold, 100) else error
+    return {**scores, "mae": capped, "rmse": capped}
+
+
+def counting_uncapped(answer: str | None, line: Line) -> Scores:
+    """The same without a cap (the published script). Without an answer the error is the gold, and nothing is right."""
+    value, gold = _number(answer), float(line["gold"])
+    error = abs((value or 0.0) - gold)
+    right = value is not None
+    return {"accuracy": float(right and error == 0), "oboa": float(right and error <= 1), "mae": error, "rmse": error}
+
+
+def judged(answer: str | None, line: Line) -> Scores:
+    """A language model's verdict, 0 or 1 (eval/ask.py); None until it was asked."""
+    return {"accuracy": line.get("judged") if line.get("error") is None else 0.0}
+
+
+def _letters(text: str | None) -> set[str]:
+    return {part.strip().strip("().").upper()[:1] for part in (text or "").split(",") if part.strip()}
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        return float(text.replace(",", "")) if text is not None else None
+    except ValueError:
+        return None
+
+
+METRICS: dict[str, Metric] = {
+    metric.__name__: metric
+    for metric in (exact, letter_set, letter_f1, contains, mra, counting, counting_uncapped, judged)
+}  # fmt: skip

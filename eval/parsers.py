@@ -1,0 +1,135 @@
+"""From a reply's text to an answer. Which parser reads what is said in eval/benchmarks; None: no answer found.
+
+A parser gets the reply and the line that it belongs to: `kind`, `letters` (that may be answered), `choices`, `keep`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from word2number import w2n
+
+from eval.prompts import problem_type
+from megatron_avatar.records import Sample
+from megatron_avatar.rl.rewards.accuracy import normalise
+from megatron_avatar.rl.rewards.grade import read_answer
+
+Line = dict[str, Any]
+Parser = Callable[[str, Line], str | None]
+_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
+
+
+def sample_of(line: Line) -> Sample:
+    """The sample whose rules of reading and comparing answers hold for a line."""
+    return Sample(
+        id=str(line["id"]), stage="", split="", family="", question="", answer=line["gold"],
+        problem_type=problem_type(line["kind"], line["keep"]), choices=tuple(line["choices"]),
+    )  # fmt: skip
+
+
+def tagged(text: str, line: Line) -> str | None:
+    """The answer between the tags as training's rewards read it; without a tag, what the reply plainly says."""
+    return read_answer(text, sample_of(line))
+
+
+def tagged_letters(text: str, line: Line) -> str | None:
+    """The letters between the answer tags, sorted: `A,C`. Words between them are no letters."""
+    found = _ANSWER.findall(text)
+    inside = found[-1] if found else text
+    letters = sorted({c for c in re.findall(r"(?<![A-Za-z])[A-Z](?![A-Za-z])", inside) if c in line["letters"]})
+    return ",".join(letters) or None
+
+
+def last_capital(text: str, line: Line) -> str | None:
+    """Published scripts: what stands between answer tags, untouched; else the last stand-alone capital of A to Z, the
+    first capital, or the first letter in range. In prose the article `A` and the pronoun `I` count."""
+    found = _ANSWER.findall(text)
+    return found[-1].strip() if found else last_capital_untagged(text, line)
+
+
+def last_capital_untagged(text: str, line: Line) -> str | None:
+    """The same without looking at tags (MMVU)."""
+    alone = re.findall(r"\b[A-Z]\b", text)
+    if alone:
+        return alone[-1]
+    first = re.search(r"[A-Z]", text) or re.search(f"[{line['letters']}]", text, re.IGNORECASE)
+    return first[0].upper() if first else None
+
+
+def last_capital_a_d(text: str, line: Line) -> str | None:
+    """The same without tags, of A to D alone (WorldSense)."""
+    alone = re.findall(r"\b[A-D]\b", text)
+    first = re.search(r"[A-D]", text)
+    return alone[-1] if alone else first[0] if first else None
+
+
+def capitals_a_f(text: str, line: Line) -> str | None:
+    """Every character A to F of the reply in capitals (IntentBench's published script)."""
+    return ",".join(sorted(set(re.findall(r"[A-F]", text.upper())))) or None
+
+
+def first_integer(text: str, line: Line) -> str | None:
+    """The first integer of the reply, 0 without one."""
+    found = re.search(r"-?\d+", text)
+    return found[0] if found else "0"
+
+
+def words_to_number(text: str, line: Line) -> str | None:
+    """The reply's number, in words or digits; 0 where there is none (AV-Counting's owners)."""
+    try:
+        return str(w2n.word_to_num(text))
+    except ValueError:
+        return "0"
+
+
+def first_number(text: str, line: Line) -> str | None:
+    """The first number, integer or decimal."""
+    found = re.search(r"-?\d+(?:\.\d+)?", text.replace(",", ""))
+    return found[0] if found else None
+
+
+def says_yes_no(text: str, line: Line) -> str | None:
+    """`yes` or `no`, whichever the reply holds; with both, or neither, none."""
+    said = {word for word in ("yes", "no") if re.search(rf"\b{word}\b", text.lower())}
+    return said.pop() if len(said) == 1 else None
+
+
+def first_token(text: str, line: Line) -> str | None:
+    """The first word, without its full stop (VSI-Bench's owners)."""
+    words = text.split()
+    return words[0].rstrip(".").strip() if words else None
+
+
+def whole(text: str, line: Line) -> str | None:
+    """The whole reply."""
+    return text.strip() or None
+
+
+def extracted(text: str, line: Line) -> str | None:
+    """What a language model read out of the reply (eval/ask.py)."""
+    return line.get("extracted")
+
+
+def cascade(text: str, line: Line) -> str | None:
+    """Letter in brackets, letter and space, letter and full stop, option's text: the last place of the first form that
+    is there (OmniBench's and MMMU's owners)."""
+    text = f" {text.strip(' ,.!?;:' + chr(39))} "
+    letters = line["letters"]
+    for form in (r"\(({})\)", r"({})(?= )", r"({})\."):
+        if found := re.findall(form.format(f"[{letters}]"), text):
+            return found[-1]
+    said = normalise(text)
+    named = [(said.rfind(normalise(choice)), letter) for letter, choice in zip(letters, line["choices"], strict=False)]
+    place, letter = max(named, default=(-1, ""))
+    return letter if place >= 0 else None
+
+
+PARSERS: dict[str, Parser] = {
+    parser.__name__: parser
+    for parser in (
+        tagged, tagged_letters, last_capital, last_capital_untagged, last_capital_a_d, capitals_a_f, first_integer,
+        words_to_number, first_number, says_yes_no, first_token, whole, extracted, cascade,
+    )
+}  # fmt: skip

@@ -1,0 +1,180 @@
+"""A benchmark's items with measured media, in a folder that every evaluation of it reads.
+
+    FOLDER/items.jsonl    one item a line; one whose media can't be used stays, with its reason
+    FOLDER/media/         named by content
+    FOLDER/dataset.json   where the items come from: name, revision, fingerprint, counts
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+from concurrent.futures import TimeoutError as Late
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pebble import ProcessExpired, ProcessFuture, ProcessPool
+from rich.console import Console
+from rich.progress import track
+
+from data_tools.prepare.damage import Refused
+from data_tools.prepare.store import Handling, ignore_signals, read_card, store
+from eval.benchmark import Benchmark
+from eval.clips import cut, from_frames
+from eval.items import Item, Wanted, item_from_dict, item_to_dict, make_item, read_records
+from megatron_avatar.data.manifest import load_manifest
+from megatron_avatar.records import Media, Sample
+
+DEADLINE_S = 600.0  # for one medium
+PROBLEM_KINDS = {"multiple_choice": "choice", "numerical": "number", "math": "math"}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Items of a benchmark, below `root` their media. `dataset`: name, revision, fingerprint, items, expected."""
+
+    root: Path
+    items: list[Item]
+    dataset: dict[str, Any]
+
+
+def prepare(
+    benchmark: Benchmark, data: str, folder: Path, *, revision: str = "", processes: int | None = None
+) -> Prepared:
+    """Read the owners' records in `data`, measure their media into `folder`, or reuse what is there of the same records.
+
+    Raises ValueError for missing records, columns or ids that are not unique, and for a folder of other records.
+    """
+    rows = [make_item(benchmark, row, where) for where, row in read_records(benchmark, data, revision)]
+    fingerprint = hashlib.sha256(
+        json.dumps([[item_to_dict(item), [_identity(w) for w in wanted]] for item, wanted in rows]).encode()
+    ).hexdigest()[:16]
+    dataset = {
+        "name": benchmark.source.dataset, "revision": revision, "fingerprint": fingerprint, "items": len(rows),
+        "expected": benchmark.source.items,
+    }  # fmt: skip
+    _unique(benchmark, [item.id for item, _ in rows])
+    marker = folder / "dataset.json"
+    if marker.exists():
+        before = json.loads(marker.read_text())
+        if before["fingerprint"] != fingerprint:
+            raise ValueError(
+                f"{folder} holds items of other records ({before['items']} items, fingerprint {before['fingerprint']}, "
+                f"now {len(rows)} and {fingerprint}): the data or their revision changed; write another prepared=FOLDER"
+            )
+        return read_prepared(folder)
+    root = "" if not Path(data).exists() else str(Path(data) if Path(data).is_dir() else Path(data).parent)
+    handling = Handling(root or f"hf://datasets/{data}@{revision}", str(folder), str(folder / "scratch"))
+    items = _measured(rows, handling, processes or os.cpu_count() or 1, benchmark.title)
+    aside = folder / "items.tmp"
+    with open(aside, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(item_to_dict(item), ensure_ascii=False) + "\n" for item in items)
+    aside.replace(folder / "items.jsonl")
+    aside.write_text(json.dumps(dataset, indent=1) + "\n")
+    aside.replace(marker)  # last: with it all is there
+    return Prepared(folder, items, dataset)
+
+
+def read_prepared(folder: Path) -> Prepared:
+    with open(folder / "items.jsonl", encoding="utf-8") as lines:
+        items = [item_from_dict(json.loads(line)) for line in lines]
+    return Prepared(folder, items, json.loads((folder / "dataset.json").read_text()))
+
+
+def held_out(manifest: Path, split: str = "eval") -> Prepared:
+    """The samples of a manifest's split as items; the breakdowns are stage and family."""
+    samples = load_manifest(manifest, split=split, check_media=False)  # a missing clip is a failed item, not an error
+    if not samples:
+        raise ValueError(f"{manifest}: no sample has split '{split}'; name a manifest with held-out samples")
+    fingerprint = hashlib.sha256(manifest.read_bytes()).hexdigest()[:16]
+    dataset = {"name": "held_out", "revision": "", "fingerprint": fingerprint, "items": len(samples),
+               "expected": len(samples)}  # fmt: skip
+    return Prepared(manifest.parent, [_held_out_item(sample) for sample in samples], dataset)
+
+
+def _held_out_item(sample: Sample) -> Item:
+    kind = PROBLEM_KINDS.get(sample.problem_type, "text")
+    letters = "".join(chr(ord("A") + k) for k in range(len(sample.choices)))
+    groups = {"stage": (sample.stage,), "family": (sample.family,)}
+    return Item(sample.id, kind, sample.question, sample.answer, letters, sample.choices, groups,
+                {"problem_type": sample.problem_type}, sample.media)  # fmt: skip
+
+
+def _identity(wanted: Wanted) -> list[Any]:
+    source = wanted.source
+    content = hashlib.sha256(source.data).hexdigest() if source.data is not None else source.path
+    return [source.kind, content, wanted.start, wanted.end, wanted.fps]
+
+
+def _unique(benchmark: Benchmark, ids: list[str]) -> None:
+    if len(ids) != len(set(ids)):
+        double = next(i for k, i in enumerate(ids) if i in ids[:k])
+        raise ValueError(f"{benchmark.name}: the id {double!r} is there twice; correct records.id in its YAML file")
+    if not ids:
+        raise ValueError(f"{benchmark.name}: its records hold no question; check data=")
+
+
+def _measured(rows: list[tuple[Item, list[Wanted]]], handling: Handling, processes: int, title: str) -> list[Item]:
+    scratch = Path(handling.scratch)
+    shutil.rmtree(scratch, ignore_errors=True)  # what a killed attempt left
+    scratch.mkdir(parents=True)
+    pool = ProcessPool(processes, initializer=ignore_signals, context=multiprocessing.get_context("spawn"))
+    begun: dict[str, ProcessFuture] = {}
+    try:
+        for _, wanted in rows:
+            for one in wanted:
+                key = json.dumps(_identity(one))
+                if key not in begun:
+                    begun[key] = pool.schedule(place, args=(one, handling), timeout=DEADLINE_S)
+        shown = track(rows, f"media of {title}", console=Console(stderr=True), disable=not sys.stderr.isatty())
+        items = [_with_media(item, [begun[json.dumps(_identity(w))] for w in wanted], wanted, handling)
+                 for item, wanted in shown]  # fmt: skip
+        pool.close()
+        return items
+    except BaseException:
+        pool.stop()
+        raise
+    finally:
+        pool.join()
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def place(wanted: Wanted, handling: Handling) -> str:
+    """The medium measured and stored, a part of a file or a folder of frames made a clip first; its content's name."""
+    if wanted.start is None and wanted.end is None and wanted.fps is None:
+        return store(wanted.source, handling)
+    root = Path(handling.root).resolve()
+    path = (root / wanted.source.path).resolve()
+    if not path.is_relative_to(root):
+        raise Refused("outside", f"lies outside of {handling.root}")
+    if not path.exists():
+        raise Refused("missing", f"there is no such file below {handling.root}")
+    name = hashlib.sha256(json.dumps(_identity(wanted)).encode()).hexdigest()[:32] + ".mkv"
+    made = Path(handling.scratch) / name
+    if path.is_dir():
+        from_frames(path, made, wanted.fps or 1.0, wanted.start, wanted.end)
+    else:
+        cut(path, made, wanted.start or 0.0, wanted.end)
+    return store(replace(wanted.source, path=name), replace(handling, root=handling.scratch))
+
+
+def _with_media(item: Item, futures: list[ProcessFuture], wanted: list[Wanted], handling: Handling) -> Item:
+    media, out = [], Path(handling.out)
+    for one, future in zip(wanted, futures, strict=True):
+        what = one.source.path or f"embedded {one.source.kind}"
+        try:
+            card = read_card(out, future.result(), one.source.kind)
+        except Refused as refused:
+            return replace(item, trouble=f"{what}: {refused.detail}")
+        except (Late, ProcessExpired) as error:
+            return replace(item, trouble=f"{what}: {type(error).__name__}, the decoder hung or crashed on it")
+        if "refused" in card:
+            return replace(item, trouble=f"{what}: {card['detail']}")
+        pts = card["media"].get("pts")
+        media.append(Media(**{**card["media"], "pts": tuple(pts) if pts else None}))
+    return replace(item, media=tuple(media))

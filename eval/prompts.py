@@ -1,0 +1,50 @@
+"""An item as the sample that the engine answers: the question's text as a protocol writes it, and its media."""
+
+from __future__ import annotations
+
+import string
+from typing import get_args
+
+from eval.benchmark import Protocol
+from eval.items import Item
+from megatron_avatar.data.prompt import MEDIUM
+from megatron_avatar.records import ProblemType, Sample
+
+# The type by which an answer of each kind is read and compared.
+PROBLEM_TYPES: dict[str, ProblemType] = {
+    "choice": "multiple_choice", "letters": "other", "yes_no": "other", "number": "numerical", "math": "math",
+    "text": "other",
+}  # fmt: skip
+
+
+def render(item: Item, protocol: Protocol) -> str:
+    """The text of the user's turn; places of media in the question are kept where the template has no `{media}`."""
+    if protocol.option == "list":
+        lettered = [f"{letter}. {text}" for letter, text in zip(string.ascii_uppercase, item.choices, strict=False)]
+        options = str(lettered) if lettered else ""
+    else:
+        lines = [protocol.option.format(letter=letter, text=text)
+                 for letter, text in zip(string.ascii_uppercase, item.choices, strict=False)]  # fmt: skip
+        options = "\n".join(lines)
+    parts = {"question": item.question, "options": options, "instruction": protocol.instruction.get(item.kind, "")}
+    text = protocol.prompt.format(**parts)
+    return "\n".join(line for line in text.splitlines() if line.strip())
+
+
+def as_sample(item: Item, protocol: Protocol, benchmark: str) -> Sample:
+    """The sample that the engine answers; it is scored from the item, not from the sample."""
+    return Sample(
+        id=item.id, stage="", split="eval", family=benchmark, question=render(item, protocol), answer=item.gold,
+        problem_type=problem_type(item.kind, item.keep), media=item.media,
+    )  # fmt: skip
+
+
+def problem_type(kind: str, keep: dict) -> ProblemType:
+    """A manifest's samples name theirs; every other item's follows from its kind."""
+    named = keep.get("problem_type")
+    return named if named in get_args(ProblemType) else PROBLEM_TYPES[kind]
+
+
+def without_places(text: str) -> str:
+    """For protocols that put media first and lose their places, as some published scripts do."""
+    return " ".join(text.replace(MEDIUM, " ").split())
