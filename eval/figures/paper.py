@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from eval.figures.series import Advantages, Band, Reach
 from eval.figures.style import FAINT, INK, LOOKS, SERIES, Look, grid, legend_above, percent, styled
@@ -65,7 +66,7 @@ def sweep(
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
     several = any(len(lines) > 1 for lines in panels.values())
     with styled():
-        figure, axes = grid(len(panels), 3 if len(panels) > 2 else 2, size=(3.1, 2.5))
+        figure, axes = grid(len(panels), 2 if len(panels) in (2, 4) else 3, size=(3.1, 2.5))
         for panel, (title, lines) in zip(axes, panels.items(), strict=True):
             panel.axvline(settings.index(marked), color=FAINT, linewidth=5, alpha=0.25)
             for index, (name, estimates) in enumerate(lines.items()):
@@ -97,18 +98,19 @@ def _around(estimates: Sequence[Estimate]) -> tuple[np.ndarray, np.ndarray, np.n
 def over_training(
     panels: Bands, ylabel: str, *, stages: Mapping[str, float] | None = None, markers: bool = False
 ) -> Figure | None:
-    """Figures 3 and 5: shares over training, the seeds' mean with their range; thin lines where a stage begins."""
+    """Figures 3 and 5: shares over training as lines in bands; thin lines where a stage begins."""
     panels = {title: curves for title, curves in panels.items() if curves}
     if not panels:
         return None
     with styled():
         size = (4.6, 3.0) if len(panels) < 3 else (3.1, 2.5)
-        figure, axes = grid(len(panels), 3 if len(panels) > 2 else 2, size=size)
+        figure, axes = grid(len(panels), 2 if len(panels) in (2, 4) else 3, size=size)
         for panel, (title, curves) in zip(axes, panels.items(), strict=True):
             for system, curve in curves.items():
                 draw_band(panel, curve, LOOKS[system], markers)
             panel.set(title=title, xlabel="update")
             panel.yaxis.set_major_formatter(percent)
+            panel.margins(y=0.12)  # room for the stages' names
             mark_stages(panel, stages or {})
         axes[0].set_ylabel(ylabel)
         legend_above(figure, axes)
@@ -116,11 +118,13 @@ def over_training(
 
 
 def draw_band(axes: Axes, curve: Band, look: Look, markers: bool = False) -> None:
-    """The seeds' mean as a line, and their range around it."""
+    """The mean as a line, and the band around it."""
     shown = {"marker": look.marker} if markers else {}
     axes.plot(curve.x, curve.mean, linestyle=look.line, color=look.color, label=look.name, **shown)
-    if curve.seeds > 1:
-        axes.fill_between(curve.x, curve.low, curve.high, color=look.color, alpha=0.18, linewidth=0)
+    if np.nansum(curve.high - curve.low) > 0:
+        axes.fill_between(curve.x, curve.low, curve.high, color=look.color, alpha=0.15, linewidth=0)
+        for edge in (curve.low, curve.high):  # told apart in grey, where bands overlap
+            axes.plot(curve.x, edge, linestyle=look.line, color=look.color, linewidth=0.5)
 
 
 def mark_stages(axes: Axes, starts: Mapping[str, float]) -> None:
@@ -140,27 +144,32 @@ def advantages(systems: Mapping[str, Advantages]) -> Figure | None:
     if not systems:
         return None
     with styled():
-        figure, axes = grid(len(systems), 2, size=(4.3, 2.6), sharey=True)
+        figure, axes = grid(len(systems), 2, size=(4.3, 2.8), sharey=True)
+        tallest = 0.0
         for panel, (system, found) in zip(axes, systems.items(), strict=True):
             look, total = LOOKS[system], max(1.0, found.total)
             zero = np.zeros(len(found.on))  # their bin is the one that begins at zero
             zero[np.searchsorted(found.edges, 0.0, "right") - 1] = found.vanished
             parts = (
-                (zero, "zero: all rewards of the group equal", {"color": INK}),
-                (np.maximum(found.on - zero, 0), "fresh", {"color": look.color}),
-                (found.off, "replayed", {"color": "#ffffff", "hatch": "////"}),
+                (zero, {"color": INK}),
+                (np.maximum(found.on - zero, 0), {"color": look.color}),
+                (found.off, {"color": "#ffffff", "hatch": "////"}),
             )
             bottom = np.zeros(len(zero))
-            for counts, label, style in parts:
+            for counts, style in parts:
                 if counts.any():
                     panel.bar(found.edges[:-1], counts / total, np.diff(found.edges), bottom=bottom, align="edge",
-                              label=label, edgecolor=look.color, linewidth=0.6, **style)  # fmt: skip
+                              edgecolor=look.color, linewidth=0.6, **style)  # fmt: skip
                     bottom = bottom + counts / total
+            tallest = max(tallest, float(bottom.max()))
             panel.set(title=f"{look.name}: {percent(found.vanished_share)} of the fresh completions without a signal",
                       xlabel="advantage")  # fmt: skip
             panel.yaxis.set_major_formatter(percent)
-            panel.legend(fontsize=8, loc="upper left")
-        axes[0].set_ylabel("share of completions")
+        axes[0].set(ylabel="share of completions", ylim=(0, 1.05 * tallest or 1))
+        replayed = Patch(facecolor="#ffffff", edgecolor=INK, hatch="////")
+        handles = [Patch(facecolor=INK), Patch(facecolor=FAINT), replayed]
+        labels = ["zero: all rewards of the group equal", "fresh", "replayed"]
+        figure.legend(handles, labels, loc="outside upper center", ncols=3)
     return figure
 
 
@@ -186,20 +195,22 @@ def gain_by_length(panels: Mapping[str, Mapping[str, Estimate]], xlabel: str) ->
 def sample_efficiency(panels: Bands, reached: Sequence[Reach]) -> Figure | None:
     """Smoothed reward on fresh prompts against unique completions generated; x of a band counts completions.
 
-    Each of `reached` is marked by a dotted line at its target, over the stage's width.
+    The mean target of a stage is a dotted line, a stroke on it where each seed of AVATAR first gets there.
     """
     panels = {title: curves for title, curves in panels.items() if curves}
     if not panels:
         return None
     with styled():
         figure, axes = grid(len(panels), 3, size=(3.3, 2.8))
-        targets = {reach.stage: reach for reach in reached}
         for panel, (title, curves) in zip(axes, panels.items(), strict=True):
             for system, curve in curves.items():
                 draw_band(panel, curve, LOOKS[system])
-            if title in targets:
-                panel.axhline(targets[title].target, color=INK, linewidth=0.9, linestyle=(0, (1, 2)),
-                              label="GRPO's final reward")  # fmt: skip
+            if here := [reach for reach in reached if reach.stage == title]:
+                target = float(np.mean([reach.target for reach in here]))
+                panel.axhline(target, color=INK, linewidth=0.9, linestyle=(0, (1, 2)), label="GRPO's final reward")
+                places = [reach.completions for reach in here if reach.completions is not None]
+                panel.plot(places, [target] * len(places), "|", color=INK, markersize=9,
+                           label="AVATAR first there, each seed")  # fmt: skip
             panel.set(title=title.replace("_", "-"), xlabel="completions generated in the stage")
         axes[0].set_ylabel("accuracy reward")
         legend_above(figure, axes)

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from megatron_avatar.rl.advantages import on_policy_advantages
+from megatron_avatar.rl.shaping import temporal_weights
+
 Records = list[dict[str, Any]]
 WINDOW = 9  # steps of the running mean
+BINS = 20  # places of a completion, as training logs them
 
 
 def read_metrics(path: Path) -> Records:
@@ -45,16 +49,6 @@ def stage_starts(records: Records) -> dict[str, float]:
     return starts
 
 
-def smoothed(records: Records, key: str, window: int = WINDOW) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and running mean of a metric; the mean begins anew at each stage, whose prompts are others."""
-    parts = []
-    for stage in stage_starts(records):
-        steps, values = series([r for r in records if r.get("stage", "") == stage], key)
-        parts.append((steps, running_mean(values, window)))
-    steps, values = zip(*parts, strict=True) if parts else ((np.array([]),), (np.array([]),))
-    return np.concatenate(steps), np.concatenate(values)
-
-
 @dataclass(frozen=True)
 class Band:
     """A curve over seeds: x [n], and mean, lowest and highest of the seeds' values, [n] each."""
@@ -79,6 +73,14 @@ def band(curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> Band | None:
         return None
     table = np.array([[dict(zip(x.tolist(), y, strict=True))[place] for place in common] for x, y in curves], float)
     return Band(np.array(common), table.mean(axis=0), table.min(axis=0), table.max(axis=0), len(curves))
+
+
+def broken(curve: Band, starts: Iterable[float]) -> Band:
+    """The curve with a gap before each stage's first step, for what is counted anew there."""
+    cuts = np.unique([np.searchsorted(curve.x, start) for start in starts])
+    cuts = cuts[(cuts > 0) & (cuts < len(curve.x))]
+    parts = (np.insert(part.astype(float), cuts, np.nan) for part in (curve.x, curve.mean, curve.low, curve.high))
+    return Band(*parts, curve.seeds)
 
 
 @dataclass(frozen=True)
@@ -110,28 +112,55 @@ def completions_to_reach(
     """
     found = []
     for stage in stage_starts(other):
-        ours, theirs = (_stage_curve(run, stage, key) for run in (records, other))
-        if len(ours[0]) < window or len(theirs[0]) < window:
+        ours, theirs = (stage_curve(run, stage, key, window) for run in (records, other))
+        if len(ours.means) < window or len(theirs.means) < window:
             continue
-        target = float(running_mean(theirs[1], window)[-1])
-        means = running_mean(ours[1], window)[window - 1 :]
-        reached = np.flatnonzero(means >= target - 1e-12)
-        completions = int(ours[0][window - 1 + reached[0]]) if len(reached) else None
-        found.append(Reach(stage, target, int(theirs[0][-1]), completions))
+        target = float(theirs.means[-1])
+        reached = np.flatnonzero(ours.means[window - 1 :] >= target - 1e-12)
+        completions = int(ours.completions[window - 1 + reached[0]]) if len(reached) else None
+        found.append(Reach(stage, target, int(theirs.completions[-1]), completions))
     return found
 
 
-def _stage_curve(records: Records, stage: str, key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Completions generated since the stage's start and the metric, in one stage."""
+@dataclass(frozen=True)
+class StageCurve:
+    """A metric in one stage: completions generated since its start, and the running mean; [steps] each."""
+
+    completions: np.ndarray
+    means: np.ndarray
+
+
+def stage_curve(records: Records, stage: str, key: str, window: int = WINDOW) -> StageCurve:
+    """The metric `key` in a stage of a run; empty where the run doesn't have it."""
     before = [r["completions_generated"] for r in records if r["step"] < stage_starts(records).get(stage, -math.inf)]
     completions, values = series([r for r in records if r.get("stage", "") == stage], key, "completions_generated")
-    return completions - (before[-1] if before else 0), values
+    return StageCurve(completions - (before[-1] if before else 0), running_mean(values, window))
 
 
 def position_band(runs: Sequence[Records]) -> Band | None:
     """Mean |surrogate| of a token by place (bin centres), over the steps of each seed; a bin without tokens is NaN."""
     bins = [mean_bins([r.get("surrogate_position") for r in records]) for records in runs]
     return band([((np.arange(len(b)) + 0.5) / len(b), b) for b in bins if b is not None])
+
+
+def group_position(
+    groups: Sequence[tuple[Sequence[float], Sequence[int]]], shaping: tuple[str, float], bins: int = BINS
+) -> np.ndarray | None:
+    """Mean |A_i w_t| of a token by place [bins] over sampled groups, each (rewards, lengths in tokens) of one prompt.
+
+    Advantages are those of the group (METHOD: on-policy), the ratio is 1; tokens of groups without a signal count as 0.
+    A bin without tokens is NaN; None without groups.
+    """
+    sums, counts = np.zeros(bins), np.zeros(bins)
+    for rewards, lengths in groups:
+        scores = np.asarray(rewards, float)
+        advantages = on_policy_advantages(scores, baseline=None, running_std=0.0, batch_mean=float(scores.mean()))
+        for advantage, length in zip(advantages, lengths, strict=True):
+            place = np.minimum(np.arange(length) / max(length - 1, 1) * bins, bins - 1).astype(int)
+            weights = temporal_weights(length, *shaping).numpy()
+            sums += np.bincount(place, abs(float(advantage)) * weights, bins)
+            counts += np.bincount(place, minlength=bins)
+    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan) if groups else None
 
 
 def mean_bins(steps: Sequence[Sequence[float | None] | None]) -> np.ndarray | None:

@@ -1,0 +1,318 @@
+"""The figures that come from predictions: 1 (in part), 2, 4, 5, 8, and the gain of TAS by completion length."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from eval.cells import Scored, cell, compare, scored
+from eval.figures import paper
+from eval.figures.entry import Entry, joined, partial_told, published, seeds_told, sources
+from eval.figures.folder import Comparable, Folder, Training, comparable
+from eval.figures.from_metrics import MAIN, bands, present, shared_stages
+from eval.figures.series import BINS, Band, band, group_position, position_band
+from eval.figures.side_by_side import first_with_sound, fragment, load_clip, side_by_side
+from eval.figures.style import NAMES
+from eval.results import Run, check_comparable
+from eval.score import Prediction, read_predictions
+from eval.stats import Estimate
+from megatron_avatar.data.manifest import load_manifest
+
+TITLES = {
+    "omnibench": "OmniBench", "dailyomni": "DailyOmni", "av_odyssey": "AV-Odyssey", "video_holmes": "Video-Holmes",
+    "mmvu": "MMVU", "tomato": "TOMATO", "worldsense": "WorldSense", "held_out": "held-out samples",
+}  # fmt: skip
+AUDIO_VISUAL, VIDEO = ("omnibench", "dailyomni", "av_odyssey"), ("video_holmes", "mmvu", "tomato")
+HELD_OUT = "held_out"
+STAGE = "stage"  # held_out's breakdown
+INTERVALS = "Bars: 95 % bootstrap intervals over items and seeds."
+
+# A sweep's own member first, then the system of the same configuration outside it.
+ON_OFF = {str(off): [f"on_off_ratio_on{8 - off}_off{off}"] for off in range(8)}
+ON_OFF["0"].append("components_wo_off_policy")
+ON_OFF["4"].append("avatar")
+LAMBDA = {lam: [f"tas_lambda_lam_{lam}"] for lam in ("0", "0.05", "0.1", "0.3", "0.5", "1.0", "2.0")}
+LAMBDA["0"].append("components_wo_tas")
+LAMBDA["0.3"].append("avatar")
+TAS = {"avatar": ["components_avatar", "avatar"], "w/o TAS": ["components_wo_tas"]}
+
+LENGTH_EDGES = (200, 400, 600)  # tokens: the paper's bins end there
+LENGTH_PANELS = (("worldsense", "av_odyssey"), ("video_holmes", "mmvu"))
+Seeds = dict[int, Run]
+
+
+def position(folder: Folder) -> Entry:
+    """Figure 1, from training and from sampled groups."""
+    name, title = "figure1", "Per-token surrogate against the place in the completion"
+    trainings = {system: runs for system in MAIN if (runs := folder.trainings(system))}
+    shaping = {s: weights for s, runs in trainings.items() if (weights := next(iter(runs.values())).shaping)}
+    panels = {"training": present({s: position_band([t.records for t in r.values()]) for s, r in trainings.items()})}
+    benchmark, runs = _grouped(folder, shaping)
+    told = "Drawn from training alone: no groups were sampled."
+    if benchmark:
+        place = f"sampled groups, {TITLES[benchmark]}"
+        panels[place] = present({s: _group_band(by_seed, shaping[s]) for s, by_seed in runs.items()})
+        told = (
+            f"Sampled groups: several completions of each item of {TITLES[benchmark]} at temperature 1, |advantage in "
+            "the group × w_t|, with the reward 0.5 accuracy + 0.5 format and the ratio 1."
+        )
+    figure = paper.position(panels, shaping)
+    if figure is None:
+        return Entry(name, title, None, reason="no training has logged its surrogate, and no groups were sampled")
+    used = [run for by_seed in runs.values() for run in by_seed.values()]
+    caption = joined(
+        "Mean absolute surrogate of a token in bins of its place t / (L − 1). Training: all tokens of the updates, "
+        "fresh and replayed, with the ratios of the update, averaged over updates.", told,
+        "Points: means over seeds, strokes: their range; lines: the weighting w_t at the points' mean level. The shape "
+        "holds by construction: it checks the mechanism, not a benefit.",
+        seeds_told(trainings), partial_told(used), published(name),
+    )  # fmt: skip
+    return Entry(name, title, figure, caption, sources=sources(folder.out, trainings, used))
+
+
+def _grouped(folder: Folder, shaping: Mapping[str, Any]) -> tuple[str, dict[str, Seeds]]:
+    """The benchmark whose items were sampled in groups, and the predictions of the systems whose weighting is known."""
+    for benchmark in ("video_holmes", HELD_OUT):
+        found = {s: runs for s in shaping if (runs := folder.predictions(s, benchmark, "-g8"))}
+        if found:
+            return benchmark, found
+    return "", {}
+
+
+def _group_band(by_seed: Seeds, shaping: tuple[str, float]) -> Band | None:
+    places = (np.arange(BINS) + 0.5) / BINS
+    found = [group_position(_groups(run), shaping) for run in by_seed.values()]
+    return band([(places, bins) for bins in found if bins is not None])
+
+
+def _groups(run: Run) -> list[tuple[list[float], list[int]]]:
+    """(rewards, lengths) of each item's completions; items with a failed or not yet graded one are left out."""
+    metric, by_item = run.meta["aggregate"]["metric"], dict[str, list[Prediction]]()
+    for prediction in read_predictions(run.path):
+        by_item.setdefault(prediction["id"], []).append(prediction)
+    whole = [g for g in by_item.values() if all(p["error"] is None and p["scores"][metric] is not None for p in g)]
+    rewards = [[0.5 * p["scores"][metric] + 0.5 * p["format"] for p in group] for group in whole]
+    return [(r, [p["tokens"] for p in group]) for r, group in zip(rewards, whole, strict=True)]
+
+
+def on_off_ratio(folder: Folder) -> Entry:
+    """Figure 2."""
+    lines = [{TITLES[b]: (b, None)} for b in (*AUDIO_VISUAL, *VIDEO)]
+    panels = {next(iter(line)): line for line in lines} | {
+        "held-out samples": {"": (HELD_OUT, None)}, **_stage_panels(folder, ON_OFF),
+    }  # fmt: skip
+    return _sweep(folder, "figure2", "Accuracy against the on/off-policy ratio", ON_OFF, panels,
+                  "replayed completions of 8", "4")  # fmt: skip
+
+
+def tas_lambda(folder: Folder) -> Entry:
+    """Figure 4."""
+    panels = {
+        "audio-visual": {TITLES[b]: (b, None) for b in AUDIO_VISUAL},
+        "video reasoning": {TITLES[b]: (b, None) for b in VIDEO},
+        **_stage_panels(folder, LAMBDA),
+    }
+    return _sweep(folder, "figure4", "Accuracy against λ of TAS", LAMBDA, panels, "λ (not to scale)", "0.3")
+
+
+Lines = dict[str, tuple[str, tuple[str, str] | None]]  # line -> benchmark, breakdown
+
+
+def _stage_panels(folder: Folder, candidates: Mapping[str, Sequence[str]]) -> dict[str, Lines]:
+    """A panel for each stage of the held-out samples that any candidate has answered."""
+    runs = [r for names in candidates.values() for s in names for r in folder.predictions(s, HELD_OUT).values()]
+    stages = dict.fromkeys(value for run in runs for values in run.scored.groups[STAGE] for value in values)
+    return {f"held-out, {stage.replace('_', '-')}": {"": (HELD_OUT, (STAGE, stage))} for stage in stages}
+
+
+def _sweep(
+    folder: Folder, name: str, title: str, candidates: Mapping[str, Sequence[str]], panels: Mapping[str, Lines],
+    xlabel: str, marked: str,
+) -> Entry:  # fmt: skip
+    chosen, used = comparable(folder, candidates), dict[str, list[Run]]()
+    drawn: dict[str, dict[str, dict[str, Estimate]]] = {}
+    for panel, lines in panels.items():
+        for line, (benchmark, breakdown) in lines.items():
+            found = _answers(folder, chosen, benchmark)
+            used[benchmark] = [run for by_seed in found.values() for run in by_seed.values()]
+            cells = {setting: _cell(by_seed, breakdown) for setting, by_seed in found.items()}
+            if cells := {setting: estimate for setting, estimate in cells.items() if estimate is not None}:
+                drawn.setdefault(panel, {})[line] = cells
+    if not any(len(cells) > 1 for lines in drawn.values() for cells in lines.values()):
+        return Entry(name, title, None, reason="fewer than two settings were trained alike and evaluated")
+    figure = paper.sweep(drawn, list(candidates), xlabel, marked)
+    runs = [run for found in used.values() for run in found]
+    absent = [s for s in candidates if all(s not in cells for lines in drawn.values() for cells in lines.values())]
+    notes = chosen.notes or ([f"Settings not measured: {', '.join(absent)}."] if absent else [])
+    caption = joined(
+        f"All settings after {chosen.updates} updates. Grey: the method's own setting.", INTERVALS,
+        "All answer the same items, so differences are more certain than the bars alone suggest.",
+        seeds_told(chosen.trainings), *notes, partial_told(runs), published(name),
+    )  # fmt: skip
+    return Entry(name, title, figure, caption, sources=sources(folder.out, chosen.trainings, runs))
+
+
+def _answers(folder: Folder, chosen: Comparable, benchmark: str) -> dict[str, Seeds]:
+    """Label -> predictions by seed of the trainings that compare. ValueError where two contradict each other."""
+    found = {}
+    for label, trainings in chosen.trainings.items():
+        by_seed = folder.predictions(chosen.system(label), benchmark)
+        if kept := {seed: run for seed, run in by_seed.items() if seed in trainings}:
+            found[label] = kept
+    check_comparable([run for by_seed in found.values() for run in by_seed.values()])
+    return found
+
+
+def _cell(by_seed: Seeds, breakdown: tuple[str, str] | None = None) -> Estimate | None:
+    runs = {seed: run.scored for seed, run in by_seed.items()}
+    return cell(runs, next(iter(by_seed.values())).meta["aggregate"], breakdown)
+
+
+def over_training(folder: Folder) -> Entry:
+    """Figure 5."""
+    name, title = "figure5", "Accuracy over training"
+    trainings = {system: runs for system in MAIN if (runs := folder.trainings(system))}
+    panels, runs = {}, []
+    for benchmark in (*AUDIO_VISUAL, *VIDEO, HELD_OUT):
+        curves = {}
+        for system, trained in trainings.items():
+            steps = _at_steps(folder, system, trained, benchmark)
+            cells = {step: _cell(by_seed) for step, by_seed in steps.items()}
+            if len(cells) > 1 and None not in cells.values():
+                curves[system] = _cells_band(cells, len(next(iter(steps.values()))))
+                runs += [run for by_seed in steps.values() for run in by_seed.values()]
+        panels[TITLES[benchmark]] = curves
+    stages = shared_stages(trainings)
+    logged = panels["held-out samples of the stage, in training"] = bands(trainings, "eval/overall", stages)
+    check_comparable_each(runs)
+    figure = paper.over_training(panels, "accuracy", stages=stages, markers=True)
+    if figure is None:
+        return Entry(name, title, None, reason="no checkpoint inside a training was evaluated")
+    caption = joined(
+        "Greedy answers of checkpoints; update 0 is the cold start that both begin from. Bands: 95 % bootstrap "
+        "intervals over items and seeds" + ("; in training, the seeds' range." if logged else "."),
+        seeds_told(trainings), partial_told(runs), published(name),
+    )  # fmt: skip
+    return Entry(name, title, figure, caption, sources=sources(folder.out, trainings, runs))
+
+
+def check_comparable_each(runs: Sequence[Run]) -> None:
+    """ValueError if two runs on one benchmark contradict each other."""
+    for benchmark in dict.fromkeys(run.meta["benchmark"] for run in runs):
+        check_comparable([run for run in runs if run.meta["benchmark"] == benchmark])
+
+
+def _at_steps(folder: Folder, system: str, trained: Mapping[int, Training], benchmark: str) -> dict[int, Seeds]:
+    """Update -> predictions by seed, of the seeds that have all of them: cold start, checkpoints, end."""
+    steps = folder.checkpoints(system, benchmark)
+    if not steps:
+        return {}
+    if last := folder.predictions(system, benchmark):
+        steps[max(trained[s].updates for s in last if s in trained)] = last
+    if start := folder.predictions("sft", benchmark):
+        steps = {0: start, **steps}
+    seeds = set.intersection(*map(set, steps.values()))
+    return {step: {s: by_seed[s] for s in sorted(seeds)} for step, by_seed in steps.items()} if seeds else {}
+
+
+def _cells_band(cells: Mapping[int, Estimate], seeds: int) -> Band:
+    values = np.array([(e.value, e.low, e.high) for e in cells.values()]).T
+    return Band(np.array(list(cells), float), *values, seeds)
+
+
+def tas_gain_by_length(folder: Folder) -> Entry:
+    """Gain of TAS (AVATAR minus w/o TAS on the same items) by completion length."""
+    name, title = "tas_gain_by_length", "Gain of TAS by completion length"
+    chosen = comparable(folder, TAS)
+    if len(chosen.trainings) < 2:
+        reason = "AVATAR and AVATAR w/o TAS were not trained with the same updates and seeds"
+        return Entry(name, title, None, reason=reason)
+    panels, runs = {}, []
+    for benchmarks in (*LENGTH_PANELS, (HELD_OUT,)):
+        answers = {b: found for b in benchmarks if len(found := _answers(folder, chosen, b)) == 2}
+        edges = None if benchmarks == (HELD_OUT,) else LENGTH_EDGES
+        if bins := _gains([(found["avatar"], found["w/o TAS"]) for found in answers.values()], edges):
+            panels[" + ".join(TITLES[b] for b in answers)] = bins
+            runs += [r for found in answers.values() for by_seed in found.values() for r in by_seed.values()]
+    figure = paper.gain_by_length(panels, "completion length, tokens")
+    if figure is None:
+        return Entry(name, title, None, reason="AVATAR and AVATAR w/o TAS were not evaluated on the same benchmark")
+    caption = joined(
+        "Accuracy of AVATAR minus that of AVATAR w/o TAS on the same items. Items are binned by their mean completion "
+        "length over both systems and all seeds" + (", held-out samples at its quartiles" if any(
+            r.meta["benchmark"] == HELD_OUT for r in runs) else "") + "; a bin includes its upper end.",
+        "Long completions go with hard items, so a trend is not the effect of length alone. Bars: 95 % bootstrap "
+        f"intervals of the paired difference; n counts answers of all seeds. Both after {chosen.updates} updates.",
+        seeds_told(chosen.trainings), partial_told(runs), published(name),
+    )  # fmt: skip
+    return Entry(name, title, figure, caption, sources=sources(folder.out, chosen.trainings, runs))
+
+
+def _gains(pairs: Sequence[tuple[Seeds, Seeds]], edges: Sequence[float] | None) -> dict[str, Estimate]:
+    """Length bin -> paired difference, over the benchmarks of `pairs`; without `edges`, at the lengths' quartiles."""
+    systems: list[dict[int, list[Prediction]]] = [{}, {}]
+    for number, pair in enumerate(pairs):
+        for lines, by_seed in zip(systems, pair, strict=True):
+            for seed, run in by_seed.items():  # ids of two benchmarks may coincide
+                lines.setdefault(seed, []).extend(
+                    {**p, "id": f"{number}/{p['id']}"} for p in read_predictions(run.path) if run.scored.ids
+                )
+    return gain_bins(systems[0], systems[1], edges)
+
+
+def gain_bins(
+    first: Mapping[int, Sequence[Prediction]], second: Mapping[int, Sequence[Prediction]], edges: Sequence[float] | None
+) -> dict[str, Estimate]:
+    """Accuracy of `first` minus `second` (seed -> predictions) in bins of the items' mean completion length in tokens.
+
+    `edges`: where the bins end, the last is open; None: quartiles of the lengths. Failed completions have no length;
+    items without one are left out, and so are empty bins.
+    """
+    lengths: dict[str, list[float]] = {}
+    for prediction in (p for system in (first, second) for lines in system.values() for p in lines):
+        if prediction["error"] is None:
+            lengths.setdefault(prediction["id"], []).append(prediction["tokens"])
+    means = {item: float(np.mean(values)) for item, values in lengths.items()}
+    if not means:
+        return {}
+    if edges is None:
+        edges = np.unique(np.quantile(list(means.values()), [0.25, 0.5, 0.75])).tolist()
+    names = _bin_names(edges)
+    bins = {item: names[int(np.searchsorted(edges, mean, "left"))] for item, mean in means.items()}
+
+    def binned(system: Mapping[int, Sequence[Prediction]]) -> dict[int, Scored]:
+        kept = {seed: [p for p in lines if p["id"] in bins] for seed, lines in system.items()}
+        return {seed: scored({**p, "groups": {"length": [bins[p["id"]]]}} for p in p_) for seed, p_ in kept.items()}
+
+    ours, theirs = binned(first), binned(second)
+    found = {name: compare(ours, theirs, {"metric": "accuracy"}, ("length", name)) for name in names}
+    return {name: difference for name, difference in found.items() if difference is not None}
+
+
+def _bin_names(edges: Sequence[float]) -> list[str]:
+    """A bin holds its upper end."""
+    ends = [f"{round(edge, 1):g}" for edge in edges]
+    return [f"to {ends[0]}", *(f"{low}–{high}" for low, high in zip(ends, ends[1:], strict=False)), f"over {ends[-1]}"]
+
+
+def comparison(folder: Folder) -> Entry:
+    """Figure 8."""
+    name, title = "figure8", "GRPO and AVATAR on one clip"
+    manifest = folder.out / "data" / "manifest.jsonl"
+    found = {system: folder.predictions(system, HELD_OUT) for system in MAIN}
+    seeds = sorted(set.intersection(*map(set, found.values())))
+    if not seeds or not manifest.exists():
+        return Entry(name, title, None, reason="GRPO and AVATAR have not answered the held-out samples with one seed")
+    runs = [by_seed[seeds[0]] for by_seed in found.values()]
+    answers = {s: {p["id"]: p for p in read_predictions(run.path)} for s, run in zip(found, runs, strict=True)}
+    sample = first_with_sound(load_manifest(manifest, check_media=False), list(answers.values()))
+    if sample is None:
+        return Entry(name, title, None, reason="no sample that both answered shows a video with sound")
+    clip = load_clip(sample, manifest.parent, [(NAMES[s], by_id[sample.id]) for s, by_id in answers.items()])
+    caption = joined(
+        f"Sample {sample.id}: the first in the manifest's order that has a video with sound, whatever the systems made "
+        f"of it; seed {seeds[0]}, the lowest that both have. Greedy answers as written.", published(name),
+    )  # fmt: skip
+    return Entry(name, title, side_by_side(clip), caption, sources=sources(folder.out, {}, runs), page=fragment(clip))
