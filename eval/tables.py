@@ -1,6 +1,11 @@
-"""Accuracy of every system in a folder of predictions, by family, with 95 % bootstrap intervals.
+"""The paper's tables beside what was measured.
 
-    python -m eval.tables --out FOLDER runs/smoke/eval        (writes FOLDER/tables.md and FOLDER/tables.json)
+    python -m eval.tables OUT [--family omni_7b|omni_3b|vl_7b|tiny|all] [--protocol ours|released]
+
+Reads OUT/predictions (and OUT/runs for the number of updates), writes OUT/tables/NAME.md .tex .csv .html, and
+tables.json, which holds all of it. Tables of the released protocol are called NAME-released. What rows and columns are:
+eval/paper/tables.yaml; the published numbers: eval/paper/results.json. They never appear as measured: a cell without
+predictions says "not measured". A tiny model's tables have the paper's rows, and columns of their own.
 """
 
 from __future__ import annotations
@@ -8,45 +13,247 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from eval.score import read_predictions
-from eval.stats import Estimate, estimates
+import numpy as np
+
+from eval import render
+from eval.cells import Breakdown, Scored, cell, compare
+from eval.paper import contradictions, gain, published, spec
+from eval.results import Results, Run, check_comparable
+from eval.stats import holm
+
+TINY = "tiny"
+Record = dict[str, Any]
+Seeds = dict[int, Run]
 
 
-def measure(folder: Path) -> dict[str, dict[str, Estimate]]:
-    """System -> family (and overall) -> accuracy. ValueError where nothing was predicted."""
-    files = sorted(folder.glob("*.jsonl"))
-    if not files:
-        raise ValueError(f"{folder} holds no predictions (*.jsonl): run eval.run first")
-    return {path.stem: estimates(read_predictions(path)) for path in files}
+def build(results: Results, name: str, protocol: str, *, small: bool) -> Record:
+    """Table `name` as tables.json holds it, in percent. ValueError naming files that don't belong together."""
+    plan = spec()["tables"][name]
+    printed = published(plan.get("paper"))
+    values = {row["setting"]: row["values"] for row in printed["rows"]}
+    family = TINY if small else plan["family"]
+    columns = _columns(plan, small)
+    title = plan.get("title") or printed["title"]
+    table: Record = {
+        "name": f"small_{name}" if small else name,
+        "title": f"{title}, in small" if small else title,
+        "paper": plan.get("paper"),
+        "paper_model": printed.get("model", "Qwen2.5-Omni-7B") if plan.get("paper") else None,
+        "small": small,
+        "family": family,
+        "protocol": protocol,
+        "control": "",
+        "baseline": plan["baseline"],
+        "columns": columns,
+        "rows": [],
+        "data": {},
+        "notes": [],
+    }
+    runs: dict[str, dict[str, Seeds]] = {}
+    for setting, aliases in plan["rows"].items():
+        if small and not aliases:
+            continue
+        system = _system(results, family, aliases, columns, protocol)
+        runs[setting] = {
+            column["name"]: results.find(family, system, column["benchmark"], protocol) if system else {}
+            for column in columns
+        }
+        row = {"setting": setting, "system": system, "out_of_scope": not aliases, "marks": "", "cells": {}}
+        row |= _origin(results, runs[setting])
+        row["paper_gain"] = gain(values, setting, plan["baseline"]) if small else None
+        table["rows"].append(row)
+    for column in columns:
+        _fill(table, column, {setting: found[column["name"]] for setting, found in runs.items()}, values)
+    table["tests"] = _adjust(table["rows"])
+    if plan.get("paper") and not small:
+        _note_contradictions(table)
+    table["notes"] = list(dict.fromkeys(table["notes"]))
+    return table
 
 
-def markdown(systems: dict[str, dict[str, Estimate]]) -> str:
-    columns = list(dict.fromkeys(name for found in systems.values() for name in found))
-    lines = [f"| system | {' | '.join(columns)} | n |", "|---" * (len(columns) + 2) + "|"]
-    for name, found in systems.items():
-        cells = [f"{100 * found[c].value:.1f} [{100 * found[c].low:.1f}, {100 * found[c].high:.1f}]" if c in found
-                 else "not measured" for c in columns]  # fmt: skip
-        lines.append(f"| {name} | {' | '.join(cells)} | {max(e.n for e in found.values())} |")
-    return "\n".join(lines) + "\n"
+def _columns(plan: Record, small: bool) -> list[Record]:
+    """The columns: name, benchmark, and the breakdown [group, value] or None."""
+    if small:
+        own = spec()["small"]
+        return [
+            {"name": name, "benchmark": own["benchmark"], "breakdown": [own["breakdown"], value] if value else None}
+            for name, value in own["columns"].items()
+        ]
+    group = plan.get("breakdown")
+    return [
+        {"name": name, "benchmark": benchmark, "breakdown": [group, name] if group else None}
+        for name, benchmark in plan["columns"].items()
+    ]
+
+
+def _system(results: Results, family: str, aliases: list[str], columns: list[Record], protocol: str) -> str | None:
+    """The first of equal systems with any predictions for the table: one system a row."""
+    for system in aliases:
+        if any(results.find(family, system, column["benchmark"], protocol) for column in columns):
+            return system
+    return None
+
+
+def _origin(results: Results, row: dict[str, Seeds]) -> Record:
+    """Seeds, model folders and training updates behind a row."""
+    runs = [run for by_seed in row.values() for run in by_seed.values()]
+    trained = {(run.system, run.seed): results.updates(run) for run in runs}
+    return {
+        "seeds": sorted({run.seed for run in runs}),
+        "models": sorted({run.meta["model"] for run in runs}),
+        "updates": sorted({steps for steps in trained.values() if steps is not None}),
+    }
+
+
+def _fill(table: Record, column: Record, found: dict[str, Seeds], values: Record) -> None:
+    """Give each row its cell in `column`; `found` holds the rows' runs, `values` the paper's numbers."""
+    name, benchmark = column["name"], column["benchmark"]
+    check_comparable([run for by_seed in found.values() for run in by_seed.values()])
+    for row in table["rows"]:
+        setting = row["setting"]
+        shown = None if table["small"] else values.get(setting, {}).get(name)
+        row["cells"][name], remarks = _cell(found[setting], column, shown)
+        table["notes"] += [f"{name}, {setting}: {remark}." for remark in remarks]
+        if setting != table["baseline"]:
+            row["cells"][name]["against_baseline"] = _against(found[setting], found[table["baseline"]], column)
+    if runs := [run for by_seed in found.values() for run in by_seed.values()]:
+        table["data"][benchmark], remarks = _data(runs)
+        table["notes"] += [f"{benchmark}: {remark}." for remark in remarks]
+
+
+def _cell(by_seed: Seeds, column: Record, shown: float | None) -> tuple[Record, list[str]]:
+    """One cell and what has to be said about it; `shown` is the paper's value."""
+    empty: Record = {
+        "paper": shown, "measured": None, "low": None, "high": None, "difference": None, "n": 0, "answered": 0,
+        "expected": None, "partial": False, "seeds": sorted(by_seed), "files": [], "against_baseline": None,
+    }  # fmt: skip
+    if not by_seed:
+        return empty, []
+    parts, metas, remarks = _scored(by_seed), [run.meta for run in by_seed.values()], []
+    aggregate = metas[0]["aggregate"]
+    left_out = sum(part.left_out for part in parts.values())
+    waiting = sum(int(np.isnan(part.scores[aggregate["metric"]]).sum()) for part in parts.values() if part.ids)
+    items, expected = (sum(meta["dataset"][key] or 0 for meta in metas) for key in ("items", "expected"))
+    answered = sum(len(part.ids) for part in parts.values()) + left_out - waiting
+    empty |= {
+        "answered": answered,
+        "expected": expected or items,
+        "partial": answered < items,
+        "files": [run.name for run in by_seed.values()],
+    }
+    if waiting:
+        remarks.append(f"{waiting} answers wait for a judge and aren't counted yet")
+    if left_out:
+        remarks.append(f"{left_out} answers are left out of the denominator, as the protocol does")
+    estimate = cell(parts, aggregate, _breakdown(column))
+    if estimate is None:
+        return empty, remarks
+    value, low, high = (100 * part for part in (estimate.value, estimate.low, estimate.high))
+    gap = None if shown is None else value - shown
+    return {**empty, "measured": value, "low": low, "high": high, "difference": gap, "n": estimate.n}, remarks
+
+
+def _scored(by_seed: Seeds) -> dict[int, Scored]:
+    return {seed: run.scored for seed, run in by_seed.items()}
+
+
+def _breakdown(column: Record) -> Breakdown | None:
+    return tuple(column["breakdown"]) if column["breakdown"] else None
+
+
+def _against(own: Seeds, baseline: Seeds, column: Record) -> Record | None:
+    """The row minus the baseline row on the seeds and items of both; an untrained system's run serves all seeds."""
+    if not own or not baseline:
+        return None
+    first, second = _beside(own, baseline), _beside(baseline, own)
+    aggregate = next(iter(own.values())).meta["aggregate"]
+    found = compare(_scored(first), _scored(second), aggregate, _breakdown(column))
+    if found is None:
+        return None
+    value, low, high = (100 * part for part in (found.value, found.low, found.high))
+    return {"value": value, "low": low, "high": high, "n": found.n, "seeds": found.seeds, "p": found.p}
+
+
+def _beside(by_seed: Seeds, other: Seeds) -> Seeds:
+    """`by_seed`, or an untrained system's only run at each seed of `other`."""
+    (run, *rest) = by_seed.values()
+    return dict.fromkeys(other, run) if not rest and run.system in spec()["untrained"] else by_seed
+
+
+def _adjust(rows: list[Record]) -> int:
+    """Add Holm's adjusted p over all of the table's tests; their number."""
+    tests = [c["against_baseline"] for row in rows for c in row["cells"].values() if c["against_baseline"]]
+    for test, adjusted in zip(tests, holm([test["p"] for test in tests]), strict=True):
+        test["holm"] = adjusted
+    return len(tests)
+
+
+def _data(runs: list[Run]) -> tuple[Record, list[str]]:
+    """What a column was measured on and how; remarks where the data set isn't the one that the owners count."""
+    meta = runs[0].meta
+    data = meta["dataset"]
+    revisions = sorted({str(run.meta["dataset"].get("revision")) for run in runs})
+    remarks = []
+    if data["expected"] and data["items"] != data["expected"]:
+        remarks.append(f"the data set has {data['items']:,} items where {data['expected']:,} are expected")
+    if len(revisions) > 1:
+        remarks.append(f"read at several revisions of equal content: {', '.join(revisions)}")
+    said = {"revision": ", ".join(revisions), "temperature": meta["temperature"], "quirks": meta["quirks"]}
+    return {**data, **said}, remarks
+
+
+def _note_contradictions(table: Record) -> None:
+    """Mark the rows whose published values the paper contradicts elsewhere, with a note each."""
+    marks = iter("abcdefghijklmnopqrstuvwxyz")
+    for row in table["rows"]:
+        for sentence in contradictions(table["paper"], row["setting"]):
+            mark = next(marks)
+            row["marks"] += mark
+            table["notes"].append(f"({mark}) {row['setting']}: {sentence}")
+
+
+def build_all(out: Path, family: str = "all", protocol: str = "") -> list[Record]:
+    """Every table of the family. With "all" a tiny model's tables come along if there are predictions of it."""
+    results, protocol = Results(out), protocol or spec()["protocol"]
+    plans = spec()["tables"]
+    wanted = [name for name, plan in plans.items() if plan["family"] != TINY and family in ("all", plan["family"])]
+    tables = [build(results, name, protocol, small=False) for name in wanted]
+    if family == TINY or (family == "all" and any(key[0] == TINY for key in results.runs)):
+        tables += [build(results, name, protocol, small=True) for name, plan in plans.items() if plan.get("small")]
+    return tables
+
+
+def write(tables: list[Record], folder: Path, protocol: str) -> None:
+    """Each table in four formats, and all of them in tables.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    end = "" if protocol == spec()["protocol"] else f"-{protocol}"
+    for table in tables:
+        for suffix, text in render.formats(table).items():
+            (folder / f"{table['name']}{end}.{suffix}").write_text(text, encoding="utf-8")
+    text = json.dumps(tables, indent=1, ensure_ascii=False)
+    (folder / f"tables{end}.json").write_text(text + "\n", encoding="utf-8")
 
 
 def main(arguments: list[str]) -> int:
+    families = sorted({plan["family"] for plan in spec()["tables"].values()})
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="predictions, one file a system")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("out", type=Path, help="folder of the reproduction")
+    parser.add_argument("--family", choices=[*families, "all"], default="all")
+    parser.add_argument("--protocol", choices=["ours", "released"], default=spec()["protocol"])
     chosen = parser.parse_args(arguments)
     try:
-        systems = measure(chosen.folder)
+        if not chosen.out.is_dir():
+            raise ValueError(f"{chosen.out} is no folder of a reproduction")
+        tables = build_all(chosen.out, chosen.family, chosen.protocol)
+        write(tables, chosen.out / "tables", chosen.protocol)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    chosen.out.mkdir(parents=True, exist_ok=True)
-    (chosen.out / "tables.md").write_text(markdown(systems))
-    found = {name: {key: asdict(value) for key, value in part.items()} for name, part in systems.items()}
-    (chosen.out / "tables.json").write_text(json.dumps(found, indent=1) + "\n")
+    measured = sum(c["measured"] is not None for t in tables for row in t["rows"] for c in row["cells"].values())
+    print(f"{len(tables)} tables in {chosen.out / 'tables'}, {measured} cells measured")
     return 0
 
 
