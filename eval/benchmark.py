@@ -36,15 +36,20 @@ class Source:
 @dataclass
 class Records:
     """Owners' columns -> item. A value is a column's name, or a template with columns in braces; `_key` is a row's key
-    where the owners' file is an object, `_file` the record file's stem.
+    where the owners' file is an object, `_file` the record file's stem, `_folder` its folder's name, `_row` the row's
+    number in it.
 
-    unfold: a column that holds a list of questions, or /REGEX/ of columns with one question each.
-    where: column -> values of the rows that belong to the benchmark. options: a column; none where the question holds
+    columns: made of others: NAME: {column: NAME, values: {theirs, or /REGEX/ of theirs: ours}}, or {column: NAME, take:
+    REGEX}, whose first group is the value. unfold: a column that holds a list of questions, or /REGEX/ of columns with
+    one question each. where: column -> values of the rows that belong to the benchmark. options: a column; none where the question holds
     them (`letters` are then those that may be answered). answer_is: how the gold is written. kind: an answer's form, or
-    {column: NAME, values: {theirs: ours}}. marks: regular expression of the places of media in the question. media:
-    list of {video|image|audio: path, column or list; start, end: columns of seconds; fps: of a folder of frames};
-    the column may be empty or absent where it ends with `?`. groups: breakdowns. keep: columns that scoring needs.
+    {column: NAME, values: ...} in the same way. marks: regular expression of media's places in question and options.
+    media: list of {video|image|audio: path, column or list; start, end: columns of seconds; fps: of a folder of
+    frames}. A column may be empty or absent where it ends with `?`. groups: breakdowns; keep: columns for scoring;
+    asked: what a language model (Protocol.ask) reads as the question, empty for the prompt.
     """
+
+    columns: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     id: str = ""
     question: str = ""
@@ -56,9 +61,10 @@ class Records:
     answer_is: str = "as_is"
     kind: Any = "choice"
     marks: str = ""
-    media: list[dict[str, str]] = field(default_factory=list)
+    media: list[dict[str, Any]] = field(default_factory=list)
     groups: dict[str, str] = field(default_factory=dict)
     keep: list[str] = field(default_factory=list)
+    asked: str = ""
 
 
 @dataclass
@@ -69,6 +75,7 @@ class Protocol:
     system: str = ""
     prompt: str = "{question}\n{options}\n{instruction}"
     option: str = "{letter}. {text}"  # one line an option; "list": as Python writes the list
+    interleaved: bool = True  # media where the question marks them; false: pictures, clips, sounds, and then the text
     instruction: dict[str, str] = field(default_factory=dict)
     parser: dict[str, str] = field(default_factory=dict)
     metric: dict[str, str] = field(default_factory=dict)
@@ -77,6 +84,7 @@ class Protocol:
     context: int = 0  # prompt and reply together; 0: the recipe's
     data: dict[str, Any] = field(default_factory=dict)  # of the settings' data: frames, pixels, mute
     failed: str = "wrong"  # what an item without an answer counts as
+    left_out: list[str] = field(default_factory=list)  # kinds of answers that the protocol doesn't count
     quirks: list[str] = field(default_factory=list)  # of the published scripts, shown beside the numbers
 
 
@@ -94,7 +102,7 @@ class Aggregate:
 class Benchmark:
     name: str = ""
     title: str = ""
-    base: str = "_common"  # the file that this one changes; empty: none
+    base: str = "_common"  # the file that this one changes, whose own base comes first; empty: none
     source: Source = field(default_factory=Source)
     records: Records = field(default_factory=Records)
     protocols: dict[str, Protocol] = field(default_factory=dict)
@@ -113,10 +121,7 @@ def load_benchmark(name: str) -> Benchmark:
     if not path.is_file() or name.startswith("_"):
         raise ValueError(f"benchmark={name}: choose one of {', '.join(names())}")
     try:
-        own = OmegaConf.load(path)
-        base = own.get("base", Benchmark.base)
-        layers = [OmegaConf.load(FOLDER / f"{base}.yaml")] if base else []
-        found = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Benchmark), *layers, own, {"name": name}))
+        found = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Benchmark), *_layers(name), {"name": name}))
     except OmegaConfBaseException as error:
         raise ValueError(f"{path}: {getattr(error, 'full_key', '')}: {str(error).splitlines()[0]}") from None
     assert isinstance(found, Benchmark)
@@ -125,6 +130,13 @@ def load_benchmark(name: str) -> Benchmark:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     return found
+
+
+def _layers(name: str) -> list[Any]:
+    """The file `name`, and before it those that it changes."""
+    own = OmegaConf.load(FOLDER / f"{name}.yaml")
+    base = own.get("base", "" if name.startswith("_") else Benchmark.base)
+    return [*(_layers(base) if base else []), own]
 
 
 def kinds_of(benchmark: Benchmark) -> list[str]:
@@ -153,6 +165,8 @@ def _check(benchmark: Benchmark) -> None:
                     raise ValueError(f"protocols.{name}.{key} lacks the kind {kind!r} of its records")
                 one_of(f"protocols.{name}.{key}.{kind}", table[kind], choices)
             one_of(f"protocols.{name}.failed", protocol.failed, FAILED)
+            for left in protocol.left_out:
+                one_of(f"protocols.{name}.left_out", left, kinds_of(benchmark))
     over = benchmark.aggregate.over
     if over and over not in records.groups:
         raise ValueError(f"aggregate.over is {over!r}, which is no breakdown of records.groups")

@@ -9,7 +9,7 @@ import csv
 import json
 import re
 import string
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from megatron_avatar.records import Media
 
 Row = dict[str, Any]
 _FIRST_LETTER = re.compile(r"\(?([A-Z])\b")
+_BASE64 = re.compile(r"[A-Za-z0-9+/]{64,}={0,2}")  # a path has a full stop
 csv.field_size_limit(2**30)  # a picture in base64 is one field
 
 
@@ -41,8 +42,9 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Item:
-    """One question. `letters`: what may be answered; `media` are measured and below the prepared folder; `trouble` says
-    why one of them can't be used; `keep` holds owners' columns that scoring needs."""
+    """One question. `letters`: what may be answered; `places`: each medium's mark in question and options, if these
+    have any ("": it comes first); `media` are measured and below the prepared folder; `trouble` says why one of them
+    can't be used; `keep` holds owners' columns that scoring needs."""
 
     id: str
     kind: str
@@ -52,6 +54,7 @@ class Item:
     choices: tuple[str, ...] = ()
     groups: dict[str, tuple[str, ...]] = field(default_factory=dict)
     keep: dict[str, Any] = field(default_factory=dict)
+    places: tuple[str, ...] = ()
     media: tuple[Media, ...] = ()
     trouble: str = ""
 
@@ -63,7 +66,8 @@ def item_to_dict(item: Item) -> Row:
 def item_from_dict(entry: Row) -> Item:
     media = tuple(Media(**{**m, "pts": tuple(m["pts"]) if m["pts"] else None}) for m in entry["media"])
     groups = {name: tuple(values) for name, values in entry["groups"].items()}
-    return Item(**{**entry, "media": media, "groups": groups, "choices": tuple(entry["choices"])})
+    sequences = {name: tuple(entry[name]) for name in ("choices", "places")}
+    return Item(**{**entry, **sequences, "media": media, "groups": groups})
 
 
 # ---- records ---------------------------------------------------------------------------------------------------
@@ -90,28 +94,29 @@ def read_records(benchmark: Benchmark, data: str, revision: str = "") -> Iterato
     """
     records, checked = benchmark.records, False
     for origin, row in _rows(benchmark, data, revision):
-        for place, question in _unfold(row, records.unfold):
+        for place, question in _unfold(benchmark, row, origin):
             where = f"{origin}{place}"
-            if any(str(question.get(column)) not in values for column, values in records.where.items()):
-                continue
             if not checked:
                 _check_columns(benchmark, question, where)
                 checked = True
-            yield where, question
+            if all(str(question.get(column)) in values for column, values in records.where.items()):
+                yield where, question
 
 
 def _rows(benchmark: Benchmark, data: str, revision: str) -> Iterator[tuple[str, Row]]:
     if not Path(data).exists():
         source = find_input(data, split=benchmark.source.split, media="", name="", revision=revision)
-        for row in read_rows(source, 1, 0, 0):
-            yield row.origin, dict(row.values or {})
+        for number, row in enumerate(read_rows(source, 1, 0, 0)):
+            yield row.origin, {"_row": str(number), **(row.values or {})}
         return
     for path in record_files(benchmark, Path(data)):
-        reader = {".parquet": _parquet, ".jsonl": _jsonl, ".json": _json, ".tsv": _table, ".csv": _table}.get(path.suffix)
-        if reader is None:
+        if (reader := READERS.get(path.suffix)) is None:
             raise ValueError(f"{path}: write the records as JSON, JSONL, parquet, TSV or CSV")
         for number, row in enumerate(reader(path)):
-            yield f"{path.name} {number}", {"_file": path.stem, **row}
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}: record {number} is {str(row)[:80]!r}, no object; download it again")
+            place = {"_file": path.stem, "_folder": path.parent.name, "_row": str(number)}
+            yield f"{path.name} {number}", {**place, **row}
 
 
 def _parquet(path: Path) -> Iterator[Row]:
@@ -129,20 +134,24 @@ def _jsonl(path: Path) -> Iterator[Row]:
                     raise ValueError(f"{path}, line {number}: not JSON ({error}); download it again") from None
 
 
-def _json(path: Path) -> Iterator[Row]:
-    """A list of rows, an object of rows by key, or an object of columns."""
+def _json(path: Path) -> Iterator[Any]:
+    """A list of rows (in an object of its own or not), an object of rows by key, or an object of columns."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error}); download it again") from None
+    if isinstance(content, dict) and len(content) == 1 and isinstance(rows := next(iter(content.values())), list):
+        content = rows
     if isinstance(content, list):
         yield from content
-    elif content and all(isinstance(value, list) for value in content.values()):
+    elif all(isinstance(value, list) for value in content.values()):
+        if len({len(values) for values in content.values()}) > 1:
+            raise ValueError(f"{path}: its columns differ in length; download it again")
         for values in zip(*content.values(), strict=True):
             yield dict(zip(content, values, strict=True))
     else:
         for key, row in content.items():
-            yield {"_key": key, **row}
+            yield {"_key": key, **row} if isinstance(row, dict) else row
 
 
 def _table(path: Path) -> Iterator[Row]:
@@ -150,30 +159,43 @@ def _table(path: Path) -> Iterator[Row]:
         yield from csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
 
 
-def _unfold(row: Row, unfold: str) -> Iterator[tuple[str, Row]]:
+READERS: dict[str, Callable[[Path], Iterator[Any]]] = {
+    ".parquet": _parquet, ".jsonl": _jsonl, ".json": _json, ".tsv": _table, ".csv": _table,
+}  # fmt: skip
+
+
+def _unfold(benchmark: Benchmark, row: Row, where: str) -> Iterator[tuple[str, Row]]:
     """The questions of a row: itself, one an element of a list, or one a column that matches /REGEX/."""
+    unfold = benchmark.records.unfold
     if not unfold:
         yield "", row
-    elif unfold.startswith("/"):
-        names = [name for name in row if re.fullmatch(unfold.strip("/"), name)]
-        rest = {name: value for name, value in row.items() if name not in names}
-        for name in names:
-            yield f" {name}", {**rest, "_part": name, **row[name]}
+        return
+    if unfold.startswith("/"):
+        parts = {name: value for name, value in row.items() if re.fullmatch(unfold.strip("/"), name)}
     else:
-        rest = {name: value for name, value in row.items() if name != unfold}
-        for number, part in enumerate(row[unfold]):
-            yield f" {unfold} {number}", {**rest, "_part": str(number), **part}
+        _lacks(benchmark, {unfold} - row.keys(), row, where)
+        parts = {f"{unfold} {number}": part for number, part in enumerate(row[unfold])}
+    rest = {name: value for name, value in row.items() if name not in (*parts, unfold)}
+    for name, part in parts.items():
+        yield f" {name}", {**rest, "_part": name.rpartition(" ")[2], **part}
 
 
 def _check_columns(benchmark: Benchmark, row: Row, where: str) -> None:
     records = benchmark.records
     kind = [records.kind["column"]] if isinstance(records.kind, dict) else []
-    named = [records.id, records.question, records.answer, records.options, *records.groups.values(), *kind]
+    named = [records.id, records.question, records.answer, records.options, records.asked, *kind]
+    named += records.groups.values()
     named += [value for medium in records.media for key, value in medium.items() if key != "fps"]
+    named += [*records.where, *(made["column"] for made in records.columns.values())]
     wanted = {name for value in named if value and not value.endswith("?") for name in columns_of(value)}
-    if lacking := sorted(wanted - row.keys()):
+    _lacks(benchmark, wanted - row.keys() - records.columns.keys(), row, where)
+
+
+def _lacks(benchmark: Benchmark, lacking: Collection[str], row: Row, where: str) -> None:
+    if lacking:
+        own = sorted(name for name in row if not name.startswith("_"))
         raise ValueError(
-            f"{benchmark.name}, {where}: has the columns {', '.join(sorted(row))}, and lacks {', '.join(lacking)}; "
+            f"{benchmark.name}, {where}: has the columns {', '.join(own)}, and lacks {', '.join(sorted(lacking))}; "
             f"data= must hold {benchmark.source.dataset}, or a revision of it in that form"
         )
 
@@ -185,10 +207,13 @@ def make_item(benchmark: Benchmark, row: Row, where: str) -> tuple[Item, list[Wa
     """The item of a row, its media still to be found. ValueError naming the row for a question without a gold."""
     records = benchmark.records
     try:
+        row = {**row, **{name: _made(row, name, made) for name, made in records.columns.items()}}
         kind = _kind(records, row)
-        choices = () if not records.options or kind in ("number", "text") else bare_choices(_listed(row, records.options))
+        optionless = not records.options or kind in ("number", "text", "yes_no")
+        choices = () if optionless else bare_choices(_listed(row, records.options))
         letters = string.ascii_uppercase[: len(choices)] if choices else records.letters
-        question, order = _places(records, _text(row, records.question))
+        question = _text(row, records.question)
+        places, wanted = _media(records, row, "\n".join([question, *choices]))
         item = Item(
             id=_text(row, records.id),
             kind=kind,
@@ -197,14 +222,32 @@ def make_item(benchmark: Benchmark, row: Row, where: str) -> tuple[Item, list[Wa
             letters=letters if kind in ("choice", "letters") else "",
             choices=choices,
             groups={name: _values(row, value) for name, value in records.groups.items()},
-            keep={name: row.get(name) for name in records.keep},
+            keep={name: row.get(name) for name in records.keep} | _asked(records, row),
+            places=places,
         )
         if not item.id or not item.question:
             raise Refused("empty", "its id or question is empty")
-        return item, _media(records, row, order)
-    except (Refused, ValueError, KeyError, TypeError) as error:
+        if kind == "choice" and item.gold not in tuple(letters):
+            raise ValueError(f"its answer {item.gold!r} is none of {', '.join(letters)}")
+        return item, wanted
+    except (Refused, ValueError, KeyError, TypeError, IndexError) as error:
         detail = error.detail if isinstance(error, Refused) else f"{type(error).__name__}: {error}"
         raise ValueError(f"{benchmark.name}, {where}: {detail}; correct the record, or download it again") from None
+
+
+def _made(row: Row, name: str, made: dict[str, Any]) -> str:
+    """A column that the benchmark's file makes of another one."""
+    theirs = _text(row, made["column"])
+    if "values" in made:
+        for written, ours in made["values"].items():
+            regex = re.fullmatch("/(.*)/", written)
+            if theirs == written or (regex and re.fullmatch(regex[1], theirs, re.DOTALL)):
+                return ours
+        raise ValueError(f"{made['column']} is {theirs!r}, none of {', '.join(made['values'])}")
+    found = re.search(made["take"], theirs)
+    if found is None:
+        raise ValueError(f"{made['column']} is {theirs!r}: no {name} in the form {made['take']}")
+    return found[1]
 
 
 def _text(row: Row, value: str) -> str:
@@ -212,26 +255,36 @@ def _text(row: Row, value: str) -> str:
 
 
 def _kind(records: Records, row: Row) -> str:
-    if not isinstance(records.kind, dict):
-        return records.kind
-    theirs = _text(row, records.kind["column"])
-    if theirs not in records.kind["values"]:
-        raise ValueError(f"{records.kind['column']} is {theirs!r}, none of {', '.join(records.kind['values'])}")
-    return records.kind["values"][theirs]
+    return _made(row, "kind", records.kind) if isinstance(records.kind, dict) else records.kind
+
+
+def _asked(records: Records, row: Row) -> Row:
+    return {"asked": _text(row, records.asked)} if records.asked else {}
 
 
 def _listed(row: Row, column: str) -> Any:
-    """A list or object of options, which some owners write as text."""
+    """A list or object of options, which some owners write as text; options that are empty in a table are none."""
     value = row.get(column)
     if isinstance(value, str) and value.strip()[:1] in ("[", "{"):
-        return ast.literal_eval(value)
-    return value
+        value = _read(value)
+    if isinstance(value, dict):
+        return {key: option for key, option in value.items() if option is not None}
+    return [option for option in value if option is not None] if isinstance(value, list | tuple) else value
+
+
+def _read(text: str) -> Any:
+    """JSON, or as Python writes it."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return ast.literal_eval(text)
 
 
 def _gold(records: Records, row: Row, kind: str, choices: tuple[str, ...]) -> str:
     value = row.get(records.answer) if "{" not in records.answer else _text(row, records.answer)
     if kind != "choice" or records.answer_is == "as_is":
-        text = ", ".join(map(str, value)) if isinstance(value, list) else bare_answer(str("" if value is None else value))
+        value = ", ".join(map(str, value)) if isinstance(value, list) else value
+        text = "" if value is None else bare_answer(str(value))
         if not text:
             raise ValueError(f"its answer {records.answer!r} is empty")
         return text
@@ -239,8 +292,10 @@ def _gold(records: Records, row: Row, kind: str, choices: tuple[str, ...]) -> st
         return string.ascii_uppercase[int(value)]
     text = bare_answer(str(value))
     if records.answer_is == "text":
-        (bare,) = bare_choices([text])
-        return string.ascii_uppercase[choices.index(bare)]  # ValueError where it is none of them
+        bare = text if text in choices else bare_choices([text])[0]
+        if bare not in choices:
+            raise ValueError(f"its answer {text!r} is none of its options")
+        return string.ascii_uppercase[choices.index(bare)]
     letter = _FIRST_LETTER.match(text)
     if letter is None:
         raise ValueError(f"its answer {text!r} is no letter")
@@ -248,48 +303,47 @@ def _gold(records: Records, row: Row, kind: str, choices: tuple[str, ...]) -> st
 
 
 def _values(row: Row, value: str) -> tuple[str, ...]:
-    """A breakdown's values; an item may belong to several."""
+    """A breakdown's values; an item may belong to several: those of a list, or the keys of an object that are set."""
     found = _text(row, value) if "{" in value else row.get(value.rstrip("?"))
-    found = ast.literal_eval(found) if isinstance(found, str) and found.startswith("[") else found
-    return tuple(str(part) for part in (found if isinstance(found, list | tuple) else [found]) if part not in (None, ""))
+    found = _read(found) if isinstance(found, str) and found[:1] in ("[", "{") else found
+    if isinstance(found, dict):
+        found = [key for key, chosen in found.items() if chosen]
+    parts = found if isinstance(found, list | tuple) else [found]
+    return tuple(str(part) for part in parts if part not in (None, ""))
 
 
-def _places(records: Records, question: str) -> tuple[str, list[str]]:
-    """The question with MEDIUM where its marks stand, and the marks in order."""
-    if not records.marks:
-        return question, []
-    from megatron_avatar.data.prompt import MEDIUM
-
-    marks = [match[0] for match in re.finditer(records.marks, question)]
-    return re.sub(records.marks, MEDIUM, question), marks
-
-
-def _media(records: Records, row: Row, order: list[str]) -> list[Wanted]:
-    """Media in the order of their entries, or in that of the question's marks ([img2]: the second picture)."""
-    found: dict[str, list[Wanted]] = {"video": [], "image": [], "audio": []}
+def _media(records: Records, row: Row, text: str) -> tuple[tuple[str, ...], list[Wanted]]:
+    """Each medium's mark in the text ([img2]: the second picture) and the media, in the order in which the text names
+    them; those that it doesn't name come first, in the order of their entries. No marks at all: ()."""
+    found: list[Wanted] = []
     for entry in records.media:
-        ((kind, value),) = ((k, v) for k, v in entry.items() if k in found)
-        times = {k: None if row.get(v.rstrip("?")) is None else float(row[v.rstrip("?")])
-                 for k, v in entry.items() if k in ("start", "end")}  # fmt: skip
+        ((kind, value),) = ((k, v) for k, v in entry.items() if k in ("video", "image", "audio"))
+        times = {key: _seconds(row.get(entry[key].rstrip("?"))) for key in ("start", "end") if key in entry}
         fps = float(entry["fps"]) if "fps" in entry else None
-        found[kind] += [Wanted(source, fps=fps, **times) for source in _sources(row, value.rstrip("?"), kind)]
-    if not order:
-        return [wanted for kind in found for wanted in found[kind]]
-    chosen = []
-    for mark in order:
-        kind = next(kind for kind, word in (("image", "im"), ("video", "vid"), ("audio", "aud")) if word in mark.lower())
-        number = int(re.search(r"\d+", mark)[0]) - 1  # type: ignore[index]
-        if number >= len(found[kind]):
-            raise ValueError(f"{mark} stands in the question, but the record has {len(found[kind])} of that kind")
-        chosen.append(found[kind][number])
-    return chosen
+        found += [Wanted(source, fps=fps, **times) for source in _sources(row, value.rstrip("?"), kind)]
+    marks = list(dict.fromkeys(match[0] for match in re.finditer(records.marks, text))) if records.marks else []
+    if not marks:
+        return (), found
+    named = []
+    for mark in marks:
+        own = [wanted for wanted in found if wanted.source.kind[:2] in mark.lower()]  # img1, image 1, video1, audio1
+        number = re.search(r"\d+", mark)
+        if number is None or not 0 < int(number[0]) <= len(own):
+            raise ValueError(f"{mark} stands in the question, but the record has {len(own)} of that kind")
+        named.append(own[int(number[0]) - 1])
+    others = [wanted for wanted in found if not any(wanted is one for one in named)]
+    return ("",) * len(others) + tuple(marks), [*others, *named]
+
+
+def _seconds(value: Any) -> float | None:
+    return None if value in (None, "") else float(value)
 
 
 def _sources(row: Row, value: str, kind: str) -> tuple[Source, ...]:
     if "{" in value:
         return (Source(kind, _text(row, value)),)
     content = row.get(value)
-    if isinstance(content, str) and len(content) > 1024:
+    if isinstance(content, str) and (len(content) > 1024 or (kind == "image" and _BASE64.fullmatch(content))):
         try:
             return (Source(kind, "", base64.b64decode(content, validate=True)),)
         except binascii.Error as error:

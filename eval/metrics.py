@@ -14,6 +14,7 @@ import numpy as np
 from eval.parsers import sample_of
 from megatron_avatar.rl.rewards import accuracy_reward
 from megatron_avatar.rl.rewards.grade import THRESHOLD
+from megatron_avatar.rl.rewards.numbers import quantity
 
 Line = dict[str, Any]
 Scores = dict[str, float | None]
@@ -84,10 +85,9 @@ def _letters(text: str | None) -> set[str]:
 
 
 def _number(text: str | None) -> float | None:
-    try:
-        return float(text.replace(",", "")) if text is not None else None
-    except ValueError:
-        return None
+    """The only number in an answer, as training's rewards read it: digits or words, with a unit or without."""
+    found = quantity(text) if text is not None else None
+    return found.value if found is not None else None
 
 
 METRICS: dict[str, Metric] = {

@@ -30,8 +30,18 @@ def sample_of(line: Line) -> Sample:
 
 
 def tagged(text: str, line: Line) -> str | None:
-    """The answer between the tags as training's rewards read it; without a tag, what the reply plainly says."""
-    return read_answer(text, sample_of(line))
+    """The answer between the tags as training's rewards read it; without a tag, what the reply plainly says. Where the
+    options stand in the question alone, their texts aren't known: `B. It stops` is B."""
+    answer = read_answer(text, sample_of(line))
+    if answer is not None and line["kind"] == "choice" and not line["choices"]:
+        lettered = re.match(r"\(?([A-Z])(?:[.:)]\s|\)?\Z)", answer)
+        return lettered[1] if lettered and lettered[1] in line["letters"] else answer
+    return answer
+
+
+def tagged_yes_no(text: str, line: Line) -> str | None:
+    """Yes or no, whichever stands between the tags (without a tag, in the reply); with both, or neither, none."""
+    return says_yes_no(tagged(text, line) or "", line)
 
 
 def tagged_letters(text: str, line: Line) -> str | None:
@@ -129,7 +139,7 @@ def cascade(text: str, line: Line) -> str | None:
 PARSERS: dict[str, Parser] = {
     parser.__name__: parser
     for parser in (
-        tagged, tagged_letters, last_capital, last_capital_untagged, last_capital_a_d, capitals_a_f, first_integer,
-        words_to_number, first_number, says_yes_no, first_token, whole, extracted, cascade,
+        tagged, tagged_letters, tagged_yes_no, last_capital, last_capital_untagged, last_capital_a_d, capitals_a_f,
+        first_integer, words_to_number, first_number, says_yes_no, first_token, whole, extracted, cascade,
     )
 }  # fmt: skip

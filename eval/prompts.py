@@ -8,7 +8,7 @@ from typing import get_args
 from eval.benchmark import Protocol
 from eval.items import Item
 from megatron_avatar.data.prompt import MEDIUM
-from megatron_avatar.records import ProblemType, Sample
+from megatron_avatar.records import Media, ProblemType, Sample
 
 # The type by which an answer of each kind is read and compared.
 PROBLEM_TYPES: dict[str, ProblemType] = {
@@ -18,7 +18,7 @@ PROBLEM_TYPES: dict[str, ProblemType] = {
 
 
 def render(item: Item, protocol: Protocol) -> str:
-    """The text of the user's turn; places of media in the question are kept where the template has no `{media}`."""
+    """The text of the user's turn, with MEDIUM before the first mark of each medium where the protocol interleaves."""
     if protocol.option == "list":
         lettered = [f"{letter}. {text}" for letter, text in zip(string.ascii_uppercase, item.choices, strict=False)]
         options = str(lettered) if lettered else ""
@@ -28,14 +28,19 @@ def render(item: Item, protocol: Protocol) -> str:
         options = "\n".join(lines)
     parts = {"question": item.question, "options": options, "instruction": protocol.instruction.get(item.kind, "")}
     text = protocol.prompt.format(**parts)
-    return "\n".join(line for line in text.splitlines() if line.strip())
+    text = "\n".join(line for line in text.splitlines() if line.strip())
+    if protocol.interleaved:
+        for mark in filter(None, item.places):
+            text = text.replace(mark, MEDIUM + mark, 1)
+        text = MEDIUM * item.places.count("") + text
+    return text
 
 
 def as_sample(item: Item, protocol: Protocol, benchmark: str) -> Sample:
     """The sample that the engine answers; it is scored from the item, not from the sample."""
     return Sample(
         id=item.id, stage="", split="eval", family=benchmark, question=render(item, protocol), answer=item.gold,
-        problem_type=problem_type(item.kind, item.keep), media=item.media,
+        problem_type=problem_type(item.kind, item.keep), media=item.media if protocol.interleaved else _by_kind(item),
     )  # fmt: skip
 
 
@@ -45,6 +50,6 @@ def problem_type(kind: str, keep: dict) -> ProblemType:
     return named if named in get_args(ProblemType) else PROBLEM_TYPES[kind]
 
 
-def without_places(text: str) -> str:
-    """For protocols that put media first and lose their places, as some published scripts do."""
-    return " ".join(text.replace(MEDIUM, " ").split())
+def _by_kind(item: Item) -> tuple[Media, ...]:
+    """Pictures, clips, sounds, as published scripts hand them over."""
+    return tuple(sorted(item.media, key=lambda medium: ("image", "video", "audio").index(medium.kind)))

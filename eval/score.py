@@ -50,7 +50,7 @@ def score_line(benchmark: Benchmark, line: Prediction) -> Prediction:
     failed = line["error"] is not None
     answer = None if failed else PARSERS[protocol.parser[line["kind"]]](line["text"], line)
     scores = METRICS[protocol.metric[line["kind"]]](answer, line)
-    counted = not (failed and protocol.failed == "dropped")
+    counted = line["kind"] not in protocol.left_out and not (failed and protocol.failed == "dropped")
     return {**line, "answer": answer, "scores": scores, "format": format_reward(line["text"]), "counted": counted}
 
 

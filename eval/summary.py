@@ -18,8 +18,9 @@ ROOTS = ("rmse",)  # metrics whose items' errors are squared, averaged, and put 
 
 
 def summarise(benchmark: Benchmark, predictions: Sequence[Prediction]) -> dict[str, Any]:
-    """headline and metrics (name -> Estimate), breakdowns (group -> value -> Estimate), and counts: items answered, that
-    the owners expect, failed, not judged yet. Several completions of an item count as their mean."""
+    """headline and metrics (name -> Estimate), breakdowns (group -> value -> Estimate), and counts: items answered,
+    that the owners expect, failed, not judged yet. Several completions of an item count as their mean (rmse: that of
+    their squares)."""
     counted = [p for p in predictions if p["counted"]]
     aggregate = benchmark.aggregate
     names = list(dict.fromkeys(name for p in counted for name in p["scores"]))
@@ -43,11 +44,11 @@ def summarise(benchmark: Benchmark, predictions: Sequence[Prediction]) -> dict[s
 
 
 def _values(predictions: Sequence[Prediction], metric: str) -> dict[str, float]:
-    """Item -> mean over its completions; what is not judged yet is left out."""
+    """Item -> mean over its completions, of squares for ROOTS; what is not judged yet is left out."""
     found: dict[str, list[float]] = {}
     for p in predictions:
-        if p["scores"].get(metric) is not None:
-            found.setdefault(p["id"], []).append(p["scores"][metric])
+        if (value := p["scores"].get(metric)) is not None:
+            found.setdefault(p["id"], []).append(value**2 if metric in ROOTS else value)
     return {key: float(np.mean(values)) for key, values in found.items()}
 
 
@@ -55,8 +56,7 @@ def _estimate(predictions: Sequence[Prediction], metric: str) -> Estimate | None
     values = np.array(list(_values(predictions, metric).values()))
     if not len(values):
         return None
-    root = metric in ROOTS
-    return estimate(values**2 if root else values, Statistic(np.zeros(len(values), int), np.ones(1), root))
+    return estimate(values, Statistic(np.zeros(len(values), int), np.ones(1), metric in ROOTS))
 
 
 def _headline(
@@ -108,5 +108,6 @@ def show(summary: dict[str, Any], title: str, console: Console | None = None) ->
     console.print(table)
     counts = summary["counts"]
     partial = "" if counts["items"] == counts["expected"] or not counts["expected"] else " (partial)"
-    console.print(f"{counts['items']} of {counts['expected'] or counts['items']} items{partial}, {counts['failed']} "
-                  f"failed, {counts['left out']} left out, {counts['not judged']} not judged", highlight=False)  # fmt: skip
+    items = f"{counts['items']} of {counts['expected'] or counts['items']} items{partial}"
+    others = ", ".join(f"{counts[name]} {name}" for name in ("failed", "left out", "not judged"))
+    console.print(f"{items}, {others}", highlight=False)
