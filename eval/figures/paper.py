@@ -123,7 +123,7 @@ def draw_band(axes: Axes, curve: Band, look: Look, markers: bool = False) -> Non
     axes.plot(curve.x, curve.mean, linestyle=look.line, color=look.color, label=look.name, **shown)
     if np.nansum(curve.high - curve.low) > 0:
         axes.fill_between(curve.x, curve.low, curve.high, color=look.color, alpha=0.15, linewidth=0)
-        for edge in (curve.low, curve.high):  # told apart in grey, where bands overlap
+        for edge in (curve.low, curve.high) if markers else ():  # wide bands overlap: told apart in grey
             axes.plot(curve.x, edge, linestyle=look.line, color=look.color, linewidth=0.5)
 
 

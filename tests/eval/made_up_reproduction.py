@@ -53,7 +53,7 @@ def write_predictions(
     out: Path, system: str, seed: int, skill: float, *, benchmark: str = "held_out", control: str = "",
     folder: str = "", n: int = 1, items: int = ITEMS,
 ) -> None:
-    """Items are right with probability `skill`, by draws that are the same for all systems; item i has 10 + i tokens."""
+    """Right with probability `skill`, by draws that are the same for all systems; item i has 10 + i tokens."""
     random = np.random.default_rng(seed)
     place = out / "predictions" / "tiny" / system / f"seed_{seed}" / folder
     lines = []
@@ -62,8 +62,9 @@ def write_predictions(
             right = float(random.random() < skill)
             lines.append({
                 "id": f"s{item}", "k": k, "benchmark": benchmark, "protocol": "ours", "settings": "5e77",
-                "kind": "choice", "gold": "A", "text": f"<think>{system} looks $at$ the <b>clip</b> and listens. {'So it goes on. ' * 12}"
-                "</think><answer>A</answer>", "answer": "A", "scores": {"accuracy": right}, "tokens": 10 + item,
+                "kind": "choice", "gold": "A", "text": f"<think>{system} looks $at$ the <b>clip</b> and listens. "
+                f"{'So it goes on. ' * 12}</think><answer>A</answer>", "answer": "A",
+                "scores": {"accuracy": right}, "tokens": 10 + item,
                 "groups": {"stage": [STAGES[item % 3]], "family": ["what"]}, "finished": True, "format": 1.0,
                 "error": None,
             })  # fmt: skip
