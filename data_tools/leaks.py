@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import string
+import unicodedata
 from functools import lru_cache
 
 from megatron_avatar.records import Sample
@@ -14,17 +15,33 @@ from megatron_avatar.rl.rewards.numbers import number_words, quantity
 MAX_WORDS = 45
 PARAPHRASE = 0.6  # share of a long answer's content words that tells it
 _EMPTY = set("a an the of to in on at is are was were be it its and or with by for from as that this there".split())
-_TIMES = {"once": 1, "single": 1, "twice": 2, "pair": 2, "both": 2, "double": 2, "couple": 2, "thrice": 3, "triple": 3}
+_TIMES = {
+    "once": 1, "single": 1, "twice": 2, "pair": 2, "both": 2, "double": 2, "duo": 2, "couple": 2, "thrice": 3,
+    "trio": 3, "triple": 3, "quartet": 4, "dozen": 12, "half a dozen": 6, "half": 0.5, "quarter": 0.25, "none": 0,
+    "nothing": 0, "never": 0,
+}  # fmt: skip
 _ORDINALS = "zeroth first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth".split()
+_NAMED = re.compile(  # in brackets or quotes, or after `option`
+    r"[(\[\"'“‘]([A-Za-z])[)\]\"'”’]|\b(?:option|choice|answer|letter)s?\b[\s:=]*(?:is\b\s*)?[\"'(\[]?([A-Za-z])\b"
+)
+_ALONE = re.compile(r"\b([A-Z])\b(?!')")
+_CLOSED = re.compile(r"\b([AI])(?=\s*(?:[.,;:!?)]|$))")  # followed by no word: neither article nor pronoun
+_CARDINALS = "|".join(map(number_words, range(1, 13)))
+_PLACED = re.compile(
+    rf"\b(last|{'|'.join(_ORDINALS[1:])}|\d+(?:st|nd|rd|th))\s+(?:option|choice|answer|alternative)\b|"
+    rf"\b(?:option|choice|answer|alternative)\s+(?:number\s+|no\.?\s*|#\s*)?(\d+|{_CARDINALS})\b"
+)
+_IN_TEXT = re.compile(r"(?:^|\s)\(?([A-Z])[.):]\s+(.*?)(?=\s+\(?[A-Z][.):]\s|\s*$)", re.DOTALL)
 
 
 def leak(hint: str, sample: Sample) -> str | None:
     """Why the hint may not be used, in few words; None for one that may.
 
     Refused: the answer in its own words, normalised, or by most of its content words (stems, in any order); the correct
-    choice's letter; every choice but the correct one; a number's value in digits or words. Also more than one short
-    sentence, and markup.
+    choice's letter or place; every choice but the correct one; a number's value in digits or words. Also more than one
+    short sentence, and markup. Other words of the same meaning are left to the teacher's prompt.
     """
+    hint = unicodedata.normalize("NFKC", hint)
     words = hint.split()
     if not words:
         return "empty"
@@ -35,22 +52,22 @@ def leak(hint: str, sample: Sample) -> str | None:
     if sample.problem_type == "multiple_choice":
         return _names_choice(hint, sample)
     if sample.problem_type in ("numerical", "math") and (gold := quantity(sample.answer)) is not None:
-        return "names the number" if gold.value in _values(hint) else None
+        return "names the number" if gold.value in _values(hint) or _spells(hint, gold.value) else None
     return "names the answer" if _tells(hint, sample.answer) else None
 
 
 def _names_choice(hint: str, sample: Sample) -> str | None:
-    letter = choice_letter(sample.answer, sample.choices)
-    letters = string.ascii_uppercase[: max(len(sample.choices), 2)]
-    # As a letter: in brackets, after `option`, or alone in capitals, where it is no article or pronoun.
-    named = set(re.findall(r"[(\[]([A-Z])[)\]]|\b(?:option|choice|answer|letter)s?\s+(?:is\s+)?([A-Za-z])\b", hint))
-    alone = set(re.findall(r"\b([A-Z])\b(?!')", hint))
-    named = {(a or b).upper() for a, b in named} | (alone - {"A", "I"})
+    choices = sample.choices or _choices_in(sample.question)
+    letter = choice_letter(sample.answer, choices)
+    letters = string.ascii_uppercase[: len(choices) or 26]
+    named = {(a or b).upper() for a, b in _NAMED.findall(hint)} | _placed(hint, len(choices)) & set(letters)
+    alone = set(_ALONE.findall(hint))
+    named |= (alone - {"A", "I"}) | set(_CLOSED.findall(hint))
     named &= set(letters)
     if letter in named and named | alone < set(letters):
         return "names the correct letter"
-    told = {k for k, choice in zip(letters, sample.choices, strict=False) if _tells(hint, choice)}
-    if not sample.choices:
+    told = {k for k, choice in zip(letters, choices, strict=False) if _tells(hint, choice)}
+    if not choices:
         return "names the answer" if _tells(hint, gold_text(sample)) and len(sample.answer) > 1 else None
     told |= named
     if letter in told and told | alone < set(letters):
@@ -60,12 +77,33 @@ def _names_choice(hint: str, sample: Sample) -> str | None:
     return None
 
 
+def _choices_in(question: str) -> tuple[str, ...]:
+    """The choices that a question brings in its own text, lettered from A on; () without such."""
+    found = _IN_TEXT.findall(question)
+    letters = "".join(letter for letter, _ in found)
+    return tuple(text for _, text in found) if len(found) > 1 and string.ascii_uppercase.startswith(letters) else ()
+
+
+def _placed(hint: str, count: int) -> set[str]:
+    """Letters of the choices that a hint names by their place: `the second option`, `choice 2`."""
+    places = set()
+    for ordinal, number in _PLACED.findall(hint.casefold()):
+        if ordinal == "last":
+            places.add(count)
+        elif ordinal in _ORDINALS:
+            places.add(_ORDINALS.index(ordinal))
+        elif found := quantity(number or ordinal[:-2]):
+            places.add(int(found.value))
+    return {string.ascii_uppercase[place - 1] for place in places if 0 < place <= 26}
+
+
 def _tells(hint: str, answer: str) -> bool:
     """The answer's words stand in the hint, as they are or most of the content words in any order."""
     said, gold = normalise(hint), normalise(answer)
     if not gold:
         return False
-    if re.search(rf"(?<!\w){re.escape(gold)}(?!\w)", said):
+    letter_by_letter = re.sub(r"(?<=\b\w)[\W_]+(?=\w\b)", "", said)  # v-i-o-l-i-n
+    if any(re.search(rf"(?<!\w){re.escape(gold)}(?!\w)", text) for text in (said, letter_by_letter)):
         return True
     value = quantity(answer)
     if value is not None and re.fullmatch(r"[\W\d]*|[a-z-]+", gold) and value.value in _values(hint):
@@ -77,7 +115,7 @@ def _tells(hint: str, answer: str) -> bool:
 
 def _values(hint: str) -> set[float]:
     """Every number that the hint names: digits, number words, ordinals, `twice`."""
-    values = {float(_TIMES[word]) for word in re.findall(r"[a-z]+", hint.casefold()) if word in _TIMES}
+    values = {float(value) for word, value in _TIMES.items() if re.search(rf"\b{word}\b", hint, re.IGNORECASE)}
     values |= {float(k) for k, word in enumerate(_ORDINALS) if re.search(rf"\b{word}\b", hint, re.IGNORECASE)}
     values |= {float(k) for k, pattern in enumerate(_number_patterns()) if pattern.search(hint)}
     for token in re.findall(r"[-+]?\d[\d,./]*(?:\s?[x×]\s?10\^?-?\d+|e-?\d+)?%?|\d+(?:st|nd|rd|th)\b", hint):
@@ -89,8 +127,17 @@ def _values(hint: str) -> set[float]:
 
 @lru_cache(maxsize=1)
 def _number_patterns() -> list[re.Pattern[str]]:
-    spelled = [number_words(k).replace("-", "[- ]") for k in range(101)]
-    return [re.compile(rf"(?<![\w-]){words}(?![\w-])", re.IGNORECASE) for words in spelled]
+    return [_number_pattern(k) for k in range(101)]
+
+
+def _spells(hint: str, value: float) -> bool:
+    """Whether a whole number stands in the hint in words, however large."""
+    return value.is_integer() and abs(value) < 1e15 and _number_pattern(int(value)).search(hint) is not None
+
+
+def _number_pattern(value: int) -> re.Pattern[str]:
+    words = number_words(value).replace(" and ", "(?: and)? ").replace("-", "[- ]").replace(",", ",?")
+    return re.compile(rf"(?<![\w-]){words}(?![\w-])", re.IGNORECASE)
 
 
 @lru_cache(maxsize=4096)

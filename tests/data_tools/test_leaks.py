@@ -8,10 +8,11 @@ from data_tools.leaks import leak
 from megatron_avatar.records import Sample
 
 COLOURS = ("red circle", "blue square", "green star", "yellow cross")
+IN_TEXT = "What moves ?\nA. red circle\nB. blue square\nC. green star"  # as AVATAR's own rows bring them
 
 
-def make(kind, answer, choices=()):
-    return Sample("s", "visual", "train", "f", "?", answer, kind, choices)
+def make(kind, answer, choices=(), question="?"):
+    return Sample("s", "visual", "train", "f", question, answer, kind, choices)
 
 
 LEAKS = [  # (hint, problem type, gold, choices)
@@ -24,7 +25,20 @@ LEAKS = [  # (hint, problem type, gold, choices)
     ("Prefer B over the others.", "multiple_choice", "B", COLOURS),
     ("It is neither the red circle nor the green star nor the yellow cross.", "multiple_choice", "B", COLOURS),
     ("Rule out A, C and (A) as well as D.", "multiple_choice", "B", ("w", "x", "y", "z")),
+    ("It is A.", "multiple_choice", "A", COLOURS),
+    ("Answer: A", "multiple_choice", "A", COLOURS),
+    ("Pick the second option.", "multiple_choice", "B", COLOURS),
+    ("The last choice fits.", "multiple_choice", "D", COLOURS),
+    ("Choose option number 2.", "multiple_choice", "B", COLOURS),
+    ("Choose Ｂ now.", "multiple_choice", "B", COLOURS),
+    ('It is "b", say.', "multiple_choice", "B", COLOURS),
     ("Count the beeps: there are 4.", "numerical", "4", ()),
+    ("It comes one hundred and twenty times.", "numerical", "120", ()),
+    ("It comes one hundred twenty times.", "numerical", "120", ()),
+    ("A dozen beeps are heard.", "numerical", "12", ()),
+    ("Half a dozen beeps are heard.", "numerical", "6", ()),
+    ("There are none of them.", "numerical", "0", ()),
+    ("Spell it: v-i-o-l-i-n.", "other", "violin", ()),
     ("Listen: four beeps.", "numerical", "4", ()),
     ("You hear it twice.", "numerical", "2", ()),
     ("The fourth beep is the last.", "numerical", "4", ()),
@@ -53,6 +67,8 @@ FINE = [
     ("Pay attention to the blue sky.", "multiple_choice", "B", COLOURS),
     ("Count the beeps one by one, after the tone ends.", "numerical", "4", ()),
     ("Ignore the first second.", "numerical", "4", ()),
+    ("Compare the second clip with the last picture.", "multiple_choice", "B", COLOURS),
+    ("Listen to the hundred voices.", "numerical", "120", ()),
     ("Fortify your attention before the beeps.", "numerical", "40", ()),
     ("Set up an equation and solve for x.", "math", "0.75", ()),
     ("Zoom in on the sign above the door.", "ocr", "EXIT", ()),
@@ -70,6 +86,15 @@ def test_a_hint_that_tells_is_refused(hint, kind, gold, choices):
 @pytest.mark.parametrize(("hint", "kind", "gold", "choices"), FINE)
 def test_a_hint_that_helps_is_kept(hint, kind, gold, choices):
     assert leak(hint, make(kind, gold, choices)) is None
+
+
+@pytest.mark.parametrize("hint", ["The right option is C.", "Follow the green star.", "C moves.", "Take choice 3."])
+def test_choices_within_the_question_count_too(hint):
+    assert leak(hint, make("multiple_choice", "C", question=IN_TEXT)) is not None
+    assert leak("Compare the shapes while the bell rings.", make("multiple_choice", "C", question=IN_TEXT)) is None
+    assert leak("Follow the red circle.", make("multiple_choice", "C", question=IN_TEXT)) is None
+    one_line = "Which one? (A) red circle (B) blue square (C) green star"
+    assert leak(hint, make("multiple_choice", "C", question=one_line)) is not None
 
 
 @settings(deadline=None, max_examples=300)
