@@ -65,7 +65,8 @@ class Endpoint(Generic[T]):
     """Asks one chat model. `read` makes an answer of a reply's text, and raises ValueError for one that is unusable.
 
     `schema` is the JSON schema of a reply, which servers that can are asked to keep to. At most `concurrency` questions
-    are in flight; a question has `deadline_s` seconds in all, for 1 + `retries` attempts, each at another replica.
+    are in flight; a question has `deadline_s` seconds in all, for 1 + `retries` attempts, each at the next replica.
+    Where there are several, one that hangs leaves half of that time for the next.
     """
 
     def __init__(
@@ -135,16 +136,18 @@ class Endpoint(Generic[T]):
                 pass
         try:
             async with self._slots, asyncio.timeout(self._deadline_s):
-                pause = 0.0
+                pause, turn = 0.0, self._turn
+                self._turn += 1
                 for attempt in range(1 + self._retries):
                     await asyncio.sleep(pause)
                     try:
                         if not self._urls:
                             self._urls = addresses(self.address)
-                        self._turn += 1
-                        text = await self._chat(self._urls[self._turn % len(self._urls)], messages)
+                        patience = self._deadline_s / (2 if self._retries and len(self._urls) > 1 else 1)
+                        async with asyncio.timeout(patience):
+                            text = await self._chat(self._urls[(turn + attempt) % len(self._urls)], messages)
                         answer = self._read(text)
-                    except (openai.OpenAIError, httpx.HTTPError, ValueError) as error:
+                    except (openai.OpenAIError, httpx.HTTPError, ValueError, TimeoutError) as error:
                         self._count(_reason(error))
                         if isinstance(error, openai.BadRequestError | openai.UnprocessableEntityError):
                             return None  # this question; asking again changes nothing

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -57,10 +56,12 @@ def read_verdict(reply: str) -> dict[str, float]:
 
     Nothing is searched for: an object inside of other text may be the completion's, quoted.
     """
-    body = re.fullmatch(r"\s*(?:```(?:json)?\s*\n(.*?)\n\s*```|(.*))\s*", reply, re.DOTALL)
-    assert body is not None
+    body = reply.strip()
+    opening, _, rest = body.partition("\n")
+    if opening.strip() in ("```", "```json") and rest.endswith("```"):
+        body = rest.removesuffix("```")
     try:
-        entry = json.loads(body.group(1) or body.group(2) or "", object_pairs_hook=_unique)
+        entry = json.loads(body, object_pairs_hook=_unique)
         return Verdict.model_validate(entry).model_dump()
     except (ValueError, RecursionError) as error:  # ValidationError is a ValueError
         what = "wrong scores" if isinstance(error, ValidationError) else "no JSON object"
