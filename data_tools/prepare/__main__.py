@@ -28,6 +28,7 @@ def main(arguments: list[str]) -> int:
 
     from data_tools.prepare.settings import parse
     from data_tools.prepare.work import prepare
+    from megatron_avatar.config.urls import mask
 
     signal.signal(signal.SIGTERM, _interrupt)
     signal.signal(signal.SIGUSR1, _interrupt)  # Slurm's notice before the end of a job's time
@@ -37,7 +38,7 @@ def main(arguments: list[str]) -> int:
         print("stopped; what is done is kept, the same command continues", file=sys.stderr)
         return 75
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {mask(str(error))}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
     return 0
 

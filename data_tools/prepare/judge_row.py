@@ -18,8 +18,8 @@ from megatron_avatar.config import Config
 from megatron_avatar.data.manifest import sample_from_dict, sample_to_dict
 from megatron_avatar.data.prompt import PromptBuilder, load_tokenizer
 from megatron_avatar.records import Media, Sample
-from megatron_avatar.rl.rewards import accuracy_reward, format_reward
-from megatron_avatar.rl.rewards.accuracy import choice_letter
+from megatron_avatar.rl.rewards import accuracy_reward, format_reward, grade, parse
+from megatron_avatar.rl.rewards.accuracy import choice_letter, normalise
 
 _INLINE = re.compile(r"(?:^|[\s(])\(?([A-Z])[.):]\s", re.MULTILINE)
 
@@ -141,3 +141,6 @@ def _require_trace(sample: Sample) -> None:
         raise Refused("trace", "no trace to learn from in stage sft")
     if not format_reward(sample.trace):
         raise Refused("trace", "the trace is not <think>…</think><answer>…</answer>")
+    answer = str(parse(sample.trace)[1])
+    if normalise(answer) != normalise(sample.answer) and not grade(sample, sample.trace)["correct"]:
+        raise Refused("trace", f"the trace ends in {answer[:80]!r}, and the answer is {sample.answer[:80]!r}")

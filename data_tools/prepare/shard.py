@@ -22,6 +22,7 @@ from data_tools.prepare.judge_row import RowJudge, row_key
 from data_tools.prepare.rows import Input, Row, read_rows
 from data_tools.prepare.sources import Dataset, Draft
 from data_tools.prepare.store import Handling, Source, ignore_signals, store
+from megatron_avatar.config.urls import mask
 from megatron_avatar.data.manifest import sample_to_dict
 
 AHEAD = 8  # rows a worker that wait in memory
@@ -151,7 +152,7 @@ class Shard:
             )
             judged = self.judge.judge(draft, contents)
         except Refused as refused:
-            return entry | {"refused": refused.kind, "detail": refused.detail}
+            return entry | {"refused": refused.kind, "detail": mask(refused.detail)}  # rows may hold signed URLs
         facts = list(judged.facts)
         return entry | {"key": row_key(draft, contents), "tokens": judged.tokens, "contents": list(contents),
                         "facts": facts, "sample": sample_to_dict(judged.sample)}  # fmt: skip

@@ -11,10 +11,11 @@ KEY = "AVATAR_ENDPOINT_KEY"  # the environment variable that holds the key of al
 
 
 def mask(text: str) -> str:
-    """The text with user names, passwords and query strings of URLs hidden, and the endpoint's key."""
+    """The text with user names, passwords, query strings and fragments of URLs hidden, and the endpoint's key."""
     if key := os.environ.get(KEY):
         text = text.replace(key, "***")
-    return re.sub(r"(\w+://)[^/\s@]*@", r"\1***@", re.sub(r"(\w+://[^\s?'\"]*)\?[^\s'\")]*", r"\1?***", text))
+    text = re.sub(r"(\w+://[^\s?#'\"]*)([?#])[^\s'\")]*", r"\1\2***", text)
+    return re.sub(r"(\w+://)[^/\s]*@", r"\1***@", text)  # up to the last @: a password may hold one
 
 
 def addresses(address: str) -> list[str]:

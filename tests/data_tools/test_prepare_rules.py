@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from data_tools.prepare.damage import Refused
-from data_tools.prepare.judge_row import row_key, scorable
+from data_tools.prepare.judge_row import _require_trace, row_key, scorable
 from data_tools.prepare.sources import (
     DATASETS,
     Draft,
@@ -44,6 +44,20 @@ def test_answers_that_can_be_scored(answer, kind, choices, letter):
 def test_answers_that_cannot_be_scored(answer, kind, question, choices):
     with pytest.raises(Refused):
         scorable(sample(answer, kind, question, choices))
+
+
+@pytest.mark.parametrize(("answer", "kind", "ends", "kept"), [
+    ("B", "multiple_choice", "B", True), ("B", "multiple_choice", "b. y", True), ("B", "multiple_choice", "A", False),
+    ("3 km", "numerical", "3000 m", True), ("3", "numerical", "4", False), ("red", "other", "Red.", True),
+])  # fmt: skip
+def test_a_trace_has_to_end_in_the_answer(answer, kind, ends, kept):
+    choices = ("x", "y") if kind == "multiple_choice" else ()
+    traced = replace(sample(answer, kind, choices=choices), trace=f"<think>so</think><answer>{ends}</answer>")
+    if kept:
+        _require_trace(traced)
+    else:
+        with pytest.raises(Refused, match="the trace ends in"):
+            _require_trace(traced)
 
 
 def test_letters_in_a_text_are_no_choices():

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from data_tools.prepare.__main__ import main
 from data_tools.prepare.settings import parse
 from data_tools.prepare.work import prepare
 from megatron_avatar.data.manifest import load_manifest
@@ -69,6 +70,17 @@ def test_a_medium_that_hangs_or_crashes_costs_its_own_rows_only(model, tmp_path,
     out = run("video_r1", tmp_path / "in", tmp_path / "out", model, "deadline_s=1")
     assert rejected(out) == {1: "deadline", 3: "crash", 5: "deadline"} and time.monotonic() - began < 30
     assert [s.id for s in load_manifest(out / "manifest.jsonl")] == ["video_r1-a", "video_r1-b", "video_r1-c"]
+
+
+def test_signed_addresses_are_not_shown(model, tmp_path, capsys):
+    row = {"problem": "A ?", "answer": "3"}
+    rows = [row | {"images": ["https://me:word@host/a.png?sig=word"]}, row | {"images": []}]
+    out = run("vision_r1_rl", write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "out", model, "data.mute=true")
+    assert rejected(out) == {0: "missing"}
+    assert not [p for p in out.rglob("*") if p.suffix in (".json", ".jsonl", ".md") and b"word" in p.read_bytes()]
+    assert main(["source=vision_r1_rl", "input=https://me:word@host/rows.jsonl?sig=word", f"out={out}",
+                 f"model={model}"]) == 2  # fmt: skip
+    assert "https://***@host" in (shown := capsys.readouterr().err) and "word" not in shown
 
 
 def test_lines_that_are_no_rows_are_refused(model, tmp_path):
