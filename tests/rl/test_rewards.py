@@ -300,6 +300,15 @@ def test_agreement_with_the_majority(answers, rewards):
     assert self_rewards(answers) == rewards
 
 
+def test_quantities_vote_by_what_they_measure():
+    distance = make("numerical", "2 km")
+    texts = [wrap(a) for a in ("2 km", "2000 m", "two", "2 kg", "2 miles")]
+    votes = [parts["self"] for _, parts in score_group(distance, texts, {"self": 1.0})]
+    assert votes == [1, 1, 1, 0, 0]
+    half = [wrap(a) for a in ("50%", "0.5", "1/2", "50", "5%")]
+    assert [parts["self"] for _, parts in score_group(make("numerical", "0.5"), half, {"self": 1.0})] == [1, 1, 1, 0, 0]
+
+
 def test_a_single_completion_is_masked():
     assert math.isnan(self_rewards(["A"])[0])
 

@@ -59,8 +59,11 @@ def canonical(answer: str, sample: Sample) -> str:
         case "multiple_choice":
             return choice_letter(answer, sample.choices) or normalise(answer)
         case "numerical":
-            found = quantity(answer)
-            return normalise(answer) if found is None else f"{found.value:.12g}"
+            found, gold = quantity(answer), quantity(sample.answer)
+            values = [] if found is None else [found.value] if gold is None else readings(found, gold)
+            if not values:
+                return normalise(answer)
+            return f"{values[0] if gold is None else min(values, key=lambda x: abs(x - gold.value)):.12g}"
         case "math":
             return algebra.key(answer) or normalise(answer)
         case "code":
