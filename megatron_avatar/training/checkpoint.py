@@ -410,7 +410,7 @@ def _refuse_code(path: Path) -> None:
         with open(path / WEIGHTS / name, "rb") as index:
             _IndexUnpickler(index).load()
         name = "common.pt"
-        torch.load(path / WEIGHTS / name, weights_only=True)
+        torch.load(path / WEIGHTS / name, map_location="cpu", weights_only=True)  # AdamW's step was saved on a GPU
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path / WEIGHTS / name} could run code on loading ({error}): it was not written by this program; use "

@@ -268,6 +268,20 @@ def test_damage_is_named_and_the_previous_checkpoint_used(trainer, backend, tmp_
         checkpoint.latest(tmp_path, backend)
 
 
+def test_a_checkpoint_from_a_gpu_is_read_without_one(trainer, backend, tmp_path, monkeypatch):
+    """AdamW's step, saved beside the sharded tensors, was on the device of the weights."""
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+        snapshot = checkpoint.take(
+            1, policy=trainer.policy, optimization=trainer.optimization, reference=trainer.reference,
+            state={"note": 1}, backend=backend,
+        )  # fmt: skip
+    path = checkpoint.write(tmp_path, snapshot, backend=backend, keep=1)
+    with pytest.raises(RuntimeError, match="CUDA"):
+        torch.load(path / "weights" / "common.pt", weights_only=True)
+    assert trainer.load(path) == {"note": 1}
+
+
 class Payload:
     def __init__(self, target: Path) -> None:
         self.target = target
