@@ -2,7 +2,8 @@
 
     judge.endpoint=URL judge.model=NAME      the settings that training's judge has; the key comes from the environment
 
-extract: the short answer out of a reply, without seeing the right one. judge: whether a reply gives the right answer.
+extract: the short answer out of a reply, without seeing the right one. judge: whether a reply gives the right answer;
+after an extraction, whether what was extracted is it, which needs no asking where it is the gold to the letter.
 """
 
 from __future__ import annotations
@@ -47,13 +48,14 @@ def asker(settings: list[str], folder: Path | None = None) -> Asking | None:
     try:
         config = OmegaConf.to_object(OmegaConf.merge(base, OmegaConf.from_dotlist(settings)))["judge"]  # type: ignore[index]
     except Exception as error:  # OmegaConf has many kinds
-        raise ValueError(f"{', '.join(settings)}: only judge.* settings go here ({str(error).splitlines()[0]})") from None
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{', '.join(settings)}: only judge.* settings go here ({reason})") from None
     if not config.endpoint:
         return None
 
     def ask(benchmark: Benchmark, lines: list[Line]) -> list[Line]:
         lines = list(lines)
-        for task, (field, system, key) in FIELDS.items():
+        for task, (field, _, key) in FIELDS.items():
             wanted = [n for n, line in enumerate(lines) if _wants(benchmark, line, task, field)]
             if not wanted:
                 continue
@@ -63,7 +65,8 @@ def asker(settings: list[str], folder: Path | None = None) -> Asking | None:
                 replies=Replies(folder, task) if folder is not None else None,
             )  # fmt: skip
             try:
-                endpoint.wait_until_ready(config.wait_s, messages(task, {"question": "1 + 1?", "gold": "2", "text": "2"}))
+                probe = {"question": "1 + 1?", "gold": "2", "text": "2"}
+                endpoint.wait_until_ready(config.wait_s, messages(task, probe))
                 replies = endpoint.ask(messages(task, lines[n]) for n in wanted)
             finally:
                 endpoint.close()
@@ -76,13 +79,19 @@ def asker(settings: list[str], folder: Path | None = None) -> Asking | None:
 
 def messages(task: str, line: Line) -> Messages:
     """What the model reads about one reply."""
-    gold = f"Correct answer: {json.dumps(line['gold'])}\n\n" if task == "judge" else ""
-    return question(FIELDS[task][1], f"Question: {line['question']}\n\n{gold}The reply:\n{fenced(line['text'])}")
+    asked = line.get("keep", {}).get("asked") or line["question"]
+    if task == "extract":
+        return question(EXTRACT, f"Question: {asked}\n\nThe reply:\n{fenced(line['text'])}")
+    reply = line["text"] if line.get("extracted") is None else line["extracted"]
+    gold = f"Correct answer: {json.dumps(line['gold'])}"
+    return question(JUDGE, f"Question: {asked}\n\n{gold}\n\nThe reply:\n{fenced(reply)}")
 
 
 def _wants(benchmark: Benchmark, line: Line, task: str, field: str) -> bool:
     tasks = benchmark.protocols[line["protocol"]].ask.get(line["kind"], "")
-    return task in tasks and line.get(field) is None and line["error"] is None
+    if task not in tasks or line.get(field) is not None or line["error"] is not None:
+        return False
+    return task == "extract" or "extract" not in tasks or line.get("extracted") not in (None, line["gold"])
 
 
 def _value(task: str, reply: str | None) -> str | float | None:

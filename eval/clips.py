@@ -39,7 +39,8 @@ def cut(path: Path, target: Path, start: float, end: float | None) -> None:
             sink.mux(pictures.encode(picture))
             written += 1
         if not written:
-            raise Refused("no_picture", f"holds no frame from {start:g} to {'its end' if end is None else f'{end:g}'} s")
+            last = "its end" if end is None else f"{end:g}"
+            raise Refused("no_picture", f"holds no frame from {start:g} to {last} s")
         sink.mux(pictures.encode(None))
         if sounds is not None:
             resampler = av.AudioResampler(format="s16", layout="mono", rate=16_000)

@@ -1,5 +1,7 @@
 """A benchmark's items with measured media, in a folder that every evaluation of it reads.
 
+    python -m eval.prepare benchmark=NAME data=FOLDER prepared=FOLDER [revision=COMMIT]
+
     FOLDER/items.jsonl    one item a line; one whose media can't be used stays, with its reason
     FOLDER/media/         named by content
     FOLDER/dataset.json   where the items come from: name, revision, fingerprint, counts
@@ -24,7 +26,7 @@ from rich.progress import track
 
 from data_tools.prepare.damage import Refused
 from data_tools.prepare.store import Handling, ignore_signals, read_card, store
-from eval.benchmark import Benchmark
+from eval.benchmark import Benchmark, load_benchmark
 from eval.clips import cut, from_frames
 from eval.items import Item, Wanted, item_from_dict, item_to_dict, make_item, read_records
 from megatron_avatar.data.manifest import load_manifest
@@ -46,10 +48,11 @@ class Prepared:
 def prepare(
     benchmark: Benchmark, data: str, folder: Path, *, revision: str = "", processes: int | None = None
 ) -> Prepared:
-    """Read the owners' records in `data`, measure their media into `folder`, or reuse what is there of the same records.
+    """Read the owners' records in `data`, measure their media into `folder`; what is there of the same is reused.
 
     Raises ValueError for missing records, columns or ids that are not unique, and for a folder of other records.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     rows = [make_item(benchmark, row, where) for where, row in read_records(benchmark, data, revision)]
     fingerprint = hashlib.sha256(
         json.dumps([[item_to_dict(item), [_identity(w) for w in wanted]] for item, wanted in rows]).encode()
@@ -178,3 +181,26 @@ def _with_media(item: Item, futures: list[ProcessFuture], wanted: list[Wanted], 
         pts = card["media"].get("pts")
         media.append(Media(**{**card["media"], "pts": tuple(pts) if pts else None}))
     return replace(item, media=tuple(media))
+
+
+def main(arguments: list[str]) -> int:
+    given = dict(item.partition("=")[::2] for item in arguments)
+    needed = {"benchmark", "data", "prepared"}
+    try:
+        if not needed <= given.keys() <= needed | {"revision"}:
+            raise ValueError("usage: eval.prepare benchmark=NAME data=FOLDER prepared=FOLDER [revision=COMMIT]")
+        benchmark = load_benchmark(given["benchmark"])
+        found = prepare(benchmark, given["data"], Path(given["prepared"]), revision=given.get("revision", ""))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    unusable = [item for item in found.items if item.trouble]
+    print(f"{benchmark.title}: {len(found.items)} items in {given['prepared']} (its owners count "
+          f"{benchmark.source.items}), {len(unusable)} without usable media")  # fmt: skip
+    for item in unusable:
+        print(f"  {item.id}: {item.trouble}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -111,8 +111,8 @@ def parse(arguments: list[str]) -> tuple[Request, Config, list[str]]:
 
 
 def engine_config(request: Request, settings: list[str]) -> Config:
-    """A recipe's configuration with the model's folder, or that of the run that `model` names, with the protocol's frames
-    and the control."""
+    """A recipe's configuration with the model's folder, or that of the run that `model` names; the protocol's frames and
+    lengths, and the control."""
     run = Path(request.model) / "config.yaml"
     if run.is_file():
         try:
@@ -125,7 +125,7 @@ def engine_config(request: Request, settings: list[str]) -> Config:
             config.parallel = replace(config.parallel, **single)
     else:
         if not (Path(request.model) / "config.json").is_file():
-            raise ValueError(f"model={request.model}: neither a Hugging Face folder (config.json) nor a run (config.yaml)")
+            raise ValueError(f"model={request.model}: neither a Hugging Face folder nor a run: no config.json or .yaml")
         if request.step:
             raise ValueError(f"step={request.step}: a Hugging Face folder has no steps; name the run's folder")
         fixed = [f"model.path={request.model}", "data.manifest=-", f"output_dir={request.out}"]
@@ -176,7 +176,8 @@ def predict(
         known |= {item.id: lines for (item, _), lines in zip(part, fresh, strict=True)}
         if rank == 0:
             with open(out, "a", encoding="utf-8") as file:  # an item's completions in one write
-                file.writelines("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines) for lines in fresh)
+                for lines in fresh:
+                    file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     return [line for item in items for line in known[item.id]]
 
 

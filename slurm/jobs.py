@@ -6,22 +6,17 @@ attempts) only says who works on it. A job needs nobody to look after it: it res
 
 from __future__ import annotations
 
-import ctypes
-import fcntl
 import json
-import math
 import os
 import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
-import psutil
 from submitit import LocalExecutor, SlurmExecutor
 
 from megatron_avatar.config import Config, load_config, save_config
@@ -29,6 +24,7 @@ from slurm import launch
 
 REFUSED, INTERRUPTED, HUNG = 2, 75, 76  # exit statuses of training
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+MOST_WAITS = 40  # jobs named in one dependency
 STATES = "PENDING REQUEUED RUNNING COMPLETING CONFIGURING SUSPENDED STOPPED SIGNALING STAGE_OUT RESIZING".split()
 
 
@@ -49,6 +45,7 @@ class Task:
     parallel: bool = True  # in the settings' layout; False: one process
     arguments: list[str] = field(default_factory=list)
     needs: list[str] = field(default_factory=list)
+    partial: bool = False  # runs also where some of what it needs has failed
     retries: int = 3
     code: str = ""  # the snapshot, set at submission
 
@@ -66,19 +63,15 @@ class Task:
     # ---- inside of the job ---------------------------------------------------------------------
 
     def __call__(self) -> None:
-        """Run to the end, on the job's first node; raises TaskFailed once all retries are used up."""
-        stopped: list[int] = []
+        """Run to the end, on a Slurm job's first node; raises TaskFailed once all retries are used up."""
         for number in SIGNALS:  # in submitit's place: what runs below gets the signals itself, saves and ends
-            signal.signal(number, lambda number, _: stopped.append(number))
-        self._under_slurm() if os.environ["SUBMITIT_EXECUTOR"] == "slurm" else self._locally(stopped)
-
-    def _under_slurm(self) -> None:
+            signal.signal(number, lambda *_: None)
         status = self._run_on_slurm()
         if status == 0:
             return
         state = ["squeue", "--noheader", "--format=%T", f"--jobs={os.environ['SLURM_JOB_ID']}"]
         running = subprocess.run(state, capture_output=True, text=True).stdout.strip() == "RUNNING"  # not cancelled
-        if running and status != REFUSED and self._may_retry(status):
+        if running and status != REFUSED and self.may_retry(status):
             subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
             time.sleep(600)  # Slurm ends this process
         raise TaskFailed(f"{self.name} ended with status {status}: see {self.log}")
@@ -88,28 +81,29 @@ class Task:
             script = 'source "$AVATAR_SNAPSHOT/slurm/common.sh"; train "$@"'
             environment = {**os.environ, "PYTHON": sys.executable, "AVATAR_SNAPSHOT": self.code}
             return subprocess.run(["bash", "-c", script, "train", *self.settings], env=environment).returncode
-        srun = ["srun", "--kill-on-bad-exit=1", f"--ntasks-per-node={self.layout()[1]}"]
-        return self._run_command([*srun, *launch.srun_options(self.config())])
-
-    def _torchrun(self) -> list[str]:
-        """Python's arguments that start several processes on this machine; none for a single one."""
-        ranks = math.prod(self.layout())
-        return ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-
-    def _run_command(self, prefix: list[str], launcher: Sequence[str] = ()) -> int:
         config = self.config()
-        command = [*prefix, *launch.command(config), *launcher, "-m", self.module, *self.arguments]
+        srun = ["srun", "--kill-on-bad-exit=1", f"--ntasks-per-node={self.layout()[1]}", *launch.srun_options(config)]
+        command = [*srun, *launch.command(config), "-m", self.module, *self.arguments]
         environment = {**os.environ, **launch.environment(config, Path(self.code))}
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        with self.log.open("a") as log:
+        with self.opened_log() as log:
             print(f"$ {shlex.join(command)}", file=log, flush=True)
             status = subprocess.run(command, env=environment, stdout=log, stderr=log).returncode
         if status == 0:
-            self.done.parent.mkdir(parents=True, exist_ok=True)
-            self.done.touch()
+            self.mark_done()
         return status
 
-    def _may_retry(self, status: int) -> bool:
+    def opened_log(self) -> IO[str]:
+        path = self.log if self.module else self.log / "local.log"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.open("a")
+
+    def mark_done(self) -> None:
+        """Of a command; a training writes its own file."""
+        if self.module:
+            self.done.parent.mkdir(parents=True, exist_ok=True)
+            self.done.touch()
+
+    def may_retry(self, status: int) -> bool:
         """Whether another attempt is left, which is noted in the folder: it outlives the job."""
         path = self.folder / f"failures-{self.name}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -117,70 +111,6 @@ class Task:
             record = {"status": status, "time": time.time(), "job": os.environ.get("SLURM_JOB_ID", os.getpid())}
             file.write(json.dumps(record) + "\n")
         return failures(self) <= self.retries
-
-    def _locally(self, stopped: list[int]) -> None:
-        """The same without Slurm: wait for what this needs and for a free place; run, again where it ended early."""
-        places = Path(os.environ["AVATAR_PLACES"])
-        with ExitStack() as stack:
-            stack.enter_context(_place(places, stopped, self._ready))
-            while not stopped:
-                status = self._run_child(stopped) if not self.module else self._run_command([], self._torchrun())
-                if status == 0:
-                    return
-                again = status in (INTERRUPTED, HUNG) or (status != REFUSED and self._may_retry(status))
-                if not again:
-                    raise TaskFailed(f"{self.name} ended with status {status}: see {self.log}")
-        raise TaskFailed(f"{self.name} was stopped; run the same command again to continue")
-
-    def _ready(self) -> bool:
-        """Whether all that this needs is done; TaskFailed where one of them never will be."""
-        needed = json.loads(os.environ["AVATAR_NEEDS"]).get(self.name, {})
-        for name, (done, failed) in needed.items():
-            if Path(failed).exists() and not Path(done).exists():
-                raise TaskFailed(f"{self.name} needs {name}, which failed")
-        return all(Path(done).exists() for done, _ in needed.values())
-
-    def _run_child(self, stopped: list[int]) -> int:
-        """Training in processes of their own; a stop signal is passed on to them."""
-        config = self.config()
-        command = [*launch.command(config), *self._torchrun(), "-m", "megatron_avatar.train", *self.settings]
-        self.log.mkdir(parents=True, exist_ok=True)
-        parent = os.getpid()
-
-        def die_with_parent() -> None:
-            ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-            if os.getppid() != parent:
-                os._exit(1)
-
-        with (self.log / "local.log").open("a") as log:
-            child = subprocess.Popen(
-                command, stdout=log, stderr=log, start_new_session=True, preexec_fn=die_with_parent,
-                env={"AVATAR_CHAIN": f"local-{parent}", **os.environ, **launch.environment(config, Path(self.code))},
-            )  # fmt: skip
-            told = False
-            while (status := child.poll()) is None:
-                if stopped and not told:
-                    child.send_signal(stopped[0])
-                    told = True
-                time.sleep(0.2)
-        return status
-
-
-@contextmanager
-def _place(folder: Path, stopped: list[int], ready) -> Iterator[None]:
-    """One of the places that `concurrency` allows, held by a lock that the system takes back from a dead process."""
-    files = sorted(folder.glob("place-*"))
-    while not stopped:
-        for path in files if ready() else []:
-            with path.open("a") as file:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    continue
-                yield
-                return
-        time.sleep(0.5)
-    yield
 
 
 def failures(task: Task) -> int:
@@ -202,7 +132,12 @@ class Board:
 
     def states(self) -> dict[str, str]:
         """Task name -> done, a state of Slurm's (RUNNING, PENDING ...), failed, or empty: never submitted."""
-        alive = _local_states(self.jobs) if self.local else _slurm_states(self.jobs)
+        if self.local:
+            from slurm.pool import states
+
+            alive = states(self.folder, self.jobs)
+        else:
+            alive = _slurm_states(self.jobs)
         found = {}
         for name, task in self.tasks.items():
             if task.done.exists():
@@ -211,8 +146,9 @@ class Board:
                 found[name] = alive.get(name) or ("failed" if name in self.jobs else "")
         return found
 
-    def submit(self, code: Path, concurrency: int, *, chained: bool) -> list[str]:
-        """Submit what is neither done nor queued: `chained` as jobs that wait for each other, else as job arrays."""
+    def submit(self, code: Path, concurrency: int) -> list[str]:
+        """Submit what is neither done nor queued: on Slurm as job arrays that wait for each other, `concurrency` tasks of
+        each at a time; on this machine as one process that works them off."""
         states = self.states()
         missing = [task for name, task in self.tasks.items() if states[name] in ("", "failed")]
         for task in missing:
@@ -224,20 +160,21 @@ class Board:
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.local:
             self._submit_locally(missing, concurrency)
-        elif chained:
-            for task in missing:  # in order: what a task needs comes before it
-                waits = [self.jobs[name] for name in task.needs if not self.tasks[name].done.exists()]
-                dependency = {"dependency": "afterok:" + ":".join(waits)} if waits else {}
-                (job,) = self._submit_to_slurm([task], code, 1, dependency)
-                self._note({task.name: job})
-        else:
-            shapes: dict[tuple, list[Task]] = {}
-            for task in missing:
-                shapes.setdefault(task.layout(), []).append(task)
-            for group in shapes.values():
-                self._note(dict(zip([t.name for t in group], self._submit_to_slurm(group, code, concurrency, {}),
-                                    strict=True)))  # fmt: skip
+            return [task.name for task in missing]
+        groups: dict[tuple, list[Task]] = {}  # in order: what a task needs comes before it
+        for task in missing:
+            groups.setdefault((task.layout(), task.partial, *sorted(task.needs)), []).append(task)
+        for group in groups.values():  # tasks of one size that wait for the same are one array
+            jobs = self._submit_to_slurm(group, code, concurrency, self._dependency(group[0]))
+            self._note(dict(zip([t.name for t in group], jobs, strict=True)))
         return [task.name for task in missing]
+
+    def _dependency(self, task: Task) -> dict[str, str]:
+        waits = [self.jobs[name] for name in task.needs if not self.tasks[name].done.exists()]
+        if len(waits) > MOST_WAITS:  # whole arrays
+            waits = list(dict.fromkeys(job.split("_")[0] for job in waits))
+        kind = "afterany" if task.partial else "afterok"
+        return {"dependency": f"{kind}:{':'.join(waits)}"} if waits else {}
 
     def _note(self, jobs: dict[str, str]) -> None:
         self.jobs |= jobs
@@ -262,47 +199,21 @@ class Board:
         return [job.job_id for job in jobs]
 
     def _submit_locally(self, missing: list[Task], concurrency: int) -> None:
-        places = self.folder / "places"
-        places.mkdir(exist_ok=True)
-        for path in places.iterdir():
-            path.unlink()
-        for k in range(concurrency):
-            (places / f"place-{k}").touch()
-        failed = {name: self.folder / "failed" / name for name in self.tasks}
-        needs = {task.name: {n: (str(self.tasks[n].done.absolute()), str(failed[n].absolute())) for n in task.needs}
-                 for task in self.tasks.values()}  # fmt: skip
-        (self.folder / "failed").mkdir(exist_ok=True)
-        own = {"AVATAR_PLACES": str(places.absolute()), "AVATAR_NEEDS": json.dumps(needs), "PYTHONSAFEPATH": "1"}
-        if missing:
-            own["PYTHONPATH"] = missing[0].code
+        if not missing:
+            return
+        from slurm.pool import Pool
+
         executor = LocalExecutor(self.folder / "submitit")
+        executor.update_parameters(timeout_min=60 * 24 * 365, signal_delay_s=0, stderr_to_stdout=True)
         before, handler = dict(os.environ), signal.signal(signal.SIGINT, signal.SIG_IGN)
-        os.environ.update(own)  # the jobs outlive this command: a Ctrl-C of its terminal is not meant for them
-        try:
-            for task in missing:
-                failed[task.name].unlink(missing_ok=True)
-                executor.update_parameters(timeout_min=60 * 24 * 365, signal_delay_s=0, stderr_to_stdout=True)
-                job = executor.submit(Marked(task, failed[task.name].absolute()))
-                self._note({task.name: job.job_id})
+        os.environ.update(PYTHONSAFEPATH="1", PYTHONPATH=missing[0].code)
+        try:  # the pool outlives this command: a Ctrl-C of its terminal is not meant for it
+            job = executor.submit(Pool(list(self.tasks.values()), [t.name for t in missing], self.folder, concurrency))
         finally:
             os.environ.clear()
             os.environ.update(before)
             signal.signal(signal.SIGINT, handler)
-
-
-@dataclass
-class Marked:
-    """A local task that leaves a mark when it fails, for those that wait for it."""
-
-    task: Task
-    mark: Path
-
-    def __call__(self) -> None:
-        try:
-            self.task()
-        except BaseException:
-            self.mark.touch()
-            raise
+        self._note({task.name: job.job_id for task in missing})
 
 
 def slurm_parameters(config: Config, layout: tuple[int, int]) -> dict[str, object]:
@@ -330,14 +241,3 @@ def _slurm_states(jobs: dict[str, str]) -> dict[str, str]:
         raise OSError(f"squeue: {done.stderr.strip()}")
     states = dict(line.split("|") for line in done.stdout.splitlines() if "|" in line)
     return {name: states[job] for name, job in jobs.items() if states.get(job) in STATES}
-
-
-def _local_states(jobs: dict[str, str]) -> dict[str, str]:
-    def alive(pid: int) -> bool:
-        try:
-            process = psutil.Process(pid)
-            return "submitit" in " ".join(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE
-        except psutil.Error:
-            return False
-
-    return {name: "RUNNING" for name, job in jobs.items() if alive(int(job))}

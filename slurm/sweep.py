@@ -47,7 +47,7 @@ def split_options(arguments: list[str], known: dict[str, str]) -> tuple[dict[str
         else:
             settings.append(item)
     for key in ("concurrency", "retries"):
-        if not options.get(key, "1").isdecimal() or (key == "concurrency" and int(options[key]) < 1):
+        if not (options.get(key) or "1").isdecimal() or (key == "concurrency" and options[key] == "0"):
             raise ValueError(f"{key}={options[key]}: write a whole number, {'at least 1' if key[0] == 'c' else 'or 0'}")
     if options.get("watch", "true") not in ("true", "false"):
         raise ValueError(f"watch={options['watch']}: write true or false")
@@ -137,7 +137,7 @@ def main(arguments: list[str]) -> int:
         missing = [task for task, state in board.states().items() if state in ("", "failed")]
         if missing:
             code = snapshot(folder / "snapshots" / str(number), None, arguments)
-            board.submit(code, int(options["concurrency"]), chained=False)
+            board.submit(code, int(options["concurrency"]))
             console.print(f"submitted {', '.join(missing)}")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

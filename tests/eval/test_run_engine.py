@@ -1,4 +1,4 @@
-"""The command on a real model and real clips: one process, two ranks, a damaged clip, the controls, a run's checkpoint."""
+"""The command on a real model and real clips: one process, two ranks, a damaged clip, the controls."""
 
 import json
 import os
@@ -70,4 +70,5 @@ def test_drawn_completions_repeat_with_their_seed(world, tmp_path):
     found = read_predictions(tmp_path / "a" / "held_out.ours-g4.jsonl")
     assert len(found) == 12 and len({p["text"] for p in found}) > 3
     assert main([*drawn, f"out={tmp_path / 'b'}", "batch=1"]) == 0
-    assert [p["text"] for p in read_predictions(tmp_path / "b" / "held_out.ours-g4.jsonl")] == [p["text"] for p in found]
+    again = read_predictions(tmp_path / "b" / "held_out.ours-g4.jsonl")
+    assert [p["text"] for p in again] == [p["text"] for p in found]

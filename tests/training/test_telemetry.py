@@ -109,6 +109,8 @@ def test_timer_adds_up_by_phase():
 
 
 def test_wandb_offline_continues_under_its_id_and_keeps_the_secret(tmp_path, monkeypatch, capfd):
+    import openai  # noqa: F401  (the judge's client: wandb notices it and would advertise a tool)
+
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     for step in (1, 2):
         log = open_telemetry(tmp_path, wandb="offline")

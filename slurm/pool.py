@@ -1,0 +1,134 @@
+"""Tasks on this machine: one process works them off, what is ready first, `concurrency` at a time.
+
+It outlives the command that started it. FOLDER/running/NAME and FOLDER/failed/NAME say how tasks stand; what is done
+has its own file.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import shlex
+import signal
+import subprocess
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from slurm import launch
+from slurm.jobs import HUNG, INTERRUPTED, REFUSED, SIGNALS, Task, TaskFailed
+
+POLL_S = 0.2
+
+
+@dataclass
+class Pool:
+    """`tasks` are all of the graph, `chosen` the names of those that this process runs."""
+
+    tasks: list[Task]
+    chosen: list[str]
+    folder: Path
+    concurrency: int
+    children: dict[str, subprocess.Popen] = field(default_factory=dict)
+
+    def __call__(self) -> None:
+        """Run until all are done, failed, or a stop signal came; raises TaskFailed where one of them isn't done."""
+        stopped: list[int] = []
+        for number in SIGNALS:
+            signal.signal(number, lambda number, _: stopped.append(number))
+        by_name = {task.name: task for task in self.tasks}
+        waiting = [by_name[name] for name in self.chosen]
+        for name in self.chosen:
+            self._mark("failed", name, False)
+            self._mark("running", name, False)
+        told = False
+        while self.children or (waiting and not stopped):
+            if stopped and not told:  # trainings save their state; they end with status 75
+                told = True
+                for child in self.children.values():
+                    child.send_signal(stopped[0])
+            self._collect(by_name, waiting, stopped)
+            for task in list(waiting) if not stopped else []:
+                state = self._state(task, by_name)
+                if state == "failed":
+                    waiting.remove(task)
+                    self._mark("failed", task.name, True)
+                elif state == "ready" and len(self.children) < self.concurrency:
+                    waiting.remove(task)
+                    self.children[task.name] = self._start(task)
+                    self._mark("running", task.name, True)
+            time.sleep(POLL_S)
+        left = [name for name in self.chosen if not by_name[name].done.exists()]
+        if left:
+            how = "was stopped; run the same command again to continue" if stopped else "ended"
+            raise TaskFailed(f"{how} without {', '.join(left[:10])}{' ...' if len(left) > 10 else ''}: see their logs")
+
+    def _state(self, task: Task, by_name: dict[str, Task]) -> str:
+        """ready, waiting, or failed: something that the task needs will never be there."""
+        needed = [by_name[name] for name in task.needs]
+        gone = [n for n in needed if not n.done.exists() and (self.folder / "failed" / n.name).exists()]
+        if gone and not task.partial:
+            return "failed"
+        return "ready" if all(n.done.exists() or n in gone for n in needed) else "waiting"
+
+    def _start(self, task: Task) -> subprocess.Popen:
+        config = task.config()
+        ranks = math.prod(task.layout())
+        several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+        what = [task.module, *task.arguments] if task.module else ["megatron_avatar.train", *task.settings]
+        command = [*launch.command(config), *several, "-m", *what]
+        parent = os.getpid()
+
+        def die_with_parent() -> None:
+            ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+            if os.getppid() != parent:
+                os._exit(1)
+
+        environment = {"AVATAR_CHAIN": f"local-{parent}", "OMP_WAIT_POLICY": "PASSIVE", **os.environ,
+                       **launch.environment(config, Path(task.code))}  # fmt: skip
+        with task.opened_log() as log:
+            print(f"$ {shlex.join(command)}", file=log, flush=True)
+            return subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment,
+                                    start_new_session=True, preexec_fn=die_with_parent)  # fmt: skip
+
+    def _collect(self, by_name: dict[str, Task], waiting: list[Task], stopped: list[int]) -> None:
+        """Take note of children that have ended; one that may be tried again waits again."""
+        for name, child in list(self.children.items()):
+            status = child.poll()
+            if status is None:
+                continue
+            del self.children[name]
+            self._mark("running", name, False)
+            task = by_name[name]
+            if status == 0:
+                task.mark_done()
+            elif status in (INTERRUPTED, HUNG) or stopped or (status != REFUSED and task.may_retry(status)):
+                waiting.insert(0, task)
+            else:
+                self._mark("failed", name, True)
+
+    def _mark(self, kind: str, name: str, there: bool) -> None:
+        path = self.folder / kind / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch() if there else path.unlink(missing_ok=True)
+
+
+def states(folder: Path, jobs: dict[str, str]) -> dict[str, str]:
+    """Task -> RUNNING or PENDING, of tasks whose pool is alive and that haven't failed."""
+    alive = {job: _alive(int(job)) for job in set(jobs.values())}
+    return {
+        name: "RUNNING" if (folder / "running" / name).exists() else "PENDING"
+        for name, job in jobs.items()
+        if alive[job] and not (folder / "failed" / name).exists()
+    }
+
+
+def _alive(pid: int) -> bool:
+    try:
+        process = psutil.Process(pid)
+        return "submitit" in " ".join(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
