@@ -24,13 +24,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +50,6 @@ from megatron_avatar.records import Sample
 Answers = Callable[[Sequence[Sample]], list[list[Any]]]
 BATCHES_A_WRITE = 4  # within one call the decoding of a batch overlaps with the answering of the one before
 CONTROLS = ("", "mute", "blind")
-PACKAGES = ("torch", "megatron-core", "transformers", "numpy", "av")
 
 
 @dataclass
@@ -111,8 +108,8 @@ def parse(arguments: list[str]) -> tuple[Request, Config, list[str]]:
 
 
 def engine_config(request: Request, settings: list[str]) -> Config:
-    """A recipe's configuration with the model's folder, or that of the run that `model` names; the protocol's frames and
-    lengths, and the control."""
+    """A recipe's configuration with the model's folder, or that of the run that `model` names, under the protocol's
+    frames and lengths, and the control."""
     run = Path(request.model) / "config.yaml"
     if run.is_file():
         try:
@@ -353,6 +350,8 @@ def _write_meta(
     backend: Any, seconds: float,
 ) -> None:  # fmt: skip
     """What tables say about the predictions; seconds and GPU hours are those of all attempts together."""
+    from megatron_avatar.training.provenance import about
+
     path = out.with_name(f"{request.stem}.meta.json")
     before = json.loads(path.read_text()) if path.exists() else {}
     if before.get("settings") != settings:
@@ -365,33 +364,13 @@ def _write_meta(
         "settings": settings, "quirks": list(benchmark.protocols[request.protocol].quirks),
         "aggregate": asdict(benchmark.aggregate), "data": asdict(config.data), "dtype": config.model.dtype,
         "new_tokens": config.rl.sampling.max_new_tokens, "context": config.model.context,
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-        "machine": {"processes": backend.world, "device": _device(backend)}, "commit": commit(),
-        "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        **about(backend), "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "seconds": round(before.get("seconds", 0.0) + seconds, 1),
         "gpu_hours": round(before.get("gpu_hours", 0.0) + gpus * seconds / 3600, 4),
     }  # fmt: skip
     aside = path.with_suffix(".tmp")
     aside.write_text(json.dumps(meta, indent=1) + "\n")
     aside.replace(path)
-
-
-def _device(backend: Any) -> str:
-    import torch
-
-    return torch.cuda.get_device_name() if backend.device.type == "cuda" else platform.processor() or platform.machine()
-
-
-def commit() -> str:
-    """The commit of the code that runs: of a job's snapshot, or of the checkout; empty where neither is known."""
-    import subprocess
-
-    root = Path(__file__).resolve().parents[1]
-    if (root / "snapshot.json").is_file():
-        return json.loads((root / "snapshot.json").read_text()).get("commit", "")
-    done = subprocess.run(["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"],
-                          capture_output=True, text=True)  # fmt: skip
-    return done.stdout.strip()
 
 
 def main(arguments: list[str]) -> int:

@@ -147,8 +147,8 @@ class Board:
         return found
 
     def submit(self, code: Path, concurrency: int) -> list[str]:
-        """Submit what is neither done nor queued: on Slurm as job arrays that wait for each other, `concurrency` tasks of
-        each at a time; on this machine as one process that works them off."""
+        """Submit what is neither done nor queued, `concurrency` tasks at a time: on Slurm as job arrays that wait for
+        each other, on this machine as one process that works them off."""
         states = self.states()
         missing = [task for name, task in self.tasks.items() if states[name] in ("", "failed")]
         for task in missing:

@@ -34,6 +34,7 @@ from megatron_avatar.training.balance import deal, packed_tokens
 from megatron_avatar.training.evaluate import evaluate
 from megatron_avatar.training.learner import Learner
 from megatron_avatar.training.optim import Optimization, build_optimizer
+from megatron_avatar.training.provenance import about
 from megatron_avatar.training.replay_shards import ReplayShards
 from megatron_avatar.training.rollout import (
     assign_off_policy,
@@ -441,6 +442,7 @@ def train(config: Config, backend: Backend) -> None:
     if backend.rank == 0:  # once the settings, the data and the weights have proved usable
         folder.mkdir(parents=True, exist_ok=True)
         save_config(config, folder / "config.yaml")
+        (folder / "provenance.json").write_text(json.dumps(about(backend), indent=1) + "\n")
     try:
         names = list(config.stages)
         if run.watchdog is not None:

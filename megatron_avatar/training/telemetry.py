@@ -180,7 +180,7 @@ def _start_wandb(folder: Path, config: Config) -> Any:
     except ImportError:
         _say("wandb is not installed: metrics go to metrics.jsonl alone (log.wandb=disabled silences this)")
         return None
-    os.environ.setdefault("WANDB_DISABLE_WEAVE", "true")  # it would advertise itself where the judge's client is imported
+    os.environ.setdefault("WANDB_DISABLE_WEAVE", "true")  # else it advertises itself beside the judge
     id_file = folder / "wandb_id"
     if not id_file.exists():
         id_file.write_text(secrets.token_hex(4))

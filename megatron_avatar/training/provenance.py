@@ -1,0 +1,59 @@
+"""What made a number: the code's commit, the device, the processes, the versions."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_avatar.policy.backend import Backend
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("torch", "megatron-core", "transformers", "numpy", "av", "h5py")
+
+
+def about(backend: Backend) -> dict[str, Any]:
+    """The facts of this process; the same on every rank."""
+    return {
+        "commit": commit(), "device": device(backend), "processes": backend.world,
+        "layout": f"tp {backend.tp}, pp {backend.pp}, dp {backend.dp}",
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+    }  # fmt: skip
+
+
+def commit() -> str:
+    """The commit of the code that runs, `-dirty` where it was changed: of a job's snapshot, or of the checkout; empty
+    where neither is known."""
+    snapshot = ROOT / "snapshot.json"
+    if snapshot.is_file():
+        known = json.loads(snapshot.read_text())
+        return f"{(known['commit'] or '')[:12]}{'-dirty' if known['changed'] else ''}"
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=30).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def device(backend: Backend) -> str:
+    """The GPU's name, or the processor's."""
+    if backend.device.type == "cuda":
+        return torch.cuda.get_device_name()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
