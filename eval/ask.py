@@ -36,7 +36,7 @@ JUDGE = f"""You are given a question, its correct answer, and a reply. {FENCES}
 Decide whether the reply's final answer means the same as the correct one: other wording, units written out and equal
 expressions are the same; a second answer beside it, or none, is not.
 Reply with one JSON object {{"verdict": "yes"}} or {{"verdict": "no"}} and nothing else."""
-FIELDS = {"extract": ("extracted", EXTRACT, "answer"), "judge": ("judged", JUDGE, "verdict")}
+FIELDS = {"extract": ("extracted", "answer"), "judge": ("judged", "verdict")}  # of the line, of the model's reply
 
 
 def asker(settings: list[str], folder: Path | None = None) -> Asking | None:
@@ -55,7 +55,7 @@ def asker(settings: list[str], folder: Path | None = None) -> Asking | None:
 
     def ask(benchmark: Benchmark, lines: list[Line]) -> list[Line]:
         lines = list(lines)
-        for task, (field, _, key) in FIELDS.items():
+        for task, (field, key) in FIELDS.items():
             wanted = [n for n, line in enumerate(lines) if _wants(benchmark, line, task, field)]
             if not wanted:
                 continue

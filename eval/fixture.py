@@ -1,10 +1,10 @@
 """A benchmark tried on a few records in its owners' form: `python -m eval.run --fixture NAME ...` (all: every one).
 
 eval/fixtures/NAME.yaml holds records as the owners' files have them, the media to make, replies, and the scores that a
-person computed from these replies by hand. Everything but the model is the real thing: records, media, prompts, parsers,
-metrics, aggregation.
+person computed from these replies by hand. Everything but the model is the real thing: records, media, prompts,
+parsers, metrics, aggregation.
 
-    records     file -> its content; {$image: COLOR} becomes the bytes of a picture
+    records     file -> its content; {$image: COLOR} becomes the bytes of a picture, in base64 in a table
     media       file -> {kind: video|image|audio|frames|damaged, seconds, sound}; files that aren't listed are missing
     replies     item -> text, or {ours: text, released: text}
     asked       item -> {extracted, judged}: what a language model said about the reply
@@ -13,6 +13,8 @@ metrics, aggregation.
 
 from __future__ import annotations
 
+import base64
+import csv
 import io
 import json
 import tempfile
@@ -170,8 +172,10 @@ def _write_records(path: Path, content: Any) -> None:
         case ".parquet":
             pq.write_table(pa.Table.from_pylist(content), path)
         case ".tsv":
-            lines = ["\t".join(content[0]), *("\t".join(str(v) for v in row.values()) for row in content)]
-            path.write_text("\n".join(lines) + "\n")
+            with open(path, "w", newline="") as file:
+                table = csv.DictWriter(file, list(content[0]), delimiter="\t")
+                table.writeheader()
+                table.writerows({name: _in_table(value) for name, value in row.items()} for row in content)
         case _:
             raise AssertionError(path)
 
@@ -182,6 +186,10 @@ def _with_pictures(content: Any) -> Any:
     if isinstance(content, dict):
         return {key: _with_pictures(value) for key, value in content.items()}
     return [_with_pictures(value) for value in content] if isinstance(content, list) else content
+
+
+def _in_table(value: Any) -> Any:
+    return base64.b64encode(value["bytes"]).decode() if isinstance(value, dict) and "bytes" in value else value
 
 
 def picture(color: str) -> bytes:

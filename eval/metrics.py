@@ -6,11 +6,15 @@ A metric gets the answer (None: none was found) and the line that it belongs to:
 
 from __future__ import annotations
 
+import re
+import string
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from rapidfuzz.distance import Levenshtein
 
+from eval import open_answers
 from eval.parsers import sample_of
 from megatron_avatar.rl.rewards import accuracy_reward
 from megatron_avatar.rl.rewards.grade import THRESHOLD
@@ -76,8 +80,48 @@ def counting_uncapped(answer: str | None, line: Line) -> Scores:
 
 
 def judged(answer: str | None, line: Line) -> Scores:
-    """A language model's verdict, 0 or 1 (eval/ask.py); None until it was asked."""
-    return {"accuracy": line.get("judged") if line.get("error") is None else 0.0}
+    """A language model's verdict, 0 or 1 (eval/ask.py), which an answer that is the gold to the letter doesn't need;
+    None until it was asked."""
+    if line.get("error") is not None:
+        return {"accuracy": 0.0}
+    return {"accuracy": 1.0 if answer == line["gold"] else line.get("judged")}
+
+
+def open_answer(answer: str | None, line: Line) -> Scores:
+    """1 where a phrase or number of the answer is the gold by MMMU's rules (Video-MMMU)."""
+    return {"accuracy": float(bool(answer) and open_answers.same(answer or "", line["gold"]))}
+
+
+def normalised(answer: str | None, line: Line) -> Scores:
+    """MathVista: 1 where the answer, in the gold's form, is written like the gold. A letter stands for its option and
+    other words for the option that is closest to them; an integer is cut off, a decimal rounded to `precision`."""
+    if not answer:
+        return {"accuracy": 0.0}
+    gold, choices = line["gold"], line["choices"]
+    if choices:
+        gold, answer = choices[ord(gold) - ord("A")], _choice(answer, choices)
+    elif line["keep"].get("answer_type") in ("integer", "float"):
+        try:
+            value = float(answer)
+            whole = line["keep"]["answer_type"] == "integer"
+            answer = str(int(value) if whole else round(value, int(line["keep"]["precision"])))
+        except (ValueError, OverflowError):
+            return {"accuracy": 0.0}
+    return {"accuracy": float(answer.strip() == gold.strip())}
+
+
+def normalised_extraction(answer: str | None, line: Line) -> Scores:
+    """The same of what a language model read out of the reply; None until it was asked."""
+    waits = line.get("extracted") is None and line.get("error") is None
+    return {"accuracy": None} if waits else normalised(answer, line)
+
+
+def _choice(answer: str, choices: list[str]) -> str:
+    in_brackets = re.search(r"\(([a-zA-Z])\)", answer)
+    letter = in_brackets[1].upper() if in_brackets else answer.strip()
+    if len(letter) == 1 and letter in string.ascii_uppercase[: len(choices)]:
+        return choices[ord(letter) - ord("A")]
+    return min(choices, key=lambda choice: Levenshtein.distance(letter, choice))
 
 
 def _letters(text: str | None) -> set[str]:
@@ -92,5 +136,8 @@ def _number(text: str | None) -> float | None:
 
 METRICS: dict[str, Metric] = {
     metric.__name__: metric
-    for metric in (exact, letter_set, letter_f1, contains, mra, counting, counting_uncapped, judged)
+    for metric in (
+        exact, letter_set, letter_f1, contains, mra, counting, counting_uncapped, judged, open_answer, normalised,
+        normalised_extraction,
+    )
 }  # fmt: skip

@@ -18,6 +18,10 @@ from megatron_avatar.rl.rewards.grade import read_answer
 
 Line = dict[str, Any]
 Parser = Callable[[str, Line], str | None]
+_LEAD_IN = re.compile(
+    r"[Tt]he answer is|The (?:(?:correct|best) )?(?:answer|option) is|(?:Best )?(?:[Aa]nswer|[Oo]ption):|The answer|"
+    r"[Tt]he final answer is|### Final Answer:|\\boxed"
+)
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
 
 
@@ -106,6 +110,24 @@ def says_yes_no(text: str, line: Line) -> str | None:
     return said.pop() if len(said) == 1 else None
 
 
+def first_capital(text: str, line: Line) -> str | None:
+    """The first capital that may be answered, behind phrases like `The answer is` (Video-MME's owners, and others after
+    them); any word's capital counts."""
+    found = re.search(f"[{line['letters']}]", _LEAD_IN.sub("", text))
+    return found[0] if found else None
+
+
+def boxed(text: str, line: Line) -> str | None:
+    """What stands in the last \\boxed{}; without one, what the reply plainly says."""
+    _, box, rest = text.rpartition("\\boxed{")
+    depth = 1
+    for place, character in enumerate(rest if box else ""):
+        depth += {"{": 1, "}": -1}.get(character, 0)
+        if not depth:
+            return tagged(f"<answer>{rest[:place]}</answer>", line)
+    return tagged(text, line)
+
+
 def first_token(text: str, line: Line) -> str | None:
     """The first word, without its full stop (VSI-Bench's owners)."""
     words = text.split()
@@ -140,6 +162,7 @@ PARSERS: dict[str, Parser] = {
     parser.__name__: parser
     for parser in (
         tagged, tagged_letters, tagged_yes_no, last_capital, last_capital_untagged, last_capital_a_d, capitals_a_f,
-        first_integer, words_to_number, first_number, says_yes_no, first_token, whole, extracted, cascade,
+        first_integer, words_to_number, first_number, says_yes_no, first_capital, first_token, boxed, whole, extracted,
+        cascade,
     )
 }  # fmt: skip
