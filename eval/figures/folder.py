@@ -51,18 +51,26 @@ class Folder:
     """OUT of one reproduction, and one model family in it."""
 
     def __init__(self, out: Path, family: str) -> None:
-        self.out, self.family = Path(out), family
-        self.results = Results(out)
+        self.out, self.family = Path(out).resolve(), family
+        self.results = Results(self.out)
 
     def trainings(self, system: str) -> dict[int, Training]:
-        """Seed -> training run, of those that have logged something."""
-        folders = _seeds(self.out / "runs" / self.family / system)
-        found = {seed: Training(system, seed, folder) for seed, folder in folders.items()}
+        """Seed -> training run, of those that have logged something.
+
+        A folder that is a link, since another system computes the same, counts as that system.
+        """
+        folders = {seed: path.resolve() for seed, path in _seeds(self.out / "runs" / self.family / system).items()}
+        found = {seed: Training(folder.parent.name, seed, folder) for seed, folder in folders.items()}
         return {seed: training for seed, training in found.items() if training.records}
 
     def predictions(self, system: str, benchmark: str, control: str = "") -> dict[int, Run]:
         """Seed -> predictions under protocol `ours`; `control`: "-g8" and the like."""
-        return self.results.find(self.family, system, benchmark, PROTOCOL + control)
+        found = self.results.find(self.family, system, benchmark, PROTOCOL + control)
+        real = {seed: run.path.resolve().parent.parent.name for seed, run in found.items()}  # where a link leads
+        return {
+            seed: run if real[seed] == system else self.predictions(real[seed], benchmark, control)[seed]
+            for seed, run in found.items()
+        }
 
     def checkpoints(self, system: str, benchmark: str) -> dict[int, dict[int, Run]]:
         """Step -> seed -> predictions of the checkpoints inside training, ascending."""

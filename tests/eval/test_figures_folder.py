@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from xml.etree import ElementTree
 
 import numpy as np
@@ -14,7 +15,9 @@ from eval.figures.build import FIGURES, build
 from eval.figures.entry import published
 from eval.figures.folder import Folder, comparable
 from eval.figures.from_predictions import gain_bins
+from eval.items import Item, item_to_dict
 from eval.score import read_predictions
+from tests.eval.made_up import write_clip, write_lines
 from tests.eval.made_up_reproduction import (
     ITEMS,
     ON_OFF,
@@ -62,6 +65,20 @@ def test_only_trainings_of_equal_length_and_seeds_compare(tmp_path):
     assert set(found.trainings) == {"0", "0.1", "0.3"} and found.seeds == [10] and found.notes == []
     assert found.system("0.3") == "tas_lambda_lam_0.3"
     assert comparable(Folder(tmp_path, "vl_7b"), from_predictions.LAMBDA).trainings == {}
+
+
+def test_a_link_counts_as_the_system_that_it_leads_to(tmp_path):
+    write_training(tmp_path, "components_avatar", 10, updates=30)
+    write_training(tmp_path, "tas_lambda_lam_0.1", 10, updates=30)
+    write_predictions(tmp_path, "components_avatar", 10, 0.9)
+    write_predictions(tmp_path, "tas_lambda_lam_0.1", 10, 0.4)
+    for kind in ("runs", "predictions"):
+        link = tmp_path / kind / "tiny" / "tas_lambda_lam_0.3" / "seed_10"
+        link.parent.mkdir()
+        link.symlink_to("../components_avatar/seed_10")
+    entry = from_predictions.tas_lambda(Folder(tmp_path, "tiny"))
+    assert len(entry.figure.axes[0].containers[0][0].get_xdata()) == 2
+    assert set(entry.sources["systems"]) == {"components_avatar", "tas_lambda_lam_0.1"}
 
 
 def test_the_same_configuration_stands_in_where_a_sweep_left_it_out(out):
@@ -160,15 +177,32 @@ def test_the_gain_of_tas_adds_up_to_the_difference_of_accuracies(out):
 
 def test_figure_8_is_not_chosen_by_who_is_right(out, tmp_path):
     entry = from_predictions.comparison(Folder(out, "tiny"))
-    assert "Sample s0: the first" in entry.caption and "<b>clip" not in entry.page and "&lt;b&gt;clip" in entry.page
+    assert entry.caption.startswith("s0, the first of held-out samples in their own order")
+    assert "<b>clip" not in entry.page and "&lt;b&gt;clip" in entry.page
     assert entry.page.count("data:image/jpeg") == 8 and 'aria-label="waveform"' in entry.page
     again = tmp_path / "again"
     shutil.copytree(out / "data", again / "data")
     for system in ("grpo", "avatar"):
         write_predictions(again, system, 10, 1.0 - SKILL[system])
-    assert "Sample s0: the first" in from_predictions.comparison(Folder(again, "tiny")).caption
+    assert "s0, the first of held-out samples" in from_predictions.comparison(Folder(again, "tiny")).caption
     shown = [text.get_text() for axes in entry.figure.axes for text in axes.texts]
     assert max(len(row) for text in shown for row in text.split("\n")) <= 118 and any("$at$" in text for text in shown)
+
+
+def test_figure_8_of_a_benchmark_takes_its_first_item_with_sound(out, tmp_path):
+    folder = tmp_path / "benchmarks" / "worldsense"
+    media = write_clip(folder)
+    items = [Item("mute", "choice", "Q?", "A", media=(replace(media, audio_path=None),)),
+             Item("s3", "choice", "Who speaks?", "B", choices=("a", "b"), groups={"domain": ("Music",)},
+                  media=(media,)),
+             Item("s4", "choice", "Q?", "A", media=(media,))]  # fmt: skip
+    write_lines(folder / "items.jsonl", [item_to_dict(item) for item in items])
+    (folder / "dataset.json").write_text("{}")
+    for system in ("grpo", "avatar"):
+        write_predictions(tmp_path, system, 10, 0.5, benchmark="worldsense")
+    entry = from_predictions.comparison(Folder(tmp_path, "tiny"))
+    assert entry.caption.startswith("s3, the first of WorldSense")
+    assert "Who speaks?" in entry.page and "WorldSense, Music: A. a, B. b" in " ".join(entry.page.split())
 
 
 # ---- the folder -------------------------------------------------------------------------------------------------
