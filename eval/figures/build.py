@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from eval.figures import from_metrics, from_predictions, style
+from eval.figures import comparison, from_metrics, from_predictions, gain, style
 from eval.figures.entry import Entry
 from eval.figures.folder import Folder
 
@@ -17,9 +17,9 @@ FIGURES = (
     from_metrics.solvability,
     from_predictions.tas_lambda,
     from_predictions.over_training,
-    from_predictions.comparison,
+    comparison.comparison,
     from_metrics.advantages,
-    from_predictions.tas_gain_by_length,
+    gain.tas_gain_by_length,
     from_metrics.sample_efficiency,
 )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -57,9 +57,11 @@ def sources(
     }
 
 
-def seeds_told(trainings: Mapping[str, Mapping[int, Training]]) -> str:
-    """A sentence on the seeds of each system of a figure, one for all if they have the same."""
-    by_system = {label: sorted(runs) for label, runs in trainings.items()}
+def seeds_told(seeds: Mapping[str, Iterable[int]] | Sequence[Run]) -> str:
+    """A sentence on the seeds of each system of a figure (or of predictions), one for all if they have the same."""
+    if not isinstance(seeds, Mapping):
+        seeds = {run.system: {r.seed for r in seeds if r.system == run.system} for run in seeds}
+    by_system = {label: sorted(own) for label, own in seeds.items()}
     if len({tuple(seeds) for seeds in by_system.values()}) == 1:
         return f"{_listed(next(iter(by_system.values())))}."
     return "; ".join(f"{label}: {_listed(seeds)}" for label, seeds in by_system.items()) + "."

@@ -22,7 +22,7 @@ from eval.figures.series import (
     stage_starts,
 )
 
-MAIN = {"grpo": ["grpo", "components_grpo"], "avatar": ["avatar", "components_avatar"]}
+MAIN = ("grpo", "avatar")
 HINTS = {
     "grpo": ["components_grpo", "grpo"],
     "components_wo_hints": ["components_wo_hints"],

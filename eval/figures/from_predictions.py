@@ -1,27 +1,21 @@
-"""The figures that come from predictions: 1 (in part), 2, 4, 5, 8, and the gain of TAS by completion length."""
+"""The figures that come from predictions: 1, 2, 4 and 5."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from eval.cells import Scored, cell, compare, scored
+from eval.cells import cell
 from eval.figures import paper
 from eval.figures.entry import Entry, joined, partial_told, published, seeds_told, sources
 from eval.figures.folder import Comparable, Folder, Training, comparable
 from eval.figures.from_metrics import MAIN, bands, present, shared_stages
 from eval.figures.series import BINS, Band, band, group_position, position_band
-from eval.figures.side_by_side import first_with_sound, fragment, load_clip, side_by_side
-from eval.figures.style import NAMES
-from eval.prepare import read_prepared
 from eval.results import Run, check_comparable
 from eval.score import Prediction, read_predictions
 from eval.stats import Estimate
-from megatron_avatar.data.manifest import load_manifest
-from megatron_avatar.records import Sample
 
 TITLES = {
     "omnibench": "OmniBench", "dailyomni": "DailyOmni", "av_odyssey": "AV-Odyssey", "video_holmes": "Video-Holmes",
@@ -39,10 +33,7 @@ ON_OFF["4"].append("avatar")
 LAMBDA = {lam: [f"tas_lambda_lam_{lam}"] for lam in ("0", "0.05", "0.1", "0.3", "0.5", "1.0", "2.0")}
 LAMBDA["0"].append("components_wo_tas")
 LAMBDA["0.3"].append("avatar")
-TAS = {"avatar": ["components_avatar", "avatar"], "w/o TAS": ["components_wo_tas"]}
 
-LENGTH_EDGES = (200, 400, 600)  # tokens: the paper's bins end there
-LENGTH_PANELS = (("worldsense", "av_odyssey"), ("video_holmes", "mmvu"))
 Seeds = dict[int, Run]
 
 
@@ -52,25 +43,26 @@ def position(folder: Folder) -> Entry:
     trainings = {system: runs for system in MAIN if (runs := folder.trainings(system))}
     shaping = {s: weights for s, runs in trainings.items() if (weights := next(iter(runs.values())).shaping)}
     panels = {"training": present({s: position_band([t.records for t in r.values()]) for s, r in trainings.items()})}
-    benchmark, runs = _grouped(folder, shaping)
+    (benchmark, runs), used = _grouped(folder, shaping), []
     told = "Drawn from training alone: no groups were sampled."
     if benchmark:
         place = f"sampled groups, {TITLES[benchmark]}"
         panels[place] = present({s: _group_band(by_seed, shaping[s]) for s, by_seed in runs.items()})
-        told = (
+        used = [run for by_seed in runs.values() for run in by_seed.values()]
+        check_comparable(used)
+        told = joined(
             f"Sampled groups: several completions of each item of {TITLES[benchmark]} at temperature 1, |advantage in "
-            "the group × w_t|, with the reward 0.5 accuracy + 0.5 format and the ratio 1."
-        )
+            "the group × w_t|, with the reward 0.5 accuracy + 0.5 format and the ratio 1.",
+            seeds_told(used), partial_told(used),
+        )  # fmt: skip
     figure = paper.position(panels, shaping)
     if figure is None:
         return Entry(name, title, None, reason="no training has logged its surrogate, and no groups were sampled")
-    used = [run for by_seed in runs.values() for run in by_seed.values()]
     caption = joined(
         "Mean absolute surrogate of a token in bins of its place t / (L − 1). Training: all tokens of the updates, "
-        "fresh and replayed, with the ratios of the update, averaged over updates.", told,
+        "fresh and replayed, with the ratios of the update, averaged over updates.", seeds_told(trainings), told,
         "Points: means over seeds, strokes: their range; lines: the weighting w_t at the points' mean level. The shape "
-        "holds by construction: it checks the mechanism, not a benefit.",
-        seeds_told(trainings), partial_told(used), published(name),
+        "holds by construction: it checks the mechanism, not a benefit.", published(name),
     )  # fmt: skip
     return Entry(name, title, figure, caption, sources=sources(folder.out, trainings, used))
 
@@ -138,7 +130,7 @@ def _sweep(
     drawn: dict[str, dict[str, dict[str, Estimate]]] = {}
     for panel, lines in panels.items():
         for line, (benchmark, breakdown) in lines.items():
-            found = _answers(folder, chosen, benchmark)
+            found = comparable_answers(folder, chosen, benchmark)
             used[benchmark] = [run for by_seed in found.values() for run in by_seed.values()]
             cells = {setting: _cell(by_seed, breakdown) for setting, by_seed in found.items()}
             if cells := {setting: estimate for setting, estimate in cells.items() if estimate is not None}:
@@ -152,18 +144,19 @@ def _sweep(
     caption = joined(
         f"All settings after {chosen.updates} updates. Grey: the method's own setting.", INTERVALS,
         "All answer the same items, so differences are more certain than the bars alone suggest.",
-        seeds_told(chosen.trainings), *notes, partial_told(runs), published(name),
+        seeds_told({"": {run.seed for run in runs}}), *notes, partial_told(runs), published(name),
     )  # fmt: skip
     return Entry(name, title, figure, caption, sources=sources(folder.out, chosen.trainings, runs))
 
 
-def _answers(folder: Folder, chosen: Comparable, benchmark: str) -> dict[str, Seeds]:
-    """Label -> predictions by seed of the trainings that compare. ValueError where two contradict each other."""
-    found = {}
-    for label, trainings in chosen.trainings.items():
-        by_seed = folder.predictions(chosen.system(label), benchmark)
-        if kept := {seed: run for seed, run in by_seed.items() if seed in trainings}:
-            found[label] = kept
+def comparable_answers(folder: Folder, chosen: Comparable, benchmark: str) -> dict[str, Seeds]:
+    """Label -> predictions by seed of the trainings that compare, of the seeds that all labels with any have.
+
+    ValueError where two contradict each other.
+    """
+    answered = {label: folder.predictions(chosen.system(label), benchmark) for label in chosen.trainings}
+    seeds = set(chosen.seeds).intersection(*(by_seed for by_seed in answered.values() if by_seed))
+    found = {label: {s: by_seed[s] for s in sorted(seeds)} for label, by_seed in answered.items() if by_seed and seeds}
     check_comparable([run for by_seed in found.values() for run in by_seed.values()])
     return found
 
@@ -196,7 +189,9 @@ def over_training(folder: Folder) -> Entry:
     caption = joined(
         "Greedy answers of checkpoints; update 0 is the cold start that both begin from. Bands: 95 % bootstrap "
         "intervals over items and seeds" + ("; in training, the seeds' range." if logged else "."),
-        seeds_told(trainings), partial_told(runs), published(name),
+        f"In training: {seeds_told(trainings)}" if logged else "",
+        f"Checkpoints: {seeds_told([run for run in runs if run.system in MAIN])}" if runs else "",
+        partial_told(runs), published(name),
     )  # fmt: skip
     return Entry(name, title, figure, caption, sources=sources(folder.out, trainings, runs))
 
@@ -212,128 +207,15 @@ def _at_steps(folder: Folder, system: str, trained: Mapping[int, Training], benc
     steps = folder.checkpoints(system, benchmark)
     if not steps:
         return {}
-    if last := folder.predictions(system, benchmark):
-        steps[max(trained[s].updates for s in last if s in trained)] = last
+    last = {s: run for s, run in folder.predictions(system, benchmark).items() if s in trained}
+    if last:
+        steps[max(trained[seed].updates for seed in last)] = last
     if start := folder.predictions("sft", benchmark):
-        steps = {0: start, **steps}
-    seeds = set.intersection(*map(set, steps.values()))
-    return {step: {s: by_seed[s] for s in sorted(seeds)} for step, by_seed in steps.items()} if seeds else {}
+        steps[0] = start
+    seeds = sorted(set.intersection(*map(set, steps.values())))
+    return {step: {s: by_seed[s] for s in seeds} for step, by_seed in sorted(steps.items())} if seeds else {}
 
 
 def _cells_band(cells: Mapping[int, Estimate], seeds: int) -> Band:
     values = np.array([(e.value, e.low, e.high) for e in cells.values()]).T
     return Band(np.array(list(cells), float), *values, seeds)
-
-
-def tas_gain_by_length(folder: Folder) -> Entry:
-    """Gain of TAS (AVATAR minus w/o TAS on the same items) by completion length."""
-    name, title = "tas_gain_by_length", "Gain of TAS by completion length"
-    chosen = comparable(folder, TAS)
-    if len(chosen.trainings) < 2:
-        reason = "AVATAR and AVATAR w/o TAS were not trained with the same updates and seeds"
-        return Entry(name, title, None, reason=reason)
-    panels, runs = {}, []
-    for benchmarks in (*LENGTH_PANELS, (HELD_OUT,)):
-        answers = {b: found for b in benchmarks if len(found := _answers(folder, chosen, b)) == 2}
-        edges = None if benchmarks == (HELD_OUT,) else LENGTH_EDGES
-        if bins := _gains([(found["avatar"], found["w/o TAS"]) for found in answers.values()], edges):
-            panels[" + ".join(TITLES[b] for b in answers)] = bins
-            runs += [r for found in answers.values() for by_seed in found.values() for r in by_seed.values()]
-    figure = paper.gain_by_length(panels, "completion length, tokens")
-    if figure is None:
-        return Entry(name, title, None, reason="AVATAR and AVATAR w/o TAS were not evaluated on the same benchmark")
-    caption = joined(
-        "Accuracy of AVATAR minus that of AVATAR w/o TAS on the same items. Items are binned by their mean completion "
-        "length over both systems and all seeds" + (", held-out samples at its quartiles" if any(
-            r.meta["benchmark"] == HELD_OUT for r in runs) else "") + "; a bin includes its upper end.",
-        "Long completions go with hard items, so a trend is not the effect of length alone. Bars: 95 % bootstrap "
-        f"intervals of the paired difference; n counts answers of all seeds. Both after {chosen.updates} updates.",
-        seeds_told(chosen.trainings), partial_told(runs), published(name),
-    )  # fmt: skip
-    return Entry(name, title, figure, caption, sources=sources(folder.out, chosen.trainings, runs))
-
-
-def _gains(pairs: Sequence[tuple[Seeds, Seeds]], edges: Sequence[float] | None) -> dict[str, Estimate]:
-    """Length bin -> paired difference, over the benchmarks of `pairs`; without `edges`, at the lengths' quartiles."""
-    systems: list[dict[int, list[Prediction]]] = [{}, {}]
-    for number, pair in enumerate(pairs):
-        for lines, by_seed in zip(systems, pair, strict=True):
-            for seed, run in by_seed.items():  # ids of two benchmarks may coincide
-                lines.setdefault(seed, []).extend(
-                    {**p, "id": f"{number}/{p['id']}"} for p in read_predictions(run.path) if run.scored.ids
-                )
-    return gain_bins(systems[0], systems[1], edges)
-
-
-def gain_bins(
-    first: Mapping[int, Sequence[Prediction]], second: Mapping[int, Sequence[Prediction]], edges: Sequence[float] | None
-) -> dict[str, Estimate]:
-    """Accuracy of `first` minus `second` (seed -> predictions) in bins of the items' mean completion length in tokens.
-
-    `edges`: where the bins end, the last is open; None: quartiles of the lengths. Failed completions have no length;
-    items without one are left out, and so are empty bins.
-    """
-    lengths: dict[str, list[float]] = {}
-    for prediction in (p for system in (first, second) for lines in system.values() for p in lines):
-        if prediction["error"] is None:
-            lengths.setdefault(prediction["id"], []).append(prediction["tokens"])
-    means = {item: float(np.mean(values)) for item, values in lengths.items()}
-    if not means:
-        return {}
-    if edges is None:
-        edges = np.unique(np.quantile(list(means.values()), [0.25, 0.5, 0.75])).tolist()
-    names = _bin_names(edges)
-    bins = {item: names[int(np.searchsorted(edges, mean, "left"))] for item, mean in means.items()}
-
-    def binned(system: Mapping[int, Sequence[Prediction]]) -> dict[int, Scored]:
-        kept = {seed: [p for p in lines if p["id"] in bins] for seed, lines in system.items()}
-        return {seed: scored({**p, "groups": {"length": [bins[p["id"]]]}} for p in p_) for seed, p_ in kept.items()}
-
-    ours, theirs = binned(first), binned(second)
-    found = {name: compare(ours, theirs, {"metric": "accuracy"}, ("length", name)) for name in names}
-    return {name: difference for name, difference in found.items() if difference is not None}
-
-
-def _bin_names(edges: Sequence[float]) -> list[str]:
-    """A bin holds its upper end."""
-    ends = [f"{round(edge, 1):g}" for edge in edges]
-    return [f"to {ends[0]}", *(f"{low}–{high}" for low, high in zip(ends, ends[1:], strict=False)), f"over {ends[-1]}"]
-
-
-def comparison(folder: Folder) -> Entry:
-    """Figure 8."""
-    name, title = "figure8", "GRPO and AVATAR on one clip"
-    for benchmark in ("worldsense", HELD_OUT):
-        found = {system: folder.predictions(system, benchmark) for system in MAIN}
-        seeds = sorted(set.intersection(*map(set, found.values())))
-        root, samples = _samples(folder, benchmark)
-        if seeds and samples:
-            break
-    else:
-        reason = "GRPO and AVATAR have answered neither WorldSense nor the held-out samples with one seed"
-        return Entry(name, title, None, reason=reason)
-    runs = [by_seed[seeds[0]] for by_seed in found.values()]
-    answers = {s: {p["id"]: p for p in read_predictions(run.path)} for s, run in zip(found, runs, strict=True)}
-    sample = first_with_sound(samples, list(answers.values()))
-    if sample is None:
-        return Entry(name, title, None, reason="no item that both answered shows a video with sound")
-    clip = load_clip(sample, root, [(NAMES[s], by_id[sample.id]) for s, by_id in answers.items()])
-    caption = joined(
-        f"{sample.id}, the first of {TITLES[benchmark]} in their own order that has a video with sound, whatever the "
-        f"systems made of it; seed {seeds[0]}, the lowest that both have. Greedy answers as written.", published(name),
-    )  # fmt: skip
-    return Entry(name, title, side_by_side(clip), caption, sources=sources(folder.out, {}, runs), page=fragment(clip))
-
-
-def _samples(folder: Folder, benchmark: str) -> tuple[Path, list[Sample]]:
-    """A benchmark's questions in their own order, and the folder of their media; none where they are not there."""
-    manifest, prepared = folder.out / "data" / "manifest.jsonl", folder.out / "benchmarks" / benchmark
-    if benchmark == HELD_OUT:
-        return manifest.parent, load_manifest(manifest, check_media=False) if manifest.exists() else []
-    if not (prepared / "dataset.json").exists():
-        return prepared, []
-    items = read_prepared(prepared).items
-    return prepared, [
-        Sample(i.id, TITLES[benchmark], "", ", ".join(v for values in i.groups.values() for v in values), i.question,
-               i.gold, "other", i.choices, i.media) for i in items
-    ]  # fmt: skip

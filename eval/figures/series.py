@@ -51,7 +51,7 @@ def stage_starts(records: Records) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Band:
-    """A curve over seeds: x [n], and mean, lowest and highest of the seeds' values, [n] each."""
+    """A curve over seeds: x [n]; their mean; low and high, their range or the bounds of an interval; [n] each."""
 
     x: np.ndarray
     mean: np.ndarray

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from eval.figures import from_metrics, from_predictions
+from eval.figures import comparison, from_metrics, from_predictions, gain
 from eval.figures.__main__ import main
 from eval.figures.build import FIGURES, build
 from eval.figures.entry import published
 from eval.figures.folder import Folder, comparable
-from eval.figures.from_predictions import gain_bins
+from eval.figures.gain import gain_bins
 from eval.items import Item, item_to_dict
 from eval.score import read_predictions
 from tests.eval.made_up import write_clip, write_lines
@@ -168,7 +168,7 @@ def test_gains_are_of_the_same_items_in_bins_of_both_systems_lengths():
 
 
 def test_the_gain_of_tas_adds_up_to_the_difference_of_accuracies(out):
-    entry = from_predictions.tas_gain_by_length(Folder(out, "tiny"))
+    entry = gain.tas_gain_by_length(Folder(out, "tiny"))
     heights = [p.get_height() for p in entry.figure.axes[0].patches]
     difference = np.mean([accuracy(out, "avatar", s) - accuracy(out, "components_wo_tas", s) for s in SEEDS])
     assert len(heights) == 4 and np.mean(heights) == pytest.approx(100 * difference)  # quartiles of equal size
@@ -176,7 +176,7 @@ def test_the_gain_of_tas_adds_up_to_the_difference_of_accuracies(out):
 
 
 def test_figure_8_is_not_chosen_by_who_is_right(out, tmp_path):
-    entry = from_predictions.comparison(Folder(out, "tiny"))
+    entry = comparison.comparison(Folder(out, "tiny"))
     assert entry.caption.startswith("s0, the first of held-out samples in their own order")
     assert "<b>clip" not in entry.page and "&lt;b&gt;clip" in entry.page
     assert entry.page.count("data:image/jpeg") == 8 and 'aria-label="waveform"' in entry.page
@@ -184,7 +184,7 @@ def test_figure_8_is_not_chosen_by_who_is_right(out, tmp_path):
     shutil.copytree(out / "data", again / "data")
     for system in ("grpo", "avatar"):
         write_predictions(again, system, 10, 1.0 - SKILL[system])
-    assert "s0, the first of held-out samples" in from_predictions.comparison(Folder(again, "tiny")).caption
+    assert "s0, the first of held-out samples" in comparison.comparison(Folder(again, "tiny")).caption
     shown = [text.get_text() for axes in entry.figure.axes for text in axes.texts]
     assert max(len(row) for text in shown for row in text.split("\n")) <= 118 and any("$at$" in text for text in shown)
 
@@ -200,7 +200,7 @@ def test_figure_8_of_a_benchmark_takes_its_first_item_with_sound(out, tmp_path):
     (folder / "dataset.json").write_text("{}")
     for system in ("grpo", "avatar"):
         write_predictions(tmp_path, system, 10, 0.5, benchmark="worldsense")
-    entry = from_predictions.comparison(Folder(tmp_path, "tiny"))
+    entry = comparison.comparison(Folder(tmp_path, "tiny"))
     assert entry.caption.startswith("s3, the first of WorldSense")
     assert "Who speaks?" in entry.page and "WorldSense, Music: A. a, B. b" in " ".join(entry.page.split())
 
