@@ -15,8 +15,10 @@ from typing import Any
 
 from eval.cells import Scored, scored
 
-# What must agree wherever numbers stand side by side; `settings` also holds the weights, so it differs with the system.
-COMPARED = ("protocol", "control", "n", "temperature", "dataset", "fingerprint", "aggregate")
+# What must agree wherever numbers stand side by side. `settings` must agree inside a file alone: it is a hash that also
+# holds the weights, so it differs with system and seed.
+COMPARED = ("protocol", "control", "n", "temperature", "new_tokens", "context", "dtype", "aggregate")
+MACHINE = ("manifest", "decoder", "workers", "decode_deadline_s")  # what of `data` changes no prompt
 
 
 @dataclass(frozen=True)
@@ -91,9 +93,10 @@ class Run:
     @property
     def compared(self) -> dict[str, Any]:
         """What has to be the same for all numbers that are compared with this one's."""
-        data = self.meta["dataset"]
-        known = {**self.meta, "dataset": data["name"], "fingerprint": data["fingerprint"]}
-        return {key: known[key] for key in COMPARED}
+        meta = self.meta
+        prompts = {f"data.{key}": value for key, value in meta.get("data", {}).items() if key not in MACHINE}
+        data = {f"dataset.{key}": meta["dataset"][key] for key in ("name", "fingerprint")}
+        return {key: meta.get(key) for key in COMPARED} | data | prompts
 
 
 class Results:
@@ -106,7 +109,8 @@ class Results:
             family, system, seed = path.parts[-4:-1]
             if not (digits := re.fullmatch(r"seed_(\d+)", seed)):
                 raise ValueError(f"{path.parent}: name the folder seed_0, seed_1, ...")
-            run = Run(path, family, system, int(digits[1]))
+            path = path.resolve()  # a link stands for another system that computes the same
+            run = Run(path, family, path.parts[-3], int(digits[1]))
             self.runs.setdefault((family, system, path.stem), {})[run.seed] = run
 
     def find(self, family: str, system: str, benchmark: str, protocol: str) -> dict[int, Run]:
@@ -122,7 +126,8 @@ class Results:
 def check_comparable(runs: list[Run]) -> None:
     """ValueError naming two files and what sets them apart, unless all may stand in one column of a table."""
     for run in runs[1:]:
-        apart = [key for key, value in run.compared.items() if value != runs[0].compared[key]]
+        first, other = runs[0].compared, run.compared
+        apart = [key for key in first | other if first.get(key) != other.get(key)]
         if apart:
-            values = ", ".join(f"{key} {runs[0].compared[key]!r} and {run.compared[key]!r}" for key in apart)
+            values = ", ".join(f"{key} {first.get(key)!r} and {other.get(key)!r}" for key in apart)
             raise ValueError(f"{runs[0].path} and {run.path} can't stand in one column: {values}; evaluate one anew")

@@ -1,0 +1,175 @@
+"""Does the method work, in small? The questions of docs/study.md, answered from a reproduction's tiny family.
+
+Pure over eval/results.py and metrics.jsonl; what was not run is said to be not measured.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from eval.cells import cell, compare
+from eval.figures.folder import Folder
+from eval.figures.from_metrics import reach
+from eval.figures.series import series
+from eval.results import Run
+from eval.stats import Difference, Estimate, holm
+
+FAMILY, BENCHMARK, PROTOCOL = "tiny", "held_out", "ours"
+LEVEL = 0.05
+STAGES = ("visual", "audio_visual", "localisation")
+
+
+@dataclass(frozen=True)
+class Question:
+    """One effect: `first` minus `second`, which the paper says is above zero. Questions of one family of tests are
+    adjusted together."""
+
+    text: str
+    first: str
+    second: str
+    tests: str
+
+
+QUESTIONS = (
+    Question("AVATAR against GRPO, equal updates", "avatar", "grpo", "primary"),
+    Question("AVATAR against GRPO, equal generated completions", "avatar", "grpo_half", "primary"),
+    Question("GRPO against its cold start", "grpo", "sft", "secondary"),
+    Question("AVATAR against its cold start", "avatar", "sft", "secondary"),
+    Question("the cold start against the base", "sft", "base", "secondary"),
+    Question("sound: AVATAR hearing against AVATAR mute", "avatar", "avatar:mute", "secondary"),
+    Question("pictures: AVATAR seeing against AVATAR blind", "avatar", "avatar:blind", "secondary"),
+    Question("replay: against w/o off-policy", "components_avatar", "components_wo_off_policy", "ablations"),
+    Question("shaping: against w/o TAS", "components_avatar", "components_wo_tas", "ablations"),
+    Question("running baseline: against w/o VCRS", "components_avatar", "components_wo_vcrs", "ablations"),
+    Question("hints: against w/o hints", "components_avatar", "components_wo_hints", "ablations"),
+    Question("cold start: against AVATAR w/o SFT", "components_avatar", "avatar_wo_sft", "ablations"),
+    Question("revisits alone: GRPO with them against GRPO", "components_grpo_revisits", "components_grpo", "ablations"),
+)
+SWEEPS = {
+    "tas_lambda": [f"tas_lambda_lam_{lam}" for lam in ("0", "0.05", "0.1", "0.3", "0.5", "1.0", "2.0")],
+    "on_off_ratio": [f"on_off_ratio_on{n}_off{8 - n}" for n in range(8, 0, -1)],
+}
+PUBLISHED_BEST = {"tas_lambda": "tas_lambda_lam_0.3", "on_off_ratio": "on_off_ratio_on4_off4"}
+
+
+def study(out: Path) -> dict[str, Any]:
+    """effects, sweeps, vanished groups, completions to reach GRPO, solvability; everything in percent or counts."""
+    folder = Folder(out, FAMILY)
+    return {
+        "effects": _effects(folder),
+        "sweeps": {name: _sweep(folder, name, members) for name, members in SWEEPS.items()},
+        "vanished": _mean_over_run(folder, ("grpo", "avatar"), "vanished"),
+        "reach": [{"seed": seed, **asdict(found), "share": found.share} for seed, found in reach(folder)],
+        "solvability": _last(folder, ("grpo", "components_wo_hints", "components_avatar", "avatar"), "solvability"),
+        "completions": _completions(folder, ("grpo", "grpo_half", "avatar")),
+    }
+
+
+def _runs(folder: Folder, system: str) -> dict[int, Run]:
+    """The held-out predictions by seed; of `system:mute` those of that control."""
+    name, _, control = system.partition(":")
+    protocol = f"{PROTOCOL}-{control}" if control else PROTOCOL
+    return folder.results.find(FAMILY, name, BENCHMARK, protocol)
+
+
+def _effects(folder: Folder) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    for question in QUESTIONS:
+        first, second = _runs(folder, question.first), _runs(folder, question.second)
+        seeds = sorted(first.keys() & second.keys())
+        whole = _difference(first, second, seeds)
+        parts = {seed: _points(_difference(first, second, [seed])) for seed in seeds}
+        found.append({
+            **asdict(question), "seeds": seeds, "updates": _updates(folder, (question.first, question.second)),
+            "found": _points(whole), "by_seed": {seed: part["value"] for seed, part in parts.items() if part},
+            "by_stage": {stage: _points(_difference(first, second, seeds, stage)) for stage in STAGES},
+        })  # fmt: skip
+    for tests in {entry["tests"] for entry in found}:
+        own = [entry for entry in found if entry["tests"] == tests and entry["found"]]
+        for entry, p in zip(own, holm([entry["found"]["p"] for entry in own]), strict=True):
+            entry["found"]["holm"] = p
+    for entry in found:
+        entry["word"] = _word(entry["found"])
+    return found
+
+
+def _difference(
+    first: dict[int, Run], second: dict[int, Run], seeds: list[int], stage: str | None = None
+) -> Difference | None:
+    if not seeds:
+        return None
+    aggregate = first[seeds[0]].meta["aggregate"]
+    parts = [{seed: runs[seed].scored for seed in seeds} for runs in (first, second)]
+    return compare(*parts, aggregate, ("stage", stage) if stage else None)
+
+
+def _points(found: Estimate | None) -> dict[str, Any]:
+    """An estimate in percentage points; {} where nothing was measured."""
+    if found is None:
+        return {}
+    scaled = {key: 100 * getattr(found, key) for key in ("value", "low", "high")}
+    return {**scaled, "n": found.n, "seeds": found.seeds, **({"p": found.p} if isinstance(found, Difference) else {})}
+
+
+def _word(found: dict[str, Any]) -> str:
+    """shown, reversed, not shown: an interval without zero and an adjusted p below 5 %, or nothing."""
+    if not found:
+        return "not measured"
+    if found["holm"] >= LEVEL or found["low"] <= 0 <= found["high"]:
+        return "not shown"
+    return "shown" if found["value"] > 0 else "reversed"
+
+
+def _sweep(folder: Folder, name: str, members: list[str]) -> dict[str, Any]:
+    """Accuracy of every member, and whether the best one differs from the worst after Holm over all pairs with it."""
+    runs = {member: found for member in members if (found := _runs(folder, member))}
+    accuracy = {
+        member: _points(cell({s: r.scored for s, r in own.items()}, next(iter(own.values())).meta["aggregate"]))
+        for member, own in runs.items()
+    }
+    if len(runs) < 2:
+        return {"members": accuracy, "word": "not measured"}
+    best = max(accuracy, key=lambda member: accuracy[member]["value"])
+    others = [member for member in runs if member != best]
+    pairs = [_difference(runs[best], runs[o], sorted(runs[best].keys() & runs[o].keys())) for o in others]
+    adjusted = holm([pair.p if pair else 1.0 for pair in pairs])
+    values = np.array([accuracy[member]["value"] for member in runs])
+    steps = np.diff(values)
+    return {
+        "members": accuracy, "best": best, "published_best": PUBLISHED_BEST[name],
+        "monotone": bool((steps >= 0).all() or (steps <= 0).all()),
+        "behind_best": {o: {**_points(p), "holm": q} for o, p, q in zip(others, pairs, adjusted, strict=True)},
+        "word": "a difference is shown" if min(adjusted) < LEVEL else "no difference is shown",
+    }  # fmt: skip
+
+
+def _mean_over_run(folder: Folder, systems: tuple[str, ...], key: str) -> dict[str, dict[int, float]]:
+    """System -> seed -> mean of a metric over all updates."""
+    return {s: {seed: float(series(t.records, key)[1].mean()) for seed, t in folder.trainings(s).items()
+                if len(series(t.records, key)[1])} for s in systems}  # fmt: skip
+
+
+def _last(folder: Folder, systems: tuple[str, ...], key: str) -> dict[str, dict[int, dict[str, float]]]:
+    """System -> seed -> stage -> the metric at the stage's end."""
+    found: dict[str, dict[int, dict[str, float]]] = {}
+    for system in systems:
+        for seed, training in folder.trainings(system).items():
+            ends = {r["stage"]: r[key] for r in training.records if r.get(key) is not None}
+            if ends:
+                found.setdefault(system, {})[seed] = ends
+    return found
+
+
+def _completions(folder: Folder, systems: tuple[str, ...]) -> dict[str, list[int]]:
+    counts = {s: [int(t.records[-1]["completions_generated"]) for t in folder.trainings(s).values() if t.records]
+              for s in systems}  # fmt: skip
+    return {system: sorted(set(found)) for system, found in counts.items()}
+
+
+def _updates(folder: Folder, systems: tuple[str, ...]) -> dict[str, list[int]]:
+    names = [system.partition(":")[0] for system in systems]
+    return {name: sorted({t.updates for t in folder.trainings(name).values()}) for name in names}
