@@ -70,6 +70,16 @@ def _means(places: list[int], values: list[float], items: int) -> np.ndarray:
     return np.bincount(places, values, items) / np.bincount(places, minlength=items)
 
 
+def check_headline(run: Scored, aggregate: Aggregate) -> None:
+    """ValueError unless the headline's metric is there, and one value of the breakdown that it goes over an item."""
+    metric, over = aggregate["metric"], aggregate.get("over")
+    if run.ids and metric not in run.scores:
+        raise ValueError(f"no score {metric!r}, only {sorted(run.scores)}; score the predictions anew")
+    for item, own in zip(run.ids, run.groups.get(over, [()] * len(run.ids)) if over else [], strict=False):
+        if len(own) != 1:
+            raise ValueError(f"{item} has the values {list(own)} of {over!r}: the headline needs exactly one")
+
+
 def headline(run: Scored, aggregate: Aggregate) -> float:
     """A benchmark's number for one run, without an interval."""
     scores, statistic = _matrix([{0: run}], aggregate, None)
@@ -101,10 +111,9 @@ def _matrix(
     runs = [run for by_seed in systems for run in by_seed.values()]
     strata: dict[str, str] = {}
     for run in runs:
+        check_headline(run, {"metric": metric, "over": over})
         values = run.groups.get(breakdown[0] if breakdown else over or "", [()] * len(run.ids))
         for item, own in zip(run.ids, values, strict=True):
-            if over and len(own) != 1:
-                raise ValueError(f"{item} has the values {list(own)} of {over!r}: the headline needs exactly one")
             if not breakdown or breakdown[1] in own:
                 strata.setdefault(item, own[0] if over else "")
     place = {item: i for i, item in enumerate(strata)}
@@ -112,8 +121,6 @@ def _matrix(
     scores = np.full((len(systems), len(seeds), len(place)), np.nan)
     for number, by_seed in enumerate(systems):
         for seed, run in by_seed.items():
-            if run.ids and metric not in run.scores:
-                raise ValueError(f"no score {metric!r}, only {sorted(run.scores)}; score the predictions anew")
             here = np.array([place.get(item, -1) for item in run.ids], int)
             if len(here):
                 scores[number, seeds.index(seed), here[here >= 0]] = run.scores[metric][here >= 0]

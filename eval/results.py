@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from eval.cells import Scored, scored
+from eval.cells import Scored, check_headline, scored
 
 # What must agree wherever numbers stand side by side. `settings` must agree inside a file alone: it is a hash that also
 # holds the weights, so it differs with system and seed.
@@ -61,8 +61,11 @@ class Run:
     @cached_property
     def scored(self) -> Scored:
         """Scores of all items that are there. ValueError naming file and line of what doesn't belong."""
+        aggregate = self.meta["aggregate"]
         try:
-            return scored(self._lines())
+            found = scored(self._lines())
+            check_headline(found, aggregate)
+            return found
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{self.path}: a line lacks what a table needs ({error!r}); score it anew") from None
         except ValueError as error:

@@ -14,8 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from eval.score import correct, family
-
 RESAMPLES = 10_000
 LEVEL = 0.95
 BLOCK = 4_000_000  # drawn items held at a time
@@ -194,9 +192,9 @@ def estimates(
     """Accuracy "overall" and for each family of one run's predictions, in the order of appearance."""
     groups = {"overall": list(predictions)}
     for prediction in predictions:
-        groups.setdefault(family(prediction), []).append(prediction)
+        groups.setdefault(prediction["groups"]["family"][0], []).append(prediction)
     return {
-        name: estimate(np.array([correct(p) for p in group], float), seed=seed, resamples=resamples)
+        name: estimate(np.array([p["scores"]["accuracy"] for p in group], float), seed=seed, resamples=resamples)
         for name, group in groups.items()
         if group
     }
@@ -210,7 +208,7 @@ def paired_difference(
     resamples: int = RESAMPLES,
 ) -> Difference:
     """Accuracy of `first` minus that of `second`; ValueError if the two answered different samples."""
-    scores = [{p["id"]: correct(p) for p in system} for system in (first, second)]
+    scores = [{p["id"]: p["scores"]["accuracy"] for p in system} for system in (first, second)]
     if not scores[0] or scores[0].keys() != scores[1].keys():
         odd = sorted(scores[0].keys() ^ scores[1].keys())[:3]
         raise ValueError(f"the two systems did not answer the same samples (for example {odd}); evaluate both anew")
