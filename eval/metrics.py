@@ -34,6 +34,16 @@ def exact(answer: str | None, line: Line) -> Scores:
     return {"accuracy": float(reward >= THRESHOLD.get(sample.problem_type, EXACT))}
 
 
+def equal(answer: str | None, line: Line) -> Scores:
+    """1 where the answer is written like the gold, letters' case aside: `B.` is not `B`."""
+    return {"accuracy": float(answer is not None and answer.lower() == line["gold"].lower())}
+
+
+def same(answer: str | None, line: Line) -> Scores:
+    """1 where the answer is the gold, character by character (published scripts)."""
+    return {"accuracy": float(answer == line["gold"])}
+
+
 def letter_set(answer: str | None, line: Line) -> Scores:
     """1 where the set of letters is the gold's."""
     return {"accuracy": float(_letters(answer) == _letters(line["gold"]))}
@@ -100,13 +110,12 @@ def normalised(answer: str | None, line: Line) -> Scores:
     gold, choices = line["gold"], line["choices"]
     if choices:
         gold, answer = choices[ord(gold) - ord("A")], _choice(answer, choices)
-    elif line["keep"].get("answer_type") in ("integer", "float"):
-        try:
-            value = float(answer)
-            whole = line["keep"]["answer_type"] == "integer"
-            answer = str(int(value) if whole else round(value, int(line["keep"]["precision"])))
-        except (ValueError, OverflowError):
+    elif line["kind"] == "number":
+        value = _number(answer)
+        if value is None:
             return {"accuracy": 0.0}
+        whole = line["keep"]["answer_type"] == "integer"
+        answer = str(int(value) if whole else round(value, int(line["keep"]["precision"])))
     return {"accuracy": float(answer.strip() == gold.strip())}
 
 
@@ -137,7 +146,7 @@ def _number(text: str | None) -> float | None:
 METRICS: dict[str, Metric] = {
     metric.__name__: metric
     for metric in (
-        exact, letter_set, letter_f1, contains, mra, counting, counting_uncapped, judged, open_answer, normalised,
-        normalised_extraction,
+        exact, equal, same, letter_set, letter_f1, contains, mra, counting, counting_uncapped, judged, open_answer,
+        normalised, normalised_extraction,
     )
 }  # fmt: skip

@@ -129,9 +129,14 @@ def boxed(text: str, line: Line) -> str | None:
 
 
 def first_token(text: str, line: Line) -> str | None:
-    """The first word, without its full stop (VSI-Bench's owners)."""
-    words = text.split()
-    return words[0].rstrip(".").strip() if words else None
+    """The first word, without its full stop; where a number is asked, if it is one in digits (VSI-Bench's owners)."""
+    word = next(iter(text.split()), "").rstrip(".")
+    if line["kind"] == "number":
+        try:
+            float(word)
+        except ValueError:
+            return None
+    return word or None
 
 
 def whole(text: str, line: Line) -> str | None:
