@@ -149,10 +149,11 @@ def _measured(rows: list[tuple[Item, list[Wanted]]], handling: Handling, process
 
 def place(wanted: Wanted, handling: Handling) -> str:
     """The medium measured and stored, a part of a file or a folder of frames made a clip first; its content's name."""
-    if wanted.start is None and wanted.end is None and wanted.fps is None:
-        return store(wanted.source, handling)
     root = Path(handling.root).resolve()
     path = (root / wanted.source.path).resolve()
+    whole = wanted.start is None and wanted.end is None
+    if whole and (wanted.fps is None or path.is_file()):
+        return store(wanted.source, handling)
     if not path.is_relative_to(root):
         raise Refused("outside", f"lies outside of {handling.root}")
     if not path.exists():
