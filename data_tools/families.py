@@ -25,6 +25,8 @@ from data_tools.world import (
     Sound,
     Thing,
     describe_sound,
+    describe_things,
+    describe_times,
 )
 
 LETTERS = "ABCD"
@@ -33,8 +35,9 @@ KINDS = ("low tone", "medium tone", "high tone", "chirp", "noise")
 
 @dataclass(frozen=True)
 class Draft:
-    """A question on a scene. evidence: the perceived facts the answer rests on. options: multiple choice.
-    target: the thing the answer is about; heard: sounds the answer rests on."""
+    """A question on a scene. evidence: what is told on the way to the answer, up to the thing it is about. options:
+    multiple choice. target: the thing the answer is about; heard: sounds the answer rests on. hint: where or when to
+    look, instead of the family's."""
 
     scene: Scene
     question: str
@@ -43,6 +46,7 @@ class Draft:
     options: tuple[str, ...] = ()
     target: Thing | None = None
     heard: tuple[str, ...] = ()
+    hint: str = ""
 
 
 @dataclass(frozen=True)
@@ -133,7 +137,8 @@ def _what(answer: str, rng: np.random.Generator) -> Draft:
     target = things[0]
     question = f"What color is the {target.shape}?" if kind == "color" else f"Which shape is {target.color}?"
     options = tuple(COLORS) if kind == "color" else SHAPES
-    return Draft(_scene(rng, things), question, answer, f"{target.name}.", options, target)
+    scene, hint = _scene(rng, things), f"Look at the {COLUMNS[target.column]} object, then find its letter."
+    return Draft(scene, question, answer, until(describe_things(scene), target), options, target, hint=hint)
 
 
 def _count(answer: str, rng: np.random.Generator) -> Draft:
@@ -156,9 +161,15 @@ def _order(answer: str, rng: np.random.Generator) -> Draft:
     which, slot = [("first", "early"), ("second", "middle"), ("last", "late")][int(rng.integers(3))]
     things = _trio(rng, "appears", shape=answer)
     target, things = _swap(things, slot)
-    evidence = f"{slot} {target.name} appears."
-    question = f"Which shape appears {which}?"
-    return Draft(_scene(rng, _shuffled(rng, things)), question, answer, evidence, _shapes(things), target)
+    scene, question = _scene(rng, _shuffled(rng, things)), f"Which shape appears {which}?"
+    evidence, hint = until(describe_times(scene), target), f"Find what appears {slot}."
+    return Draft(scene, question, answer, evidence, _shapes(things), target, hint=hint)
+
+
+def until(description: str, target: Thing) -> str:
+    """The description's sentences up to the one that names the target."""
+    before, name, after = description.partition(target.name)
+    return before + name + after[: after.index(".") + 1]
 
 
 def _swap(things: list[Thing], slot: str) -> tuple[Thing, list[Thing]]:
@@ -181,20 +192,26 @@ def _shapes(things: list[Thing]) -> tuple[str, ...]:
 
 
 def _sync(answer: str, rng: np.random.Generator) -> Draft:
-    """Every thing moves once; a high tone and one or two other tones sound, each at its own time."""
-    heard = str(rng.choice(["low tone", "medium tone", "high tone"]))
-    other = _pick(rng, [k for k in KINDS[:3] if k != heard], 2)[: int(rng.integers(1, 3))]
-    slots = _pick(rng, SLOTS, 3)
-    target, things = _swap(_trio(rng, "moves", shape=answer), slots[0])
-    sound = _slot_sound(dict(zip(slots, [heard, *other], strict=False)))
-    evidence = f"{heard} {target.when}. {target.when} {target.name} moves."
-    question = f"Which shape moves when the {heard} sounds?"
+    """Every thing moves once; the tone asked for and one or two other tones sound, each at its own time."""
+    kinds, slots = _pick(rng, KINDS[:3], int(rng.integers(2, 4))), _pick(rng, SLOTS, 3)
+    things, question = _trio(rng, "moves", shape=answer), "Which shape moves when the {} sounds?"
+    return _at_the_sound(things, kinds, slots, question, answer, rng)
+
+
+def _at_the_sound(
+    things: list[Thing], kinds: list[str], slots: list[str], question: str, answer: str, rng: np.random.Generator
+) -> Draft:
+    """A draft whose answer is the thing that acts while the first of `kinds` sounds, in the first of `slots`; the
+    other sounds are at the other times."""
+    heard = kinds[0]
+    target, things = _swap(things, slots[0])
+    at = dict(zip(slots, kinds, strict=False))
+    sound = Sound("slots", tuple((at[slot], slot) for slot in SLOTS if slot in at))
     scene = _scene(rng, _shuffled(rng, things), sound)
-    return Draft(scene, question, answer, evidence, target=target, heard=(heard, target.when))
-
-
-def _slot_sound(kind_at: dict[str, str]) -> Sound:
-    return Sound("slots", tuple((kind_at[slot], slot) for slot in SLOTS if slot in kind_at))
+    return Draft(
+        scene, question.format(heard), answer, f"{describe_sound(sound)} {until(describe_times(scene), target)}",
+        target=target, heard=(heard, target.when), hint=f"Listen, the {heard} is {target.when}.",
+    )  # fmt: skip
 
 
 def _beep_count(answer: str, rng: np.random.Generator) -> Draft:
@@ -216,7 +233,8 @@ def _presence(answer: str, rng: np.random.Generator) -> Draft:
     while (answer == "yes") != (sound.form != "none"):
         sound = _noise_sound(rng)
     scene = _scene(rng, _trio(rng, str(rng.choice(["moves", "flashes"])), int(rng.integers(1, 4))), sound)
-    return Draft(scene, "Is there any sound?", answer, describe_sound(sound), heard=("no",) if answer == "no" else ())
+    told = describe_sound(sound)
+    return Draft(scene, "Is there any sound?", answer, told, heard=tuple(told.replace(".", "").split()))
 
 
 def _next(answer: str, rng: np.random.Generator) -> Draft:
@@ -231,30 +249,22 @@ def _next(answer: str, rng: np.random.Generator) -> Draft:
 # --- stage localisation ---------------------------------------------------------------------------
 
 
-def _sounding(rng: np.random.Generator, things: list[Thing]) -> tuple[Thing, list[Thing], Sound, str]:
-    """Every thing flashes once; one sound tells whose flash it belongs to."""
-    slot, heard = str(rng.choice(list(SLOTS))), str(rng.choice(KINDS))
-    target, things = _swap(things, slot)
-    return target, things, _slot_sound({slot: heard}), heard
-
-
 def _where(answer: str, rng: np.random.Generator) -> Draft:
+    """Every thing flashes once; of one to three sounds the one asked for tells whose flash it belongs to."""
     things = _trio(rng, "flashes")
     column, first = COLUMNS.index(answer), things[0].column
     things = [replace(t, column=first if t.column == column else t.column) for t in things]
     things[0] = replace(things[0], column=column)
-    target, things, sound, heard = _sounding(rng, things)
-    evidence = f"{heard} {target.when}. {target.when} {target.name} flashes."
-    scene = _scene(rng, _shuffled(rng, things), sound)
-    question = "Where is the object that makes the sound?"
-    return Draft(scene, question, answer, evidence, target=target, heard=(heard, target.when))
+    return _sounding(things, "Where is the object that makes the {}?", answer, rng)
 
 
 def _source(answer: str, rng: np.random.Generator) -> Draft:
-    target, things, sound, heard = _sounding(rng, _trio(rng, "flashes", shape=answer))
-    evidence = f"{heard} {target.when}. {target.when} {target.name} flashes."
-    scene = _scene(rng, _shuffled(rng, things), sound)
-    return Draft(scene, "Which shape makes the sound?", answer, evidence, target=target, heard=(heard, target.when))
+    return _sounding(_trio(rng, "flashes", shape=answer), "Which shape makes the {}?", answer, rng)
+
+
+def _sounding(things: list[Thing], question: str, answer: str, rng: np.random.Generator) -> Draft:
+    kinds, slots = _pick(rng, KINDS, int(rng.integers(1, 4))), _pick(rng, SLOTS, 3)
+    return _at_the_sound(things, kinds, slots, question, answer, rng)
 
 
 _V, _A, _AV = ("video",), ("audio",), ("video", "audio")
@@ -299,9 +309,10 @@ def judge_words(draft: Draft) -> dict[str, dict[str, list[str]]]:
     said = words & set(describe_sound(scene.sound).replace(".", "").split())
     plurals = ({"tone", "tones"}, {"beep", "beeps"})
     audible = said.union(*(pair for pair in plurals if pair & said), *([plurals[0]] if said & set(PITCHES) else []))
-    heard = sorted({w for item in draft.heard for w in item.split()} or said)
+    heard = sorted({w for item in draft.heard for w in item.split()})
     wrong_sounds = sorted(words - audible)
-    wrong_times = [slot for slot in SLOTS if slot not in heard] if set(heard) & set(SLOTS) else []
+    told = set(draft.evidence.replace(".", "").split())
+    wrong_times = [slot for slot in SLOTS if slot not in told] if set(heard) & set(SLOTS) else []
     seen = {t.shape for t in scene.things} | {t.color for t in scene.things}
     shown = [target.color, target.shape] if target else []
     column = COLUMNS[target.column] if target and target.act != "slides" else None
@@ -310,7 +321,7 @@ def judge_words(draft: Draft) -> dict[str, dict[str, list[str]]]:
         "visual_id_score": {"expect": shown, "contradict": sorted({*SHAPES, *COLORS} - seen)},
         "location_acc_score": {
             "expect": [column] if column else [],
-            "contradict": [c for c in COLUMNS if c != column] if column else [],
+            "contradict": [c for c in COLUMNS if c not in told] if column else [],
         },
-        "caption_corr_score": {"expect": sorted(said) or ["no"], "contradict": wrong_sounds},
+        "caption_corr_score": {"expect": (sorted(said) or ["no"]) if heard else [], "contradict": wrong_sounds},
     }

@@ -38,9 +38,9 @@ from data_tools.world import (
 from megatron_avatar.data.manifest import write_manifest
 from megatron_avatar.records import Media, Sample
 
-WORLD = 2  # raised when the same seed gives other clips or questions
+WORLD = 3  # raised when the same seed gives other clips or questions
 MARKER = "complete.json"
-# Samples a family by split; train differs by stage so that each stage has 640 prompts.
+# Samples a family by split; train differs by stage so that each stage has 320 prompts of its own.
 SIZES: dict[str, dict[str, dict[str, int]]] = {
     "tiny": {
         "sft": {"visual": 2, "audio_visual": 2, "localisation": 2},
@@ -49,7 +49,7 @@ SIZES: dict[str, dict[str, dict[str, int]]] = {
     },
     "demo": {
         "sft": {"visual": 144, "audio_visual": 144, "localisation": 192},
-        "train": {"visual": 160, "audio_visual": 128, "localisation": 320},
+        "train": {"visual": 80, "audio_visual": 64, "localisation": 160},
         "eval": {"visual": 36, "audio_visual": 36, "localisation": 36},
     },
 }
@@ -97,6 +97,9 @@ def _sample(sample_id: str, split: str, name: str, index: int, draft: Draft, rng
         choices = (*others[:position], draft.answer, *others[position:])
         answer = LETTERS[position]
         conclusion = f"{draft.answer} is {answer}"
+    hint, question = draft.hint or family.hint, draft.question
+    if split == "sft" and draft.hint and not choices and index % 2:
+        question = f"{question}\nHint: {hint}"  # as a prompt with its hint reads, so that hints are understood
     facts = scene.facts() | {
         "caption": f"{describe_things(scene)} {describe_sound(scene.sound)}",
         "needs": list(family.needs),
@@ -110,13 +113,13 @@ def _sample(sample_id: str, split: str, name: str, index: int, draft: Draft, rng
         stage=family.stage,
         split=split,
         family=name,
-        question=draft.question,
+        question=question,
         choices=choices,
         answer=answer,
         problem_type=family.problem_type,
         media=(clip_media(sample_id, scene),),
         trace=trace if split == "sft" else None,
-        hint=family.hint,
+        hint=hint,
         audio_caption=describe_sound(scene.sound),
         scene=facts,
     )

@@ -11,7 +11,7 @@ import pytest
 from data_tools import show
 from data_tools.families import FAMILIES
 from data_tools.synthesize import MARKER, SIZES, draw_samples, synthesize
-from data_tools.world import COLUMNS, SHAPES, describe_sound, render_frames, render_sound
+from data_tools.world import COLUMNS, SHAPES, SLOTS, describe_sound, render_frames, render_sound
 from megatron_avatar.data.decode import decode_audio, decode_frames
 from megatron_avatar.data.manifest import load_manifest, sample_to_dict
 
@@ -98,9 +98,9 @@ def _solved(sample):
             period = next(p for p in (2, 3, 4) if all(a == b for a, b in zip(tones, tones[p:], strict=False)))
             return [tones[5 - period]]
         case "where":
-            return [COLUMNS[t["column"]] for t in things if t["when"] in heard]
+            return [COLUMNS[t["column"]] for t in things if heard.get(t["when"], "-") in sample.question]
         case "source":
-            return [t["shape"] for t in things if t["when"] in heard]
+            return [t["shape"] for t in things if heard.get(t["when"], "-") in sample.question]
 
 
 def test_every_question_has_one_answer_and_the_scene_gives_it(demo):
@@ -162,6 +162,29 @@ def test_traces_and_judge_words_agree_with_the_scene(demo):
             assert not words & set(rule["contradict"]), (sample.id, name)
             if sample.stage == "localisation":
                 assert rule["expect"] and set(rule["expect"]) <= words, (sample.id, name)
+
+
+def test_a_trace_ends_with_the_thing_that_the_answer_is_about(demo):
+    """Nothing is told beyond it, so that going on and stopping early are both mistakes that a reward can tell."""
+    for sample, _ in demo:
+        if sample.family in ("what", "order", "sync", "where", "source"):
+            *before, last = sample.scene["evidence"].rstrip(".").split(". ")
+            assert _value(sample) in last.split(), sample.id
+            named = [sum(c in t.split() for c in SHAPES) for t in before]
+            assert sum(named) < len(sample.scene["things"]), sample.id
+
+
+def test_hints_say_where_or_when_and_a_share_of_traces_has_seen_them(demo):
+    seen = Counter()
+    for sample, _ in demo:
+        timed = sample.family in ("sync", "where", "source")
+        if timed:
+            when = next(w for w in SLOTS if w in sample.hint)
+            heard = {slot: kind for kind, slot in sample.scene["sound"]["items"]}
+            assert heard[when] in sample.hint and heard[when] in sample.question
+        assert sample.question.endswith(f"Hint: {sample.hint}") == ("Hint:" in sample.question)
+        seen[sample.split == "sft" and timed, "Hint:" in sample.question] += 1
+    assert seen[True, True] == seen[True, False] > 0 and seen[False, True] == 0
 
 
 def test_the_manifest_validates_and_files_hold_what_it_says(tiny):
