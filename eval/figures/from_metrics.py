@@ -10,7 +10,7 @@ from eval.figures import paper
 from eval.figures.entry import Entry, joined, published, seeds_told, sources
 from eval.figures.folder import Folder, Training, comparable
 from eval.figures.series import (
-    WINDOW,
+    REACH_WINDOW,
     Band,
     Reach,
     advantage_counts,
@@ -101,8 +101,9 @@ def sample_efficiency(folder: Folder) -> Entry:
     if figure is None:
         return Entry(name, title, None, reason="no training has logged accuracy rewards and completions generated")
     caption = joined(
-        f"Accuracy reward of fresh completions, mean over {WINDOW} updates of one stage, against the completions "
-        "generated in it. AVATAR's fresh prompts include hard ones visited again and, in part, hinted ones.",
+        f"Accuracy reward of fresh completions, mean over {REACH_WINDOW} updates of one stage, against the completions "
+        "generated in it.",
+        "AVATAR's fresh prompts include hard ones visited again and, in part, hinted ones." * ("avatar" in trainings),
         BANDS, *told(reached), seeds_told(trainings), published("sample_efficiency"),
     )  # fmt: skip
     return Entry(name, title, figure, caption, sources=sources(folder.out, trainings))

@@ -62,7 +62,8 @@ def position(folder: Folder) -> Entry:
         "Mean absolute surrogate of a token in bins of its place t / (L − 1). Training: all tokens of the updates, "
         "fresh and replayed, with the ratios of the update, averaged over updates.", seeds_told(trainings), told,
         "Points: means over seeds, strokes: their range; lines: the weighting w_t at the points' mean level. The shape "
-        "holds by construction: it checks the mechanism, not a benefit.", published(name),
+        "holds by construction: it checks the mechanism, not a benefit. Completions with fewer tokens than there are "
+        "bins fill only some of them, which leaves a comb.", published(name),
     )  # fmt: skip
     return Entry(name, title, figure, caption, sources=sources(folder.out, trainings, used))
 
@@ -188,9 +189,9 @@ def over_training(folder: Folder) -> Entry:
         return Entry(name, title, None, reason="no checkpoint inside a training was evaluated")
     caption = joined(
         "Greedy answers of checkpoints; update 0 is the cold start that both begin from. Bands: 95 % bootstrap "
-        "intervals over items and seeds" + ("; in training, the seeds' range." if logged else "."),
-        f"In training: {seeds_told(trainings)}" if logged else "",
-        f"Checkpoints: {seeds_told([run for run in runs if run.system in MAIN])}" if runs else "",
+        f"intervals over items and seeds. {seeds_told([run for run in runs if run.system in MAIN])}" if runs else "",
+        "In training: the running stage's own held-out samples, so the curve begins anew with each stage; means over "
+        f"seeds, bands their range. {seeds_told(trainings)}" if logged else "",
         partial_told(runs), published(name),
     )  # fmt: skip
     return Entry(name, title, figure, caption, sources=sources(folder.out, trainings, runs))

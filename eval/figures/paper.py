@@ -162,14 +162,14 @@ def advantages(systems: Mapping[str, Advantages]) -> Figure | None:
                               edgecolor=look.color, linewidth=0.6, **style)  # fmt: skip
                     bottom = bottom + counts / total
             tallest = max(tallest, float(bottom.max()))
-            panel.set(title=f"{look.name}: {percent(found.vanished_share)} of the fresh completions without a signal",
-                      xlabel="advantage")  # fmt: skip
+            without = f"{percent(found.vanished_share)} of the fresh without a signal"
+            panel.set(title=f"{look.name}: {without}", xlabel="advantage")
             panel.yaxis.set_major_formatter(percent)
         axes[0].set(ylabel="share of completions", ylim=(0, 1.05 * tallest or 1))
         replayed = Patch(facecolor="#ffffff", edgecolor=INK, hatch="////")
         handles = [Patch(facecolor=INK), Patch(facecolor=FAINT), replayed]
         labels = ["zero: all rewards of the group equal", "fresh", "replayed"]
-        figure.legend(handles, labels, loc="outside upper center", ncols=3)
+        figure.legend(handles, labels, loc="outside upper center", ncols=3 if len(systems) > 1 else 2)
     return figure
 
 

@@ -16,6 +16,7 @@ from megatron_avatar.rl.shaping import temporal_weights
 
 Records = list[dict[str, Any]]
 WINDOW = 9  # steps of the running mean
+REACH_WINDOW = 15  # steps whose mean is compared with another system's final reward (docs/study.md)
 BINS = 20  # places of a completion, as training logs them
 
 
@@ -103,7 +104,7 @@ class Reach:
 
 
 def completions_to_reach(
-    records: Records, other: Records, key: str = "reward/accuracy", window: int = WINDOW
+    records: Records, other: Records, key: str = "reward/accuracy", window: int = REACH_WINDOW
 ) -> list[Reach]:
     """For every stage of both runs: completions after which `records` first reaches `other`'s final smoothed `key`.
 
@@ -130,7 +131,7 @@ class StageCurve:
     means: np.ndarray
 
 
-def stage_curve(records: Records, stage: str, key: str, window: int = WINDOW) -> StageCurve:
+def stage_curve(records: Records, stage: str, key: str, window: int = REACH_WINDOW) -> StageCurve:
     """The metric `key` in a stage of a run; empty where the run doesn't have it."""
     before = [r["completions_generated"] for r in records if r["step"] < stage_starts(records).get(stage, -math.inf)]
     completions, values = series([r for r in records if r.get("stage", "") == stage], key, "completions_generated")

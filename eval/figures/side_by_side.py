@@ -102,7 +102,7 @@ def score(prediction: Prediction) -> float | None:
 
 def side_by_side(clip: Clip) -> Figure:
     """Figure 8: question, pictures, waveform, and below them the completions beside one another, wrapped."""
-    texts = [_wrapped(_shown(answer), COLUMN)[:LINES] for _, answer in clip.answers]
+    texts = [_cut(_wrapped(_shown(answer), COLUMN)) for _, answer in clip.answers]
     question = _wrapped(f"{_question(clip.sample)}  Right answer: {clip.sample.answer}", 118)
     heights = [0.16 * len(question) + 0.1, 1.05, 0.6, 0.14 * max(map(len, texts)) + 0.4]
     columns = len(clip.answers)
@@ -148,6 +148,12 @@ def _wrapped(text: str, width: int) -> list[str]:
     """Lines of at most `width` characters; a character without a glyph becomes a replacement mark."""
     plain = "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text.replace("\t", " "))
     return [part for line in plain.split("\n") for part in (textwrap.wrap(line, width) or [""])]
+
+
+def _cut(lines: list[str]) -> list[str]:
+    """At most LINES of them, and how many there are more."""
+    rest = len(lines) - LINES
+    return lines if rest <= 0 else [*lines[:LINES], f"[{rest} more lines]"]
 
 
 def _write(axes: Axes, lines: Sequence[str], style: Mapping[str, Any]) -> None:

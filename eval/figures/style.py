@@ -91,7 +91,7 @@ def percent(value: float, _: int = 0) -> str:
 def to_svg(figure: Figure, salt: str) -> str:
     """The figure as an `<svg>` element; `salt` keeps the ids of several on one page apart."""
     buffer = io.StringIO()
-    with rc_context({"svg.hashsalt": salt}):
+    with styled(), rc_context({"svg.hashsalt": salt}):  # ticks are made when it is saved
         figure.savefig(buffer, format="svg", facecolor="white", metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     return text[text.index("<svg") :]
@@ -103,11 +103,11 @@ def save(figures: Mapping[str, Figure], folder: Path, kinds: tuple[str, ...] = (
     elements = {name: to_svg(figure, name) for name, figure in figures.items()}
     for name, element in elements.items():
         (folder / f"{name}.svg").write_text(element, encoding="utf-8")
-        if "pdf" in kinds:  # without a date: the same numbers give the same bytes
-            with styled():
+        with styled():
+            if "pdf" in kinds:  # without a date: the same numbers give the same bytes
                 figures[name].savefig(folder / f"{name}.pdf", facecolor="white", metadata={"CreationDate": None})
-        if "png" in kinds:
-            figures[name].savefig(folder / f"{name}.png", dpi=150, facecolor="white")
+            if "png" in kinds:
+                figures[name].savefig(folder / f"{name}.png", dpi=150, facecolor="white")
     return elements
 
 

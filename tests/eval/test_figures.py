@@ -154,7 +154,7 @@ def test_vanished_groups_stand_out_at_zero():
     np.testing.assert_allclose(bars, [
         (0, 0.25, 0), (-1, 0.2, 0), (0, 0.05, 0.25), (-1, 0.25, 0.2), (0, 0.25, 0.3),
     ])  # fmt: skip
-    assert "50 % of the fresh" in figure.axes[0].get_title("left") and paper.advantages({}) is None
+    assert "50 % of the fresh without" in figure.axes[0].get_title("left") and paper.advantages({}) is None
 
 
 def test_gains_are_in_points():

@@ -15,8 +15,11 @@ from eval.figures.build import FIGURES, build
 from eval.figures.entry import published
 from eval.figures.folder import Folder, comparable
 from eval.figures.gain import gain_bins
+from eval.figures.side_by_side import COLUMN, LINES, Clip, side_by_side
+from eval.figures.style import to_svg
 from eval.items import Item, item_to_dict
 from eval.score import read_predictions
+from megatron_avatar.records import Sample
 from tests.eval.made_up import write_clip, write_lines
 from tests.eval.made_up_reproduction import (
     ITEMS,
@@ -187,6 +190,19 @@ def test_figure_8_is_not_chosen_by_who_is_right(out, tmp_path):
     assert "s0, the first of held-out samples" in comparison.comparison(Folder(again, "tiny")).caption
     shown = [text.get_text() for axes in entry.figure.axes for text in axes.texts]
     assert max(len(row) for text in shown for row in text.split("\n")) <= 118 and any("$at$" in text for text in shown)
+
+
+def test_a_long_completion_is_wrapped_and_its_cut_is_told():
+    text = "\n".join(["word " * 40] * 30) + "\x00" + "y" * 200
+    answer = {"text": text, "error": None, "scores": {"accuracy": 1.0}}
+    sample = Sample("s", "visual", "eval", "what", "Q?", "A", "other")
+    figure = side_by_side(Clip(sample, [], None, ["no sound track"], [("GRPO", answer), ("AVATAR", None)]))
+    texts = [text.get_text() for axes in figure.axes for text in axes.texts]
+    rows = texts[2].split("\n")
+    assert len(rows) == LINES + 1 and max(map(len, rows)) <= COLUMN
+    assert rows[-1] == "[63 more lines]"  # of 29 · 4 and, with the word that no line holds, 7
+    assert texts[1] == "no sound track" and texts[3] == "not measured"
+    assert "<svg" in to_svg(figure, "x")
 
 
 def test_figure_8_of_a_benchmark_takes_its_first_item_with_sound(out, tmp_path):
