@@ -13,11 +13,12 @@ from data_tools.prepare.damage import Refused
 from data_tools.prepare.measure import PICTURES, opened
 
 OPTIONS = {"preset": "veryfast", "crf": "16", "threads": "1"}
+TICK = Fraction(1, 90_000)
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 def cut(path: Path, target: Path, start: float, end: float | None) -> None:
-    """Writes the frames and the sound of [start, end) seconds of a clip as H.264 and FLAC in Matroska.
+    """Writes the frames and the sound of [start, end) seconds of a clip as H.264 and PCM in Matroska.
 
     Raises Refused where no frame lies there.
     """
@@ -28,13 +29,14 @@ def cut(path: Path, target: Path, start: float, end: float | None) -> None:
         stream.codec_context.thread_count = 1
         rate = stream.average_rate or Fraction(25)
         pictures = sink.add_stream("libx264", rate=rate, options=OPTIONS)
+        pictures.codec_context.time_base = TICK
         pictures.width, pictures.height = stream.codec_context.width // 2 * 2, stream.codec_context.height // 2 * 2
         pictures.pix_fmt = "yuv420p"
-        sounds = sink.add_stream("flac", rate=16_000, layout="mono") if source.streams.audio else None
+        sounds = sink.add_stream("pcm_s16le", rate=16_000, layout="mono") if source.streams.audio else None
         written = 0
         for frame in _between(source, stream, start, end):
             picture = frame.reformat(pictures.width, pictures.height, "yuv420p")
-            picture.pts, picture.time_base = written, 1 / rate
+            picture.pts, picture.time_base = round((frame.time - start) / TICK), TICK  # a varying rate stays one
             picture.pict_type = 0  # the encoder chooses, not the source
             sink.mux(pictures.encode(picture))
             written += 1
@@ -62,11 +64,12 @@ def _between(source: av.container.InputContainer, stream: av.stream.Stream, star
 
 
 def from_frames(folder: Path, target: Path, fps: float, start: float | None, end: float | None) -> None:
-    """Writes the pictures of a folder, in the order of their names, as a clip of `fps` frames a second.
+    """Writes the pictures of a folder, in the order of their names (2 before 10), as a clip of `fps` frames a second.
 
     Raises Refused for a folder without pictures in [start, end) seconds.
     """
-    names = sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURE_SUFFIXES)
+    pictures = (path for path in folder.iterdir() if path.suffix.lower() in PICTURE_SUFFIXES)
+    names = sorted(pictures, key=lambda path: (len(path.stem), path.stem))
     first, last = round((start or 0) * fps), len(names) if end is None else round(end * fps)
     if not names[first:last]:
         raise Refused("no_picture", f"the folder holds {len(names)} pictures, none of them in that time")
