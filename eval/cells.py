@@ -132,6 +132,6 @@ def _statistic(strata: list[str], aggregate: Aggregate, *, root: bool) -> Statis
     merged = {value: name for name, values in (aggregate.get("merge") or {}).items() for value in values}
     names = list(dict.fromkeys(strata))
     units = [merged.get(name, name) for name in names]
-    weights = np.array([1 / units.count(unit) for unit in units]) / max(len(set(units)), 1)
+    weights = np.array([1 / units.count(unit) for unit in units])
     number = {name: i for i, name in enumerate(names)}
     return Statistic(np.array([number[name] for name in strata], int), weights, root)

@@ -41,7 +41,7 @@ class Difference(Estimate):
 class Statistic:
     """What is made of the items' scores: the weighted mean of the strata's means, and its root where `root` is set.
 
-    strata [items] numbers each item's stratum, weights [strata] sum to 1. A resample keeps the size of each stratum.
+    strata [items] numbers each item's stratum, weights [strata] are relative. A resample keeps the size of each stratum.
     """
 
     strata: np.ndarray
