@@ -124,43 +124,47 @@ def _codec(path: Path) -> str:
 
 def _decode_pyav(path: Path, indices: np.ndarray) -> np.ndarray:
     """From the packets that are needed, where they tell which frames they hold; else from all up to the last frame."""
-    wanted = sorted(set(indices.tolist()))
+    wanted, places = np.unique(indices, return_inverse=True)
     try:
-        frames = _decode_needed(path, wanted)
+        frames = _decode_needed(path, wanted.tolist())
     except (packets.Untrusted, av.FFmpegError):  # a damaged packet may be one that the frames don't need
-        frames = _decode_in_turn(path, wanted)
-    if len(frames) < len(wanted):
+        frames = _decode_in_turn(path, wanted.tolist())
+    if frames is None:
         raise MediaError(path, f"ends before frame {wanted[-1]}, which its manifest line promises (truncated?)")
-    return np.stack([frames[i] for i in indices.tolist()]).transpose(0, 2, 3, 1)
+    as_wanted = len(places) == len(wanted) and (places[1:] > places[:-1]).all()
+    return (frames if as_wanted else frames[places]).transpose(0, 2, 3, 1)
 
 
-def _decode_needed(path: Path, wanted: list[int]) -> dict[int, np.ndarray]:
+def _decode_needed(path: Path, wanted: list[int]) -> np.ndarray | None:
     with av.open(str(path)) as container:
         stream = _video_stream(container, path)
-        to_rgb = _Converter(stream)
+        frames = _Frames(path, stream, wanted)
         index = packets.read_index(container, stream, path.stat().st_size)
-        if wanted[-1] >= len(index.order):
-            return {}
-        return {k: to_rgb(frame) for k, frame in packets.decode_chosen(container, stream, index, wanted)}
+        if wanted[-1] < len(index.order):
+            for k, frame in packets.decode_chosen(container, stream, index, wanted):
+                frames.put(k, frame)
+        return frames.all()
 
 
-def _decode_in_turn(path: Path, wanted: list[int]) -> dict[int, np.ndarray]:
-    frames: dict[int, np.ndarray] = {}
+def _decode_in_turn(path: Path, wanted: list[int]) -> np.ndarray | None:
     with av.open(str(path)) as container:
         stream = _video_stream(container, path)
-        to_rgb, chosen = _Converter(stream), set(wanted)
+        frames, chosen = _Frames(path, stream, wanted), set(wanted)
         for index, frame in enumerate(container.decode(stream)):
             if index in chosen:
-                frames[index] = to_rgb(frame)
+                frames.put(index, frame)
             if index == wanted[-1]:
                 break
-    return frames
+        return frames.all()
 
 
-class _Converter:
-    """Frames of a stream as RGB bytes [3, H, W], with DALI's numbers."""
+class _Frames:
+    """The wanted frames of a stream as RGB bytes [T, 3, H, W], with DALI's numbers."""
 
-    def __init__(self, stream: av.VideoStream) -> None:
+    def __init__(self, path: Path, stream: av.VideoStream, wanted: list[int]) -> None:
+        self._path, self._places = path, {index: place for place, index in enumerate(wanted)}
+        self._rgb: np.ndarray | None = None
+        self._missing = len(wanted)
         self._graph = av.filter.Graph()
         # one thread: clips are decoded side by side, and starting threads takes longer than a short clip
         stream.codec_context.thread_count = self._graph.threads = 1
@@ -169,14 +173,24 @@ class _Converter:
             graph.add_buffer(template=stream), *(graph.add(*node) for node in TO_RGB), graph.add("buffersink")
         ).configure()
 
-    def __call__(self, frame: av.VideoFrame) -> np.ndarray:
+    def put(self, index: int, frame: av.VideoFrame) -> None:
+        """Convert a frame into its place."""
+        size = frame.height, frame.width
+        if self._rgb is None:
+            self._rgb = np.empty((len(self._places), 3, *size), np.uint8)
+        if self._rgb.shape[2:] != size:  # FFmpeg would stretch it
+            raise MediaError(self._path, f"its size changes before frame {index}", "encode it anew")
         self._graph.push(frame)
         picture = self._graph.pull()
-        rgb = np.empty((3, picture.height, picture.width), np.uint8)
+        rgb = self._rgb[self._places[index]]
         for channel, plane in zip((1, 2, 0), picture.planes, strict=True):
             rows = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)
-            rgb[channel] = rows[: picture.height, : picture.width]
-        return rgb
+            rgb[channel] = rows[: size[0], : size[1]]
+        self._missing -= 1
+
+    def all(self) -> np.ndarray | None:
+        """None where a frame did not come."""
+        return None if self._missing else self._rgb
 
 
 def decode_image(path: Path) -> np.ndarray:

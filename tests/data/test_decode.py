@@ -1,7 +1,9 @@
 """Frame plans, the two video heads against each other, and damaged files."""
 
 import pickle
+from fractions import Fraction
 
+import av
 import numpy as np
 import pytest
 import soundfile
@@ -173,3 +175,22 @@ def test_image(tmp_path, monkeypatch):
     for name in ("half.png", "text.png", "missing.png", "bomb.png"):
         with pytest.raises(MediaError, match=rf"{name}: "):
             decode_image(tmp_path / name)
+
+
+def test_a_size_that_changes_within_a_clip_is_named(tmp_path):
+    path = tmp_path / "two.avi"
+    with av.open(str(path), "w") as sink:
+        stream = sink.add_stream("mjpeg", rate=8)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuvj420p"
+        for k in range(8):
+            encoder = av.CodecContext.create("mjpeg", "w")
+            encoder.width, encoder.height, encoder.pix_fmt = 64 if k < 4 else 32, 48, "yuvj420p"
+            encoder.time_base = stream.time_base = Fraction(1, 8)
+            frame = av.VideoFrame.from_ndarray(np.full((48, encoder.width, 3), 30 * k, np.uint8), format="rgb24")
+            frame.pts = k
+            for packet in [*encoder.encode(frame), *encoder.encode(None)]:
+                packet.stream = stream
+                sink.mux(packet)
+    assert decode_frames(path, np.arange(4)).shape == (4, 48, 64, 3)
+    with pytest.raises(MediaError, match="its size changes before frame 4"):
+        decode_frames(path, np.arange(8))

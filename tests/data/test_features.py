@@ -37,6 +37,17 @@ def test_image_patches_equal_transformers(size):
     assert torch.equal(pixels, expected["pixel_values"])
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 6])
+def test_frames_in_planes_are_resized_and_cut_as_pillow_resizes_each(count):
+    frames = np.random.default_rng(count).integers(0, 256, (count, 3, 61, 90), dtype=np.uint8).transpose(0, 2, 3, 1)
+    expected = [np.asarray(Image.fromarray(np.ascontiguousarray(f)).resize((84, 56), Image.Resampling.BICUBIC))
+                for f in frames]  # fmt: skip
+    small = resize(frames, 56, 84)
+    assert np.array_equal(small, np.stack(expected)) and small.transpose(0, 3, 1, 2).flags.c_contiguous
+    if count % 2 == 0:
+        assert torch.equal(patchify(small)[0], patchify(np.stack(expected))[0])
+
+
 def test_video_patches_hold_both_frames_of_a_pair():
     """A video patch is the image patch of its first frame beside the image patch of its second."""
     frames = np.random.default_rng(1).integers(0, 256, (4, 56, 84, 3), dtype=np.uint8)

@@ -51,7 +51,7 @@ def make(path, times=None, codec=None):
 def in_turn(path):
     frames = decode._decode_in_turn(path, list(range(FRAMES)))
     assert len(frames) == FRAMES
-    return np.stack([frames[k] for k in range(FRAMES)]).transpose(0, 2, 3, 1)
+    return frames.transpose(0, 2, 3, 1)
 
 
 def index_of(path):
