@@ -148,9 +148,9 @@ def statement(table: Record) -> list[str]:
         if data["quirks"]:
             lines.append(f"{benchmark}, quirks of the protocol: {'; '.join(data['quirks'])}.")
     lines.append(
-        "Intervals: bootstrap over items and, with several, seeds. Against the baseline: paired bootstrap over the "
-        f"seeds and items of both rows, p two-sided and as it is; * marks p < {SIGNIFICANT} after Holm's correction "
-        f"for the table's {table['tests']} tests."
+        "Intervals: bootstrap over items and, with several, seeds. Against the baseline: seeds and items of both rows "
+        "in pairs, p two-sided, the larger one of bootstrap and sign flips; "
+        f"* marks p < {SIGNIFICANT} after Holm's correction for the table's {table['tests']} tests."
     )
     return [*lines, *table["notes"]]
 

@@ -41,7 +41,7 @@ class Difference(Estimate):
 class Statistic:
     """What is made of the items' scores: the weighted mean of the strata's means, and its root where `root` is set.
 
-    strata [items] numbers each item's stratum, weights [strata] are relative. A resample keeps the size of each stratum.
+    strata [items] numbers each item's stratum, weights [strata] are relative. Resamples keep the strata's sizes.
     """
 
     strata: np.ndarray
@@ -53,7 +53,7 @@ class Statistic:
         return cls(np.zeros(items, int), np.ones(1))
 
     def finish(self, means: np.ndarray) -> np.ndarray:
-        return np.sqrt(means) if self.root else means
+        return np.sqrt(np.maximum(means, 0.0)) if self.root else means
 
 
 def estimate(
@@ -85,10 +85,11 @@ def difference(
     """The statistic of `first` minus that of `second` [seeds, items] over the answers that both gave.
 
     Every resample draws the same seeds and items for both, so what makes an item easy or a seed lucky for both cancels
-    out. p is the share of resamples, centred on no difference, that lie at least as far out as the one measured. The
-    same draws give the interval, so that the two hardly ever contradict each other; and unlike a sign-flip test over
-    items (with which it agrees for one seed, bar a few discordant items, where it is the more liberal one) it takes
-    account of seeds. ValueError where no answer is shared.
+    out. p is the larger one of two. Bootstrap: the share of resamples, centred on no difference, that lie at least as
+    far out as the one measured; it takes account of seeds, but of few or equal differences it makes a certainty.
+    Sign flips: the same share when the two systems are swapped at random in each item, for all seeds together; it is
+    exact however few items differ (McNemar's test for right and wrong), but knows nothing of other seeds.
+    ValueError where no answer is shared.
     """
     first, second = (np.atleast_2d(np.asarray(scores, float)) for scores in (first, second))
     assert first.shape == second.shape, (first.shape, second.shape)
@@ -101,8 +102,9 @@ def difference(
     resampled = _resampled(pair, statistic, seed, resamples)
     deltas = resampled[:, 0] - resampled[:, 1]
     low, high = _interval(deltas)
-    extreme = int(np.sum(np.abs(deltas - value) >= abs(value) - 1e-12))
-    p = (extreme + 1) / (resamples + 1)  # the measured sample is one of those that no difference could bring about
+    nulls = (deltas - value, _flipped(pair, statistic, seed, resamples))
+    # The measured sample is one of those that no difference could bring about: hence the 1.
+    p = max(float((np.abs(null) >= abs(value) - 1e-12).sum() + 1) / (resamples + 1) for null in nulls)
     return Difference(value, low, high, int(both.sum()), pair.shape[1], p)
 
 
@@ -156,20 +158,42 @@ def _resampled(scores: np.ndarray, statistic: Statistic, seed: int, resamples: i
         return (np.nan_to_num(finished) * drawn).sum(axis=2) / drawn.sum(axis=2)
 
 
-def _resampled_means(rows: np.ndarray, rng: np.random.Generator, resamples: int) -> np.ndarray:
-    """Means [resamples, rows] of bootstrap samples of the items of `rows` [rows, items]."""
+def _flipped(pair: np.ndarray, statistic: Statistic, seed: int, resamples: int) -> np.ndarray:
+    """Differences [resamples] of the two systems of `pair` [2, seeds, items] when they are swapped in random items."""
+    rng, seeds = np.random.default_rng(seed), pair.shape[1]
+    means = np.full((resamples, 2, seeds, len(statistic.weights)), np.nan)
+    for stratum in range(len(statistic.weights)):
+        values, present, counts = _patterns(pair[:, :, statistic.strata == stratum].reshape(2 * seeds, -1))
+        first, second = values[:seeds], values[seeds:]
+        block = max(1, BLOCK // max(len(counts), 1))
+        for start in range(0, resamples, block):
+            part = means[start : start + block, :, :, stratum]
+            moved = rng.binomial(counts, 0.5, size=(len(part), len(counts))) @ (second - first).T
+            sums = np.stack([first @ counts + moved, second @ counts - moved], axis=1)
+            part[:] = _strata_means(present[:seeds] @ counts, sums)
+    finished = statistic.finish(_weighted(means, statistic.weights))
+    return np.nanmean(finished[:, 0] - finished[:, 1], axis=1)
+
+
+def _patterns(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Distinct columns of `rows` [rows, items]: values (0 where there is none), which are present, how often each is.
+
+    Items with the same scores in every row are interchangeable: only how often each pattern is drawn matters.
+    """
     rows = rows[:, np.isfinite(rows).any(axis=0)]
-    if not rows.shape[1]:
-        return np.full((resamples, len(rows)), np.nan)
-    # Items with the same scores in every row are interchangeable: only how often each pattern is drawn matters.
     patterns, counts = np.unique(np.where(np.isfinite(rows), rows, np.inf), axis=1, return_counts=True)
     present = np.isfinite(patterns)
-    values = np.where(present, patterns, 0.0)
-    blocks = [
-        _strata_means(drawn @ present.T.astype(float), drawn @ values.T)
-        for drawn in _draws(counts, rng, resamples)
-    ]
-    return np.concatenate(blocks)
+    return np.where(present, patterns, 0.0), present.astype(float), counts
+
+
+def _resampled_means(rows: np.ndarray, rng: np.random.Generator, resamples: int) -> np.ndarray:
+    """Means [resamples, rows] of bootstrap samples of the items of `rows` [rows, items]."""
+    values, present, counts = _patterns(rows)
+    if not len(counts):
+        return np.full((resamples, len(rows)), np.nan)
+    return np.concatenate(
+        [_strata_means(drawn @ present.T, drawn @ values.T) for drawn in _draws(counts, rng, resamples)]
+    )
 
 
 def _draws(counts: np.ndarray, rng: np.random.Generator, resamples: int) -> Iterator[np.ndarray]:

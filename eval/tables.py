@@ -39,7 +39,7 @@ def build(results: Results, name: str, protocol: str, *, small: bool) -> Record:
     title = plan.get("title") or printed["title"]
     table: Record = {
         "name": f"small_{name}" if small else name,
-        "title": f"{title}, in small" if small else title,
+        "title": f"{plan.get('small_title', title)}, in small" if small else title,
         "paper": plan.get("paper"),
         "paper_model": printed.get("model", "Qwen2.5-Omni-7B") if plan.get("paper") else None,
         "small": small,

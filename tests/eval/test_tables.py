@@ -207,6 +207,7 @@ def test_a_tiny_models_tables_show_no_benchmark_and_no_published_value(tmp_path)
     assert {"small_av", "small_equal_effort"} <= {table["name"] for table in small}
     columns = {name for plan in spec()["tables"].values() for name in plan.get("columns", {})}
     for table in small:
+        assert not re.search("WorldSense|7B|3B", table["title"])
         assert not columns & {column["name"] for column in table["columns"]}
         assert all(cell["paper"] is None for row in table["rows"] for cell in row["cells"].values())
         assert not any(row["out_of_scope"] for row in table["rows"])
