@@ -13,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("megatron_avatar", "data_tools", "eval", "slurm")
+REQUIREMENTS = ("requirements.txt", "requirements-bench.txt", "requirements-lmms.txt")
 PYTHON_FILES = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]
 # What a room may import of the project besides itself, records.py and keyed.py; None: everything below floor 5.
 FLOORS = {
@@ -72,7 +73,7 @@ def test_endpoints_need_settings_alone():
 
 
 def test_every_import_is_a_pinned_requirement():
-    text = "".join((ROOT / name).read_text() for name in ("requirements.txt", "requirements-bench.txt"))
+    text = "".join((ROOT / name).read_text() for name in REQUIREMENTS)
     pins = dict(re.findall(r"^([\w.-]+)==(\S+)$", text, re.MULTILINE))
     pinned = {name.lower().replace("_", "-") for name in pins}
     assert "apex" not in pinned
@@ -89,8 +90,9 @@ def test_every_import_is_a_pinned_requirement():
 
 
 def test_requirements_are_exact():
-    lines = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and line[0] != "#"]
-    assert lines and all(re.fullmatch(r"[\w-]+==[\w.]+", line) for line in lines)
+    for name in REQUIREMENTS:
+        lines = [line for line in (ROOT / name).read_text().splitlines() if line and line[0] != "#"]
+        assert lines and all(re.fullmatch(r"[\w-]+==[\w.]+", line) for line in lines), name
 
 
 def test_the_readme_names_targets_and_files_that_exist():
