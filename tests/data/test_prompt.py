@@ -116,6 +116,16 @@ def test_seconds_per_grid_are_those_really_sampled():
     assert plan_media(long, replace(DATA, max_frames=8)).seconds_per_grid == 15.0  # 8 frames of 60 s, not 2 / fps
 
 
+@pytest.mark.parametrize(("frames", "grid"), [(768, (384, 24, 46)), (96, (48, 52, 92)), (16, (8, 52, 92))])
+def test_a_long_video_stays_within_the_budget_of_the_whole_clip(frames, grid):
+    """Per frame 90,316,800 / T * 2 pixels, at 768 frames 235,200: of 1280 x 720, 12.99 by 23.09 tokens,
+    rounded down. Shorter clips keep the frame's own limit, which 26 by 46 tokens don't reach."""
+    data = DataConfig(fps=1.0, max_frames=768, frame_max_pixels=1_016_064)
+    plan = plan_media(Media("v", "video", frames * 25, 25.0, None, 720, 1280), data)
+    assert plan.grid == grid and len(plan.indices) == frames
+    assert plan.grid[0] * plan.grid[1] * plan.grid[2] * 196 <= 90_316_800
+
+
 def test_each_video_has_its_own_sound_flag():
     """A clip without sound beside one with: the tokens of each are those that it has alone."""
     mute = Media("v", "video", 16, 8.0, None, 84, 84)
