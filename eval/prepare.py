@@ -103,9 +103,11 @@ def held_out(manifest: Path, split: str = "eval") -> Prepared:
 def _held_out_item(sample: Sample) -> Item:
     kind = PROBLEM_KINDS.get(sample.problem_type, "text")
     letters = "".join(chr(ord("A") + k) for k in range(len(sample.choices)))
-    groups = {"stage": (sample.stage,), "family": (sample.family,)}
-    return Item(sample.id, kind, sample.question, sample.answer, letters, sample.choices, groups,
-                {"problem_type": sample.problem_type}, sample.media)  # fmt: skip
+    return Item(
+        id=sample.id, kind=kind, question=sample.question, gold=sample.answer, letters=letters, choices=sample.choices,
+        groups={"stage": (sample.stage,), "family": (sample.family,)}, keep={"problem_type": sample.problem_type},
+        media=sample.media,
+    )  # fmt: skip
 
 
 def _identity(wanted: Wanted) -> list[Any]:

@@ -26,7 +26,7 @@ FAMILIES = ("omni_7b", "omni_3b", "vl_7b", FAMILY)
 
 
 def build(out: Path) -> Path:
-    """Write everything; returns the report. ValueError for a folder that is no reproduction's, or contradicts itself."""
+    """Write everything; returns the report. ValueError for a folder without runs, or with files that contradict others."""
     there = [family for family in FAMILIES if any((out / kind / family).is_dir() for kind in ("runs", "predictions"))]
     if not there:
         raise ValueError(f"{out} holds no runs/FAMILY or predictions/FAMILY; run slurm/reproduce.py first")
@@ -67,7 +67,7 @@ def build(out: Path) -> Path:
 
 
 def provenance(out: Path) -> dict[str, Any]:
-    """trainings, predictions, and sums: commits, devices, versions, hours. Everything is read from what the runs wrote."""
+    """trainings, predictions, and sums: commits, devices, versions, hours; all of it read from what the runs wrote."""
     trainings = []
     for path in sorted(out.glob("runs/*/*/seed_*")):
         if path.parent.is_symlink() or path.is_symlink() or not (path / "config.yaml").exists():
@@ -90,14 +90,15 @@ def provenance(out: Path) -> dict[str, Any]:
         if path.resolve() == path:  # no link to another system's
             predictions.append({"file": str(path.relative_to(out.resolve())), **_read(path)})
     everything = [*trainings, *predictions]
+    linked = sorted(f"{p.parent.name}/{p.name}" for p in out.glob("runs/*/*/seed_*") if p.is_symlink())
     return {
         "commits": dict(Counter(entry["commit"] for entry in everything if entry.get("commit"))),
         "devices": dict(Counter(entry["device"] for entry in everything if entry.get("device"))),
-        "versions": [json.loads(v) for v in sorted({json.dumps(e["versions"]) for e in everything if e.get("versions")})],
+        "versions": list({json.dumps(e["versions"]): e["versions"] for e in everything if e.get("versions")}.values()),
         "training_hours": round(sum(t["hours"] for t in trainings), 2),
         "evaluation_hours": round(sum(p["seconds"] for p in predictions) / 3600, 2),
         "gpu_hours": round(sum(entry["gpu_hours"] for entry in everything), 2),
-        "linked": sorted(f"{p.parent.parent.name}/{p.parent.name}" for p in out.glob("runs/*/*/seed_*") if p.is_symlink()),
+        "linked": linked,
         "trainings": trainings,
         "predictions": predictions,
     }  # fmt: skip

@@ -150,10 +150,10 @@ class _Family:
         """The members of the sweeps, on the seeds that they have."""
         sweeps = self.parts.get("sweeps", {})
         if self.seed in sweeps.get("seeds", [self.seed]):
-            self._systems({
-                f"{sweep}_{member}": [*sweeps.get("settings", []), *settings]
-                for sweep in sweeps.get("names", []) for member, settings in members_of(sweep, []).items()
-            })  # fmt: skip
+            members = {f"{sweep}_{member}": settings for sweep in sweeps.get("names", [])
+                       for member, settings in members_of(sweep, []).items()}  # fmt: skip
+            members |= sweeps.get("systems", {})
+            self._systems({name: [*sweeps.get("settings", []), *settings] for name, settings in members.items()})
 
     def _systems(self, systems: dict[str, list[str]]) -> None:
         needs = [f"{self.name}.sft.{self.seed}"] if "sft" in self.parts else self._made()
