@@ -195,7 +195,7 @@ def test_requests_get_the_answers_of_the_training_engine(world, responder, capsy
     importlib.util.find_spec("lmms_eval") is None,
     reason="needs lmms-eval: pip install --no-deps -r requirements-lmms.txt",
 )
-def test_lmms_eval_scores_the_model(world, responder, tmp_path):
+def test_lmms_eval_scores_the_model_on_two_ranks(world, responder, tmp_path):
     pairs = clips(world)
     right = expected(responder, world, [s for s, _ in pairs])
     rows = [{"question": shown(s), "video": str(path), "expected": text if i else "something else"}
@@ -204,7 +204,8 @@ def test_lmms_eval_scores_the_model(world, responder, tmp_path):
     (tmp_path / "clips.yaml").write_text(SYNTHETIC.replace("FOLDER", str(tmp_path)))
     (tmp_path / "clips_utils.py").write_text(FUNCTIONS)
     command = [
-        sys.executable, "-m", "eval.lmms", f"model={world / 'base'}", "recipe=tiny_avatar", "data.workers=0", "--",
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+        "-m", "eval.lmms", f"model={world / 'base'}", "recipe=tiny_avatar", "data.workers=0", "--",
         "--include_path", str(tmp_path), "--tasks", "synthetic_clips", "--batch_size", "4", "--verbosity", "DEBUG",
         "--log_samples", "--output_path", str(tmp_path / "out"),
     ]  # fmt: skip
