@@ -70,7 +70,7 @@ def test_what_stands_in_the_last_box(text, kind, answer):
 
 @pytest.mark.parametrize(
     ("answer", "letter"),
-    [("B", "B"), ("(B)", "B"), ("B. It stops", "B"), ("B:90", "B"), ("(B) 90", "B"), ("A thing", "A thing"), ("90", "90")],
+    [("B", "B"), ("(B)", "B"), ("B. It stops", "B"), ("B:90", "B"), ("(B) 90", "B"), ("A rod", "A rod"), ("90", "90")],
 )
 def test_a_letter_before_a_text_that_is_not_known(answer, letter):
     assert PARSERS["tagged"](f"<answer>{answer}</answer>", line()) == letter
