@@ -36,6 +36,7 @@ JUDGE = f"""You are given a question, its correct answer, and a reply. {FENCES}
 Decide whether the reply's final answer means the same as the correct one: other wording, units written out and equal
 expressions are the same; a second answer beside it, or none, is not.
 Reply with one JSON object {{"verdict": "yes"}} or {{"verdict": "no"}} and nothing else."""
+VERDICTS = {"yes": 1.0, "no": 0.0}
 FIELDS = {"extract": ("extracted", "answer"), "judge": ("judged", "verdict")}  # of the line, of the model's reply
 
 
@@ -45,6 +46,7 @@ def asker(settings: list[str], folder: Path | None = None) -> Asking | None:
     Raises ValueError for other settings, and for an endpoint that doesn't answer within judge.wait_s.
     """
     base = OmegaConf.structured({"judge": JudgeConfig(model=MODEL)})
+    OmegaConf.set_struct(base, True)
     try:
         config = OmegaConf.to_object(OmegaConf.merge(base, OmegaConf.from_dotlist(settings)))["judge"]  # type: ignore[index]
     except Exception as error:  # OmegaConf has many kinds
@@ -60,8 +62,8 @@ def asker(settings: list[str], folder: Path | None = None) -> Asking | None:
             if not wanted:
                 continue
             endpoint = Endpoint(
-                config.endpoint, config.model, json_field(key), schema=text_schema(key), concurrency=config.concurrency,
-                deadline_s=config.deadline_s, retries=config.retries,
+                config.endpoint, config.model, _reader(task, key), schema=text_schema(key),
+                concurrency=config.concurrency, deadline_s=config.deadline_s, retries=config.retries,
                 replies=Replies(folder, task) if folder is not None else None,
             )  # fmt: skip
             try:
@@ -71,7 +73,7 @@ def asker(settings: list[str], folder: Path | None = None) -> Asking | None:
             finally:
                 endpoint.close()
             for n, reply in zip(wanted, replies, strict=True):
-                lines[n] = {**lines[n], field: _value(task, reply), f"{field}_by": config.model}
+                lines[n] = {**lines[n], field: reply, f"{field}_by": config.model}
         return lines
 
     return ask
@@ -94,8 +96,14 @@ def _wants(benchmark: Benchmark, line: Line, task: str, field: str) -> bool:
     return task == "extract" or "extract" not in tasks or line.get("extracted") not in (None, line["gold"])
 
 
-def _value(task: str, reply: str | None) -> str | float | None:
-    """None stays open and is asked again by the next command."""
-    if reply is None or task == "extract":
-        return reply
-    return {"yes": 1.0, "no": 0.0}.get(reply.strip().lower())
+def _reader(task: str, key: str) -> Callable[[str], str | float]:
+    """What a model's reply says; ValueError for an unusable one, which stays open and is asked again."""
+    read = json_field(key)
+
+    def verdict(reply: str) -> float:
+        word = read(reply).lower()
+        if word not in VERDICTS:
+            raise ValueError("a verdict that is neither yes nor no")
+        return VERDICTS[word]
+
+    return read if task == "extract" else verdict

@@ -55,11 +55,6 @@ def letter_f1(answer: str | None, line: Line) -> Scores:
     return {"accuracy": 2 * len(said & gold) / (len(said) + len(gold)) if said else 0.0}
 
 
-def contains(answer: str | None, line: Line) -> Scores:
-    """1 where the gold stands in the answer, letters' case aside."""
-    return {"accuracy": float(answer is not None and line["gold"].lower() in answer.lower())}
-
-
 def mra(answer: str | None, line: Line) -> Scores:
     """Mean relative accuracy (VSI-Bench): share of thresholds t in 0.50, 0.55 ... 0.95 with a relative error of at most
     1 - t."""
@@ -146,7 +141,7 @@ def _number(text: str | None) -> float | None:
 METRICS: dict[str, Metric] = {
     metric.__name__: metric
     for metric in (
-        exact, equal, same, letter_set, letter_f1, contains, mra, counting, counting_uncapped, judged, open_answer,
+        exact, equal, same, letter_set, letter_f1, mra, counting, counting_uncapped, judged, open_answer,
         normalised, normalised_extraction,
     )
 }  # fmt: skip

@@ -9,11 +9,10 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from word2number import w2n
-
 from eval.prompts import problem_type
 from megatron_avatar.records import Sample
 from megatron_avatar.rl.rewards.accuracy import normalise
+from megatron_avatar.rl.rewards.format import parse
 from megatron_avatar.rl.rewards.grade import read_answer
 
 Line = dict[str, Any]
@@ -22,6 +21,7 @@ _LEAD_IN = re.compile(
     r"[Tt]he answer is|The (?:(?:correct|best) )?(?:answer|option) is|(?:Best )?(?:[Aa]nswer|[Oo]ption):|The answer|"
     r"[Tt]he final answer is|### Final Answer:|\\boxed"
 )
+_LETTERS = re.compile(r"\W*+[a-z](?:(?:\W|\band\b)++[a-z])*+\W*+", re.IGNORECASE)
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
 
 
@@ -34,11 +34,11 @@ def sample_of(line: Line) -> Sample:
 
 
 def tagged(text: str, line: Line) -> str | None:
-    """The answer between the tags as training's rewards read it; without a tag, what the reply plainly says. Where the
-    options stand in the question alone, their texts aren't known: `B. It stops` is B."""
-    answer = read_answer(text, sample_of(line))
+    """The answer between the tags as training's rewards read it; without a tag, what the reply plainly says behind its
+    reasoning. Where the options stand in the question alone, their texts aren't known: `B. It stops` is B."""
+    answer = read_answer(text if "<answer>" in text else text.rpartition("</think>")[2], sample_of(line))
     if answer is not None and line["kind"] == "choice" and not line["choices"]:
-        lettered = re.match(r"\(?([A-Z])(?:[.:)]\s|\)?\Z)", answer)
+        lettered = re.match(r"\(?([A-Z])(?:[.:)]|\Z)", answer)
         return lettered[1] if lettered and lettered[1] in line["letters"] else answer
     return answer
 
@@ -49,11 +49,17 @@ def tagged_yes_no(text: str, line: Line) -> str | None:
 
 
 def tagged_letters(text: str, line: Line) -> str | None:
-    """The letters between the answer tags, sorted: `A,C`. Words between them are no letters."""
-    found = _ANSWER.findall(text)
-    inside = found[-1] if found else text
-    letters = sorted({c for c in re.findall(r"(?<![A-Za-z])[A-Z](?![A-Za-z])", inside) if c in line["letters"]})
-    return ",".join(letters) or None
+    """The letters between the answer tags, sorted: `A,C`; of words between them the capitals that stand alone. Without
+    a tag, a reply that is nothing but letters."""
+    inside = parse(text)[1] if "<answer>" in text else text.rpartition("</think>")[2]
+    if inside is None:
+        return None
+    if _LETTERS.fullmatch(inside):
+        inside = inside.upper()
+    elif "<answer>" not in text:
+        return None
+    said = {letter for letter in re.findall(r"\b[A-Z]\b", inside) if letter in line["letters"]}
+    return ",".join(sorted(said)) or None
 
 
 def last_capital(text: str, line: Line) -> str | None:
@@ -88,20 +94,6 @@ def first_integer(text: str, line: Line) -> str | None:
     """The first integer of the reply, 0 without one."""
     found = re.search(r"-?\d+", text)
     return found[0] if found else "0"
-
-
-def words_to_number(text: str, line: Line) -> str | None:
-    """The reply's number, in words or digits; 0 where there is none (AV-Counting's owners)."""
-    try:
-        return str(w2n.word_to_num(text))
-    except ValueError:
-        return "0"
-
-
-def first_number(text: str, line: Line) -> str | None:
-    """The first number, integer or decimal."""
-    found = re.search(r"-?\d+(?:\.\d+)?", text.replace(",", ""))
-    return found[0] if found else None
 
 
 def says_yes_no(text: str, line: Line) -> str | None:
@@ -167,7 +159,7 @@ PARSERS: dict[str, Parser] = {
     parser.__name__: parser
     for parser in (
         tagged, tagged_letters, tagged_yes_no, last_capital, last_capital_untagged, last_capital_a_d, capitals_a_f,
-        first_integer, words_to_number, first_number, says_yes_no, first_capital, first_token, boxed, whole, extracted,
+        first_integer, says_yes_no, first_capital, first_token, boxed, whole, extracted,
         cascade,
     )
 }  # fmt: skip
