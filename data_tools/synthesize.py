@@ -40,19 +40,17 @@ from megatron_avatar.records import Media, Sample
 
 WORLD = 3  # raised when the same seed gives other clips or questions
 MARKER = "complete.json"
-# Samples a family by split; train differs by stage so that each stage has 320 prompts of its own.
-SIZES: dict[str, dict[str, dict[str, int]]] = {
-    "tiny": {
-        "sft": {"visual": 2, "audio_visual": 2, "localisation": 2},
-        "train": {"visual": 2, "audio_visual": 2, "localisation": 3},
-        "eval": {"visual": 1, "audio_visual": 2, "localisation": 2},
-    },
-    "demo": {
-        "sft": {"visual": 144, "audio_visual": 144, "localisation": 192},
-        "train": {"visual": 80, "audio_visual": 64, "localisation": 160},
-        "eval": {"visual": 36, "audio_visual": 36, "localisation": 36},
-    },
+CHOICES = ("what", "order", "sync", "where", "source")  # one of several things or sounds is asked for
+# Samples a family by split, of those of CHOICES and of the others: choosing takes many examples to learn.
+SIZES: dict[str, dict[str, tuple[int, int]]] = {
+    "tiny": {"sft": (2, 2), "train": (2, 2), "eval": (2, 2)},
+    "demo": {"sft": (640, 120), "train": (128, 64), "eval": (48, 24)},
 }
+
+
+def samples_of(size: str, split: str, family: str) -> int:
+    """How many samples of a family a split holds."""
+    return SIZES[size][split][family not in CHOICES]
 
 
 def keyed_rng(*key: object) -> np.random.Generator:
@@ -68,9 +66,9 @@ def draw_samples(seed: int, size: str) -> list[tuple[Sample, Scene]]:
     """All samples of a set with the scenes of their clips. No two samples share a clip and a question's answer."""
     seen: set[tuple[str, str]] = set()
     drawn = []
-    for split, per_stage in SIZES[size].items():
+    for split in SIZES[size]:
         for name, family in FAMILIES.items():
-            answers = _evenly(family.answers, per_stage[family.stage], keyed_rng(seed, split, name, "answers"))
+            answers = _evenly(family.answers, samples_of(size, split, name), keyed_rng(seed, split, name, "answers"))
             for index, answer in enumerate(answers):
                 rng = keyed_rng(seed, split, name, index)
                 draft = family.draft(answer, rng)

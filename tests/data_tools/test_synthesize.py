@@ -57,10 +57,11 @@ def test_the_most_frequent_answer_scores_near_chance(demo):
 
 
 def test_counts_follow_the_size(demo):
-    counts = Counter((s.split, s.stage, s.family) for s, _ in demo)
-    assert counts == {
-        (split, f.stage, name): SIZES["demo"][split][f.stage] for split in SIZES["demo"] for name, f in FAMILIES.items()
-    }
+    counts = Counter((s.split, s.family) for s, _ in demo)
+    assert counts.keys() == {(split, name) for split in SIZES["demo"] for name in FAMILIES}
+    assert {(split, counts[split, "where"], counts[split, "beeps"]) for split in SIZES["demo"]} == {
+        ("sft", 640, 120), ("train", 128, 64), ("eval", 48, 24),
+    }  # fmt: skip
 
 
 def _value(sample):
