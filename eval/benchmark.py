@@ -18,6 +18,7 @@ FOLDER = Path(__file__).parent / "benchmarks"
 PROTOCOLS = ("ours", "released")
 KINDS = ("choice", "letters", "yes_no", "number", "math", "text")  # forms of an answer
 GOLDS = ("as_is", "letter", "text", "index")
+MEDIA = ("video", "image", "audio")
 FAILED = ("wrong", "dropped")
 
 
@@ -155,6 +156,13 @@ def _check(benchmark: Benchmark) -> None:
 
     records = benchmark.records
     one_of("records.answer_is", records.answer_is, GOLDS)
+    for name, made in records.columns.items():
+        if "column" not in made or len(made.keys() & {"values", "take"}) != 1:
+            raise ValueError(f"records.columns.{name} needs `column`, and `values` or `take`")
+    for medium in records.media:
+        if len(medium.keys() & set(MEDIA)) != 1 or medium.keys() - {*MEDIA, "start", "end", "fps"}:
+            kinds = ", ".join(MEDIA)
+            raise ValueError(f"records.media: {dict(medium)} needs one of {kinds}; start, end and fps may follow")
     if tuple(sorted(benchmark.protocols)) != PROTOCOLS:
         raise ValueError(f"protocols must be {' and '.join(PROTOCOLS)}")
     for kind in kinds_of(benchmark):

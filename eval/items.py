@@ -21,7 +21,7 @@ from data_tools.prepare.mapping import columns_of
 from data_tools.prepare.rows import find_input, read_rows
 from data_tools.prepare.sources import bare_answer, bare_choices, media_of, text_of
 from data_tools.prepare.store import Source
-from eval.benchmark import Benchmark, Records
+from eval.benchmark import MEDIA, Benchmark, Records
 from megatron_avatar.records import Media
 
 Row = dict[str, Any]
@@ -224,6 +224,7 @@ def make_item(benchmark: Benchmark, row: Row, where: str) -> tuple[Item, list[Wa
             groups={name: _values(row, value) for name, value in records.groups.items()},
             keep={name: row.get(name) for name in records.keep} | _asked(records, row),
             places=places,
+            trouble=_lacking(records, row),
         )
         if not item.id or not item.question:
             raise Refused("empty", "its id or question is empty")
@@ -317,7 +318,7 @@ def _media(records: Records, row: Row, text: str) -> tuple[tuple[str, ...], list
     them; those that it doesn't name come first, in the order of their entries. No marks at all: ()."""
     found: list[Wanted] = []
     for entry in records.media:
-        ((kind, value),) = ((k, v) for k, v in entry.items() if k in ("video", "image", "audio"))
+        ((kind, value),) = ((k, v) for k, v in entry.items() if k in MEDIA)
         times = {key: _seconds(row.get(entry[key].rstrip("?"))) for key in ("start", "end") if key in entry}
         fps = float(entry["fps"]) if "fps" in entry else None
         found += [Wanted(source, fps=fps, **times) for source in _sources(row, value.rstrip("?"), kind)]
@@ -333,6 +334,13 @@ def _media(records: Records, row: Row, text: str) -> tuple[tuple[str, ...], list
         named.append(own[int(number[0]) - 1])
     others = [wanted for wanted in found if not any(wanted is one for one in named)]
     return ("",) * len(others) + tuple(marks), [*others, *named]
+
+
+def _lacking(records: Records, row: Row) -> str:
+    """Why the question can't be asked: a column of media is empty that isn't marked with `?`."""
+    columns = [value for entry in records.media for kind, value in entry.items() if kind in MEDIA]
+    empty = [name for name in columns if not name.endswith("?") and "{" not in name and not row.get(name)]
+    return f"its {empty[0]} is empty" if empty else ""
 
 
 def _seconds(value: Any) -> float | None:

@@ -5,6 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eval.ask import messages
+from eval.benchmark import load_benchmark
+from eval.items import make_item
 from eval.metrics import METRICS
 from eval.open_answers import candidates
 
@@ -144,6 +146,28 @@ def test_the_gold_itself_needs_no_judge():
     assert accuracy("judged", "60", judged=1.0) == 1
     assert accuracy("judged", "60", judged=0.0) == 0
     assert METRICS["judged"]("B", line() | {"error": "no picture"})["accuracy"] == 0
+
+
+def test_the_judge_is_asked_about_the_owners_question():
+    row = {
+        "sample_index": "1",
+        "query_cot": "Reason first.",
+        "question_for_eval": "Find x.",
+        "answer": "5",
+        "image": None,
+        "question_type": "free-form",
+        "problem_version": "Vision Only",
+        "metadata": {"subject": "", "subfield": ""},
+    }
+    item, _ = make_item(load_benchmark("mathverse"), row, "row 0")
+    assert item.question == "Reason first." and item.keep["asked"] == "Find x."
+
+
+def test_a_picture_that_is_not_there_is_trouble_unless_it_may_lack():
+    row = {"id": "m1", "question": "q", "answer": "A", "subject": "math", "image": None}
+    assert make_item(load_benchmark("mmk12"), row, "row 0")[0].trouble == "its image is empty"
+    row = {**row, "image": {"bytes": b"png", "path": None}}
+    assert make_item(load_benchmark("mmk12"), row, "row 0")[0].trouble == ""
 
 
 def test_the_judge_reads_the_extraction_and_the_owners_question():
