@@ -72,7 +72,7 @@ def test_a_fault_is_tried_again_and_then_forgotten(serve, fault):
 def test_what_stays_unscored_is_masked_and_never_a_zero(serve, fault):
     _, client = serve(lambda body, n: fault)
     began = time.monotonic()
-    assert math.isnan(scores(client)[0]) and time.monotonic() - began < 3
+    assert math.isnan(scores(client)[0]) and time.monotonic() - began < 20
 
 
 def test_a_slow_question_holds_up_no_other_and_few_are_asked_at_once(serve):
