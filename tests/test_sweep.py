@@ -13,9 +13,12 @@ from pathlib import Path
 import psutil
 import pytest
 
+from eval.benchmark import names
+from eval.paper import spec
 from megatron_avatar.config import load_config
 from slurm import launch, reproduce, sweep
-from slurm.jobs import Board, slurm_parameters
+from slurm.jobs import Board, Task, TaskFailed, slurm_parameters
+from slurm.pool import Pool
 from tests.training import small
 
 ROOT = Path(__file__).parents[1]
@@ -101,39 +104,89 @@ def test_sites_become_slurms_parameters(monkeypatch):
 def paper(tmp_path: Path) -> list[str]:
     (tmp_path / "model").mkdir(exist_ok=True)
     (tmp_path / "manifest.jsonl").touch()
-    models = [f"{name}={tmp_path / 'model'}" for name in ("model_7b", "model_3b", "model_vl_7b")]
-    return [*models, *(f"{name}={tmp_path / 'manifest.jsonl'}" for name in ("data_omni", "data_vl"))]
+    for name in set(names()) - {"held_out", "mmvu"}:
+        (tmp_path / "benchmarks" / name).mkdir(parents=True, exist_ok=True)
+    models = [f"{name}={tmp_path / 'model'}" for name in ("model_7b", "model_3b", "model_vl_7b", "vlaathinker_7b")]
+    data = [f"{name}={tmp_path / 'manifest.jsonl'}" for name in ("data_omni", "data_vl")]
+    return [*models, *data, f"benchmarks={tmp_path / 'benchmarks'}"]
+
+
+def built(name: str, tmp_path: Path) -> reproduce.Graph:
+    given = paper(tmp_path) if name == "paper" else []
+    profile, settings = reproduce.read_profile(name, tmp_path / "out", [*given, "rl.beta=0.2"])
+    return reproduce.Graph(profile, tmp_path / "out", [*settings, "cluster=local"], retries=1).build()
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", ["smoke", "tiny", "paper"])
 def test_every_task_comes_behind_what_it_needs(name, tmp_path):
-    given = paper(tmp_path) if name == "paper" else []
-    profile, settings = reproduce.read_profile(name, tmp_path / "out", [*given, "seed=3"])
-    tasks = reproduce.graph(profile, tmp_path / "out", [*settings, "cluster=local"], retries=1)
-    names = [task.name for task in tasks]
-    assert len(names) == len(set(names)) and names[-1] == "tables"
+    graph = built(name, tmp_path)
+    tasks, by_name = graph.tasks, {task.name: task for task in graph.tasks}
+    assert len(by_name) == len(tasks) and tasks[-1].name == "report" and tasks[-1].partial
     for k, task in enumerate(tasks):
-        assert set(task.needs) <= set(names[:k]), task.name
-        assert task.module or task.config().seed == 3
+        assert set(task.needs) <= {other.name for other in tasks[:k]}, task.name
+        assert task.module or task.config().rl.beta == 0.2
     trained = {task.name for task in tasks if not task.module}
-    assert {f"eval_{system}" for system in trained} <= set(tasks[-1].needs), "everything that is trained is evaluated"
+    evaluated = {need for task in tasks if task.module == "eval.run" for need in task.needs}
+    assert trained <= evaluated, "everything that is trained is evaluated"
+    assert {task.name for task in tasks if task.module == "eval.run"} == set(tasks[-1].needs)
+    assert len({str(task.folder) for task in tasks if not task.module}) == len(trained)
+    if name == "tiny":
+        main = ("sft", "grpo", "avatar", "grpo_half")
+        assert {f"tiny.{system}.{seed}" for system in main for seed in range(10, 15)} < trained
+        assert "tiny.components_avatar.10" in trained and "tiny.components_avatar.11" not in trained
     if name == "paper":
-        by_name = {task.name: task for task in tasks}
-        assert by_name["eval_omni_7b_avatar"].layout() == by_name["omni_7b_avatar"].layout() > (1, 1)
-        assert by_name["tables"].layout() == (1, 1)
-        assert {"omni_7b_avatar", "omni_7b_avatar_wo_sft", "vl_7b_wo_tas", "omni_7b_tas_lambda_lam_2.0"} <= trained
+        assert by_name["eval.omni_7b.avatar.0.omnibench"].layout() == by_name["omni_7b.avatar.0"].layout() > (1, 1)
+        assert by_name["report"].layout() == (1, 1) and graph.absent == {"mmvu"}
+        assert {"omni_7b.avatar.0", "omni_7b.avatar_wo_sft.0", "vl_7b.wo_tas.0", "omni_7b.tas_lambda_lam_2.0.0"} <= trained
+        assert "prepare.worldsense" in by_name["eval.omni_7b.avatar.0.worldsense"].needs
+        assert "eval.omni_7b.avatar.0.step_300.tomato" in by_name and "eval.omni_7b.wo_tas.0.tomato" not in by_name
+        assert "eval.vl_7b.vlaathinker_7b.0.mmk12" in by_name and "eval.vl_7b.openvlthinker_7b.0.mmk12" not in by_name
+        # what computes the same is trained once
+        links = {path.parent.name: target.parent.name for path, target in graph.links.items()}
+        assert {links[twin] for twin in ("components_avatar", "tas_lambda_lam_0.3", "on_off_ratio_on4_off4",
+                                         "rewards_plus_vcrs", "shaping_parabolic", "curriculum_stages_1_3")} == {"avatar"}
+        assert links["components_grpo"] == "grpo" and not {f"omni_7b.{twin}.0" for twin in links} & trained
+
+
+@pytest.mark.slow
+def test_the_papers_profile_evaluates_all_that_its_tables_show(tmp_path):
+    graph = built("paper", tmp_path)
+    evaluated = {(t.name.split(".")[1], a["system"], a["benchmark"]) for t in graph.tasks if t.module == "eval.run"
+                 for a in [dict(item.split("=", 1) for item in t.arguments if "=" in item)]}
+    evaluated |= {(f, twin.parent.name, b) for twin, other in graph.links.items() for f, s, b in evaluated
+                  if twin.parts[-4] == "predictions" and (f, s) == (other.parts[-3], other.parent.name)}
+    lacking = [
+        (table, setting, benchmark) for table, plan in spec()["tables"].items() if plan["family"] != "tiny"
+        for setting, systems in plan["rows"].items() if systems and systems != ["openvlthinker_7b"]
+        for benchmark in plan["columns"].values() if benchmark != "mmvu"
+        if not any((plan["family"], system, benchmark) in evaluated for system in systems)
+    ]
+    assert not lacking
+
+
+def test_twins_are_links_and_nothing_that_is_there_is_touched(tmp_path):
+    graph = reproduce.Graph({}, tmp_path, [], 0)
+    twin, other = tmp_path / "runs/tiny/lam_0.3/seed_1", tmp_path / "runs/tiny/avatar/seed_1"
+    graph.links[twin] = other
+    other.mkdir(parents=True)
+    (other / "done.json").touch()
+    reproduce.link(graph)
+    reproduce.link(graph)
+    assert twin.is_symlink() and (twin / "done.json").exists() and twin.resolve() == other.resolve()
 
 
 def test_a_dry_run_prints_the_graph_and_writes_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "assets").symlink_to(ROOT / "assets")
     assert reproduce.main(["profile=smoke", "--dry-run"]) == 0
     text = capsys.readouterr().out
-    assert "grpo: to do, 1 x 1 processes, after sft" in text and "9 tasks, 0 done" in text
+    assert "tiny.grpo.0: to do, 1 x 1 processes, after tiny.sft.0" in text and "26 tasks, 0 done" in text
     assert "python -m megatron_avatar.train recipe=tiny_avatar" in text
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["assets"]
     assert reproduce.main(["profile=paper", "--dry-run"]) == 2
-    assert "profile=paper needs data_omni=PATH" in capsys.readouterr().err
+    assert "profile=paper needs benchmarks=PATH data_omni=PATH" in capsys.readouterr().err
 
 
 # ---- this machine ----------------------------------------------------------------------------------------------------
@@ -172,3 +225,28 @@ def test_a_local_sweep_outlives_its_command_and_makes_good_a_killed_training(tmp
         assert steps == list(range(1, 9))
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert again.returncode == 0 and "submitted" not in again.stdout
+
+
+def command(name: str, script: str, folder: Path, *, needs=(), partial=False, retries=0) -> Task:
+    where = ["recipe=tiny_sft", "model.path=assets/tiny_base", "data.manifest=-", "cluster=local"]
+    module = folder / f"{name.replace('.', '_')}_task.py"
+    module.write_text(script)
+    return Task(name, folder / "tasks", where, folder / "tasks" / f"{name}.done", module.stem, False, [], list(needs),
+                partial, retries, str(folder))
+
+
+def test_a_pool_runs_what_is_ready_and_what_a_failure_leaves(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    order = f"open({str(tmp_path / 'order')!r}, 'a').write(__name__ and %r)"
+    tasks = [
+        command("a", order % "a", tmp_path),
+        command("bad", "raise SystemExit(3)", tmp_path, needs=["a"], retries=2),
+        command("behind", order % "behind", tmp_path, needs=["bad"]),
+        command("report", order % "r", tmp_path, needs=["a", "behind"], partial=True),
+    ]
+    with pytest.raises(TaskFailed, match="ended without bad, behind"):
+        Pool(tasks, [task.name for task in tasks], tmp_path, 2)()
+    assert (tmp_path / "order").read_text() == "ar"
+    assert len((tmp_path / "tasks" / "failures-bad.jsonl").read_text().splitlines()) == 3, "the first and two retries"
+    assert {path.name for path in (tmp_path / "failed").iterdir()} == {"bad", "behind"}
+    assert not list((tmp_path / "running").iterdir())
