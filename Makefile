@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-slurm slurm-up slurm-down base doctor lint clean
+.PHONY: help demo reproduce test test-fast test-slurm slurm-up slurm-down base doctor lint clean
 
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in python3.11 python3; do $$p -c '$(NEW_ENOUGH)' 2>/dev/null && { echo $$p; break; }; done)
@@ -14,6 +14,9 @@ help: ## show these targets
 
 demo: $(INSTALLED) ## synthesise data, train, evaluate, write runs/demo/report.html
 	@$(VENV) -m eval.demo
+
+reproduce: $(INSTALLED) ## the paper in small: all systems, sweeps, tables and figures into runs/tiny/report.html
+	@$(VENV) slurm/reproduce.py profile=tiny
 
 test: $(INSTALLED) ## the whole CPU test suite
 	@$(VENV) -m pytest -m "not slurm and not gpu" -rs
