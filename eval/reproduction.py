@@ -26,7 +26,7 @@ FAMILIES = ("omni_7b", "omni_3b", "vl_7b", FAMILY)
 
 
 def build(out: Path) -> Path:
-    """Write everything; returns the report. ValueError for a folder without runs, or with files that contradict others."""
+    """Write everything; returns the report. ValueError for a folder without runs, or whose files contradict others."""
     there = [family for family in FAMILIES if any((out / kind / family).is_dir() for kind in ("runs", "predictions"))]
     if not there:
         raise ValueError(f"{out} holds no runs/FAMILY or predictions/FAMILY; run slurm/reproduce.py first")
