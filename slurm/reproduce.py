@@ -7,6 +7,7 @@
     output_dir=FOLDER  of everything (runs/NAME)
     concurrency=2      tasks at the same time on this machine, or of one job array (there 256)
     retries=3          failed attempts of a task that are made good by another
+    only='*avatar*'    the tasks of these names (several: A|B), what they need, and the report
     watch=true         show the table until all is done; Ctrl-C leaves the jobs alone
     --dry-run          print the graph, its commands and what is done already; submit nothing
 
@@ -38,7 +39,7 @@ from slurm.sweep import join, members_of, on_slurm, split_options  # noqa: E402
 from slurm.table import watch  # noqa: E402
 
 PROFILES = Path(__file__).parent / "profiles"
-OPTIONS = {"profile": "", "output_dir": "", "concurrency": "", "retries": "3", "watch": "true"}
+OPTIONS = {"profile": "", "output_dir": "", "concurrency": "", "retries": "3", "only": "*", "watch": "true"}
 ALIKE = ("name", "output_dir")  # settings in which two trainings of the same computation differ
 ENGINE = ("data.", "rl.sampling.", "parallel", "cluster", "model.dtype")  # settings that evaluations take as well
 
@@ -93,6 +94,22 @@ class Graph:
         evaluations = [task.name for task in self.tasks if task.module == "eval.run"]
         self.command("report", "eval.reproduction", [str(self.out)], self.tasks[0].settings, evaluations, partial=True)
         return self
+
+    def keep(self, patterns: str) -> None:
+        """Only the tasks that the patterns name, what these need, and the report over what there will be."""
+        by_name = {task.name: task for task in self.tasks}
+        wanted = [name for name in by_name if any(fnmatch.fnmatch(name, p) for p in patterns.split("|"))]
+        if not wanted:
+            raise ValueError(f"only={patterns}: names no task; --dry-run without it shows them all")
+        kept: set[str] = set()
+        while wanted:
+            name = wanted.pop()
+            if name not in kept and name != "report":
+                kept.add(name)
+                wanted += by_name[name].needs
+        report = by_name["report"]
+        report.needs = [name for name in report.needs if name in kept]
+        self.tasks = [task for task in self.tasks if task.name in kept or task is report]
 
     def add(self, task: Task) -> str:
         task.retries = self.retries
@@ -282,6 +299,7 @@ def main(arguments: list[str]) -> int:
         if not any(item.startswith("cluster=") for item in settings):
             settings.append(f"cluster={profile['cluster']}")
         graph = Graph(profile, out, settings, int(options["retries"])).build()
+        graph.keep(options["only"])
         board = Board(out, graph.tasks, local=not on_slurm(settings))
         if graph.absent:
             absent = ", ".join(sorted(graph.absent))

@@ -186,6 +186,10 @@ def test_a_dry_run_prints_the_graph_and_writes_nothing(tmp_path, monkeypatch, ca
     text = capsys.readouterr().out
     assert "tiny.grpo.0: to do, 1 x 1 processes, after tiny.sft.0" in text and "26 tasks, 0 done" in text
     assert "python -m megatron_avatar.train recipe=tiny_avatar" in text
+    assert reproduce.main(["profile=smoke", "--dry-run", "only=eval.tiny.grpo.1.held_out"]) == 0
+    text = capsys.readouterr().out
+    assert "5 tasks, 0 done" in text and "report: to do, 1 x 1 processes, after eval.tiny.grpo.1.held_out" in text
+    assert reproduce.main(["profile=smoke", "--dry-run", "only=none"]) == 2 and "only=none" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["assets"]
     assert reproduce.main(["profile=paper", "--dry-run"]) == 2
     assert "profile=paper needs benchmarks=PATH data_omni=PATH" in capsys.readouterr().err
