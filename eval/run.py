@@ -234,7 +234,7 @@ def settings_hash(config: Config, request: Request, benchmark: Benchmark, weight
     ]
     data = {key: value for key, value in asdict(config.data).items() if key not in ("manifest", "workers")}
     protocol = benchmark.protocols[request.protocol]
-    asked = [protocol.system, protocol.prompt, protocol.option, protocol.instruction]
+    asked = [protocol.system, protocol.prompt, protocol.option, protocol.instruction, protocol.interleaved]
     drawn = [request.n, request.temperature, request.seed if request.temperature else 0]
     length = [config.rl.sampling.max_new_tokens, config.model.context]
     parts = [files, fingerprint, data, asked, drawn, length, config.model.dtype]
