@@ -42,7 +42,7 @@ from eval.ask import asker
 from eval.benchmark import PROTOCOLS, Benchmark, load_benchmark
 from eval.items import Item
 from eval.prompts import as_sample
-from eval.score import Prediction, read_predictions, score_line
+from eval.score import Prediction, rescore, score_line
 from eval.summary import show, summarise
 from megatron_avatar.config import Config, load_config
 from megatron_avatar.records import Sample
@@ -112,6 +112,8 @@ def engine_config(request: Request, settings: list[str]) -> Config:
     frames and lengths, and the control."""
     run = Path(request.model) / "config.yaml"
     if run.is_file():
+        if groups := [item for item in settings if "." not in item.partition("=")[0]]:
+            raise ValueError(f"{groups[0]}: {request.model} is a run with its own; write single keys (parallel.tp=2)")
         try:
             saved = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(run), OmegaConf.from_dotlist(settings))
             config = OmegaConf.to_object(saved)
@@ -131,8 +133,9 @@ def engine_config(request: Request, settings: list[str]) -> Config:
     protocol = load_benchmark(request.benchmark).protocols[request.protocol]
     given = {item.partition("=")[0] for item in settings}
     data = {key: value for key, value in protocol.data.items() if f"data.{key}" not in given}
-    controls = {"mute": request.control == "mute" or config.data.mute, "blind": request.control == "blind"}
-    config.data = replace(config.data, **{**data, **controls})
+    config.data = replace(config.data, **data)
+    if request.control:
+        config.data = replace(config.data, **{request.control: True})
     if protocol.context and "model.context" not in given:
         config.model.context = protocol.context
     if protocol.new_tokens and "rl.sampling.max_new_tokens" not in given:
@@ -162,7 +165,7 @@ def predict(
     Rank 0 alone touches the file; `share` (an all-gather) tells the others what it holds. Predictions made under other
     `settings` are not mixed in: their file is renamed to `out`.old first.
     """
-    known: dict[str, list[Prediction]] = share(_resume(out, settings, n) if rank == 0 else None)[0]
+    known: dict[str, list[Prediction]] = _on_first(rank, share, lambda: _resume(out, settings, n))
     missing = [(i, s) for i, s in zip(items, samples, strict=True) if i.id not in known]
     console = Console(stderr=True)
     for start in track(range(0, len(missing), chunk), out.stem, console=console, disable=rank != 0 or not missing):
@@ -192,6 +195,20 @@ def _lines(
         lines = [{"k": k, **asdict(answer)} for k, answer in enumerate(found)]
     unheard = any(m.audio_in_video for m in item.media) and not any(m.audio_in_video for m in sample.media)
     return [score_line(benchmark, {**common, **line, "without_sound": unheard}) for line in lines]
+
+
+def _on_first(rank: int, share: Callable[[Any], list[Any]], work: Callable[[], Any]) -> Any:
+    """What `work` gives on rank 0; its mistake is raised on all ranks, which would wait for one that is gone."""
+    found, mistake = None, None
+    if rank == 0:
+        try:
+            found = work()
+        except (ValueError, OSError) as error:
+            mistake = str(error)
+    found, mistake = share((found, mistake))[0]
+    if mistake is not None:
+        raise ValueError(mistake)
+    return found
 
 
 def _resume(out: Path, settings: str, n: int) -> dict[str, list[Prediction]]:
@@ -236,6 +253,8 @@ def settings_hash(config: Config, request: Request, benchmark: Benchmark, weight
     protocol = benchmark.protocols[request.protocol]
     asked = [protocol.system, protocol.prompt, protocol.option, protocol.instruction, protocol.interleaved]
     drawn = [request.n, request.temperature, request.seed if request.temperature else 0]
+    if request.temperature:
+        drawn += [config.rl.sampling.top_k, config.rl.sampling.top_p]
     length = [config.rl.sampling.max_new_tokens, config.model.context]
     parts = [files, fingerprint, data, asked, drawn, length, config.model.dtype]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
@@ -261,6 +280,7 @@ def run(request: Request, config: Config, judge: list[str]) -> list[Prediction]:
     benchmark = load_benchmark(request.benchmark)
     protocol = benchmark.protocols[request.protocol]
     out = Path(request.out) / f"{request.stem}.jsonl"
+    resumed = out.exists()
     asking = asker(judge, out.parent / "asked")
     backend = start(config.parallel, seed=config.seed)
     try:
@@ -306,7 +326,7 @@ def run(request: Request, config: Config, judge: list[str]) -> list[Prediction]:
         _write_meta(out, request, config, benchmark, prepared, settings, backend, time.monotonic() - began)
     finally:
         stop()
-    return _ask(out, asking, predictions, benchmark)
+    return _score_anew(out, asking, predictions) if resumed or asking is not None else predictions
 
 
 def fitting(builder: Any, sample: Sample) -> Sample:
@@ -325,24 +345,18 @@ def _prepare(request: Request, benchmark: Benchmark, backend: Any) -> prepare.Pr
     if benchmark.name == "held_out":
         return prepare.held_out(Path(request.data))
     folder = Path(request.prepared or f"runs/benchmarks/{benchmark.name}")
-    mistake, found = None, None
-    if backend.rank == 0:
-        try:
-            found = prepare.prepare(benchmark, request.data, folder, revision=request.revision)
-        except (ValueError, OSError) as error:
-            mistake = str(error)
-    if told := backend.all_gather_object(mistake)[0]:
-        raise ValueError(told)
-    return found or prepare.read_prepared(folder)
+
+    def work() -> None:
+        prepare.prepare(benchmark, request.data, folder, revision=request.revision)
+
+    _on_first(backend.rank, backend.all_gather_object, work)
+    return prepare.read_prepared(folder)
 
 
-def _ask(out: Path, asking: Any, predictions: list[Prediction], benchmark: Benchmark) -> list[Prediction]:
-    if asking is None:
-        return predictions
-    from eval.score import rescore
-
-    rescore(out, asking)
-    return read_predictions(out)
+def _score_anew(out: Path, asking: Any, predictions: list[Prediction]) -> list[Prediction]:
+    """The predictions by today's rules, for older attempts may have had others, and with what a judge says of them."""
+    scored = {(line["id"], line["k"]): line for line in rescore(out, asking)}
+    return [scored[line["id"], line["k"]] for line in predictions]
 
 
 def _write_meta(

@@ -228,11 +228,12 @@ class _Family:
             data = self.parts["manifest"] if benchmark == "held_out" else published
             given = [*self.parts["train"], *self.parts.get("settings", []), *self.graph.settings]
             layout = [s for s in given if s.startswith(ENGINE)]
+            own = [s for s in layout if "." in s.partition("=")[0]] if step else layout  # a run has groups of its own
             control = [item for name in controls for item in _control(name)]
             (recipe,) = (s for s in given if s.startswith("recipe="))
             out = self.folder("predictions", system) / (f"step_{step}" if step else "")
             arguments = [f"model={model}", f"benchmark={benchmark}", f"data={data}", f"out={out}", f"system={system}",
-                         f"family={self.name}", f"seed={self.seed}", *control, *layout]  # fmt: skip
+                         f"family={self.name}", f"seed={self.seed}", *control, *own]  # fmt: skip
             if benchmark != "held_out":
                 arguments.append(f"prepared={self.graph.out / 'benchmarks' / benchmark}")
             arguments.append(f"step={step}" if step else recipe)

@@ -1,5 +1,6 @@
 """Predictions on file: resuming, settings, failures, ranks, several completions."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 from eval.benchmark import load_benchmark
 from eval.items import Item
 from eval.prompts import as_sample
-from eval.run import Request, main, parse, predict, settings_hash
+from eval.run import Request, _score_anew, main, parse, predict, settings_hash
 from eval.score import correct, read_predictions, rescore
 from megatron_avatar.config import Config
 from megatron_avatar.training.evaluate import Answer
@@ -89,7 +90,7 @@ def test_only_the_first_rank_writes_and_all_agree_on_what_is_done(tmp_path):
     done = ask(System(), out, items=ITEMS[:5], chunk=4)
     content, system = out.read_text(), System()
     known = {p["id"]: [p] for p in done}
-    predictions = ask(system, out, chunk=4, rank=1, share=lambda value: [known, value])
+    predictions = ask(system, out, chunk=4, rank=1, share=lambda value: [(known, None), value])
     assert system.asked == ["s5", "s6"] and len(predictions) == 7 and out.read_text() == content
 
 
@@ -104,13 +105,16 @@ def test_the_settings_hash_follows_what_changes_a_completion(tmp_path):
     config.data.workers = 3
     assert found() == found(batch=2) == found(seed=4) == found(system="grpo") == first
     others = [found("other"), found(n=4, temperature=1.0), found(n=4, temperature=1.0, seed=4)]
+    config.rl.sampling.top_k = 50
+    assert found() == first, "a greedy answer looks at no other token"
+    others.append(found(n=4, temperature=1.0))
     config.data.mute = True
     others.append(found())
     config.rl.sampling.max_new_tokens = 7
     others.append(found())
     (tmp_path / "model.safetensors").write_text("new weights")
     others.append(found())
-    assert len({first, *others}) == 7
+    assert len({first, *others}) == 8
 
 
 @pytest.mark.parametrize(
@@ -148,3 +152,30 @@ def test_a_protocols_frames_hold_unless_the_user_says_otherwise():
     _, config, _ = parse([*common, "data.max_frames=8", "control=mute"])
     assert config.data.max_frames == 8 and config.data.mute and not config.data.blind
     assert Path(config.model.path) == Path("assets/tiny_base")
+
+
+def test_a_runs_own_recipe_and_cluster_are_not_replaced(tmp_path):
+    (tmp_path / "config.yaml").write_text("data: {mute: true}\n")
+    common = [f"model={tmp_path}", "benchmark=held_out", "data=x", "out=x"]
+    with pytest.raises(ValueError, match="cluster=local: .* is a run and has its own"):
+        parse([*common, "cluster=local"])
+    _, config, _ = parse([*common, "data.blind=true"])
+    assert config.data.mute and config.data.blind, "both were set elsewhere, and no control takes them back"
+
+
+def test_a_mistake_of_the_first_rank_is_told_to_all(tmp_path):
+    out, told = tmp_path / "a.jsonl", []
+    out.write_text('{"id": "s1"}\n')
+    with pytest.raises(ValueError, match="line 1"):
+        ask(System(), out, chunk=4, share=lambda value: told.append(value) or [value])
+    assert len(told) == 1, "the others were told before it was raised"
+    with pytest.raises(ValueError, match="line 1"):
+        ask(System(), out, chunk=4, rank=1, share=lambda value: told)
+
+
+def test_a_continued_file_is_scored_by_todays_rules(tmp_path):
+    out = tmp_path / "a.jsonl"
+    predictions = ask(System(), out, chunk=4)
+    lines = [{**p, "scores": {"accuracy": 1.0}} for p in predictions]  # as other rules had it
+    out.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert _score_anew(out, None, lines[:2]) == predictions[:2] and read_predictions(out) == predictions
