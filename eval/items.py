@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import base64
 import binascii
+import contextlib
 import csv
 import json
 import re
@@ -26,6 +27,7 @@ from megatron_avatar.records import Media
 
 Row = dict[str, Any]
 _FIRST_LETTER = re.compile(r"\(?([A-Z])\b")
+_NUMBERED = re.compile(r"\A\(?[A-Z]\s*[.):]\s*")
 _BASE64 = re.compile(r"[A-Za-z0-9+/]{64,}={0,2}")  # a path has a full stop
 csv.field_size_limit(2**30)  # a picture in base64 is one field
 
@@ -269,16 +271,26 @@ def _listed(row: Row, column: str) -> Any:
     if isinstance(value, str) and value.strip()[:1] in ("[", "{"):
         value = _read(value)
     if isinstance(value, dict):
-        return {key: option for key, option in value.items() if option is not None}
-    return [option for option in value if option is not None] if isinstance(value, list | tuple) else value
+        value = [value[key] for key in sorted(value)]
+    if not isinstance(value, list | tuple):
+        return value
+    while value and value[-1] is None:
+        value = value[:-1]
+    if None in value:
+        raise ValueError(f"{column} has an empty option before others, whose letters would move")
+    return value
 
 
 def _read(text: str) -> Any:
-    """JSON, or as Python writes it."""
+    """JSON, or as Python writes it; ValueError for what is neither."""
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
+        pass
+    try:
         return ast.literal_eval(text)
+    except (SyntaxError, TypeError, MemoryError, RecursionError) as error:
+        raise ValueError(f"{text[:80]!r} is no list ({type(error).__name__})") from None
 
 
 def _gold(records: Records, row: Row, kind: str, choices: tuple[str, ...]) -> str:
@@ -293,7 +305,7 @@ def _gold(records: Records, row: Row, kind: str, choices: tuple[str, ...]) -> st
         return string.ascii_uppercase[int(value)]
     text = bare_answer(str(value))
     if records.answer_is == "text":
-        bare = text if text in choices else bare_choices([text])[0]
+        bare = text if text in choices else _NUMBERED.sub("", text)
         if bare not in choices:
             raise ValueError(f"its answer {text!r} is none of its options")
         return string.ascii_uppercase[choices.index(bare)]
@@ -306,7 +318,9 @@ def _gold(records: Records, row: Row, kind: str, choices: tuple[str, ...]) -> st
 def _values(row: Row, value: str) -> tuple[str, ...]:
     """A breakdown's values; an item may belong to several: those of a list, or the keys of an object that are set."""
     found = _text(row, value) if "{" in value else row.get(value.rstrip("?"))
-    found = _read(found) if isinstance(found, str) and found[:1] in ("[", "{") else found
+    if isinstance(found, str) and found[:1] in ("[", "{"):
+        with contextlib.suppress(ValueError):  # a text that begins with a bracket
+            found = _read(found)
     if isinstance(found, dict):
         found = [key for key, chosen in found.items() if chosen]
     parts = found if isinstance(found, list | tuple) else [found]

@@ -49,7 +49,7 @@ def _golds(gold: str) -> list[str]:
     if gold.startswith("["):
         try:
             return [str(one) for one in ast.literal_eval(gold)]
-        except (SyntaxError, ValueError, TypeError):
+        except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
             pass  # a text that begins with a bracket
     return [gold]
 

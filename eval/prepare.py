@@ -9,6 +9,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -33,6 +35,7 @@ from megatron_avatar.data.manifest import load_manifest
 from megatron_avatar.records import Media, Sample
 
 DEADLINE_S = 600.0  # for one medium
+MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENOMEM, errno.EMFILE)  # errors that are no medium's fault
 PROBLEM_KINDS = {"multiple_choice": "choice", "numerical": "number", "math": "math"}
 
 
@@ -50,9 +53,16 @@ def prepare(
 ) -> Prepared:
     """Read the owners' records in `data`, measure their media into `folder`; what is there of the same is reused.
 
-    Raises ValueError for missing records, columns or ids that are not unique, and for a folder of other records.
+    Evaluations that begin at once wait for the first, which prepares. Raises ValueError for missing records, columns or
+    ids that are not unique, and for a folder of other records.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return _prepare(benchmark, data, folder, revision, processes or os.cpu_count() or 1)
+
+
+def _prepare(benchmark: Benchmark, data: str, folder: Path, revision: str, processes: int) -> Prepared:
     rows = [make_item(benchmark, row, where) for where, row in read_records(benchmark, data, revision)]
     fingerprint = hashlib.sha256(
         json.dumps([[item_to_dict(item), [_identity(w) for w in wanted]] for item, wanted in rows]).encode()
@@ -73,7 +83,7 @@ def prepare(
         return read_prepared(folder)
     root = "" if not Path(data).exists() else str(Path(data) if Path(data).is_dir() else Path(data).parent)
     handling = Handling(root or f"hf://datasets/{data}@{revision}", str(folder), str(folder / "scratch"))
-    items = _measured(rows, handling, processes or os.cpu_count() or 1, benchmark.title)
+    items = _measured(rows, handling, processes, benchmark.title)
     aside = folder / "items.tmp"
     with open(aside, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(item_to_dict(item), ensure_ascii=False) + "\n" for item in items)
@@ -162,10 +172,17 @@ def place(wanted: Wanted, handling: Handling) -> str:
         raise Refused("missing", f"there is no such file below {handling.root}")
     name = hashlib.sha256(json.dumps(_identity(wanted)).encode()).hexdigest()[:32] + ".mkv"
     made = Path(handling.scratch) / name
-    if path.is_dir():
-        from_frames(path, made, wanted.fps or 1.0, wanted.start, wanted.end)
-    else:
-        cut(path, made, wanted.start or 0.0, wanted.end)
+    try:
+        if path.is_dir():
+            from_frames(path, made, wanted.fps or 1.0, wanted.start, wanted.end)
+        else:
+            cut(path, made, wanted.start or 0.0, wanted.end)
+    except (Refused, MemoryError):
+        raise
+    except Exception as error:  # whatever a foreign decoder raises on damaged bytes
+        if getattr(error, "errno", None) in MACHINE:
+            raise
+        raise Refused("damaged", f"{type(error).__name__}: {error}") from None
     return store(replace(wanted.source, path=name), replace(handling, root=handling.scratch))
 
 

@@ -2,6 +2,7 @@
 
 import base64
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pyarrow as pa
@@ -175,6 +176,7 @@ def test_a_gold_that_is_no_option_is_refused(answer_is, gold, said):
 def test_a_gold_text_that_begins_like_a_letter_is_found_as_it_stands():
     records = replace(RECORDS, answer_is="text")
     assert item_of(records, opts=["A. Milne", "Poe"], gold="A. Milne")[0].gold == "A"
+    assert item_of(records, opts=["A. Red", "B. Blue"], gold="B. Blue")[0].gold == "B"
 
 
 @pytest.mark.parametrize(("options", "choices"), [
@@ -188,7 +190,13 @@ def test_options_in_every_form(options, choices):
     assert item.choices == choices and item.letters == "AB"
 
 
+@pytest.mark.parametrize("options", [["Red", None, "Blue"], {"A": "Red", "B": None, "C": "Blue"}])
+def test_an_option_that_is_empty_moves_no_letter(options):
+    assert "opts has an empty option before others" in refusal(opts=options, gold="C")
+
+
 def test_a_text_is_no_list_of_options():
+    assert "is no list" in refusal(opts="[Red, or blue") and "is no list" in refusal(opts="[" * 5000)
     assert "the choices are a text, not a list" in refusal(opts="Red or blue")
 
 
@@ -222,7 +230,8 @@ def test_the_kind_follows_from_a_column():
 
 @pytest.mark.parametrize(("value", "values"), [
     ("x", ("x",)), (3, ("3",)), (["x", "y"], ("x", "y")), ('["x", "y"]', ("x", "y")), ("['x']", ("x",)), (None, ()),
-    ("", ()), ({"zoom": 1, "still": 0, "own": True}, ("zoom", "own")), ('{"zoom": true, "still": false}', ("zoom",)),
+    ("[sic] a song", ("[sic] a song",)), ("", ()),
+    ({"zoom": 1, "still": 0, "own": True}, ("zoom", "own")), ('{"zoom": true, "still": false}', ("zoom",)),
 ])  # fmt: skip
 def test_values_of_a_breakdown(value, values):
     assert item_of(topic=value)[0].groups == {"topic": values}
@@ -356,6 +365,28 @@ def test_prepared_items_are_reused_and_other_records_refused(tmp_path):
     write_rows(data, gold="A")
     with pytest.raises(ValueError, match=r"holds items of other records \(2 items, .* write another prepared=FOLDER"):
         prepare(benchmark(CLIPS), str(data), folder)
+
+
+def test_a_damaged_part_fails_its_item_and_no_other(tmp_path):
+    data = tmp_path / "data"
+    write_rows(data, clips=("one.mp4", "frames"))
+    write_medium(data / "one.mp4", "video", seconds=4)
+    content = (data / "one.mp4").read_bytes()
+    (data / "one.mp4").write_bytes(content[: len(content) // 3])
+    write_medium(data / "frames", "frames")
+    (data / "frames" / "00001.png").write_bytes(b"no picture")
+    parts = replace(CLIPS, media=[{"video": "clip", "start": "absent?", "end": "absent?", "fps": 8}])
+    items = prepare(benchmark(parts), str(data), tmp_path / "out", processes=1).items
+    assert [item.trouble.partition(":")[0] for item in items] == ["one.mp4", "frames"]
+
+
+def test_two_evaluations_at_once_prepare_one_after_the_other(tmp_path):
+    data, folder = tmp_path / "data", tmp_path / "prepared"
+    write_rows(data)
+    write_medium(data / "one.mp4", "video")
+    with ThreadPoolExecutor(2) as pool:
+        first, second = (pool.submit(prepare, benchmark(CLIPS), str(data), folder, processes=1) for _ in range(2))
+        assert first.result() == second.result() and not list(folder.glob("scratch"))
 
 
 def test_ids_twice_and_no_questions_are_refused(tmp_path):
