@@ -23,7 +23,7 @@ from megatron_avatar.rl.rewards import (
     self_rewards,
 )
 from megatron_avatar.rl.rewards.algebra import equal
-from megatron_avatar.rl.rewards.bounded import bounded
+from megatron_avatar.rl.rewards.bounded import PATIENCE, bounded
 from megatron_avatar.rl.rewards.symbolic import latex_equal
 from tests.rl.reward_cases import BY_TYPE, CHOICES, FORMAT
 
@@ -60,6 +60,22 @@ def test_an_answer_earns_what_a_person_gave_it(kind, answer, gold, reward):
 def test_an_answer_that_never_ends_is_given_up(caplog):
     assert bounded(latex_equal, "2^{2^{2^{2^{2^{2}}}}}", "65537", deadline_s=2.0) is None
     assert "latex_equal failed" in caplog.text and bounded(latex_equal, "1/2", "0.5", deadline_s=20.0) is True
+
+
+def test_waiting_for_a_busy_machine_costs_no_answer():
+    assert bounded(_sleepy, 0.5, deadline_s=0.2) == "awake"
+    began = time.monotonic()
+    assert bounded(_endless, deadline_s=0.2) is None and time.monotonic() - began < 0.2 * PATIENCE
+
+
+def _sleepy(seconds):
+    time.sleep(seconds)  # as a process that isn't given a processor
+    return "awake"
+
+
+def _endless():
+    while True:
+        pass
 
 
 @pytest.mark.parametrize(("completion", "reward"), FORMAT)
@@ -179,6 +195,15 @@ def test_hedges_and_other_choices_are_wrong(answer):
         ("0.000001", "0", 1.0),
         ("0.1", "0", 0.0),
         ("three or 4 or 5", "4", 0.0),
+        ("three hundred", "300", 1.0),
+        ("one hundred and five beeps", "105", 1.0),
+        ("Two thousand, three hundred", "2300", 1.0),
+        ("a hundred", "100", 1.0),
+        ("twenty-one", "21", 1.0),
+        ("twenty and one", "21", 0.0),
+        ("twenty, one", "21", 0.0),
+        ("one hundred, two", "102", 0.0),
+        ("nineteen hundred", "19", 0.0),
         ("nan", "4", 0.0),
         ("inf", "4", 0.0),
         ("1e999", "4", 0.0),
@@ -227,6 +252,10 @@ def test_no_answer_scores_nothing():
         ("2x(x+1)", "2x^{2} + 2x"),
         ("\\boxed{\\sin(x)^2 + \\cos(x)^2}", "1"),
         ("\\sqrt[3]{27}", "3"),
+        ("5√3", "5\\sqrt{3}"),
+        ("√(x + 1)", "\\sqrt{x+1}"),
+        ("√12", "2√3"),
+        ("\\frac{\\sqrt3}{2}", "\\sqrt{0.75}"),
         ("1{,}000", "1000"),
         ("(1, \\frac{4}{2})", "(1, 2)"),
         ("2\\pi", "2*π"),
@@ -245,6 +274,8 @@ def test_equal_expressions(left, right):
         ("x", "y"),
         ("x^2", "2x"),
         ("sqrt(x**2)", "x"),
+        ("5√3", "5√2"),
+        ("√12", "√1*2"),
         ("1000000", "1000001"),
         ("(1,2)", "(2,1)"),
         ("(1,2)", "[1,2]"),

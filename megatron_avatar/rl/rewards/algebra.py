@@ -47,6 +47,8 @@ _PLAIN = (
     (re.compile(r"\\div|÷"), "/"),
     (re.compile(r"−"), "-"),
     (re.compile(r"π"), "pi"),
+    (re.compile(r"(?:√|\\sqrt(?![a-z]))\s*(?=\{)"), r"\\sqrt"),
+    (re.compile(r"√\s*(\d+\.?\d*|[A-Za-z]|\([^()]*\))|\\sqrt\s*([0-9A-Za-z])"), r"\\sqrt{\1\2}"),
 )
 
 

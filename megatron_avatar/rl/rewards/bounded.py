@@ -12,7 +12,8 @@ from typing import Any
 
 from pebble import ProcessPool
 
-DEADLINE_S = 10.0  # a thousand times what an ordinary answer takes, so that a busy machine changes no reward
+DEADLINE_S = 10.0  # of processor time: a busy machine, or a worker that has just begun, changes no reward
+PATIENCE = 12  # deadlines on the clock, for what hangs without computing
 WORKERS = 2  # processes of each rank
 log = logging.getLogger(__name__)
 _lock = threading.Lock()
@@ -20,7 +21,7 @@ _pool: ProcessPool | None = None
 
 
 def bounded(function: Callable[..., Any], *args: Any, deadline_s: float = DEADLINE_S) -> Any:
-    """`function(*args)` in a worker process; None if it fails, crashes or takes longer than `deadline_s`.
+    """`function(*args)` in a worker process; None if it fails, crashes or computes longer than `deadline_s`.
 
     Blocks the calling thread and not the interpreter, so that threads that wait here leave the GPU's thread alone.
     """
@@ -30,12 +31,22 @@ def bounded(function: Callable[..., Any], *args: Any, deadline_s: float = DEADLI
             context = multiprocessing.get_context("forkserver")
             _pool = ProcessPool(WORKERS, context=context, initializer=_ignore_signals)
             atexit.register(_pool.stop)
-        future = _pool.schedule(function, args=args, timeout=deadline_s)
+        future = _pool.schedule(_timed, args=(deadline_s, function, *args), timeout=PATIENCE * deadline_s)
     try:
         return future.result()
     except Exception as error:  # whatever a third party's parser raises
         log.warning("%s failed on %.80r: %s", function.__name__, args, type(error).__name__)
         return None
+
+
+def _timed(deadline_s: float, function: Callable[..., Any], *args: Any) -> Any:
+    """Ends this process, in the middle of foreign C code too, once it has used that much processor time."""
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_PROF, deadline_s)
+    try:
+        return function(*args)
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 def _ignore_signals() -> None:

@@ -42,14 +42,39 @@ class Quantity:
     unit: str = ""
 
 
+_SCALES = {"hundred": 100, "thousand": 1000, "million": 1_000_000}
+MAX_WORDS = 16  # of one number
+
+
 @lru_cache(maxsize=1)
 def _words() -> tuple[dict[str, int], re.Pattern[str]]:
-    """The number words from 0 to 100, and a pattern that finds them."""
-    from num2words import num2words
+    """The words of the numbers below 20 and of the tens, and a pattern of the words that may be one number."""
+    values = {number_words(n): n for n in (*range(20), *range(20, 100, 10))}
+    word = "|".join(map(re.escape, sorted([*values, *_SCALES], key=len, reverse=True)))
+    joint = r"[\s-]|(?:(?<=hundred)|(?<=thousand)|(?<=million))\sand\s|(?:(?<=thousand)|(?<=million)),\s"
+    scale = "|".join(_SCALES)
+    return values, re.compile(rf"\b(?:a\s(?={scale}))?(?:{word})(?:(?:{joint})(?:{word})\b)*+\b", re.IGNORECASE)
 
-    values = {num2words(n).replace("-", sep): n for n in range(101) for sep in ("-", " ")} | {"a hundred": 100}
-    longest_first = sorted(values, key=len, reverse=True)
-    return values, re.compile(r"\b(?:" + "|".join(map(re.escape, longest_first)) + r")\b", re.IGNORECASE)
+
+def _in_digits(match: re.Match[str]) -> str:
+    """The digits of words that spell one number, or each word's own: then they are several."""
+    values, _ = _words()
+    words = [word for word in re.split(r"[\s,-]+", match.group().casefold()) if word != "and"]
+    words = ["one" if word == "a" else word for word in words]
+    total = part = 0
+    for word in words[:MAX_WORDS]:
+        if word == "hundred":
+            part *= 100
+        elif word in _SCALES:
+            total, part = total + part * _SCALES[word], 0
+        else:
+            part += values[word]
+    spelt = [word for word in re.split(r"[\s,-]+", number_words(total + part)) if word != "and"]
+    if spelt == words:
+        return f" {total + part} "
+    if _SCALES.keys() & words:
+        return match.group()  # `nineteen hundred` is not 19
+    return f" {' '.join(str(values.get(word, word)) for word in words)} "
 
 
 def number_words(value: int) -> str:
@@ -62,8 +87,8 @@ def number_words(value: int) -> str:
 def quantity(text: str) -> Quantity | None:
     """The only number in a text, or None: a text with two numbers is no answer, nor is one that isn't finite.
 
-    Digits (thousands separated or not), fractions, mixed numbers, `3 x 10^5` and `3e5`, number words up to a hundred
-    where there are no digits; LaTeX's forms of these.
+    Digits (thousands separated or not), fractions, mixed numbers, `3 x 10^5` and `3e5`, number words where there are no
+    digits (`three hundred and five`); LaTeX's forms of these.
     """
     text = _SUPERSCRIPTS.sub(lambda match: "^" + match.group().translate(_SUPERSCRIPT), text)
     text = unicodedata.normalize("NFKC", text.replace("½", " 1/2").replace("¼", " 1/4").replace("¾", " 3/4"))
@@ -71,8 +96,7 @@ def quantity(text: str) -> Quantity | None:
     for pattern, plain in _PLAIN:
         text = pattern.sub(plain, text)
     if not any(character.isdigit() for character in text):
-        values, pattern = _words()
-        text = pattern.sub(lambda match: f" {values[match.group().casefold()]} ", text)
+        text = _words()[1].sub(_in_digits, text)
     found = _NUMBER.search(text)
     value = _value(found) if found else None
     if found is None or value is None or not math.isfinite(value):
