@@ -31,6 +31,7 @@ class Scored:
     scores: dict[str, np.ndarray]
     groups: dict[str, list[tuple[str, ...]]]
     left_out: int = 0
+    judges: frozenset[str] = frozenset()  # language models that read or judged replies
 
 
 def scored(predictions: Iterable[Mapping[str, Any]]) -> Scored:
@@ -40,8 +41,9 @@ def scored(predictions: Iterable[Mapping[str, Any]]) -> Scored:
     columns: dict[str, list[float]] = {}
     groups: dict[str, list[tuple[str, ...]]] = {}
     known: dict[tuple[str, ...], tuple[str, ...]] = {}  # few distinct values, many items
-    left_out = 0
+    left_out, judges = 0, set[str]()
     for line in predictions:
+        judges |= {line[key] for key in ("extracted_by", "judged_by") if line.get(key)}
         if not line.get("counted", True):
             left_out += 1
             continue
@@ -62,7 +64,8 @@ def scored(predictions: Iterable[Mapping[str, Any]]) -> Scored:
             columns.setdefault(metric, []).append(value * value if metric.endswith("rmse") else value)
     for rows in groups.values():
         rows += [()] * (len(index) - len(rows))
-    return Scored(list(index), {m: _means(places, v, len(index)) for m, v in columns.items()}, groups, left_out)
+    means = {m: _means(places, v, len(index)) for m, v in columns.items()}
+    return Scored(list(index), means, groups, left_out, frozenset(judges))
 
 
 def _means(places: list[int], values: list[float], items: int) -> np.ndarray:

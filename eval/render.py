@@ -145,6 +145,8 @@ def statement(table: Record) -> list[str]:
             lines.append(f"{row['setting']}: system {row['system']}, model {models}, seeds {seeds}{updates}.")
     for benchmark, data in table["data"].items():
         lines.append(f"{benchmark}: {data['name']}, revision {data['revision']}, {data['items']:,} items.")
+        if data["judges"]:
+            lines.append(f"{benchmark}: a language model read or judged replies, {', '.join(data['judges'])}.")
         if data["quirks"]:
             lines.append(f"{benchmark}, quirks of the protocol: {'; '.join(data['quirks'])}.")
     lines.append(

@@ -18,6 +18,7 @@ from eval.cells import Scored, check_headline, scored
 # What must agree wherever numbers stand side by side. `settings` must agree inside a file alone: it is a hash that also
 # holds the weights, so it differs with system and seed.
 COMPARED = ("protocol", "control", "n", "temperature", "new_tokens", "context", "dtype", "aggregate")
+WHERE_KNOWN = ("prompts", "judges")  # older files don't say the one, and answers that wait for a judge have no other
 MACHINE = ("manifest", "decoder", "workers", "decode_deadline_s")  # what of `data` changes no prompt
 
 
@@ -97,9 +98,10 @@ class Run:
     def compared(self) -> dict[str, Any]:
         """What has to be the same for all numbers that are compared with this one's."""
         meta = self.meta
-        prompts = {f"data.{key}": value for key, value in meta.get("data", {}).items() if key not in MACHINE}
+        media = {f"data.{key}": value for key, value in meta.get("data", {}).items() if key not in MACHINE}
         data = {f"dataset.{key}": meta["dataset"][key] for key in ("name", "fingerprint")}
-        return {key: meta.get(key) for key in COMPARED} | data | prompts
+        known = {"prompts": meta.get("prompts"), "judges": sorted(self.scored.judges)}
+        return {key: meta.get(key) for key in COMPARED} | data | media | {key: v for key, v in known.items() if v}
 
 
 class Results:
@@ -130,7 +132,8 @@ def check_comparable(runs: list[Run]) -> None:
     """ValueError naming two files and what sets them apart, unless all may stand in one column of a table."""
     for run in runs[1:]:
         first, other = runs[0].compared, run.compared
-        apart = [key for key in first | other if first.get(key) != other.get(key)]
+        apart = [key for key in first | other if first.get(key) != other.get(key)
+                 and not (key in WHERE_KNOWN and (key not in first or key not in other))]  # fmt: skip
         if apart:
             values = ", ".join(f"{key} {first.get(key)!r} and {other.get(key)!r}" for key in apart)
             raise ValueError(f"{runs[0].path} and {run.path} can't stand in one column: {values}; evaluate one anew")

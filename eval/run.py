@@ -250,14 +250,23 @@ def settings_hash(config: Config, request: Request, benchmark: Benchmark, weight
         if file.is_file() and file.suffix in (".json", ".safetensors", ".distcp")
     ]
     data = {key: value for key, value in asdict(config.data).items() if key not in ("manifest", "workers")}
-    protocol = benchmark.protocols[request.protocol]
-    asked = [protocol.system, protocol.prompt, protocol.option, protocol.instruction, protocol.interleaved]
+    asked = _asked(benchmark, request)
     drawn = [request.n, request.temperature, request.seed if request.temperature else 0]
     if request.temperature:
         drawn += [config.rl.sampling.top_k, config.rl.sampling.top_p]
     length = [config.rl.sampling.max_new_tokens, config.model.context]
     parts = [files, fingerprint, data, asked, drawn, length, config.model.dtype]
+    return _digest(parts)
+
+
+def _digest(parts: list[Any]) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def _asked(benchmark: Benchmark, request: Request) -> list[Any]:
+    """What of the protocol stands in a prompt."""
+    protocol = benchmark.protocols[request.protocol]
+    return [protocol.system, protocol.prompt, protocol.option, protocol.instruction, protocol.interleaved]
 
 
 # ---- the engine ------------------------------------------------------------------------------------------------
@@ -375,7 +384,8 @@ def _write_meta(
         "benchmark": benchmark.name, "protocol": request.protocol, "control": request.control, "n": request.n,
         "temperature": request.temperature, "system": request.system, "family": request.family, "seed": request.seed,
         "model": request.model, "step": request.step, "dataset": prepared.dataset, "limit": request.limit,
-        "settings": settings, "quirks": list(benchmark.protocols[request.protocol].quirks),
+        "settings": settings, "prompts": _digest(_asked(benchmark, request)),
+        "quirks": list(benchmark.protocols[request.protocol].quirks),
         "aggregate": asdict(benchmark.aggregate), "data": asdict(config.data), "dtype": config.model.dtype,
         "new_tokens": config.rl.sampling.max_new_tokens, "context": config.model.context,
         **about(backend), "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),

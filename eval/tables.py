@@ -201,7 +201,9 @@ def _data(runs: list[Run]) -> tuple[Record, list[str]]:
         remarks.append(f"the data set has {data['items']:,} items where {data['expected']:,} are expected")
     if len(revisions) > 1:
         remarks.append(f"read at several revisions of equal content: {', '.join(revisions)}")
-    said = {"revision": ", ".join(revisions), "temperature": meta["temperature"], "quirks": meta["quirks"]}
+    judges = sorted({judge for run in runs for judge in run.scored.judges})
+    said = {"revision": ", ".join(revisions), "temperature": meta["temperature"], "quirks": meta["quirks"],
+            "judges": judges}  # fmt: skip
     return {**data, **said}, remarks
 
 

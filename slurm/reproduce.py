@@ -276,6 +276,13 @@ def check(tasks: list[Task], out: Path, *, slurm: bool) -> None:
         raise ValueError("\n  ".join(["nothing was submitted:", *wrong]))
 
 
+def check_done(tasks: list[Task]) -> None:
+    """ValueError where a training that is there already had other settings: its numbers would stand beside new ones."""
+    for task in tasks:
+        if not task.module:
+            check_same_run(task.config())
+
+
 def show(board: Board, console: Console) -> None:
     """The graph: what every task needs, takes and runs, and where it stands."""
     states = board.states()
@@ -311,6 +318,7 @@ def main(arguments: list[str]) -> int:
         missing = [task for task, state in board.states().items() if state in ("", "failed")]
         if missing:
             check([board.tasks[name] for name in missing], out, slurm=not board.local)
+            check_done([task for name, task in board.tasks.items() if name not in missing])
             link(graph)
             number = len(list((out / "snapshots").glob("*"))) if out.exists() else 0
             concurrency = int(options["concurrency"] or (2 if board.local else 256))

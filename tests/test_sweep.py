@@ -15,7 +15,7 @@ import pytest
 
 from eval.benchmark import names
 from eval.paper import spec
-from megatron_avatar.config import load_config
+from megatron_avatar.config import load_config, save_config
 from slurm import launch, reproduce, sweep
 from slurm.jobs import Board, Task, TaskFailed, slurm_parameters
 from slurm.pool import Pool
@@ -142,7 +142,9 @@ def test_every_task_comes_behind_what_it_needs(name, tmp_path):
         lam, wo_sft = "omni_7b.tas_lambda_lam_2.0.0", "omni_7b.avatar_wo_sft.0"
         assert {"omni_7b.avatar.0", wo_sft, "vl_7b.wo_tas.0", lam} <= trained
         assert "prepare.worldsense" in by_name["eval.omni_7b.avatar.0.worldsense"].needs
-        assert "eval.omni_7b.avatar.0.step_300.tomato" in by_name and "eval.omni_7b.wo_tas.0.tomato" not in by_name
+        step = by_name["eval.omni_7b.avatar.0.step_300.tomato"]
+        assert not any(a.startswith(("cluster=", "recipe=")) for a in step.arguments), "a run has its own"
+        assert "eval.omni_7b.wo_tas.0.tomato" not in by_name
         assert "eval.vl_7b.vlaathinker_7b.0.mmk12" in by_name and "eval.vl_7b.openvlthinker_7b.0.mmk12" not in by_name
         # what computes the same is trained once
         links = {path.parent.name: target.parent.name for path, target in graph.links.items()}
@@ -177,6 +179,18 @@ def test_twins_are_links_and_nothing_that_is_there_is_touched(tmp_path):
     reproduce.link(graph)
     reproduce.link(graph)
     assert twin.is_symlink() and (twin / "done.json").exists() and twin.resolve() == other.resolve()
+
+
+def test_a_training_of_other_settings_is_not_taken_for_done(tmp_path):
+    settings = ["recipe=tiny_sft", "model.path=assets/tiny_base", "data.manifest=-", "cluster=local"]
+    run = tmp_path / "run"
+    task = Task("sft", run, [*settings, f"output_dir={run}"], run / "done.json")
+    run.mkdir()
+    save_config(task.config(), run / "config.yaml")
+    reproduce.check_done([task])
+    task.settings.append("seed=5")
+    with pytest.raises(ValueError, match="a run of other settings: seed was 0, now 5"):
+        reproduce.check_done([task])
 
 
 def test_a_dry_run_prints_the_graph_and_writes_nothing(tmp_path, monkeypatch, capsys):

@@ -157,7 +157,7 @@ def test_a_protocols_frames_hold_unless_the_user_says_otherwise():
 def test_a_runs_own_recipe_and_cluster_are_not_replaced(tmp_path):
     (tmp_path / "config.yaml").write_text("data: {mute: true}\n")
     common = [f"model={tmp_path}", "benchmark=held_out", "data=x", "out=x"]
-    with pytest.raises(ValueError, match="cluster=local: .* is a run and has its own"):
+    with pytest.raises(ValueError, match="cluster=local: .* is a run with its own"):
         parse([*common, "cluster=local"])
     _, config, _ = parse([*common, "data.blind=true"])
     assert config.data.mute and config.data.blind, "both were set elsewhere, and no control takes them back"

@@ -281,6 +281,21 @@ def test_what_was_measured_otherwise_stands_in_no_cell_or_column(tmp_path, other
     refused(tmp_path, "base/seed_0/omnibench.ours.jsonl and", word, "can't stand in one column")
 
 
+def test_other_prompts_and_other_judges_stand_in_no_column(tmp_path):
+    def judged(*names):
+        return {i: {"judged_by": name} for i, name in enumerate(names)}
+
+    put(tmp_path, "base", "omnibench", [1.0, 0.0], lines=judged("one", "one"), prompts="p")
+    put(tmp_path, "grpo", "omnibench", [1.0, None])  # neither says its prompts, nor is judged yet
+    put(tmp_path, "avatar", "omnibench", [1.0, 1.0], lines=judged("one", "one"), prompts="p")
+    table = tables(tmp_path)["av"]
+    assert "omnibench: a language model read or judged replies, one." in "\n".join(render.statement(table))
+    put(tmp_path, "avatar", "omnibench", [1.0, 1.0], lines=judged("one", "two"), prompts="p")
+    refused(tmp_path, "judges ['one'] and ['one', 'two']")
+    put(tmp_path, "avatar", "omnibench", [1.0, 1.0], lines=judged("one", "one"), prompts="q")
+    refused(tmp_path, "prompts 'p' and 'q'")
+
+
 def test_the_number_of_workers_changes_nothing(tmp_path):
     put(tmp_path, "base", "omnibench", [1.0], data={"max_frames": 8, "workers": 1, "manifest": "a"})
     put(tmp_path, "grpo", "omnibench", [1.0], data={"max_frames": 8, "workers": 3, "manifest": "b"})
