@@ -24,13 +24,15 @@ Breakdown = tuple[str, str]  # name of a group, and one of its values
 class Scored:
     """One run's counted items in arrays [items]: a score for each metric (NaN: none yet), values of each breakdown.
 
-    Sampled completions of an item are averaged. left_out: lines that the protocol doesn't count.
+    Sampled completions of an item are averaged. left_out: lines that the protocol doesn't count; unheard: answers to
+    clips whose sound left no room in the context.
     """
 
     ids: list[str]
     scores: dict[str, np.ndarray]
     groups: dict[str, list[tuple[str, ...]]]
     left_out: int = 0
+    unheard: int = 0
     judges: frozenset[str] = frozenset()  # language models that read or judged replies
 
 
@@ -41,9 +43,10 @@ def scored(predictions: Iterable[Mapping[str, Any]]) -> Scored:
     columns: dict[str, list[float]] = {}
     groups: dict[str, list[tuple[str, ...]]] = {}
     known: dict[tuple[str, ...], tuple[str, ...]] = {}  # few distinct values, many items
-    left_out, judges = 0, set[str]()
+    left_out, unheard, judges = 0, 0, set[str]()
     for line in predictions:
         judges |= {line[key] for key in ("extracted_by", "judged_by") if line.get(key)}
+        unheard += line.get("without_sound", False)
         if not line.get("counted", True):
             left_out += 1
             continue
@@ -65,7 +68,7 @@ def scored(predictions: Iterable[Mapping[str, Any]]) -> Scored:
     for rows in groups.values():
         rows += [()] * (len(index) - len(rows))
     means = {m: _means(places, v, len(index)) for m, v in columns.items()}
-    return Scored(list(index), means, groups, left_out, frozenset(judges))
+    return Scored(list(index), means, groups, left_out, unheard, frozenset(judges))
 
 
 def _means(places: list[int], values: list[float], items: int) -> np.ndarray:

@@ -59,7 +59,7 @@ def prepare(
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        return _prepare(benchmark, data, folder, revision, processes or os.cpu_count() or 1)
+        return _prepare(benchmark, data, folder, revision, processes or len(os.sched_getaffinity(0)))
 
 
 def _prepare(benchmark: Benchmark, data: str, folder: Path, revision: str, processes: int) -> Prepared:

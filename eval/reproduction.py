@@ -81,7 +81,7 @@ def provenance(out: Path) -> dict[str, Any]:
             "family": family, "system": system, "seed": int(seed.removeprefix("seed_")),
             "updates": int(records[-1]["step"]) if records else 0, "complete": bool(done),
             "completions": done.get("completions_generated"), "hours": round(hours, 3),
-            "gpu_hours": round(hours * about.get("processes", 1), 3) if _on_gpu(about) else 0.0,
+            "gpu_hours": round(hours * about.get("gpus", 0), 3),
             "configuration": f"{path.relative_to(out)}/config.yaml", "set_aside": len(done.get("quarantined", {})),
             **{key: about.get(key) for key in ("commit", "device", "processes", "layout", "versions")},
         })  # fmt: skip
@@ -102,10 +102,6 @@ def provenance(out: Path) -> dict[str, Any]:
         "trainings": trainings,
         "predictions": predictions,
     }  # fmt: skip
-
-
-def _on_gpu(about: dict[str, Any]) -> bool:
-    return any(word in str(about.get("device")) for word in ("NVIDIA", "A100", "H100", "H200"))
 
 
 def _measured(written: list[dict[str, Any]]) -> int:

@@ -379,7 +379,7 @@ def _write_meta(
     before = json.loads(path.read_text()) if path.exists() else {}
     if before.get("settings") != settings:
         before = {}
-    gpus = 0 if config.cluster.gpu == "cpu" or backend.device.type == "cpu" else backend.world
+    origin = about(backend)
     meta = {
         "benchmark": benchmark.name, "protocol": request.protocol, "control": request.control, "n": request.n,
         "temperature": request.temperature, "system": request.system, "family": request.family, "seed": request.seed,
@@ -388,9 +388,9 @@ def _write_meta(
         "quirks": list(benchmark.protocols[request.protocol].quirks),
         "aggregate": asdict(benchmark.aggregate), "data": asdict(config.data), "dtype": config.model.dtype,
         "new_tokens": config.rl.sampling.max_new_tokens, "context": config.model.context,
-        **about(backend), "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        **origin, "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "seconds": round(before.get("seconds", 0.0) + seconds, 1),
-        "gpu_hours": round(before.get("gpu_hours", 0.0) + gpus * seconds / 3600, 4),
+        "gpu_hours": round(before.get("gpu_hours", 0.0) + origin["gpus"] * seconds / 3600, 4),
     }  # fmt: skip
     aside = path.with_suffix(".tmp")
     aside.write_text(json.dumps(meta, indent=1) + "\n")

@@ -19,7 +19,10 @@ ERRORS = ("mae", "rmse")  # metrics that are no shares
 
 def summarise(benchmark: Benchmark, predictions: Sequence[Prediction]) -> dict[str, Any]:
     """headline and metrics (name -> Estimate), breakdowns (group -> value -> Estimate), and counts: items answered,
-    expected by the owners, failed, left out, not judged yet. Several completions of an item count as their mean."""
+    expected by the owners, failed, left out, asked without a sound that was too long, not judged yet.
+
+    Several completions of an item count as their mean.
+    """
     aggregate = asdict(benchmark.aggregate)
     run = {0: scored(predictions)}
     values = {group: sorted({v for own in rows for v in own}) for group, rows in run[0].groups.items()}
@@ -27,6 +30,7 @@ def summarise(benchmark: Benchmark, predictions: Sequence[Prediction]) -> dict[s
         "items": len({p["id"] for p in predictions}), "expected": benchmark.source.items,
         "failed": len({p["id"] for p in predictions if p["error"] is not None}),
         "left out": len({p["id"] for p in predictions if not p["counted"]}),
+        "without sound": run[0].unheard,
         "not judged": sum(p["counted"] and p["scores"][aggregate["metric"]] is None for p in predictions),
     }  # fmt: skip
     return {
@@ -77,5 +81,5 @@ def show(summary: dict[str, Any], title: str, console: Console | None = None) ->
     counts = summary["counts"]
     partial = "" if counts["items"] == counts["expected"] or not counts["expected"] else " (partial)"
     items = f"{counts['items']} of {counts['expected'] or counts['items']} items{partial}"
-    others = ", ".join(f"{counts[name]} {name}" for name in ("failed", "left out", "not judged"))
+    others = ", ".join(f"{counts[name]} {name}" for name in ("failed", "left out", "without sound", "not judged"))
     console.print(f"{items}, {others}", highlight=False)

@@ -141,13 +141,15 @@ def _cell(by_seed: Seeds, column: Record, shown: float | None) -> tuple[Record, 
     empty |= {
         "answered": answered,
         "expected": expected or items,
-        "partial": answered < items,
+        "partial": answered < (expected or items),
         "files": [run.name for run in by_seed.values()],
     }
     if waiting:
         remarks.append(f"{waiting} answers wait for a judge and aren't counted yet")
     if left_out:
         remarks.append(f"{left_out} answers are left out of the denominator, as the protocol does")
+    if unheard := sum(part.unheard for part in parts.values()):
+        remarks.append(f"{unheard} answers without the clip's sound, which left no room in the context")
     estimate = cell(parts, aggregate, _breakdown(column))
     if estimate is None:
         return empty, remarks

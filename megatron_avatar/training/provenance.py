@@ -21,6 +21,7 @@ def about(backend: Backend) -> dict[str, Any]:
     """The facts of this process; the same on every rank."""
     return {
         "commit": commit(), "device": device(backend), "processes": backend.world,
+        "gpus": backend.world if backend.device.type == "cuda" else 0,
         "layout": f"tp {backend.tp}, pp {backend.pp}, dp {backend.dp}",
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
     }  # fmt: skip

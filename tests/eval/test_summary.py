@@ -65,9 +65,11 @@ def test_an_item_of_several_values_counts_in_each():
 
 def test_what_is_left_out_failed_or_not_judged_is_counted():
     failed = [line("b", 0.0, error="damaged"), line("c", 0.0, error="missing", counted=False, task="gone")]
-    lines = [line("a", 1.0), *failed, line("d", None), line("d", 1.0, k=1), line("e", None, task="open")]
+    mute = line("a", 1.0) | {"without_sound": True}
+    lines = [mute, *failed, line("d", None), line("d", 1.0, k=1), line("e", None, task="open")]
     found = summarise(made(items=9), lines)
-    assert found["counts"] == {"items": 5, "expected": 9, "failed": 2, "left out": 1, "not judged": 2}
+    assert found["counts"] == {"items": 5, "expected": 9, "failed": 2, "left out": 1, "without sound": 1,
+                               "not judged": 2}
     assert found["headline"].value == 0.5 and found["headline"].n == 2  # a and b: d is judged in part only
     assert set(found["breakdowns"]["task"]) == {"t"}
 
@@ -98,7 +100,7 @@ def test_what_is_shown():
     console = Console(record=True, width=100)
     show(summarise(made(items=7), lines), "a title", console)
     text = console.export_text()
-    assert "2 of 7 items (partial), 1 failed, 0 left out, 0 not judged" in text
+    assert "2 of 7 items (partial), 1 failed, 0 left out, 0 without sound, 0 not judged" in text
     rows = {cells[1].strip(): cells[2].strip() for row in text.splitlines() if len(cells := row.split("│")) > 3}
     assert (rows["headline"], rows["mae"], rows["rmse"], rows["task: t"]) == ("50.0 %", "1.2", "1.8", "50.0 %")
 

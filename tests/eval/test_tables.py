@@ -168,11 +168,12 @@ def test_partial_results_say_so(tmp_path):
 def test_a_changed_data_set_and_what_the_protocol_leaves_out_are_noted(tmp_path):
     data = {"name": "o/mmvu", "revision": "r2", "fingerprint": "f", "items": 2, "expected": 1000}
     put(tmp_path, "base", "mmvu", [1.0, 0.0], dataset=data, quirks=["answers of more than 20 tokens are cut"],
-        lines={1: {"counted": False}})  # fmt: skip
+        lines={0: {"without_sound": True}, 1: {"counted": False}})  # fmt: skip
     table = tables(tmp_path)["video"]
     cell = the_cell(table, "Qwen2.5-Omni", "MMVU")
-    assert (cell["measured"], cell["n"], cell["answered"], cell["partial"]) == (100.0, 1, 2, False)
+    assert (cell["measured"], cell["n"], cell["answered"], cell["partial"]) == (100.0, 1, 2, True)
     assert "mmvu: the data set has 2 items where 1,000 are expected." in table["notes"]
+    assert any("MMVU, Qwen2.5-Omni: 1 answers without the clip's sound" in note for note in table["notes"])
     assert any("1 answers are left out of the denominator" in note for note in table["notes"])
     for ending, text in written(tmp_path).items():
         if ending in ("video.md", "video.tex", "video.html"):
