@@ -73,7 +73,8 @@ def asker(settings: list[str], folder: Path | None = None) -> Asking | None:
             finally:
                 endpoint.close()
             for n, reply in zip(wanted, replies, strict=True):
-                lines[n] = {**lines[n], field: reply, f"{field}_by": config.model}
+                if reply is not None:  # else it stays open, and nobody has judged it
+                    lines[n] = {**lines[n], field: reply, f"{field}_by": config.model}
         return lines
 
     return ask

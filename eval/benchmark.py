@@ -42,12 +42,12 @@ class Records:
 
     columns: made of others: NAME: {column: NAME, values: {theirs, or /REGEX/ of theirs: ours}}, or {column: NAME, take:
     REGEX}, whose first group is the value. unfold: a column that holds a list of questions, or /REGEX/ of columns with
-    one question each. where: column -> values of the rows that belong to the benchmark. options: a column; none where
-    the question holds them (`letters` are then those that may be answered). answer_is: how the gold is written. kind:
-    an answer's form, or {column: NAME, values: ...} in the same way. marks: regular expression of media's places in
-    question and options. media: list of {video|image|audio: path, column or list; start, end: columns of seconds; fps:
-    of a folder of frames}. A column may be empty or absent where it ends with `?`. groups: breakdowns; keep: columns
-    for scoring; asked: what a language model (Protocol.ask) reads as the question, empty for the prompt.
+    one question each. options: a column; none where the question holds them (`letters` are then those that may be
+    answered). answer_is: how the gold is written. kind: an answer's form, or {column: NAME, values: ...} in the same
+    way. marks: regular expression of media's places in question and options. media: list of {video|image|audio: path,
+    column or list; start, end: columns of seconds; fps: of a folder of frames}. A column may be empty or absent where
+    it ends with `?`. groups: breakdowns; keep: columns for scoring; asked: what a language model (Protocol.ask) reads
+    as the question, empty for the prompt.
     """
 
     columns: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -56,7 +56,6 @@ class Records:
     question: str = ""
     answer: str = ""
     unfold: str = ""
-    where: dict[str, list[str]] = field(default_factory=dict)
     options: str = ""
     letters: str = "ABCDEFGHIJ"
     answer_is: str = "as_is"

@@ -94,15 +94,14 @@ def read_records(benchmark: Benchmark, data: str, revision: str = "") -> Iterato
 
     Raises ValueError for rows that lack a column that the benchmark maps, with the columns that there are.
     """
-    records, checked = benchmark.records, False
+    checked = False
     for origin, row in _rows(benchmark, data, revision):
         for place, question in _unfold(benchmark, row, origin):
             where = f"{origin}{place}"
             if not checked:
                 _check_columns(benchmark, question, where)
                 checked = True
-            if all(str(question.get(column)) in values for column, values in records.where.items()):
-                yield where, question
+            yield where, question
 
 
 def _rows(benchmark: Benchmark, data: str, revision: str) -> Iterator[tuple[str, Row]]:
@@ -188,7 +187,7 @@ def _check_columns(benchmark: Benchmark, row: Row, where: str) -> None:
     named = [records.id, records.question, records.answer, records.options, records.asked, *kind]
     named += records.groups.values()
     named += [value for medium in records.media for key, value in medium.items() if key != "fps"]
-    named += [*records.where, *(made["column"] for made in records.columns.values())]
+    named += [made["column"] for made in records.columns.values()]
     wanted = {name for value in named if value and not value.endswith("?") for name in columns_of(value)}
     _lacks(benchmark, wanted - row.keys() - records.columns.keys(), row, where)
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
 from eval.figures.folder import PROTOCOL, Training
+from eval.paper import paper
 from eval.results import Run
-
-PAPER = Path(__file__).resolve().parents[1] / "paper" / "results.json"
 
 
 @dataclass(frozen=True)
@@ -82,7 +79,7 @@ def partial_told(runs: Sequence[Run]) -> str:
 
 def published(key: str) -> str:
     """The paper's figure in its own words, as a note; it gives shapes, and they are never drawn. Empty if unknown."""
-    found = _paper().get(key)
+    found = {**paper()["supplement"], **paper()["main"]}.get(key)
     if not found:
         return ""
     if key == "tas_gain_by_length":
@@ -97,12 +94,6 @@ def published(key: str) -> str:
         told = [f"{name}: {shape}" for name, shape in series.items()] if isinstance(series, dict) else series
         words = "; ".join([*told, *([found["shape"]] if "shape" in found else [])])
     return f"Published shape: {words}." if words else ""
-
-
-@cache
-def _paper() -> dict[str, Any]:
-    found = json.loads(PAPER.read_text(encoding="utf-8"))
-    return {**found["supplement"], **found["main"]}
 
 
 def joined(*sentences: str) -> str:

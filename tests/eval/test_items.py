@@ -94,7 +94,7 @@ def test_the_first_pattern_that_matches_is_read_alone(tmp_path):
 
 def test_missing_columns_are_refused_with_those_found_and_those_wanted(tmp_path):
     write_data({"records": {"r.json": [{"qid": "a", "Question": "Which?", "gold": "B", "topic": "x"}]}}, tmp_path)
-    records = replace(RECORDS, where={"split": ["test"]}, media=[{"video": "clips/{vid}.mp4", "start": "t0?"}])
+    records = replace(RECORDS, asked="split", media=[{"video": "clips/{vid}.mp4", "start": "t0?"}])
     with pytest.raises(
         ValueError, match="has the columns Question, gold, qid, topic, and lacks opts, q, split, vid; data="
     ):
@@ -135,12 +135,6 @@ def test_questions_in_a_list_and_in_columns(tmp_path):
     assert [(i.id, i.groups["topic"]) for i in found] == [("f-task0", ("colour",)), ("f-task10", ("own",))]
     with pytest.raises(ValueError, match="lacks qa"):
         items_of(tmp_path / "b", replace(RECORDS, unfold="qa"))
-
-
-def test_where_chooses_rows(tmp_path):
-    rows = [{**ROWS[0], "kind": 1}, {**ROWS[1], "kind": 2}]
-    write_data({"records": {"r.json": rows}}, tmp_path)
-    assert [i.id for i, _ in items_of(tmp_path, replace(RECORDS, where={"kind": ["2", "3"]}))] == ["b"]
 
 
 def test_columns_made_of_others():
@@ -393,8 +387,9 @@ def test_ids_twice_and_no_questions_are_refused(tmp_path):
     write_rows(tmp_path, qid="same")
     with pytest.raises(ValueError, match="the id 'same' is there twice"):
         prepare(benchmark(CLIPS), str(tmp_path), tmp_path / "prepared")
+    (tmp_path / "r.json").write_text("[]")
     with pytest.raises(ValueError, match="its records hold no question"):
-        prepare(benchmark(replace(CLIPS, where={"topic": ["none"]})), str(tmp_path), tmp_path / "prepared")
+        prepare(benchmark(CLIPS), str(tmp_path), tmp_path / "prepared")
 
 
 # ---- the benchmarks' own files ---------------------------------------------------------------------------------

@@ -86,4 +86,4 @@ def test_a_report_of_half_a_reproduction_says_what_is_missing(tmp_path):
 @pytest.mark.slow
 def test_a_whole_report(tmp_path):
     text = build(write_reproduction(tmp_path)).read_text()
-    assert text.count("<figure>") >= 7 and "&lt;b&gt;clip&lt;/b&gt;" in text and "<b>clip</b>" not in text
+    assert text.count("<figcaption") >= 7 and "&lt;b&gt;clip&lt;/b&gt;" in text and "<b>clip</b>" not in text
