@@ -84,7 +84,10 @@ class Task:
         config = self.config()
         srun = ["srun", "--kill-on-bad-exit=1", f"--ntasks-per-node={self.layout()[1]}", *launch.srun_options(config)]
         command = [*srun, *launch.command(config), "-m", self.module, *self.arguments]
-        environment = {**os.environ, **launch.environment(config, Path(self.code))}
+        if config.cluster.modules:
+            command = ["bash", "-c", f'module load {shlex.join(config.cluster.modules)} && exec "$@"', "bash", *command]
+        cores = os.environ.get("SLURM_CPUS_PER_TASK", "1")  # srun no longer inherits them
+        environment = {**os.environ, "SRUN_CPUS_PER_TASK": cores, **launch.environment(config, Path(self.code))}
         with self.opened_log() as log:
             print(f"$ {shlex.join(command)}", file=log, flush=True)
             status = subprocess.run(command, env=environment, stdout=log, stderr=log).returncode

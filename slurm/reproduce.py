@@ -125,7 +125,7 @@ class Graph:
         """What data each benchmark's evaluations wait for: benchmark ("": the trainings' own data) -> task."""
         first = next(iter(self.profile["families"].values()))
         where = [*first["train"], f"model.path={first['base']}", f"data.manifest={first['manifest']}",
-                 *first.get("settings", []), *self.settings]  # fmt: skip
+                 f"output_dir={self.out}", *first.get("settings", []), *self.settings]  # fmt: skip
         made = self.profile.get("prepare")
         tasks = {"": self.command("prepare", made["module"], made["arguments"], where, [])} if made else {}
         asked = {what.split("-")[0] for parts in self.profile["families"].values()
@@ -237,7 +237,8 @@ class _Family:
             if benchmark != "held_out":
                 arguments.append(f"prepared={self.graph.out / 'benchmarks' / benchmark}")
             arguments.append(f"step={step}" if step else recipe)
-            where = [recipe, f"model.path={self.parts['base']}", f"data.manifest={self.parts['manifest']}", *layout]
+            where = [recipe, f"model.path={self.parts['base']}", f"data.manifest={self.parts['manifest']}",
+                     f"output_dir={self.graph.out}", *layout]  # fmt: skip
             name = ".".join(["eval", self.name, system, str(self.seed), *([f"step_{step}"] if step else []), what])
             behind = [*needs, *([self.prepared[benchmark]] if benchmark in self.prepared else [])]
             self.graph.command(name, "eval.run", arguments, where, behind, parallel=True)

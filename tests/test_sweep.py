@@ -255,6 +255,21 @@ def command(name: str, script: str, folder: Path, *, needs=(), partial=False, re
                 partial, retries, str(folder))
 
 
+def test_a_command_gets_its_cores_and_modules(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("slurm.jobs.subprocess.run", lambda command, env, **_: seen.append((command, env)) or SUCCESS)
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "7")
+    task = command("a", "", tmp_path)
+    task.settings.append("cluster.modules=[cuda/12,gcc]")
+    assert task._run_on_slurm() == 0 and task.done.exists()
+    (ran, environment), = seen
+    assert ran[:3] == ["bash", "-c", 'module load cuda/12 gcc && exec "$@"'] and ran[4] == "srun"
+    assert environment["SRUN_CPUS_PER_TASK"] == "7" and environment["PYTHONPATH"] == str(tmp_path)
+
+
+SUCCESS = subprocess.CompletedProcess([], 0)
+
+
 def test_a_pool_runs_what_is_ready_and_what_a_failure_leaves(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     order = f"open({str(tmp_path / 'order')!r}, 'a').write(__name__ and %r)"
