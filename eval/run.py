@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -110,6 +109,8 @@ def parse(arguments: list[str]) -> tuple[Request, Config, list[str]]:
 def engine_config(request: Request, settings: list[str]) -> Config:
     """A recipe's configuration with the model's folder, or that of the run that `model` names, under the protocol's
     frames and lengths, and the control."""
+    from megatron_avatar.policy.backend import world_size
+
     run = Path(request.model) / "config.yaml"
     if run.is_file():
         if groups := [item for item in settings if "." not in item.partition("=")[0]]:
@@ -119,7 +120,7 @@ def engine_config(request: Request, settings: list[str]) -> Config:
             config = OmegaConf.to_object(saved)
         except OmegaConfBaseException as error:
             raise ValueError(f"{run}: {str(error).splitlines()[0]}") from None
-        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        if world_size() == 1:
             single = {"tp": 1, "pp": 1, "first_stage_layers": None, "sequence_parallel": False}
             config.parallel = replace(config.parallel, **single)
     else:

@@ -163,6 +163,18 @@ def test_a_runs_own_recipe_and_cluster_are_not_replaced(tmp_path):
     assert config.data.mute and config.data.blind, "both were set elsewhere, and no control takes them back"
 
 
+def test_a_runs_layout_holds_where_srun_starts_several_processes(tmp_path, monkeypatch):
+    (tmp_path / "config.yaml").write_text("parallel: {tp: 2}\n")
+    arguments = [f"model={tmp_path}", "benchmark=held_out", "data=x", "out=x"]
+    assert parse(arguments)[1].parallel.tp == 1, "one process has no partner"
+    step = {"STEP_ID": "0", "PROCID": "1", "LOCALID": "1", "STEP_NUM_TASKS": "4", "STEP_NODELIST": "n1", "JOB_ID": "7"}
+    for name, value in step.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "x")
+    assert parse(arguments)[1].parallel.tp == 2
+
+
 def test_a_mistake_of_the_first_rank_is_told_to_all(tmp_path):
     out, told = tmp_path / "a.jsonl", []
     out.write_text('{"id": "s1"}\n')
