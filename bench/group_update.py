@@ -45,7 +45,7 @@ from trl.trainer.utils import entropy_from_logits, selective_log_softmax
 
 from bench.logprobs import peak_mib
 from bench.timing import JSON_HELP, RESULTS, in_turns, is_default, medians, report
-from eval.figures import STYLE
+from eval.figures.style import STYLE
 from megatron_avatar.config.schema import ModelConfig, ParallelConfig
 from megatron_avatar.policy import backend as backends
 from megatron_avatar.policy.groups import GroupBatch, pack_groups
