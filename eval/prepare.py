@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import hashlib
@@ -58,7 +59,8 @@ def prepare(
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        with contextlib.suppress(OSError):  # some shared file systems have no locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
         return _prepare(benchmark, data, folder, revision, processes or len(os.sched_getaffinity(0)))
 
 

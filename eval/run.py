@@ -218,6 +218,7 @@ def _resume(out: Path, settings: str, n: int) -> dict[str, list[Prediction]]:
     if not out.exists():
         return {}
     known: dict[str, list[Prediction]] = {}
+    seen: dict[tuple[str, int], int] = {}
     position = whole = 0
     with open(out, "rb") as lines:
         for number, line in enumerate(lines, 1):
@@ -225,7 +226,7 @@ def _resume(out: Path, settings: str, n: int) -> dict[str, list[Prediction]]:
                 break
             try:
                 prediction = json.loads(line)
-                other = prediction["settings"] != settings
+                other, key = prediction["settings"] != settings, (prediction["id"], prediction.get("k", 0))
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(
                     f"{out}, line {number}: no prediction ({error!r}); remove the line or the file"
@@ -233,6 +234,9 @@ def _resume(out: Path, settings: str, n: int) -> dict[str, list[Prediction]]:
             if other:
                 out.replace(out.with_name(out.name + ".old"))
                 return {}
+            if seen.setdefault(key, number) != number:
+                raise ValueError(f"{out}, line {number}: {key[0]!r} is also on line {seen[key]}, as where two "
+                                 "evaluations write at once; remove one of them")  # fmt: skip
             known.setdefault(prediction["id"], []).append(prediction)
             position += len(line)
             if len(known[prediction["id"]]) == n or prediction["error"] is not None:

@@ -85,6 +85,16 @@ def test_a_file_that_holds_something_else_is_left_alone(tmp_path):
     assert out.read_text() == '{"id": "s1"}\n'
 
 
+def test_an_item_that_two_evaluations_wrote_is_named(tmp_path):
+    out = tmp_path / "a.jsonl"
+    ask(System(), out, chunk=4)
+    content = out.read_text() + out.read_text().splitlines(keepends=True)[2]
+    out.write_text(content)
+    with pytest.raises(ValueError, match="line 8: 's2' is also on line 3"):
+        ask(System(), out, chunk=4)
+    assert out.read_text() == content
+
+
 def test_only_the_first_rank_writes_and_all_agree_on_what_is_done(tmp_path):
     out = tmp_path / "a.jsonl"
     done = ask(System(), out, items=ITEMS[:5], chunk=4)
