@@ -37,7 +37,7 @@ from eval.prepare import prepare
 from eval.prompts import as_sample
 from eval.run import predict
 from eval.score import Prediction, score_line
-from eval.summary import as_json, summarise
+from eval.summary import ERRORS, as_json, summarise
 from megatron_avatar.config.schema import DataConfig
 from megatron_avatar.data.prompt import PromptBuilder, load_tokenizer
 from megatron_avatar.policy.architecture import read_config
@@ -48,7 +48,6 @@ FOLDER = Path(__file__).parent / "fixtures"
 MODEL = Path(__file__).resolve().parents[1] / "assets" / "tiny_base"  # whose tokenizer makes the prompts
 SMALL = {"max_frames": 8, "frame_min_pixels": 3136, "frame_max_pixels": 7056, "image_max_pixels": 7056}
 SIDE, RATE, SOUND = 64, 8, 16_000
-ERRORS = ("mae", "rmse")  # are no shares
 
 
 def names() -> list[str]:

@@ -18,18 +18,15 @@ from markupsafe import Markup
 
 from eval import render, tables
 from eval.figures import build as figures
+from eval.figures.folder import families
 from eval.figures.series import read_metrics, series
 from eval.results import Results
 from eval.study import FAMILY, study
 
-FAMILIES = ("omni_7b", "omni_3b", "vl_7b", FAMILY)
-
 
 def build(out: Path) -> Path:
     """Write everything; returns the report. ValueError for a folder without runs, or whose files contradict others."""
-    there = [family for family in FAMILIES if any((out / kind / family).is_dir() for kind in ("runs", "predictions"))]
-    if not there:
-        raise ValueError(f"{out} holds no runs/FAMILY or predictions/FAMILY; run slurm/reproduce.py first")
+    there = families(out)
     written = tables.build_all(out)
     tables.write(written, out / "tables", "ours")
     released = any(key[2].partition(".")[2] == "released" for key in Results(out).runs)

@@ -10,8 +10,7 @@ import sys
 from pathlib import Path
 
 from eval.figures.build import build
-
-FAMILIES = ("omni_7b", "omni_3b", "vl_7b", "tiny")
+from eval.figures.folder import FAMILIES, families
 
 
 def main(arguments: list[str]) -> int:
@@ -21,10 +20,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("out", type=Path, help="a reproduction's folder, which holds runs/ and predictions/")
     parser.add_argument("--family", choices=FAMILIES, help="by default the first that the folder has")
     chosen = parser.parse_args(arguments)
-    there = [f for f in FAMILIES if any((chosen.out / kind / f).is_dir() for kind in ("runs", "predictions"))]
     try:
-        if not there:
-            raise ValueError(f"{chosen.out} holds no runs/FAMILY or predictions/FAMILY; name a reproduction's folder")
+        there = families(chosen.out)
         found = build(chosen.out, chosen.family or there[0])
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

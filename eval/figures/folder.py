@@ -15,6 +15,15 @@ from eval.figures.series import Records, read_metrics
 from eval.results import Results, Run
 
 PROTOCOL = "ours"
+FAMILIES = ("omni_7b", "omni_3b", "vl_7b", "tiny")
+
+
+def families(out: Path) -> list[str]:
+    """The model families that a reproduction's folder holds; ValueError for none."""
+    there = [family for family in FAMILIES if any((out / kind / family).is_dir() for kind in ("runs", "predictions"))]
+    if not there:
+        raise ValueError(f"{out} holds no runs/FAMILY or predictions/FAMILY; name a reproduction's folder")
+    return there
 
 
 @dataclass(frozen=True)
