@@ -111,7 +111,7 @@ class Endpoint(Generic[T]):
             except (openai.OpenAIError, httpx.HTTPError, ValueError, TimeoutError) as error:
                 if _reason(error) != reason:
                     reason = _reason(error)
-                    log.info("waiting for %s: %s", mask(self.address), reason)
+                    log.warning("waiting up to %g s for %s: %s", wait_s, mask(self.address), reason)
             if time.monotonic() > deadline:
                 raise ValueError(f"{mask(self.address)} is not ready after {wait_s:g} s ({reason}): see that it runs, "
                                  f"serves {self.model}, and can be reached from this node")  # fmt: skip

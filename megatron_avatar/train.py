@@ -1,4 +1,8 @@
-"""Entry point: python -m megatron_avatar.train recipe=NAME [key=value ...]"""
+"""Train a recipe: python -m megatron_avatar.train recipe=NAME model.path=FOLDER data.manifest=FILE [key=value ...]
+
+dry_run=true plans memory and time and starts nothing. Recipes: megatron_avatar/config/recipe; all settings:
+megatron_avatar/config/schema.py. The same command continues a run.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +22,9 @@ INTERRUPTED = 75  # EX_TEMPFAIL: state is saved, run the same command again
 
 def main(arguments: list[str]) -> int:
     """Train one configuration; returns the exit status."""
+    if not arguments or "--help" in arguments:
+        print(__doc__)
+        return 0 if arguments else 2
     from megatron_avatar.config import load_config
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")

@@ -11,5 +11,6 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%x-%j.out
+: "${SLURM_SUBMIT_DIR:?submit this with sbatch, from the root of the repository}"
 source "${AVATAR_SNAPSHOT:-$(readlink -e "$SLURM_SUBMIT_DIR/.jobs/$SLURM_JOB_ID" || echo "$SLURM_SUBMIT_DIR")}/slurm/common.sh"
 train recipe=avatar_7b_lora "$@"

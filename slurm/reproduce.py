@@ -299,6 +299,9 @@ def show(board: Board, console: Console) -> None:
 
 
 def main(arguments: list[str]) -> int:
+    if not arguments or "--help" in arguments:
+        print(__doc__)
+        return 0 if arguments else 2
     console = Console()
     try:
         dry_run = "--dry-run" in arguments
@@ -328,7 +331,10 @@ def main(arguments: list[str]) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return watch(board, console) if options["watch"] == "true" else 0
+    status = watch(board, console) if options["watch"] == "true" else 0
+    if (out / "report.html").exists():
+        console.print(f"report: {out / 'report.html'}", highlight=False)
+    return status
 
 
 if __name__ == "__main__":

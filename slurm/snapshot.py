@@ -20,8 +20,8 @@ FILES = ("requirements.txt", "pyproject.toml")
 def snapshot(folder: Path, config: Config | None = None, arguments: list[str] | None = None) -> Path:
     """Copy this code, and the resolved configuration, to `folder`, once: a folder that is there stays as it is.
 
-    It appears whole, by one rename. `snapshot.json` in it says which commit, and the command's arguments. Code that is a
-    snapshot already is not copied again.
+    It appears whole, by one rename. `snapshot.json` in it says which commit, and the command's arguments. Code that is
+    a snapshot already is not copied again.
     """
     if (ROOT / "snapshot.json").exists():
         return ROOT

@@ -126,6 +126,9 @@ def on_slurm(settings: list[str]) -> bool:
 
 
 def main(arguments: list[str]) -> int:
+    if not arguments or "--help" in arguments:
+        print(__doc__)
+        return 0 if arguments else 2
     console = Console()
     try:
         options, settings = split_options(arguments, {"sweep": "", "output_dir": "", **OPTIONS})

@@ -29,11 +29,13 @@ def watch(board: Board, console: Console) -> int:
                     time.sleep(INTERVAL_S)
                 live.update(table(board, states, steps))
         else:
-            said = ""
+            said: dict[str, str] = {}
             while _busy(states := board.states()):
-                now = ", ".join(f"{n}: {progress(board.tasks[n], state, steps[n])}" for n, state in states.items())
-                if now != said:
-                    console.print(now, soft_wrap=True)
+                now = {n: progress(board.tasks[n], state, steps[n]) for n, state in states.items()}
+                changed = ", ".join(f"{n}: {text}" for n, text in now.items() if said.get(n) != text)
+                if changed:
+                    done = sum(state == "done" for state in states.values())
+                    console.print(f"{done} of {len(states)} done; {changed}", soft_wrap=True)
                     said = now
                 _sleep_while_busy(board)
             console.print(table(board, states, steps))

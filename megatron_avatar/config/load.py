@@ -104,6 +104,8 @@ def _explain(error: BaseException, overrides: list[str]) -> str:
         return str(error).splitlines()[0].rpartition("interpolation: ")[2]
     if isinstance(error, OverrideParseException):
         quoted = """'key="value"'"""
+        if error.override.startswith("--"):
+            return f"'{error.override}': settings are written key=value, as dry_run=true"
         return f"'{error.override}' is not a key=value. A value with a space or any of =,()[]{{}} needs {quoted}"
     if isinstance(error, MissingConfigException):
         group, _, name = (error.missing_cfg_file or "").rpartition("/")
