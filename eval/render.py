@@ -65,9 +65,12 @@ def measured(row: Record, cell: Record) -> str:
 
 
 def answers(cell: Record) -> str:
+    """Answers of all expected ones; before them how many belong to the breakdown that the cell shows."""
     if cell["expected"] is None:
         return NONE
     text = f"{cell['answered']}/{cell['expected']}"
+    if cell["n"] not in (0, cell["answered"]):
+        text = f"{cell['n']} of {text}"
     return f"partial {text}" if cell["partial"] else text
 
 

@@ -21,6 +21,7 @@ import re
 import shlex
 import sys
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ sys.path[0] = str(ROOT)
 from omegaconf import OmegaConf  # noqa: E402
 from rich.console import Console  # noqa: E402
 
-from megatron_avatar.config import load_config  # noqa: E402
+from megatron_avatar.config import Config, load_config  # noqa: E402
 from megatron_avatar.config.checks import check_folder, check_same_run  # noqa: E402
 from slurm import launch  # noqa: E402
 from slurm.jobs import Board, Task, sbatch_options  # noqa: E402
@@ -201,7 +202,7 @@ class _Family:
 
     def is_twin(self, system: str, settings: list[str]) -> bool:
         """Whether another system computes the same; then this one's folders are links to its."""
-        computed = str({k: v for k, v in asdict(load_config(settings)).items() if k not in ALIKE})
+        computed = str({k: v for k, v in asdict(_config(*settings)).items() if k not in ALIKE})
         other = self.trained.setdefault(computed, system)
         if other != system:
             for kind in ("runs", "predictions"):
@@ -214,7 +215,7 @@ class _Family:
         return self.graph.add(Task(name, run, [*settings, f"output_dir={run}"], run / "done.json", needs=needs))
 
     def model(self, system: str, settings: list[str]) -> Path:
-        return self.folder("runs", system) / "export" / list(load_config(settings).stages)[-1]
+        return self.folder("runs", system) / "export" / list(_config(*settings).stages)[-1]
 
     def evaluate(self, system: str, model: str, needs: list[str], step: int = 0) -> None:
         wanted = [what for pattern, benchmarks in self.parts["evaluate"].items()
@@ -242,6 +243,12 @@ class _Family:
             name = ".".join(["eval", self.name, system, str(self.seed), *([f"step_{step}"] if step else []), what])
             behind = [*needs, *([self.prepared[benchmark]] if benchmark in self.prepared else [])]
             self.graph.command(name, "eval.run", arguments, where, behind, parallel=True)
+
+
+@cache
+def _config(*settings: str) -> Config:
+    """Composing takes a tenth of a second, and a graph asks for the same hundreds of times."""
+    return load_config(list(settings))
 
 
 def _control(text: str) -> list[str]:
