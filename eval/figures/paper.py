@@ -119,7 +119,8 @@ def over_training(
 
 def draw_band(axes: Axes, curve: Band, look: Look, markers: bool = False) -> None:
     """The mean as a line, and the band around it."""
-    shown = {"marker": look.marker} if markers else {}
+    few = np.isfinite(curve.mean).sum() < 8  # which a line alone may not show, broken at stages
+    shown = {"marker": look.marker} if markers or few else {}
     axes.plot(curve.x, curve.mean, linestyle=look.line, color=look.color, label=look.name, **shown)
     if np.nansum(curve.high - curve.low) > 0:
         axes.fill_between(curve.x, curve.low, curve.high, color=look.color, alpha=0.15, linewidth=0)
