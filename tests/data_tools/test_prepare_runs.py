@@ -100,7 +100,7 @@ def test_lines_that_are_no_rows_are_refused(model, tmp_path):
 def test_killed_in_the_middle_continues_to_the_same_bytes(model, tmp_path):
     folder = tmp_path / "in"
     rows = []
-    for k in range(30):
+    for k in range(60):
         make_clip(folder, f"v{k}", "h264_aac", frames=8, seed=k)
         rows.append({"problem_id": k, "problem": "what ?", "data_type": "video", "problem_type": "numerical",
                      "solution": f"{k}", "path": f"v{k}.mp4"})  # fmt: skip

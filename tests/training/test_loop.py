@@ -262,7 +262,7 @@ def assert_same_steps(out, whole):
 @pytest.mark.slow
 def test_supervised_fine_tuning_lowers_the_loss_and_trains_the_towers(world):
     out = world / "sft"
-    settings = ("stages.sft.prompts_per_step=8", "parallel.threads=1")
+    settings = ("stages.sft.prompts_per_step=8", "stages.sft.train_towers=true", "parallel.threads=1")
     done = train(*arguments(world, out, *settings, recipe="tiny_sft", steps=12))
     assert done.returncode == 0, done.stderr
     losses = [r["loss"] for r in metrics(out)]

@@ -49,7 +49,7 @@ def test_a_hung_rank_ends_all_with_stacks_and_last_words(world, tmp_path, ranks)
     stacks = sorted((out / "stacks").iterdir())
     assert [path.name.rpartition("-")[2] for path in stacks] == [f"rank_{rank:05d}.txt" for rank in range(ranks)]
     assert "in hang" in stacks[0].read_text() and "hang" in stacks[0].read_text()
-    said = re.search(r"HUNG: rank 0 on \S+: step/reward, step 1, stage visual, samples ([^ ,;]+)", texts[0])
+    said = re.search(r"HUNG: rank 0 on \S+: step, step 1, stage visual, samples ([^ ,;]+)", texts[0])
     assert said and said[1] in {sample.id for sample in load_manifest(world / "data" / "manifest.jsonl")}, texts[0]
     if ranks == 2:
         assert "HUNG: rank 1" in texts[1] and "all_gather_object" in stacks[1].read_text()
