@@ -109,7 +109,7 @@ def verdict(found: Measurements) -> str:
         f"On the same {difference.n} held-out samples AVATAR answers "
         f"{percent(found.estimates['avatar']['overall'].value)} correctly and GRPO "
         f"{percent(found.estimates['grpo']['overall'].value)}: a difference of {points[0]} points "
-        f"(95 % interval {points[1]} to {points[2]}, paired bootstrap p {p_value(difference.p)}), so {judgement}. "
+        f"(95 % interval {points[1]} to {points[2]}, paired test p {p_value(difference.p)}), so {judgement}. "
         "The interval is over samples; it says nothing about other seeds."
     )
 
