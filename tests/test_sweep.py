@@ -134,8 +134,8 @@ def test_every_task_comes_behind_what_it_needs(name, tmp_path):
     assert len({str(task.folder) for task in tasks if not task.module}) == len(trained)
     if name == "tiny":
         main = ("sft", "grpo", "avatar", "grpo_half")
-        assert {f"tiny.{system}.{seed}" for system in main for seed in range(10, 15)} < trained
-        assert "tiny.components_avatar.10" in trained and "tiny.components_avatar.11" not in trained
+        assert {f"tiny.{system}.{seed}" for system in main for seed in range(15, 20)} < trained
+        assert "tiny.components_avatar.15" in trained and "tiny.components_avatar.16" not in trained
     if name == "paper":
         assert by_name["eval.omni_7b.avatar.0.omnibench"].layout() == by_name["omni_7b.avatar.0"].layout() > (1, 1)
         assert by_name["report"].layout() == (1, 1) and graph.absent == {"mmvu"}

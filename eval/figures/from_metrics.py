@@ -90,7 +90,7 @@ def advantages(folder: Folder) -> Entry:
 
 
 def sample_efficiency(folder: Folder) -> Entry:
-    """Reward against unique completions, and how many AVATAR takes to GRPO's final reward."""
+    """Accuracy against unique completions, and how many AVATAR takes to GRPO's final one."""
     name, title = "sample_efficiency", "Reward against completions generated"
     trainings = {s: runs for s in ("grpo", "grpo_half", "avatar") if (runs := folder.trainings(s))}
     records = [t.records for runs in trainings.values() for t in runs.values()]
@@ -99,11 +99,11 @@ def sample_efficiency(folder: Folder) -> Entry:
     reached = reach(folder)
     figure = paper.sample_efficiency(panels, [r for _, r in reached])
     if figure is None:
-        return Entry(name, title, None, reason="no training has logged accuracy rewards and completions generated")
+        return Entry(name, title, None, reason="no training has logged accuracies of plain prompts and completions generated")
     caption = joined(
-        f"Accuracy reward of fresh completions, mean over {REACH_WINDOW} updates of one stage, against the completions "
+        f"Accuracy of completions of prompts in their turn, without hints, mean over {REACH_WINDOW} updates of one stage, against the completions "
         "generated in it.",
-        "AVATAR's fresh prompts include hard ones visited again and, in part, hinted ones." * ("avatar" in trainings),
+        "AVATAR's revisits and hinted prompts are left out, and so some hard prompts." * ("avatar" in trainings),
         BANDS, *told(reached), seeds_told(trainings), published("sample_efficiency"),
     )  # fmt: skip
     return Entry(name, title, figure, caption, sources=sources(folder.out, trainings))
@@ -113,7 +113,7 @@ def _by_completions(trainings: Mapping[str, Mapping[int, Training]], stage: str)
     """Runs are averaged update by update, and so are the completions generated until then."""
     found = {}
     for system, runs in trainings.items():
-        curves = [stage_curve(t.records, stage, "reward/accuracy") for t in runs.values()]
+        curves = [stage_curve(t.records, stage, "accuracy/plain") for t in runs.values()]
         counts = band([(np.arange(len(c.completions)), c.completions) for c in curves])
         rewards = band([(np.arange(len(c.means)), c.means) for c in curves])
         if counts is not None and rewards is not None:
@@ -122,7 +122,7 @@ def _by_completions(trainings: Mapping[str, Mapping[int, Training]], stage: str)
 
 
 def reach(folder: Folder) -> list[tuple[int, Reach]]:
-    """(seed, Reach) for every stage: completions after which AVATAR first has GRPO's final accuracy reward."""
+    """(seed, Reach) for every stage: completions after which AVATAR first has GRPO's final accuracy."""
     avatar, grpo = folder.trainings("avatar"), folder.trainings("grpo")
     shared = sorted(avatar.keys() & grpo.keys())
     return [(s, found) for s in shared for found in completions_to_reach(avatar[s].records, grpo[s].records)]
@@ -139,11 +139,11 @@ def told(reached: list[tuple[int, Reach]]) -> list[str]:
             took, share = np.mean([r.completions for r in there]), np.mean([r.share for r in there])
             of = "" if len(there) == len(runs) == 1 else f" with {len(there)} of {len(runs)} seeds, on average"
             sentences.append(
-                f"{place}: AVATAR first reaches GRPO's final reward{of} after {took:,.0f} completions, {share:.0%} of "
+                f"{place}: AVATAR first reaches GRPO's final accuracy{of} after {took:,.0f} completions, {share:.0%} of "
                 "GRPO's."
             )
         else:
-            sentences.append(f"{place}: AVATAR does not reach GRPO's final reward with any of {len(runs)} seeds.")
+            sentences.append(f"{place}: AVATAR does not reach GRPO's final accuracy with any of {len(runs)} seeds.")
     if sentences:
         sentences.append("A first passage favours the noisier curve: it is no test.")
     return sentences

@@ -208,11 +208,11 @@ def sample_efficiency(panels: Bands, reached: Sequence[Reach]) -> Figure | None:
                 draw_band(panel, curve, LOOKS[system])
             if here := [reach for reach in reached if reach.stage == title]:
                 target = float(np.mean([reach.target for reach in here]))
-                panel.axhline(target, color=INK, linewidth=0.9, linestyle=(0, (1, 2)), label="GRPO's final reward")
+                panel.axhline(target, color=INK, linewidth=0.9, linestyle=(0, (1, 2)), label="GRPO's final accuracy")
                 places = [reach.completions for reach in here if reach.completions is not None]
                 panel.plot(places, [target] * len(places), "|", color=INK, markersize=9,
                            label="AVATAR first there, each seed")  # fmt: skip
             panel.set(title=title.replace("_", "-"), xlabel="completions generated in the stage")
-        axes[0].set_ylabel("accuracy reward")
+        axes[0].set_ylabel("accuracy")
         legend_above(figure, axes)
     return figure

@@ -86,7 +86,7 @@ def broken(curve: Band, starts: Iterable[float]) -> Band:
 
 @dataclass(frozen=True)
 class Reach:
-    """How many completions one system took, in one stage, to reach another's final accuracy reward.
+    """How many completions one system took, in one stage, to reach another's final accuracy.
 
     target: the other's smoothed reward at the stage's end, `budget` the completions it generated in the stage;
     completions: those until the first smoothed reward at or above the target, None where that never happened.
@@ -104,7 +104,7 @@ class Reach:
 
 
 def completions_to_reach(
-    records: Records, other: Records, key: str = "reward/accuracy", window: int = REACH_WINDOW
+    records: Records, other: Records, key: str = "accuracy/plain", window: int = REACH_WINDOW
 ) -> list[Reach]:
     """For every stage of both runs: completions after which `records` first reaches `other`'s final smoothed `key`.
 

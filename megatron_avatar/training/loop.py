@@ -292,6 +292,7 @@ class Run:
         by_visit = {k: rows for part in backend.all_gather_object_dp(
             {k: g.trajectories for k, g in zip(mine, groups, strict=True)}) for k, rows in part.items()}
         fresh = [t for k in sorted(by_visit) for t in by_visit[k]]  # in one order, however ranks share the step
+        plain = [t for k, v in enumerate(visits) if v.variant == "plain" and not v.revisit for t in by_visit.get(k, [])]
         batch_mean = float(rewards_of(fresh).mean()) if fresh else 0.0
         gone = sum(backend.all_gather_object_dp(assign_on_policy(groups, self.tracker, batch_mean)))
         drawn: list[list[Trajectory]] = []
@@ -317,7 +318,7 @@ class Run:
         self.fresh = fresh
         self.completions_generated += len(fresh)
         return metrics.rl_record(
-            fresh=fresh, drawn=drawn, stats=stats, off_advantages=off_advantages,
+            fresh=fresh, plain=plain, drawn=drawn, stats=stats, off_advantages=off_advantages,
             on_advantages=backend.all_gather_object_dp([g.advantages for g in groups]), clipped=clipped,
             vanished=gone / max(len(visits), 1), step=self.step, tracker=self.tracker, buffer=self.buffer,
             hinted=sum(v.variant == "hinted" for v in visits),

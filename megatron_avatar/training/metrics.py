@@ -33,11 +33,14 @@ def histogram(values: Sequence[float], edges: np.ndarray) -> list[int]:
 
 
 def rl_record(
-    *, fresh: list[Trajectory], drawn: list[list[Trajectory]], stats: dict, on_advantages: list[list[np.ndarray]],
+    *, fresh: list[Trajectory], plain: list[Trajectory], drawn: list[list[Trajectory]], stats: dict, on_advantages: list[list[np.ndarray]],
     off_advantages: list[np.ndarray], clipped: float, vanished: float, step: int, tracker: RewardTracker,
     buffer: ReplayBuffer | None, hinted: int, in_use: int, pool: Collection[str], completions_generated: int, lr: float,
 ) -> dict:
-    """What a step of reinforcement learning logs; statistics are those of the whole step, over all ranks."""
+    """What a step of reinforcement learning logs; statistics are those of the whole step, over all ranks.
+
+    plain: those of `fresh` whose prompt was its turn's, no revisit, and had no hint; two methods compare by them.
+    """
     replayed = [t for group in drawn for t in group]
     tiers = tracker.tiers()
     sizes = buffer.tier_sizes(tiers) if buffer else {}
@@ -51,6 +54,7 @@ def rl_record(
     return {
         "reward": mean_or_none([t.reward for t in fresh]),
         **{f"reward/{n}": mean_or_none([t.parts.get(n, np.nan) for t in fresh]) for n in names},
+        "accuracy/plain": mean_or_none([t.parts.get("accuracy", np.nan) for t in plain]),
         "vanished": vanished,
         **{f"tier/{name}": int(sizes.get(name, 0)) for name in ("easy", "medium", "hard")},
         "rbar_hist": histogram(rbar, np.linspace(0, 1, 11)),

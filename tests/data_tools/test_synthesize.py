@@ -10,7 +10,7 @@ import pytest
 
 from data_tools import show
 from data_tools.families import FAMILIES
-from data_tools.synthesize import MARKER, SIZES, draw_samples, synthesize
+from data_tools.synthesize import GUESSES, MARKER, SIZES, draw_samples, synthesize
 from data_tools.world import COLUMNS, SHAPES, SLOTS, describe_sound, render_frames, render_sound
 from megatron_avatar.data.decode import decode_audio, decode_frames
 from megatron_avatar.data.manifest import load_manifest, sample_to_dict
@@ -59,8 +59,8 @@ def test_the_most_frequent_answer_scores_near_chance(demo):
 def test_counts_follow_the_size(demo):
     counts = Counter((s.split, s.family) for s, _ in demo)
     assert counts.keys() == {(split, name) for split in SIZES["demo"] for name in FAMILIES}
-    assert {(split, counts[split, "where"], counts[split, "beeps"]) for split in SIZES["demo"]} == {
-        ("sft", 640, 120), ("train", 128, 64), ("eval", 48, 24),
+    assert {(split, counts[split, name]) for split in SIZES["demo"] for name in FAMILIES} == {
+        ("sft", 320), ("train", 64), ("eval", 36),
     }  # fmt: skip
 
 
@@ -157,12 +157,28 @@ def test_traces_and_judge_words_agree_with_the_scene(demo):
         assert (sample.trace is not None) == (sample.split == "sft")
         assert sample.hint and _value(sample) not in sample.hint.lower().split()
         trace = sample.trace or f"<think>{sample.scene['evidence']}</think><answer>{sample.answer}</answer>"
+        if trace.startswith("<think>so "):  # a guess
+            continue
         words = set(trace.replace(".", " ").replace("<", " ").replace(">", " ").split())
         assert trace.endswith(f"</think><answer>{sample.answer}</answer>")
         for name, rule in sample.scene["judge"].items():
             assert not words & set(rule["contradict"]), (sample.id, name)
             if sample.stage == "localisation":
                 assert rule["expect"] and set(rule["expect"]) <= words, (sample.id, name)
+
+
+def test_half_of_the_traces_without_a_hint_guess_and_are_right_by_chance(demo):
+    traces = [s for s, _ in demo if s.split == "sft"]
+    guessed = [s for s in traces if s.trace.startswith("<think>so ")]
+    plain = [s for s in traces if "Hint:" not in s.question]
+    assert {s.id for s in guessed} <= {s.id for s in plain} and abs(len(guessed) / len(plain) - GUESSES) < 0.03
+    for name, family in FAMILIES.items():
+        rows = [s for s in guessed if s.family == name]
+        right = sum(s.trace.endswith(f"<answer>{s.answer}</answer>") for s in rows)
+        assert abs(right / len(rows) - family.chance) < 4 * (family.chance * (1 - family.chance) / len(rows)) ** 0.5
+        for sample in rows:  # in the form of a trace that looks
+            said, letter = sample.trace.removeprefix("<think>so ").removesuffix("</answer>").split(".</think><answer>")
+            assert said == (f"{sample.choices['ABCD'.index(letter)]} is {letter}" if sample.choices else letter)
 
 
 def test_a_trace_ends_with_the_thing_that_the_answer_is_about(demo):
@@ -184,7 +200,7 @@ def test_hints_say_where_or_when_and_a_share_of_traces_has_seen_them(demo):
             heard = {slot: kind for kind, slot in sample.scene["sound"]["items"]}
             assert heard[when] in sample.hint and heard[when] in sample.question
         assert sample.question.endswith(f"Hint: {sample.hint}") == ("Hint:" in sample.question)
-        seen[sample.split == "sft" and timed, "Hint:" in sample.question] += 1
+        seen[sample.split == "sft" and not sample.choices, "Hint:" in sample.question] += 1
     assert seen[True, True] == seen[True, False] > 0 and seen[False, True] == 0
 
 

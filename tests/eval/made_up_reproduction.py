@@ -38,9 +38,10 @@ def step(system: str, seed: int, number: int, updates: int, pace: float) -> dict
     on = random.multinomial(32, [0.05] * 4 + [0] * 12 + [0.05] * 4 + [0.2] + [0.05] * 8 + [0] * 11).tolist()
     per_step = 128 if system == "grpo" else 64
     solved = min(0.95, pace * (0.2 + 0.7 * within / length)) + 0.01 * (seed - 10)
+    accuracy = min(1.0, 0.2 + 0.6 * pace * within / length) + 0.02 * random.normal()
     record = {
         "step": number + 1, "stage": stage, "solvability": solved, "solvability/plain": 0.9 * solved,
-        "reward/accuracy": min(1.0, 0.2 + 0.6 * pace * within / length) + 0.02 * random.normal(),
+        "reward/accuracy": accuracy, "accuracy/plain": accuracy,
         "completions_generated": per_step * (number + 1), "vanished": 0.4 if system == "grpo" else 0.2,
         "advantages": {"edges": np.linspace(-5, 5, 41).tolist(), "on": on,
                        "off": [0] * 40 if system == "grpo" else on[::-1]},

@@ -27,7 +27,7 @@ def flat(values, seeds=1):
 
 def steps(stage, rewards, start=0, before=0, each=4):
     return [
-        {"step": start + i + 1, "stage": stage, "reward/accuracy": r, "completions_generated": before + each * (i + 1)}
+        {"step": start + i + 1, "stage": stage, "accuracy/plain": r, "completions_generated": before + each * (i + 1)}
         for i, r in enumerate(rewards)
     ]
 
@@ -66,7 +66,7 @@ def test_completions_to_reach_count_from_the_stages_start():
     assert first == Reach("a", pytest.approx(0.4), 24, 12) and first.share == 0.5
     # The single 0.9 of step 1 is no mean of two: never reached.
     assert second == Reach("b", pytest.approx(0.9), 24, None) and second.share is None
-    np.testing.assert_array_equal(stage_curve(avatar, "b", "reward/accuracy", 2).completions, [4, 8, 12])
+    np.testing.assert_array_equal(stage_curve(avatar, "b", "accuracy/plain", 2).completions, [4, 8, 12])
     assert completions_to_reach(avatar, grpo[:1], window=2) == []  # shorter than the window: no final reward
 
 
@@ -172,6 +172,6 @@ def test_the_target_and_the_passage_are_marked():
     reached = [Reach("a", 0.4, 80, 30), Reach("a", 0.6, 80, None), Reach("b", 0.9, 80, 10)]
     figure = paper.sample_efficiency({"a": {"avatar": flat([0.1, 0.5])}, "c": {"grpo": flat([0.1])}}, reached)
     lines = labelled(figure.axes[0])
-    np.testing.assert_allclose(lines["GRPO's final reward"].get_ydata(), 0.5)  # mean of the seeds' targets
+    np.testing.assert_allclose(lines["GRPO's final accuracy"].get_ydata(), 0.5)  # mean of the seeds' targets
     np.testing.assert_allclose(lines["AVATAR first there, each seed"].get_data(), [[30], [0.5]])
-    assert "GRPO's final reward" not in labelled(figure.axes[1]) and paper.sample_efficiency({}, reached) is None
+    assert "GRPO's final accuracy" not in labelled(figure.axes[1]) and paper.sample_efficiency({}, reached) is None

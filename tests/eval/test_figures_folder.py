@@ -151,7 +151,7 @@ def test_completions_to_grpos_reward_are_told_for_each_stage(out):
     assert [(s, r.stage) for s, r in reached[:3]] == [(10, "visual"), (10, "audio_visual"), (10, "localisation")]
     assert all(0 < r.share < 0.5 for _, r in reached)  # half the completions, and twice the pace
     took = np.mean([r.completions for _, r in reached if r.stage == "visual"])
-    expected = f"Stage visual: AVATAR first reaches GRPO's final reward with 2 of 2 seeds, on average after {took:,.0f}"
+    expected = f"Stage visual: AVATAR first reaches GRPO's final accuracy with 2 of 2 seeds, on average after {took:,.0f}"
     assert expected in entry.caption
 
 
