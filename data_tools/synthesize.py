@@ -40,7 +40,7 @@ from megatron_avatar.records import Media, Sample
 
 WORLD = 4  # raised when the same seed gives other clips or questions
 MARKER = "complete.json"
-GUESSES = 0.5  # of the cold start's traces without a hint answer at once, without looking: what reinforcement can unlearn
+GUESSES = 0.5  # of the cold start's traces without a hint answer without looking: what reinforcement can unlearn
 SIZES = {"tiny": {"sft": 2, "train": 2, "eval": 2}, "demo": {"sft": 320, "train": 64, "eval": 36}}  # samples a family
 
 

@@ -6,6 +6,7 @@ Pure over eval/results.py and metrics.jsonl; what was not run is said to be not 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -25,29 +26,33 @@ STAGES = ("visual", "audio_visual", "localisation")
 
 @dataclass(frozen=True)
 class Question:
-    """One effect: `first` minus `second`, which the paper says is above zero. Questions of one family of tests are
-    adjusted together."""
+    """One effect: `first` minus `second`. Questions of one family of tests are adjusted together, measured or not.
+
+    equal: what the two have to have the same of for the comparison to be one, "updates" or "completions".
+    """
 
     text: str
     first: str
     second: str
     tests: str
+    equal: str = ""
 
 
 QUESTIONS = (
-    Question("AVATAR against GRPO, equal updates", "avatar", "grpo", "primary"),
-    Question("AVATAR against GRPO, equal generated completions", "avatar", "grpo_half", "primary"),
+    Question("AVATAR against GRPO, equal updates", "avatar", "grpo", "primary", "updates"),
+    Question("AVATAR against GRPO, equal generated completions", "avatar", "grpo_half", "primary", "completions"),
     Question("GRPO against its cold start", "grpo", "sft", "secondary"),
     Question("AVATAR against its cold start", "avatar", "sft", "secondary"),
     Question("the cold start against the base", "sft", "base", "secondary"),
     Question("sound: AVATAR hearing against AVATAR mute", "avatar", "avatar:mute", "secondary"),
     Question("pictures: AVATAR seeing against AVATAR blind", "avatar", "avatar:blind", "secondary"),
-    Question("replay: against w/o off-policy", "components_avatar", "components_wo_off_policy", "ablations"),
-    Question("shaping: against w/o TAS", "components_avatar", "components_wo_tas", "ablations"),
-    Question("running baseline: against w/o VCRS", "components_avatar", "components_wo_vcrs", "ablations"),
-    Question("hints: against w/o hints", "components_avatar", "components_wo_hints", "ablations"),
-    Question("cold start: against AVATAR w/o SFT", "components_avatar", "avatar_wo_sft", "ablations"),
-    Question("revisits alone: GRPO with them against GRPO", "components_grpo_revisits", "components_grpo", "ablations"),
+    Question("replay: against w/o off-policy", "components_avatar", "components_wo_off_policy", "ablations", "updates"),
+    Question("shaping: against w/o TAS", "components_avatar", "components_wo_tas", "ablations", "updates"),
+    Question("running baseline: against w/o VCRS", "components_avatar", "components_wo_vcrs", "ablations", "updates"),
+    Question("hints: against w/o hints", "components_avatar", "components_wo_hints", "ablations", "updates"),
+    Question("cold start: against AVATAR w/o SFT", "components_avatar", "avatar_wo_sft", "ablations", "updates"),
+    Question("revisits alone: GRPO with them against GRPO", "components_grpo_revisits", "components_grpo", "ablations",
+             "updates"),
 )
 SWEEPS = {
     "tas_lambda": [f"tas_lambda_lam_{lam}" for lam in ("0", "0.05", "0.1", "0.3", "0.5", "1.0", "2.0")],
@@ -63,7 +68,9 @@ def study(out: Path) -> dict[str, Any]:
         "effects": _effects(folder),
         "sweeps": {name: _sweep(folder, name, members) for name, members in SWEEPS.items()},
         "vanished": _mean_over_run(folder, ("grpo", "avatar"), "vanished"),
-        "reach": [{"seed": seed, **asdict(found), "share": found.share} for seed, found in reach(folder)],
+        "hinted": _mean_over_run(folder, ("avatar", "components_avatar"), "hints/visits"),
+        "reach": [{"seed": seed, **asdict(found), "share": found.share, "rose": found.rose}
+                  for seed, found in reach(folder)],
         "solvability": _last(folder, ("grpo", "components_wo_hints", "components_avatar", "avatar"), "solvability"),
         "completions": _completions(folder, ("grpo", "grpo_half", "avatar")),
     }
@@ -78,6 +85,7 @@ def _runs(folder: Folder, system: str) -> dict[int, Run]:
 
 def _effects(folder: Folder) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
+    planned = {seed for question in QUESTIONS for seed in _runs(folder, question.first)}
     for question in QUESTIONS:
         first, second = _runs(folder, question.first), _runs(folder, question.second)
         if ":" not in question.second:  # a control is another protocol on purpose
@@ -89,14 +97,28 @@ def _effects(folder: Folder) -> list[dict[str, Any]]:
             **asdict(question), "seeds": seeds, "updates": _updates(folder, (question.first, question.second)),
             "found": _points(whole), "by_seed": {seed: part["value"] for seed, part in parts.items() if part},
             "by_stage": {stage: _points(_difference(first, second, seeds, stage)) for stage in STAGES},
+            "unequal": _unequal(folder, question),
         })  # fmt: skip
     for tests in {entry["tests"] for entry in found}:
-        own = [entry for entry in found if entry["tests"] == tests and entry["found"]]
-        for entry, p in zip(own, holm([entry["found"]["p"] for entry in own]), strict=True):
-            entry["found"]["holm"] = p
+        own = [entry for entry in found if entry["tests"] == tests]
+        for entry, p in zip(own, holm([entry["found"].get("p", 1.0) for entry in own]), strict=True):
+            if entry["found"]:
+                entry["found"]["holm"] = p
     for entry in found:
-        entry["word"] = _word(entry["found"])
+        entry["word"] = entry["unequal"] or _word(entry["found"], len(planned))
     return found
+
+
+def _unequal(folder: Folder, question: Question) -> str:
+    """What speaks against the comparison: other numbers of updates or of completions than it says; "" for nothing."""
+    if not question.equal:
+        return ""
+    first, second = ({getattr(t, question.equal) for t in folder.complete(name).values()}
+                     for name in (question.first, question.second))  # fmt: skip
+    if not first or not second or first == second:
+        return ""
+    told = [", ".join(map(str, sorted(counts))) for counts in (first, second)]
+    return f"not comparable: {told[0]} and {told[1]} {question.equal}"
 
 
 def _difference(
@@ -117,10 +139,15 @@ def _points(found: Estimate | None) -> dict[str, Any]:
     return {**scaled, "n": found.n, "seeds": found.seeds, **({"p": found.p} if isinstance(found, Difference) else {})}
 
 
-def _word(found: dict[str, Any]) -> str:
-    """shown, reversed, not shown: an interval without zero and an adjusted p below 5 %, or nothing."""
+def _word(found: dict[str, Any], planned: int) -> str:
+    """shown, reversed, not shown: an interval without zero and an adjusted p below 5 %, or nothing. One seed says
+    nothing of others, whatever its samples say; and none is spoken of before all `planned` ones are there."""
     if not found:
         return "not measured"
+    if found["seeds"] == 1:
+        return "one seed: no test"
+    if found["seeds"] < planned:
+        return f"{found['seeds']} of {planned} seeds so far"
     if found["holm"] >= LEVEL or found["low"] <= 0 <= found["high"]:
         return "not shown"
     return "shown" if found["value"] > 0 else "reversed"
@@ -128,7 +155,7 @@ def _word(found: dict[str, Any]) -> str:
 
 def _sweep(folder: Folder, name: str, members: list[str]) -> dict[str, Any]:
     """Accuracy of every member, and whether the best one differs from the worst: an interval without zero, and an
-    adjusted p below 5 % after Holm over all pairs with the best."""
+    adjusted p below 5 % after Holm over all pairs, since both are picked by what was measured."""
     runs = {member: found for member in members if (found := _runs(folder, member))}
     accuracy = {
         member: _points(cell({s: r.scored for s, r in own.items()}, next(iter(own.values())).meta["aggregate"]))
@@ -137,32 +164,33 @@ def _sweep(folder: Folder, name: str, members: list[str]) -> dict[str, Any]:
     if len(runs) < 2:
         return {"members": accuracy, "word": "not measured"}
     best, worst = (pick(accuracy, key=lambda member: accuracy[member]["value"]) for pick in (max, min))
-    others = [member for member in runs if member != best]
-    pairs = [_difference(runs[best], runs[o], sorted(runs[best].keys() & runs[o].keys())) for o in others]
-    adjusted = holm([pair.p if pair else 1.0 for pair in pairs])
-    behind = {o: {**_points(p), "holm": q} for o, p, q in zip(others, pairs, adjusted, strict=True)}
-    differ = worst != best and _word(behind[worst]) == "shown"
-    values = np.array([accuracy[member]["value"] for member in runs])
-    steps = np.diff(values)
+    pairs = {(a, b): _difference(runs[a], runs[b], sorted(runs[a].keys() & runs[b].keys()))
+             for a, b in permutations(runs, 2) if accuracy[a]["value"] > accuracy[b]["value"] or
+             (accuracy[a]["value"] == accuracy[b]["value"] and a < b)}  # fmt: skip
+    adjusted = dict(zip(pairs, holm([pair.p if pair else 1.0 for pair in pairs.values()]), strict=True))
+    extreme = pairs.get((best, worst))
+    differ = extreme is not None and extreme.low > 0 and adjusted[best, worst] < LEVEL
+    steps = np.diff([accuracy[member]["value"] for member in runs])
+    monotone = bool((steps >= 0).all() or (steps <= 0).all()) if len(runs) == len(members) else None
     return {
         "members": accuracy, "measured": len(runs), "planned": len(members), "best": best, "worst": worst,
         "published_best": PUBLISHED_BEST[name],
-        "monotone": bool((steps >= 0).all() or (steps <= 0).all()),
-        "behind_best": behind, "word": "best and worst differ" if differ else "no difference is shown",
+        "monotone": monotone, "extremes": {**_points(extreme), "holm": adjusted.get((best, worst), 1.0)},
+        "word": "its samples tell best and worst apart" if differ else "no difference is shown",
     }  # fmt: skip
 
 
 def _mean_over_run(folder: Folder, systems: tuple[str, ...], key: str) -> dict[str, dict[int, float]]:
-    """System -> seed -> mean of a metric over all updates."""
-    return {s: {seed: float(series(t.records, key)[1].mean()) for seed, t in folder.trainings(s).items()
+    """System -> seed -> mean of a metric over all updates of the trainings that are complete."""
+    return {s: {seed: float(series(t.records, key)[1].mean()) for seed, t in folder.complete(s).items()
                 if len(series(t.records, key)[1])} for s in systems}  # fmt: skip
 
 
 def _last(folder: Folder, systems: tuple[str, ...], key: str) -> dict[str, dict[int, dict[str, float]]]:
-    """System -> seed -> stage -> the metric at the stage's end."""
+    """System -> seed -> stage -> the metric at the stage's end, of the trainings that are complete."""
     found: dict[str, dict[int, dict[str, float]]] = {}
     for system in systems:
-        for seed, training in folder.trainings(system).items():
+        for seed, training in folder.complete(system).items():
             ends = {r["stage"]: r[key] for r in training.records if r.get(key) is not None}
             if ends:
                 found.setdefault(system, {})[seed] = ends
@@ -170,9 +198,7 @@ def _last(folder: Folder, systems: tuple[str, ...], key: str) -> dict[str, dict[
 
 
 def _completions(folder: Folder, systems: tuple[str, ...]) -> dict[str, list[int]]:
-    counts = {s: [int(t.records[-1]["completions_generated"]) for t in folder.trainings(s).values() if t.records]
-              for s in systems}  # fmt: skip
-    return {system: sorted(set(found)) for system, found in counts.items()}
+    return {system: sorted({t.completions for t in folder.complete(system).values()}) for system in systems}
 
 
 def _updates(folder: Folder, systems: tuple[str, ...]) -> dict[str, list[int]]:

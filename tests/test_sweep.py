@@ -136,6 +136,10 @@ def test_every_task_comes_behind_what_it_needs(name, tmp_path):
         main = ("sft", "grpo", "avatar", "grpo_half")
         assert {f"tiny.{system}.{seed}" for system in main for seed in range(15, 20)} < trained
         assert "tiny.components_avatar.15" in trained and "tiny.components_avatar.16" not in trained
+        full = {stage: s.steps for stage, s in by_name["tiny.grpo.15"].config().stages.items()}
+        for system in ("grpo_half.15", "grpo_half.19", "components_avatar.15", "avatar_wo_sft.15"):
+            halved = {stage: s.steps for stage, s in by_name[f"tiny.{system}"].config().stages.items()}
+            assert halved == {stage: steps // 2 for stage, steps in full.items()}, "docs/study.md"
     if name == "paper":
         assert by_name["eval.omni_7b.avatar.0.omnibench"].layout() == by_name["omni_7b.avatar.0"].layout() > (1, 1)
         assert by_name["report"].layout() == (1, 1) and graph.absent == {"mmvu"}

@@ -17,6 +17,8 @@ FIGURES = (
     from_metrics.solvability,
     from_predictions.tas_lambda,
     from_predictions.over_training,
+    from_predictions.families,
+    from_metrics.training,
     comparison.comparison,
     from_metrics.advantages,
     gain.tas_gain_by_length,

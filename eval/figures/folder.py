@@ -39,12 +39,20 @@ class Training:
         return read_metrics(self.folder / "metrics.jsonl")
 
     @cached_property
+    def complete(self) -> bool:
+        return (self.folder / "done.json").exists()
+
+    @cached_property
     def updates(self) -> int:
         """Updates made, so far if it goes on."""
-        done = self.folder / "done.json"
-        if done.exists():
-            return int(json.loads(done.read_text(encoding="utf-8"))["steps"])
+        if self.complete:
+            return int(json.loads((self.folder / "done.json").read_text(encoding="utf-8"))["steps"])
         return int(self.records[-1]["step"]) if self.records else 0
+
+    @property
+    def completions(self) -> int:
+        """Completions generated, so far if it goes on."""
+        return int(self.records[-1]["completions_generated"]) if self.records else 0
 
     @cached_property
     def shaping(self) -> tuple[str, float] | None:
@@ -71,6 +79,10 @@ class Folder:
         folders = {seed: path.resolve() for seed, path in _seeds(self.out / "runs" / self.family / system).items()}
         found = {seed: Training(folder.parent.name, seed, folder) for seed, folder in folders.items()}
         return {seed: training for seed, training in found.items() if training.records}
+
+    def complete(self, system: str) -> dict[int, Training]:
+        """Those trainings that have come to their end."""
+        return {seed: training for seed, training in self.trainings(system).items() if training.complete}
 
     def predictions(self, system: str, benchmark: str, control: str = "") -> dict[int, Run]:
         """Seed -> predictions under protocol `ours`; `control`: "-g8" and the like."""

@@ -28,6 +28,11 @@ HINTS = {
     "components_wo_hints": ["components_wo_hints"],
     "avatar": ["components_avatar", "avatar"],
 }
+LOGGED = {
+    "reward": "reward", "accuracy, prompts in turn, no hint": "accuracy/plain", "groups without a signal": "vanished",
+    "tokens of a completion": "length", "hinted prompts of an update": "hints/visits",
+}  # fmt: skip
+COUNTS = ("tokens of a completion", "hinted prompts of an update")
 BANDS = "Lines: means over seeds; bands: their range."
 
 
@@ -72,6 +77,22 @@ def solvability(folder: Folder) -> Entry:
     return Entry(name, title, figure, caption, sources=sources(folder.out, chosen.trainings))
 
 
+def training(folder: Folder) -> Entry:
+    """What the main systems log in training."""
+    name, title = "training", "Over training"
+    trainings = {system: runs for system in MAIN if (runs := folder.trainings(system))}
+    stages = shared_stages(trainings)
+    panels = {panel: bands(trainings, key, stages) for panel, key in LOGGED.items()}
+    figure = paper.over_training(panels, "", stages=stages, counts=COUNTS)
+    if figure is None:
+        return Entry(name, title, None, reason="no training of GRPO or AVATAR has logged anything")
+    caption = joined(
+        "Each update by itself. The reward's parts and weights change with the stage. Groups without a signal: all "
+        "rewards equal, among GRPO's eight fresh completions or AVATAR's four.", BANDS, seeds_told(trainings),
+    )  # fmt: skip
+    return Entry(name, title, figure, caption, sources=sources(folder.out, trainings))
+
+
 def advantages(folder: Folder) -> Entry:
     """The histogram of advantages."""
     name, title = "advantages", "Distribution of advantages"
@@ -91,7 +112,7 @@ def advantages(folder: Folder) -> Entry:
 
 def sample_efficiency(folder: Folder) -> Entry:
     """Accuracy against unique completions, and how many AVATAR takes to GRPO's final one."""
-    name, title = "sample_efficiency", "Reward against completions generated"
+    name, title = "sample_efficiency", "Accuracy against completions generated"
     trainings = {s: runs for s in ("grpo", "grpo_half", "avatar") if (runs := folder.trainings(s))}
     records = [t.records for runs in trainings.values() for t in runs.values()]
     stages = dict.fromkeys(stage for run in records for stage in stage_starts(run))
@@ -99,10 +120,10 @@ def sample_efficiency(folder: Folder) -> Entry:
     reached = reach(folder)
     figure = paper.sample_efficiency(panels, [r for _, r in reached])
     if figure is None:
-        return Entry(name, title, None, reason="no training has logged accuracies of plain prompts and completions generated")
+        return Entry(name, title, None, reason="no training has logged accuracies and completions generated")
     caption = joined(
-        f"Accuracy of completions of prompts in their turn, without hints, mean over {REACH_WINDOW} updates of one stage, against the completions "
-        "generated in it.",
+        f"Accuracy of completions of prompts in their turn, without hints, mean over {REACH_WINDOW} updates of one "
+        "stage, against the completions generated in it.",
         "AVATAR's revisits and hinted prompts are left out, and so some hard prompts." * ("avatar" in trainings),
         BANDS, *told(reached), seeds_told(trainings), published("sample_efficiency"),
     )  # fmt: skip
@@ -123,7 +144,7 @@ def _by_completions(trainings: Mapping[str, Mapping[int, Training]], stage: str)
 
 def reach(folder: Folder) -> list[tuple[int, Reach]]:
     """(seed, Reach) for every stage: completions after which AVATAR first has GRPO's final accuracy."""
-    avatar, grpo = folder.trainings("avatar"), folder.trainings("grpo")
+    avatar, grpo = folder.complete("avatar"), folder.complete("grpo")
     shared = sorted(avatar.keys() & grpo.keys())
     return [(s, found) for s in shared for found in completions_to_reach(avatar[s].records, grpo[s].records)]
 
@@ -133,17 +154,27 @@ def told(reached: list[tuple[int, Reach]]) -> list[str]:
     sentences = []
     for stage in dict.fromkeys(r.stage for _, r in reached):
         runs = [r for _, r in reached if r.stage == stage]
-        there = [r for r in runs if r.completions is not None]
+        rose = [r for r in runs if r.rose]
+        there = [r for r in rose if r.completions is not None]
         place = f"Stage {stage.replace('_', '-')}" if stage else "Training"
-        if there:
+        flat = f" (GRPO's own accuracy doesn't rise with {len(runs) - len(rose)} others)" * (len(rose) < len(runs))
+        if not rose:
+            sentences.append(f"{place}: GRPO's accuracy doesn't rise with any of {len(runs)} seeds.")
+        elif there:
             took, share = np.mean([r.completions for r in there]), np.mean([r.share for r in there])
-            of = "" if len(there) == len(runs) == 1 else f" with {len(there)} of {len(runs)} seeds, on average"
+            of = "" if len(there) == len(runs) == 1 else f" with {len(there)} of {len(rose)} seeds, on average"
             sentences.append(
-                f"{place}: AVATAR first reaches GRPO's final accuracy{of} after {took:,.0f} completions, {share:.0%} of "
-                "GRPO's."
+                f"{place}: AVATAR first reaches GRPO's final accuracy{of} after {took:,.0f} completions, {share:.0%} "
+                f"of GRPO's{flat}."
             )
         else:
-            sentences.append(f"{place}: AVATAR does not reach GRPO's final accuracy with any of {len(runs)} seeds.")
+            sentences.append(
+                f"{place}: AVATAR does not reach GRPO's final accuracy with any of {len(rose)} seeds{flat}."
+            )
     if sentences:
-        sentences.append("A first passage favours the noisier curve: it is no test.")
+        floor, cap = (min(r.floor / r.budget for _, r in reached), max(r.cap / r.budget for _, r in reached))
+        sentences.append(
+            f"Shares can only lie between {floor:.0%} (the first mean) and {cap:.0%} (all that AVATAR generates). A "
+            "first passage favours the noisier curve: it is no test."
+        )
     return sentences

@@ -13,6 +13,7 @@ from eval.figures.entry import Entry, joined, partial_told, published, seeds_tol
 from eval.figures.folder import Comparable, Folder, Training, comparable
 from eval.figures.from_metrics import MAIN, bands, present, shared_stages
 from eval.figures.series import BINS, Band, band, group_position, position_band
+from eval.figures.training import family_bars
 from eval.results import Run, check_comparable
 from eval.score import Prediction, read_predictions
 from eval.stats import Estimate
@@ -195,6 +196,22 @@ def over_training(folder: Folder) -> Entry:
         partial_told(runs), published(name),
     )  # fmt: skip
     return Entry(name, title, figure, caption, sources=sources(folder.out, trainings, runs))
+
+
+def families(folder: Folder) -> Entry:
+    """Accuracy of the main systems on every family of held-out questions."""
+    name, title = "families", "Accuracy by family of questions"
+    systems = ("base", "sft", "grpo", "grpo_half", "avatar")
+    runs = {system: found for system in systems if (found := folder.predictions(system, HELD_OUT))}
+    used = [run for by_seed in runs.values() for run in by_seed.values()]
+    check_comparable(used)
+    names = dict.fromkeys(value for run in used for values in run.scored.groups["family"] for value in values)
+    cells = {s: {f: c for f in names if (c := _cell(by_seed, ("family", f)))} for s, by_seed in runs.items()}
+    figure = family_bars(cells, {}) if cells else None
+    if figure is None:
+        return Entry(name, title, None, reason="no held-out samples were answered")
+    caption = joined("Held-out samples.", INTERVALS, seeds_told(used), partial_told(used))
+    return Entry(name, title, figure, caption, sources=sources(folder.out, {}, used))
 
 
 def check_comparable_each(runs: Sequence[Run]) -> None:

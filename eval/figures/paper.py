@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -96,9 +96,11 @@ def _around(estimates: Sequence[Estimate]) -> tuple[np.ndarray, np.ndarray, np.n
 
 
 def over_training(
-    panels: Bands, ylabel: str, *, stages: Mapping[str, float] | None = None, markers: bool = False
-) -> Figure | None:
-    """Figures 3 and 5: shares over training as lines in bands; thin lines where a stage begins."""
+    panels: Bands, ylabel: str, *, stages: Mapping[str, float] | None = None, markers: bool = False,
+    counts: Collection[str] = (),
+) -> Figure | None:  # fmt: skip
+    """Figures 3 and 5, and what training logs: shares over training as lines in bands, in the panels `counts` numbers;
+    thin lines where a stage begins."""
     panels = {title: curves for title, curves in panels.items() if curves}
     if not panels:
         return None
@@ -109,7 +111,8 @@ def over_training(
             for system, curve in curves.items():
                 draw_band(panel, curve, LOOKS[system], markers)
             panel.set(title=title, xlabel="update")
-            panel.yaxis.set_major_formatter(percent)
+            if title not in counts:
+                panel.yaxis.set_major_formatter(percent)
             panel.margins(y=0.12)  # room for the stages' names
             mark_stages(panel, stages or {})
         axes[0].set_ylabel(ylabel)

@@ -88,14 +88,23 @@ def broken(curve: Band, starts: Iterable[float]) -> Band:
 class Reach:
     """How many completions one system took, in one stage, to reach another's final accuracy.
 
-    target: the other's smoothed reward at the stage's end, `budget` the completions it generated in the stage;
-    completions: those until the first smoothed reward at or above the target, None where that never happened.
+    start, target: the other's smoothed accuracy in its first whole window and at the stage's end; budget: the
+    completions it generated in the stage; completions: those until the first smoothed accuracy at or above the target,
+    None where that never happened; floor and cap: the fewest and most that could have been found.
     """
 
     stage: str
+    start: float
     target: float
     budget: int
     completions: int | None
+    floor: int
+    cap: int
+
+    @property
+    def rose(self) -> bool:
+        """Whether the other learned anything in the stage that could be reached."""
+        return self.target > self.start
 
     @property
     def share(self) -> float | None:
@@ -108,7 +117,7 @@ def completions_to_reach(
 ) -> list[Reach]:
     """For every stage of both runs: completions after which `records` first reaches `other`'s final smoothed `key`.
 
-    Rewards are means over `window` steps of one stage (the first whole window onwards) and completions count from the
+    Values are means over `window` steps of one stage (the first whole window onwards) and completions count from the
     stage's start: an earlier stage has other, easier prompts, and would be reached without having learnt anything.
     """
     found = []
@@ -119,7 +128,9 @@ def completions_to_reach(
         target = float(theirs.means[-1])
         reached = np.flatnonzero(ours.means[window - 1 :] >= target - 1e-12)
         completions = int(ours.completions[window - 1 + reached[0]]) if len(reached) else None
-        found.append(Reach(stage, target, int(theirs.completions[-1]), completions))
+        start, budget, cap = float(theirs.means[window - 1]), int(theirs.completions[-1]), int(ours.completions[-1])
+        floor = int(ours.completions[window - 1])
+        found.append(Reach(stage, start, target, budget, completions, floor, cap))
     return found
 
 

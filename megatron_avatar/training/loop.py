@@ -42,6 +42,7 @@ from megatron_avatar.training.rollout import (
     choose_prompts,
     load_prompts,
     make_groups,
+    plain_completions,
     rewards_of,
     share_visits,
 )
@@ -292,7 +293,6 @@ class Run:
         by_visit = {k: rows for part in backend.all_gather_object_dp(
             {k: g.trajectories for k, g in zip(mine, groups, strict=True)}) for k, rows in part.items()}
         fresh = [t for k in sorted(by_visit) for t in by_visit[k]]  # in one order, however ranks share the step
-        plain = [t for k, v in enumerate(visits) if v.variant == "plain" and not v.revisit for t in by_visit.get(k, [])]
         batch_mean = float(rewards_of(fresh).mean()) if fresh else 0.0
         gone = sum(backend.all_gather_object_dp(assign_on_policy(groups, self.tracker, batch_mean)))
         drawn: list[list[Trajectory]] = []
@@ -318,8 +318,9 @@ class Run:
         self.fresh = fresh
         self.completions_generated += len(fresh)
         return metrics.rl_record(
-            fresh=fresh, plain=plain, drawn=drawn, stats=stats, off_advantages=off_advantages,
-            on_advantages=backend.all_gather_object_dp([g.advantages for g in groups]), clipped=clipped,
+            fresh=fresh, plain=plain_completions(visits, by_visit), drawn=drawn, stats=stats,
+            off_advantages=off_advantages, clipped=clipped,
+            on_advantages=backend.all_gather_object_dp([g.advantages for g in groups]),
             vanished=gone / max(len(visits), 1), step=self.step, tracker=self.tracker, buffer=self.buffer,
             hinted=sum(v.variant == "hinted" for v in visits),
             in_use=self.hints.in_use if self.hints is not None else 0, pool=self.pool,

@@ -33,13 +33,14 @@ def histogram(values: Sequence[float], edges: np.ndarray) -> list[int]:
 
 
 def rl_record(
-    *, fresh: list[Trajectory], plain: list[Trajectory], drawn: list[list[Trajectory]], stats: dict, on_advantages: list[list[np.ndarray]],
-    off_advantages: list[np.ndarray], clipped: float, vanished: float, step: int, tracker: RewardTracker,
-    buffer: ReplayBuffer | None, hinted: int, in_use: int, pool: Collection[str], completions_generated: int, lr: float,
+    *, fresh: list[Trajectory], plain: list[Trajectory], drawn: list[list[Trajectory]], stats: dict,
+    on_advantages: list[list[np.ndarray]], off_advantages: list[np.ndarray], clipped: float, vanished: float, step: int,
+    tracker: RewardTracker, buffer: ReplayBuffer | None, hinted: int, in_use: int, pool: Collection[str],
+    completions_generated: int, lr: float,
 ) -> dict:
     """What a step of reinforcement learning logs; statistics are those of the whole step, over all ranks.
 
-    plain: those of `fresh` whose prompt was its turn's, no revisit, and had no hint; two methods compare by them.
+    plain: those of `fresh` whose prompt came in its turn and without a hint.
     """
     replayed = [t for group in drawn for t in group]
     tiers = tracker.tiers()

@@ -51,6 +51,12 @@ def choose_prompts(
     return visits
 
 
+def plain_completions(visits: Sequence[Visit], by_visit: Mapping[int, list[Trajectory]]) -> list[Trajectory]:
+    """Those of prompts that came in their turn and without a hint; `by_visit` maps a visit's place to its own."""
+    plain = (k for k, visit in enumerate(visits) if visit.variant == "plain" and not visit.revisit)
+    return [trajectory for k in plain for trajectory in by_visit.get(k, [])]
+
+
 def share_visits(visits: Sequence[Visit], fresh_owners: Sequence[int], tokens: Mapping[str, int], dp: int) -> list[int]:
     """Data-parallel rank of each visit: fresh prompts have theirs, revisits even out the tokens by sample id."""
     costs = [tokens[v.sample_id] for v in visits]

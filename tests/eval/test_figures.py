@@ -63,10 +63,13 @@ def test_completions_to_reach_count_from_the_stages_start():
     avatar = steps("a", [0.1, 0.3, 0.5, 0.9]) + steps("b", [0.9, 0.1, 0.1], 4, 16)
     first, second = completions_to_reach(avatar, grpo, window=2)
     # Means of two: 0.2 0.4 (step 3, of 12 completions) 0.7 against (0.4 + 0.4) / 2.
-    assert first == Reach("a", pytest.approx(0.4), 24, 12) and first.share == 0.5
+    assert first == Reach("a", pytest.approx(0.3), pytest.approx(0.4), 24, 12, 8, 16) and first.share == 0.5
     # The single 0.9 of step 1 is no mean of two: never reached.
-    assert second == Reach("b", pytest.approx(0.9), 24, None) and second.share is None
+    assert second == Reach("b", pytest.approx(0.7), pytest.approx(0.9), 24, None, 8, 12) and second.share is None
     np.testing.assert_array_equal(stage_curve(avatar, "b", "accuracy/plain", 2).completions, [4, 8, 12])
+    assert first.rose and second.rose
+    fallen, = completions_to_reach(avatar, steps("a", [0.6, 0.4, 0.2], each=8), window=2)
+    assert not fallen.rose, "below its own beginning: nothing to reach"
     assert completions_to_reach(avatar, grpo[:1], window=2) == []  # shorter than the window: no final reward
 
 
@@ -169,7 +172,8 @@ def test_gains_are_in_points():
 
 
 def test_the_target_and_the_passage_are_marked():
-    reached = [Reach("a", 0.4, 80, 30), Reach("a", 0.6, 80, None), Reach("b", 0.9, 80, 10)]
+    found = (("a", 0.4, 30), ("a", 0.6, None), ("b", 0.9, 10))
+    reached = [Reach(stage, 0.1, target, 80, at, 5, 40) for stage, target, at in found]
     figure = paper.sample_efficiency({"a": {"avatar": flat([0.1, 0.5])}, "c": {"grpo": flat([0.1])}}, reached)
     lines = labelled(figure.axes[0])
     np.testing.assert_allclose(lines["GRPO's final accuracy"].get_ydata(), 0.5)  # mean of the seeds' targets

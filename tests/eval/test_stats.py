@@ -152,6 +152,25 @@ def test_seeds_that_disagree_are_no_proof():
     assert difference(np.clip(second + (random.random((5, 400)) < 0.2), 0, 1), second).p < 0.001
 
 
+def test_three_seeds_that_vary_are_seldom_taken_for_an_effect():
+    """By the bootstrap alone, one in five would be: three seeds say little about how seeds vary."""
+    random, wrong, held = np.random.default_rng(0), 0, 0
+    for trial in range(200):
+        items = random.normal(size=(1, 60))
+        first = items + 0.2 * random.normal(size=(3, 1)) + 0.1 * random.normal(size=(3, 60))
+        found = difference(first, items + 0.1 * random.normal(size=(3, 60)), seed=trial, resamples=400)
+        wrong += found.p < 0.05
+        held += found.low <= 0 <= found.high
+    assert wrong <= 20 and held >= 180
+
+
+def test_the_interval_spans_student_s_on_the_seeds():
+    first = np.repeat([[0.5], [0.7], [0.9]], 40, axis=1)
+    found, theirs = difference(first, np.zeros((3, 40))), stats.ttest_1samp([0.5, 0.7, 0.9], 0.0)
+    assert (found.low, found.high) == pytest.approx(tuple(theirs.confidence_interval(0.95)))
+    assert found.p == pytest.approx(theirs.pvalue)
+
+
 def test_only_shared_answers_are_compared():
     first = np.array([[1.0, 1.0, np.nan, 1.0]])
     second = np.array([[0.0, 1.0, 1.0, np.nan]])

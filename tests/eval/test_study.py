@@ -15,26 +15,48 @@ def found(value, low, high, p):
 
 
 def test_a_word_needs_an_interval_without_zero_and_a_small_p():
-    assert _word(found(0.1, 0.05, 0.2, 0.01)) == "shown"
-    assert _word(found(-0.1, -0.2, -0.05, 0.01)) == "reversed"
-    assert _word(found(0.1, 0.0, 0.2, 0.01)) == _word(found(0.1, 0.05, 0.2, 0.05)) == "not shown"
-    assert _word({}) == "not measured"
+    assert _word(found(0.1, 0.05, 0.2, 0.01), 2) == "shown"
+    assert _word(found(-0.1, -0.2, -0.05, 0.01), 2) == "reversed"
+    assert _word(found(0.1, 0.0, 0.2, 0.01), 2) == _word(found(0.1, 0.05, 0.2, 0.05), 2) == "not shown"
+    assert _word({}, 2) == "not measured"
+
+
+def test_one_seed_or_a_part_of_them_gets_no_word():
+    assert _word(found(0.1, 0.05, 0.2, 0.001), 5) == "2 of 5 seeds so far"
+    assert _word({**found(0.1, 0.05, 0.2, 0.001), "seeds": 1}, 5) == "one seed: no test"
 
 
 def test_effects_are_paired_by_seed_and_adjusted_inside_their_family(tmp_path):
-    for seed in (10, 11):
+    for seed in (10, 11, 12, 13):
         write_predictions(tmp_path, "avatar", seed, 0.9, items=48)
         write_predictions(tmp_path, "grpo", seed, 0.2, items=48)
         write_predictions(tmp_path, "grpo_half", seed, 0.2, items=48)
     write_predictions(tmp_path, "sft", 11, 0.2, items=48)
     effects = {effect["text"]: effect for effect in study(tmp_path)["effects"]}
     main = effects["AVATAR against GRPO, equal updates"]
-    assert main["word"] == "shown" and main["seeds"] == [10, 11] and main["found"]["n"] == 96
-    assert sum(main["by_seed"].values()) / 2 == pytest.approx(main["found"]["value"])
+    assert main["word"] == "shown" and main["seeds"] == [10, 11, 12, 13] and main["found"]["n"] == 192
+    assert sum(main["by_seed"].values()) / 4 == pytest.approx(main["found"]["value"])
     assert main["found"]["holm"] == pytest.approx(2 * main["found"]["p"]), "two primary questions"
     start = effects["AVATAR against its cold start"]
     assert start["seeds"] == [11] and start["found"]["n"] == 48, "a seed of one system alone is no pair"
-    assert effects["hints: against w/o hints"]["word"] == "not measured"
+    assert start["word"] == "one seed: no test" and effects["hints: against w/o hints"]["word"] == "not measured"
+
+
+def test_what_is_not_measured_counts_in_the_adjustment(tmp_path):
+    for system, skill in (("avatar", 0.9), ("grpo", 0.2)):
+        write_predictions(tmp_path, system, 10, skill)
+    main = study(tmp_path)["effects"][0]
+    assert main["found"]["holm"] == pytest.approx(2 * main["found"]["p"])
+
+
+def test_systems_that_made_other_numbers_of_updates_are_not_compared(tmp_path):
+    for system, updates in (("avatar", 60), ("grpo", 30), ("grpo_half", 60)):
+        write_training(tmp_path, system, 10, updates)
+        write_predictions(tmp_path, system, 10, 0.5)
+    first, second, *_ = study(tmp_path)["effects"]
+    assert first["word"] == "not comparable: 60 and 30 updates" and second["word"] == "one seed: no test"
+    write_training(tmp_path, "grpo_half", 10, 30)
+    assert study(tmp_path)["effects"][1]["word"] == "not comparable: 3840 and 1920 completions"
 
 
 def test_runs_of_two_kinds_make_no_effect(tmp_path):
@@ -50,8 +72,8 @@ def test_a_sweep_speaks_of_its_best_and_worst_member(tmp_path):
     for lam, skill in (("0", 0.2), ("0.1", 0.6), ("0.3", 0.9)):
         write_predictions(tmp_path, f"tas_lambda_lam_{lam}", 10, skill)
     sweep = study(tmp_path)["sweeps"]["tas_lambda"]
-    assert (sweep["best"], sweep["worst"]) == ("tas_lambda_lam_0.3", "tas_lambda_lam_0") and sweep["monotone"]
-    assert sweep["word"] == "best and worst differ" and (sweep["measured"], sweep["planned"]) == (3, 7)
+    assert (sweep["best"], sweep["worst"]) == ("tas_lambda_lam_0.3", "tas_lambda_lam_0") and sweep["monotone"] is None
+    assert sweep["word"] == "its samples tell best and worst apart" and (sweep["measured"], sweep["planned"]) == (3, 7)
     for lam in ("0", "0.1", "0.3"):
         write_predictions(tmp_path, f"tas_lambda_lam_{lam}", 10, 0.5)
     assert study(tmp_path)["sweeps"]["tas_lambda"]["word"] == "no difference is shown"

@@ -12,7 +12,13 @@ from megatron_avatar.records import Completion, Group, Prompt, Sample, Trajector
 from megatron_avatar.rl.hints import HintPolicy
 from megatron_avatar.rl.tracker import RewardTracker
 from megatron_avatar.training.loop import Run
-from megatron_avatar.training.rollout import assign_off_policy, assign_on_policy, choose_prompts
+from megatron_avatar.training.rollout import (
+    Visit,
+    assign_off_policy,
+    assign_on_policy,
+    choose_prompts,
+    plain_completions,
+)
 
 POOL = {f"p{k}": Sample(f"p{k}", "s", "train", "f", "?", "1", "numerical", hint="Count.") for k in range(20)}
 
@@ -52,6 +58,13 @@ def test_revisits_are_hard_and_their_share_holds_in_the_mean(n, share):
 
 def test_without_history_every_prompt_is_fresh():
     assert not any(v.revisit for v in choose(8, 1.0, 0, RewardTracker()))
+
+
+def test_plain_completions_leave_out_revisits_and_hints():
+    kinds = [("plain", False), ("hinted", False), ("plain", True), ("hinted", True), ("plain", False), ("plain", False)]
+    visits = [Visit(f"p{k}", variant, str(k), revisit) for k, (variant, revisit) in enumerate(kinds)]
+    by_visit = {k: [trajectory(f"p{k}", 1.0)] * 2 for k in range(5)}  # the last one was set aside
+    assert [t.sample_id for t in plain_completions(visits, by_visit)] == ["p0", "p0", "p4", "p4"]
 
 
 def test_a_step_feeds_hints_that_nobody_uses_yet():
