@@ -22,6 +22,7 @@ import shlex
 import sys
 from dataclasses import asdict, dataclass, field
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -180,8 +181,8 @@ class _Family:
             if not self.is_twin(system, chosen):
                 task = self.train(system, chosen, needs)
                 self.evaluate(system, str(self.model(system, chosen)), [task])
-                for step in self.parts.get("milestones", {}).get(system, []):
-                    self.evaluate(system, str(self.folder("runs", system)), [task], step)
+                for step, model in self._milestones(system, chosen).items():
+                    self.evaluate(system, str(model), [task], step)
 
     def _made(self) -> list[str]:
         return [self.prepared[""]] if "" in self.prepared else []
@@ -217,6 +218,15 @@ class _Family:
     def model(self, system: str, settings: list[str]) -> Path:
         return self.folder("runs", system) / "export" / list(_config(*settings).stages)[-1]
 
+    def _milestones(self, system: str, settings: list[str]) -> dict[int, Path]:
+        """Update -> what is evaluated of it: the run, which keeps that checkpoint, or (`stages`) a stage's export."""
+        wanted, run = self.parts.get("milestones", {}).get(system, []), self.folder("runs", system)
+        if wanted != "stages":
+            return dict.fromkeys(wanted, run)
+        stages = _config(*settings).stages
+        ends = accumulate(stage.steps for stage in stages.values())
+        return {end: run / "export" / name for end, name in zip(ends, list(stages)[:-1], strict=False)}
+
     def evaluate(self, system: str, model: str, needs: list[str], step: int = 0) -> None:
         wanted = [what for pattern, benchmarks in self.parts["evaluate"].items()
                   if any(fnmatch.fnmatch(f"{system}@step" if step else system, p) for p in pattern.split("|"))
@@ -229,7 +239,8 @@ class _Family:
             data = self.parts["manifest"] if benchmark == "held_out" else published
             given = [*self.parts["train"], *self.parts.get("settings", []), *self.graph.settings]
             layout = [s for s in given if s.startswith(ENGINE)]
-            own = [s for s in layout if "." in s.partition("=")[0]] if step else layout  # a run has groups of its own
+            of_run = Path(model) == self.folder("runs", system)  # which has configuration groups of its own
+            own = [s for s in layout if "." in s.partition("=")[0]] if of_run else layout
             control = [item for name in controls for item in _control(name)]
             (recipe,) = (s for s in given if s.startswith("recipe="))
             out = self.folder("predictions", system) / (f"step_{step}" if step else "")
@@ -237,7 +248,7 @@ class _Family:
                          f"family={self.name}", f"seed={self.seed}", *control, *own]  # fmt: skip
             if benchmark != "held_out":
                 arguments.append(f"prepared={self.graph.out / 'benchmarks' / benchmark}")
-            arguments.append(f"step={step}" if step else recipe)
+            arguments.append(f"step={step}" if of_run else recipe)
             where = [recipe, f"model.path={self.parts['base']}", f"data.manifest={self.parts['manifest']}",
                      f"output_dir={self.graph.out}", *layout]  # fmt: skip
             name = ".".join(["eval", self.name, system, str(self.seed), *([f"step_{step}"] if step else []), what])

@@ -140,6 +140,11 @@ def test_every_task_comes_behind_what_it_needs(name, tmp_path):
         for system in ("grpo_half.15", "grpo_half.19", "components_avatar.15", "avatar_wo_sft.15"):
             halved = {stage: s.steps for stage, s in by_name[f"tiny.{system}"].config().stages.items()}
             assert halved == {stage: steps // 2 for stage, steps in full.items()}, "docs/study.md"
+        at = full["visual"] + full["audio_visual"]
+        step = by_name[f"eval.tiny.grpo.15.step_{at}.held_out"]
+        assert "model=" + str(by_name["tiny.grpo.15"].folder / "export" / "audio_visual") in step.arguments
+        assert "recipe=tiny_avatar" in step.arguments and not any(a.startswith("step=") for a in step.arguments)
+        assert sum("step_" in task.name for task in tasks) == 20 and step.needs == ["tiny.grpo.15"]
     if name == "paper":
         assert by_name["eval.omni_7b.avatar.0.omnibench"].layout() == by_name["omni_7b.avatar.0"].layout() > (1, 1)
         assert by_name["report"].layout() == (1, 1) and graph.absent == {"mmvu"}
