@@ -197,7 +197,7 @@ def gain_by_length(panels: Mapping[str, Mapping[str, Estimate]], xlabel: str) ->
 
 
 def sample_efficiency(panels: Bands, reached: Sequence[Reach]) -> Figure | None:
-    """Smoothed reward on fresh prompts against unique completions generated; x of a band counts completions.
+    """Smoothed accuracy on prompts in their turn against unique completions generated; x of a band counts completions.
 
     The mean target of a stage is a dotted line, a stroke on it where each seed of AVATAR first gets there.
     """

@@ -16,7 +16,7 @@ from megatron_avatar.rl.shaping import temporal_weights
 
 Records = list[dict[str, Any]]
 WINDOW = 9  # steps of the running mean
-REACH_WINDOW = 15  # steps whose mean is compared with another system's final reward (docs/study.md)
+REACH_WINDOW = 15  # steps whose mean is compared with another system's final accuracy (docs/study.md)
 BINS = 20  # places of a completion, as training logs them
 
 
