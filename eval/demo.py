@@ -151,13 +151,12 @@ class Ledger:
         aside.replace(self.path)
 
 
-def training(out: Path, name: str, recipe: str, seed: int, *overrides: str, smoke: bool = False) -> Job:
-    """The job that trains OUT/NAME; GRPO and AVATAR start from OUT's cold start unless told otherwise."""
+def training(out: Path, name: str, recipe: str, seed: int, *, smoke: bool = False) -> Job:
+    """The job that trains OUT/NAME; GRPO and AVATAR start from OUT's cold start."""
     arguments = [f"recipe={recipe}", f"output_dir={out / name}", f"data.manifest={out / 'data' / 'manifest.jsonl'}",
                  f"seed={seed}", f"name=demo_{name}"]
     if recipe != "tiny_sft":
         arguments.append(f"model.path={out / 'sft' / 'export' / 'sft'}")
-    arguments += overrides
     config = load_config(arguments)
     if smoke:
         arguments += [f"stages.{stage}.steps=2" for stage in config.stages]
