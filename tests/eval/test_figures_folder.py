@@ -257,8 +257,10 @@ def test_what_was_not_measured_is_listed_with_the_reason(tmp_path, capsys):
     (tmp_path / "figures").mkdir()
     (tmp_path / "figures" / "figure2.png").write_text("of an earlier time")
     found = build(tmp_path, "tiny")
-    assert [e["name"] for e in found["figures"]] == ["figure1", "figure3", "figure5", "advantages", "sample_efficiency"]
-    assert {e["name"] for e in found["unmeasured"]} == {"figure2", "figure4", "figure8", "tas_gain_by_length"}
+    drawn_names = ["figure1", "figure3", "figure5", "training", "advantages", "sample_efficiency"]
+    assert [e["name"] for e in found["figures"]] == drawn_names
+    absent = {"figure2", "figure4", "families", "figure8", "tas_gain_by_length"}
+    assert {e["name"] for e in found["unmeasured"]} == absent
     assert all(len(e["reason"]) > 20 for e in found["unmeasured"])
     assert not (tmp_path / "figures" / "figure2.png").exists()
     caption = next(e["caption"] for e in found["figures"] if e["name"] == "figure1")
