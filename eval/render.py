@@ -154,8 +154,8 @@ def statement(table: Record) -> list[str]:
             lines.append(f"{benchmark}, quirks of the protocol: {'; '.join(data['quirks'])}.")
     lines.append(
         "Intervals: bootstrap over items and, with several, seeds. Against the baseline: seeds and items of both rows "
-        "in pairs, p two-sided, the largest of bootstrap, sign flips and, over seeds, Student's t; one seed speaks of its "
-        "items alone; "
+        "in pairs, p two-sided, the largest of bootstrap, sign flips and, over seeds, Student's t; one seed speaks of "
+        "its items alone; "
         f"* marks p < {SIGNIFICANT} after Holm's correction for the table's {table['tests']} tests."
     )
     return [*lines, *table["notes"]]
