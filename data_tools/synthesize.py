@@ -78,14 +78,13 @@ def _evenly(answers: tuple[str, ...], n: int, rng: np.random.Generator) -> list[
 
 def _sample(sample_id: str, split: str, name: str, index: int, draft: Draft, rng: np.random.Generator) -> Sample:
     family, scene = FAMILIES[name], draft.scene
-    choices, answer, conclusion = (), draft.answer, draft.answer
+    choices: tuple[str, ...] = ()
     if draft.options:
         others = [o for o in draft.options if o != draft.answer]
         others = [others[i] for i in rng.permutation(len(others))]
         position = index % len(draft.options)
         choices = (*others[:position], draft.answer, *others[position:])
-        answer = LETTERS[position]
-        conclusion = f"{draft.answer} is {answer}"
+    said, answer = draft.answer, _named(draft.answer, choices)
     hint, question = draft.hint or family.hint, draft.question
     hinted = split == "sft" and not choices and index % 2 == 1
     if hinted:
@@ -97,12 +96,11 @@ def _sample(sample_id: str, split: str, name: str, index: int, draft: Draft, rng
         "evidence": draft.evidence,
         "judge": judge_words(draft),
     }
-    trace = f"<think>{draft.evidence} so {conclusion}.</think><answer>{answer}</answer>"
-    guesses = keyed_rng("guess", sample_id)
+    seen, guesses = f"{draft.evidence} ", keyed_rng("guess", sample_id)
     if not hinted and guesses.random() < GUESSES:
-        said = str(guesses.choice(list(draft.options or family.answers)))
-        letter = LETTERS[choices.index(said)] if choices else said
-        trace = f"<think>so {said + ' is ' + letter if choices else said}.</think><answer>{letter}</answer>"
+        seen, said = "", str(guesses.choice(list(draft.options or family.answers)))
+    named = _named(said, choices)
+    trace = f"<think>{seen}so {f'{said} is {named}' if choices else said}.</think><answer>{named}</answer>"
     return Sample(
         id=sample_id,
         stage=family.stage,
@@ -118,6 +116,11 @@ def _sample(sample_id: str, split: str, name: str, index: int, draft: Draft, rng
         audio_caption=describe_sound(scene.sound),
         scene=facts,
     )
+
+
+def _named(answer: str, choices: tuple[str, ...]) -> str:
+    """The answer as it is given: its letter where there are choices."""
+    return LETTERS[choices.index(answer)] if choices else answer
 
 
 def clip_media(sample_id: str, scene: Scene) -> Media:

@@ -1,10 +1,11 @@
 """Bootstrap intervals and the paired comparison of two systems. Pure functions over scores of items.
 
-Scores come as an array [seeds, items], NaN where a seed has no answer to an item. Both levels are resampled: seeds, and
-items. All seeds answer the same items, so a resample holds the same items for every seed (Owen, The pigeonhole
+Scores come as an array [seeds, items], NaN where a seed has no answer to an item. Both levels are resampled: seeds,
+and items. All seeds answer the same items, so a resample holds the same items for every seed (Owen, The pigeonhole
 bootstrap, 2007). That errs on the wide side, since the chance in a single answer counts up to three times; it makes up
-for what a percentile interval over few seeds lacks. With one seed the items alone vary. Of S seeds S - 1 are drawn (Rao
-and Wu, 1988): S draws would make the variance between seeds too small by (S - 1) / S, half of it with two seeds.
+in part for what a percentile interval over few seeds lacks. With one seed the items alone vary. Of S seeds S - 1 are
+drawn (Rao and Wu, 1988): S draws would make the variance between seeds too small by (S - 1) / S, half of it with two
+seeds.
 """
 
 from __future__ import annotations

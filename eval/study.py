@@ -6,7 +6,7 @@ Pure over eval/results.py and metrics.jsonl; what was not run is said to be not 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from itertools import permutations
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -163,19 +163,18 @@ def _sweep(folder: Folder, name: str, members: list[str]) -> dict[str, Any]:
     }
     if len(runs) < 2:
         return {"members": accuracy, "word": "not measured"}
-    best, worst = (pick(accuracy, key=lambda member: accuracy[member]["value"]) for pick in (max, min))
+    best, *_, worst = ranked = sorted(runs, key=lambda member: -accuracy[member]["value"])
     pairs = {(a, b): _difference(runs[a], runs[b], sorted(runs[a].keys() & runs[b].keys()))
-             for a, b in permutations(runs, 2) if accuracy[a]["value"] > accuracy[b]["value"] or
-             (accuracy[a]["value"] == accuracy[b]["value"] and a < b)}  # fmt: skip
+             for a, b in combinations(ranked, 2)}  # fmt: skip
     adjusted = dict(zip(pairs, holm([pair.p if pair else 1.0 for pair in pairs.values()]), strict=True))
-    extreme = pairs.get((best, worst))
+    extreme = pairs[best, worst]
     differ = extreme is not None and extreme.low > 0 and adjusted[best, worst] < LEVEL
     steps = np.diff([accuracy[member]["value"] for member in runs])
     monotone = bool((steps >= 0).all() or (steps <= 0).all()) if len(runs) == len(members) else None
     return {
         "members": accuracy, "measured": len(runs), "planned": len(members), "best": best, "worst": worst,
         "published_best": PUBLISHED_BEST[name],
-        "monotone": monotone, "extremes": {**_points(extreme), "holm": adjusted.get((best, worst), 1.0)},
+        "monotone": monotone, "extremes": {**_points(extreme), "holm": adjusted[best, worst]},
         "word": "its samples tell best and worst apart" if differ else "no difference is shown",
     }  # fmt: skip
 

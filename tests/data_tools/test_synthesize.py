@@ -167,7 +167,7 @@ def test_traces_and_judge_words_agree_with_the_scene(demo):
                 assert rule["expect"] and set(rule["expect"]) <= words, (sample.id, name)
 
 
-def test_half_of_the_traces_without_a_hint_guess_and_are_right_by_chance(demo):
+def test_half_of_the_traces_without_a_hint_guess_and_any_answer_is_as_likely(demo):
     traces = [s for s, _ in demo if s.split == "sft"]
     guessed = [s for s in traces if s.trace.startswith("<think>so ")]
     plain = [s for s in traces if "Hint:" not in s.question]
@@ -175,7 +175,11 @@ def test_half_of_the_traces_without_a_hint_guess_and_are_right_by_chance(demo):
     for name, family in FAMILIES.items():
         rows = [s for s in guessed if s.family == name]
         right = sum(s.trace.endswith(f"<answer>{s.answer}</answer>") for s in rows)
-        assert abs(right / len(rows) - family.chance) < 4 * (family.chance * (1 - family.chance) / len(rows)) ** 0.5
+        answers = Counter(len(s.choices) or len(family.answers) for s in rows)
+        expected = sum(n / of for of, n in answers.items())
+        assert abs(right - expected) < 4 * sum(n * (of - 1) / of**2 for of, n in answers.items()) ** 0.5
+        said = Counter(s.trace.removesuffix("</answer>").rpartition(">")[2] for s in rows)
+        assert len(said) == max(answers), (name, "every possible answer is guessed")
         for sample in rows:  # in the form of a trace that looks
             said, letter = sample.trace.removeprefix("<think>so ").removesuffix("</answer>").split(".</think><answer>")
             assert said == (f"{sample.choices['ABCD'.index(letter)]} is {letter}" if sample.choices else letter)
