@@ -88,8 +88,9 @@ def run(arguments: list[str], environment: dict[str, str], strike: Strike | None
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     from megatron_avatar import train
+    from megatron_avatar.resilience import checkpoint
     from megatron_avatar.rl.replay.buffer import ReplayBuffer
-    from megatron_avatar.training import checkpoint, telemetry
+    from megatron_avatar.training import telemetry
 
     mine = strike if strike is not None and strike.rank == int(environment.get("RANK", 0)) else None
     striker = Striker(mine, Path(note))

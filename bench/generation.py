@@ -22,8 +22,9 @@ from transformers import Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditio
 from bench.timing import JSON_HELP, in_turns, medians, report
 from megatron_avatar.config.schema import ModelConfig, ParallelConfig, SamplingConfig
 from megatron_avatar.policy import backend as backends
+from megatron_avatar.policy.build import build_policy
 from megatron_avatar.policy.generate import generate
-from megatron_avatar.policy.model import OmniPolicy, build_policy
+from megatron_avatar.policy.model import OmniPolicy
 from megatron_avatar.policy.weights import load_hf
 from megatron_avatar.records import Prompt
 

@@ -33,15 +33,16 @@ import torch
 from bench.timing import JSON_HELP, in_turns, is_default, medians, report
 from megatron_avatar import config
 from megatron_avatar.config.schema import ModelConfig, OptimConfig, ParallelConfig, RLConfig, SamplingConfig
+from megatron_avatar.planning.seconds import PEAKS, Peaks, forward_flops
 from megatron_avatar.policy import backend as backends
+from megatron_avatar.policy.build import build_policy
 from megatron_avatar.policy.decode import Decoder
 from megatron_avatar.policy.generate import generate
-from megatron_avatar.policy.model import OmniPolicy, build_policy
+from megatron_avatar.policy.model import OmniPolicy
 from megatron_avatar.records import Completion, Group, Prompt, Trajectory
 from megatron_avatar.training.balance import packed_tokens
 from megatron_avatar.training.learner import Learner
 from megatron_avatar.training.optim import build_optimizer
-from megatron_avatar.training.plan_time import PEAKS, Peaks, forward_flops
 
 SHAPES = Path(config.__file__).parent / "shapes"
 ROUNDS = 3

@@ -45,11 +45,12 @@ from trl.trainer.utils import entropy_from_logits, selective_log_softmax
 
 from bench.logprobs import peak_mib
 from bench.timing import JSON_HELP, RESULTS, in_turns, is_default, medians, report
-from eval.figures.style import STYLE
+from eval.paper.figures.style import STYLE
 from megatron_avatar.config.schema import ModelConfig, ParallelConfig
 from megatron_avatar.policy import backend as backends
+from megatron_avatar.policy.build import build_policy
 from megatron_avatar.policy.groups import GroupBatch, pack_groups
-from megatron_avatar.policy.model import OmniPolicy, build_policy
+from megatron_avatar.policy.model import OmniPolicy
 from megatron_avatar.policy.slots import policy_slots
 from megatron_avatar.policy.weights import load_hf
 from megatron_avatar.records import Prompt

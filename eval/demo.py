@@ -241,7 +241,8 @@ def main() -> None:
 def write_results(out: Path, seed: int, ledger: Ledger) -> None:
     """results.json and the report, from what the phases measured."""
     from eval.report import print_table, render
-    from eval.score import read_predictions, system_scores
+    from eval.score import system_scores
+    from eval.scoring.predictions import read_predictions
 
     done = {name: json.loads((out / name / "done.json").read_text()) for name in ("grpo", "avatar")}
     assert done["grpo"]["steps"] == done["avatar"]["steps"], "the comparison is at equal updates"

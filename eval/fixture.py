@@ -32,12 +32,12 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from eval.benchmark import Benchmark, load_benchmark
+from eval.asking.benchmark import Benchmark, load_benchmark
+from eval.asking.prompts import as_sample
+from eval.predict import predict
 from eval.prepare import prepare
-from eval.prompts import as_sample
-from eval.run import predict
-from eval.score import Prediction, score_line
-from eval.summary import ERRORS, as_json, summarise
+from eval.scoring.predictions import Prediction, score_line
+from eval.scoring.summary import ERRORS, as_json, summarise
 from megatron_avatar.config.schema import DataConfig
 from megatron_avatar.data.prompt import PromptBuilder, load_tokenizer
 from megatron_avatar.policy.architecture import read_config

@@ -7,7 +7,7 @@ from typing import Any
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 
-from eval.lmms import Responder
+from eval.lmms_engine import Responder
 
 
 class MegatronAvatar(lmms):

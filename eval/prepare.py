@@ -29,9 +29,9 @@ from rich.progress import track
 
 from data_tools.prepare.damage import Refused
 from data_tools.prepare.store import Handling, ignore_signals, read_card, store
-from eval.benchmark import Benchmark, load_benchmark
-from eval.clips import cut, from_frames
-from eval.items import Item, Wanted, item_from_dict, item_to_dict, make_item, read_records
+from eval.asking.benchmark import Benchmark, load_benchmark
+from eval.asking.clips import cut, from_frames
+from eval.asking.items import Item, Wanted, item_from_dict, item_to_dict, make_item, read_records
 from megatron_avatar.data.manifest import load_manifest
 from megatron_avatar.records import Media, Sample
 

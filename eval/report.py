@@ -19,11 +19,11 @@ from markupsafe import Markup
 from rich.console import Console
 from rich.table import Table
 
-from eval.figures import style, training
-from eval.figures.series import WINDOW, Records, read_metrics
-from eval.figures.side_by_side import Clip, load_clip
-from eval.score import Prediction, majority_scores, read_predictions
-from eval.stats import Difference, Estimate, estimates, paired_difference
+from eval.paper.figures import style, training
+from eval.paper.figures.series import WINDOW, Records, read_metrics
+from eval.paper.figures.side_by_side import Clip, load_clip
+from eval.scoring.predictions import Prediction, majority_scores, read_predictions
+from eval.scoring.stats import Difference, Estimate, estimates, paired_difference
 from megatron_avatar.data.manifest import load_manifest
 from megatron_avatar.records import Sample
 

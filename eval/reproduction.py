@@ -16,12 +16,13 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
-from eval import render, tables
-from eval.figures import build as figures
-from eval.figures.folder import families
-from eval.figures.series import read_metrics, series
-from eval.results import Results
-from eval.study import FAMILY, study
+from eval import tables
+from eval.paper import render
+from eval.paper.figures import build as figures
+from eval.paper.figures.folder import families
+from eval.paper.figures.series import read_metrics, series
+from eval.paper.results import Results
+from eval.paper.study import FAMILY, study
 
 
 def build(out: Path) -> Path:

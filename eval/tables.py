@@ -18,11 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from eval import render
-from eval.cells import Breakdown, Scored, cell, compare
-from eval.paper import contradictions, gain, published, spec
-from eval.results import Results, Run, check_comparable
-from eval.stats import holm
+from eval.paper import contradictions, gain, published, render, spec
+from eval.paper.results import Results, Run, check_comparable
+from eval.scoring.cells import Breakdown, Scored, cell, compare
+from eval.scoring.stats import holm
 
 TINY = "tiny"
 Record = dict[str, Any]

@@ -249,7 +249,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     if options.calibrate is not None:
-        from megatron_avatar.training.calibrate import calibrate
+        from megatron_avatar.planning.calibrate import calibrate
 
         found = calibrate(Path(options.calibrate))
         if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":

@@ -44,9 +44,9 @@ def export(request: Request) -> None:
 
     from megatron_avatar.config import Config
     from megatron_avatar.policy.backend import start, stop
-    from megatron_avatar.policy.model import build_policy
+    from megatron_avatar.policy.build import build_policy
     from megatron_avatar.policy.weights import export_adapters, export_hf
-    from megatron_avatar.training import checkpoint
+    from megatron_avatar.resilience import checkpoint
 
     saved = OmegaConf.load(request.run / "config.yaml")
     config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), saved))

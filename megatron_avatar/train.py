@@ -37,8 +37,8 @@ def main(arguments: list[str]) -> int:
     if config.dry_run:
         return _plan(config)
     from megatron_avatar.policy.backend import start, stop  # torch and Megatron only once the settings are sound
-    from megatron_avatar.training.attempts import NoProgress
-    from megatron_avatar.training.checkpoint import CheckpointError
+    from megatron_avatar.resilience.attempts import NoProgress
+    from megatron_avatar.resilience.checkpoint import CheckpointError
     from megatron_avatar.training.learner import LogprobMismatch, NonFiniteUpdates
     from megatron_avatar.training.loop import Interrupted, train
     from megatron_avatar.training.replay_step import replay_step
@@ -85,7 +85,7 @@ def leave_on_signals() -> None:
 def _plan(config: Config) -> int:
     """Print what the run would take; 0 where it fits the cluster, 2 where it doesn't."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a plan touches no GPU, where there is one
-    from megatron_avatar.training.plan import dry_run
+    from megatron_avatar.planning.plan import dry_run
 
     try:
         return dry_run(config)

@@ -24,7 +24,7 @@ if __name__ == "__main__":
 
 from megatron_avatar.config import Config, check_world, load_config  # noqa: E402
 from megatron_avatar.config.checks import check_folder, check_same_model, check_same_run, check_space  # noqa: E402
-from megatron_avatar.training import attempts  # noqa: E402
+from megatron_avatar.resilience import attempts  # noqa: E402
 from slurm.snapshot import snapshot  # noqa: E402
 
 REFUSAL_S = 60

@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 
 from slurm import launch
-from slurm.jobs import HUNG, INTERRUPTED, REFUSED, SIGNALS, Task, TaskFailed
+from slurm.tasks import HUNG, INTERRUPTED, REFUSED, SIGNALS, Task, TaskFailed
 
 POLL_S = 0.2
 

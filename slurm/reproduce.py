@@ -35,10 +35,11 @@ from rich.console import Console  # noqa: E402
 from megatron_avatar.config import Config, load_config  # noqa: E402
 from megatron_avatar.config.checks import check_folder, check_same_run  # noqa: E402
 from slurm import launch  # noqa: E402
-from slurm.jobs import Board, Task, sbatch_options  # noqa: E402
+from slurm.jobs import Board, sbatch_options  # noqa: E402
 from slurm.snapshot import snapshot  # noqa: E402
 from slurm.sweep import join, members_of, on_slurm, split_options  # noqa: E402
 from slurm.table import watch  # noqa: E402
+from slurm.tasks import Task  # noqa: E402
 
 PROFILES = Path(__file__).parent / "profiles"
 OPTIONS = {"profile": "", "output_dir": "", "concurrency": "", "retries": "3", "only": "*", "watch": "true"}

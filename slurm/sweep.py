@@ -29,9 +29,10 @@ from omegaconf import OmegaConf  # noqa: E402
 from rich.console import Console  # noqa: E402
 
 from slurm import launch  # noqa: E402
-from slurm.jobs import Board, Task, sbatch_options  # noqa: E402
+from slurm.jobs import Board, sbatch_options  # noqa: E402
 from slurm.snapshot import snapshot  # noqa: E402
 from slurm.table import watch  # noqa: E402
+from slurm.tasks import Task  # noqa: E402
 
 SWEEPS = Path(__file__).parent / "sweeps"
 OPTIONS = {"concurrency": "4", "retries": "3", "watch": "true"}

@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from slurm.jobs import Board, Task, failures
+from slurm.jobs import Board
+from slurm.tasks import Task, failures
 
 INTERVAL_S = 3.0
 PLAIN_INTERVAL_S = 30.0  # between lines where there is no terminal

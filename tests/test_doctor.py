@@ -97,7 +97,7 @@ def test_calibration_is_measured_on_all_ranks_and_read_by_the_plan(tmp_path):
     assert 1e-5 < found["layer_gap_s"] < 1
 
     from megatron_avatar.config import load_config
-    from megatron_avatar.training.plan_time import read_rates
+    from megatron_avatar.planning.seconds import read_rates
 
     config = load_config(["recipe=tiny_grpo", "dry_run=true", f"cluster.calibration={path}"])
     rates = read_rates(config)

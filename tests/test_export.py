@@ -13,10 +13,10 @@ from megatron_avatar import export
 from megatron_avatar.config import Config, ModelConfig, OptimConfig, ParallelConfig, StageConfig, save_config
 from megatron_avatar.config.schema import LoraConfig
 from megatron_avatar.policy import backend as backends
+from megatron_avatar.policy.build import build_policy
 from megatron_avatar.policy.lora import lora_adapters
-from megatron_avatar.policy.model import build_policy
 from megatron_avatar.policy.weights import load_hf
-from megatron_avatar.training import checkpoint
+from megatron_avatar.resilience import checkpoint
 from megatron_avatar.training.optim import build_optimizer
 from tests.policy.tiny import launch, tiny_config, tiny_thinker
 

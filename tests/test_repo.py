@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -21,8 +22,11 @@ FLOORS = {
     "rl": {"config"},
     "data": {"config"},
     "policy": {"config"},
-    "training": {"config", "rl", "data", "policy"},
+    "planning": {"config", "rl", "data", "policy"},
+    "resilience": {"config", "rl", "data", "policy", "planning"},
+    "training": {"config", "rl", "data", "policy", "planning", "resilience"},
 }
+EVAL_FLOORS = {"asking": set(), "scoring": {"asking"}, "paper": {"asking", "scoring"}}
 # Packages that a room's own floor keeps out.
 BARRED = {
     "config": {"torch", "megatron", "transformers", "numpy"},
@@ -60,6 +64,33 @@ def test_imports_go_down_the_floors_only(room):
         assert not {n.split(".")[0] for n in names} & barred, path
         used = {name.split(".")[1] for name in names if name.startswith("megatron_avatar.")}
         assert used <= FLOORS[room] | {room, "records", "keyed", "endpoint"}, f"{path} imports {used}"
+
+
+@pytest.mark.parametrize("room", EVAL_FLOORS)
+def test_rooms_of_evaluation_look_down_only(room):
+    files = list((ROOT / "eval" / room).rglob("*.py"))
+    assert files
+    for path in files:
+        used = {".".join(name.split(".")[:2]) for name in imports(path) if name.startswith("eval.")}
+        assert used <= {f"eval.{name}" for name in EVAL_FLOORS[room] | {room}}, f"{path} imports {used}"
+
+
+def test_no_circle_of_imports():
+    """Wherever in a file an import stands, also below TYPE_CHECKING: no module reaches itself."""
+    files = [path for folder in (*FOLDERS, "bench") for path in (ROOT / folder).rglob("*.py")]
+    modules = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in files}
+    graph = {name: {found for found in imports(path) if found in modules and found != name} - packages_of(name)
+             for name, path in modules.items()}  # fmt: skip
+    try:
+        list(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        pytest.fail(f"imports go round: {' -> '.join(error.args[1])}")
+
+
+def packages_of(module: str) -> set[str]:
+    """a and a.b of a.b.c: a package's own __init__, which `from a.b import x` names too."""
+    parts = module.split(".")
+    return {".".join(parts[:n]) for n in range(1, len(parts))}
 
 
 @pytest.mark.parametrize("name", ["records.py", "keyed.py"])

@@ -13,12 +13,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from eval.benchmark import names
+from eval.asking.benchmark import names
 from eval.paper import spec
 from megatron_avatar.config import load_config, save_config
 from slurm import launch, reproduce, sweep
-from slurm.jobs import Board, Task, TaskFailed, slurm_parameters
+from slurm.jobs import Board, slurm_parameters
 from slurm.pool import Pool
+from slurm.tasks import Task, TaskFailed
 from tests.training import small
 
 ROOT = Path(__file__).parents[1]
@@ -266,7 +267,7 @@ def command(name: str, script: str, folder: Path, *, needs=(), partial=False, re
 
 def test_a_command_gets_its_cores_and_modules(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr("slurm.jobs.subprocess.run", lambda command, env, **_: seen.append((command, env)) or SUCCESS)
+    monkeypatch.setattr("slurm.tasks.subprocess.run", lambda command, env, **_: seen.append((command, env)) or SUCCESS)
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "7")
     task = command("a", "", tmp_path)
     task.settings.append("cluster.modules=[cuda/12,gcc]")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -22,10 +21,8 @@ from torch import Tensor, nn
 
 from megatron_avatar.config.schema import LoraConfig
 from megatron_avatar.keyed import keyed_rng
+from megatron_avatar.policy.model import OmniPolicy
 from megatron_avatar.policy.slots import Slot, linear_slots
-
-if TYPE_CHECKING:
-    from megatron_avatar.policy.model import OmniPolicy
 
 
 class LoraAdapter(MegatronModule):

@@ -7,7 +7,6 @@ a call; with sequence parallelism the decoder holds S / tp of them a rank.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -19,13 +18,11 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_avatar.config.schema import ModelConfig, ParallelConfig
-from megatron_avatar.policy.architecture import PolicyConfig, placeholder_ids, read_config, transformer_config
+from megatron_avatar.policy.architecture import PolicyConfig, placeholder_ids
 from megatron_avatar.policy.backend import Backend
 from megatron_avatar.policy.fusions import layer_spec
 from megatron_avatar.policy.groups import GroupBatch
 from megatron_avatar.policy.logprobs import completion_logprobs, linear_float32
-from megatron_avatar.policy.lora import add_lora
 from megatron_avatar.policy.towers import Towers
 from megatron_avatar.records import Prompt
 
@@ -213,21 +210,3 @@ class OmniPolicy(MegatronModule):
         """Logits [S, V] of every token on the last stage, None before: for comparisons, not for training."""
         hidden = self.run_pipeline(*self._inputs(batch, media))
         return None if hidden is None else self.head(hidden[: len(batch), 0])
-
-
-def build_policy(
-    hf_folder: str | Path, backend: Backend, model: ModelConfig, parallel: ParallelConfig, *, seed: int = 0
-) -> OmniPolicy:
-    """This rank's part of the policy that `hf_folder`/config.json describes; weights.load_hf fills it.
-
-    With model.lora the language model is frozen and adapters train, whose first values depend on `seed`.
-
-    Raises ValueError where the folder holds another architecture, or doesn't split into tp and pp.
-    """
-    hf_config = read_config(hf_folder)
-    config = transformer_config(hf_config, model, parallel, on_cpu=backend.device.type != "cuda")
-    policy = OmniPolicy(hf_config, config, backend).to(backend.device)
-    policy.set_train_towers(False)
-    if model.lora.rank:
-        add_lora(policy, model.lora, seed)
-    return policy

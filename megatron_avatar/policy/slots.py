@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from megatron_avatar.policy.model import OmniPolicy
+from megatron_avatar.policy.model import OmniPolicy
 
 Shape = tuple[int, ...]
 

@@ -14,9 +14,9 @@ from megatron_avatar.policy.backend import Backend
 from megatron_avatar.policy.generate import generate
 from megatron_avatar.policy.model import OmniPolicy
 from megatron_avatar.records import Sample
+from megatron_avatar.resilience.stopping import StopSignal
 from megatron_avatar.rl.rewards import grade
 from megatron_avatar.training.rollout import load_prompts
-from megatron_avatar.training.stopping import StopSignal
 
 
 @dataclass(frozen=True)

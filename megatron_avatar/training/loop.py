@@ -20,22 +20,26 @@ from megatron_avatar.data.loader import MediaLoader, SampleOrder
 from megatron_avatar.data.manifest import load_manifest
 from megatron_avatar.data.prompt import PromptBuilder, load_tokenizer
 from megatron_avatar.policy.backend import Backend
+from megatron_avatar.policy.build import build_policy
 from megatron_avatar.policy.fusions import choose_fusions
 from megatron_avatar.policy.generate import GenerationStopped, generate
-from megatron_avatar.policy.model import build_policy
 from megatron_avatar.policy.weights import export_hf, load_hf
 from megatron_avatar.records import Group, Prompt, Sample, Trajectory, Variant
+from megatron_avatar.resilience import attempts, checkpoint
+from megatron_avatar.resilience.replay_shards import ReplayShards
+from megatron_avatar.resilience.saver import Saver
+from megatron_avatar.resilience.stopping import StopSignal
+from megatron_avatar.resilience.watchdog import Watchdog
 from megatron_avatar.rl.hints import HintPolicy
 from megatron_avatar.rl.replay.buffer import ReplayBuffer
 from megatron_avatar.rl.rewards import combine
 from megatron_avatar.rl.tracker import RewardTracker
-from megatron_avatar.training import attempts, checkpoint, metrics
+from megatron_avatar.training import metrics
 from megatron_avatar.training.balance import deal, packed_tokens
 from megatron_avatar.training.evaluate import evaluate
 from megatron_avatar.training.learner import Learner
 from megatron_avatar.training.optim import Optimization, build_optimizer
 from megatron_avatar.training.provenance import about
-from megatron_avatar.training.replay_shards import ReplayShards
 from megatron_avatar.training.rollout import (
     assign_off_policy,
     assign_on_policy,
@@ -46,13 +50,10 @@ from megatron_avatar.training.rollout import (
     rewards_of,
     share_visits,
 )
-from megatron_avatar.training.saver import Saver
 from megatron_avatar.training.scoring import JudgeSilent, Scoring
 from megatron_avatar.training.sft import sft_groups
 from megatron_avatar.training.stage_data import check_stages, held_out_samples, measure_lengths, stage_samples
-from megatron_avatar.training.stopping import StopSignal
 from megatron_avatar.training.telemetry import Telemetry, plain
-from megatron_avatar.training.watchdog import Watchdog
 
 SETTLE_S = 60.0  # a failing rank's patience with a checkpoint that is being written
 log = logging.getLogger(__name__)

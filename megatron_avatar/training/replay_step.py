@@ -18,8 +18,8 @@ from rich.table import Table
 from megatron_avatar.config.checks import check_same_run
 from megatron_avatar.config.schema import Config
 from megatron_avatar.policy.backend import Backend
+from megatron_avatar.resilience import checkpoint
 from megatron_avatar.rl.replay.store import damage
-from megatron_avatar.training import checkpoint
 from megatron_avatar.training.loop import Run
 from megatron_avatar.training.telemetry import plain
 

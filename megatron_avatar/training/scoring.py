@@ -19,9 +19,9 @@ from megatron_avatar.endpoint import Endpoint, Replies
 from megatron_avatar.policy.backend import Backend
 from megatron_avatar.policy.generate import GenerationStopped
 from megatron_avatar.records import Group, Prompt, Sample
+from megatron_avatar.resilience.stopping import StopSignal
 from megatron_avatar.rl.rewards import RuleJudge, score_group
 from megatron_avatar.rl.rewards.http_judge import VERDICT_TOKENS, HttpJudge, Verdict, probe, read_verdict
-from megatron_avatar.training.stopping import StopSignal
 
 THREADS = 16  # groups that are scored at once; they mostly wait
 ENOUGH = 100  # completions, before their unscored share says something

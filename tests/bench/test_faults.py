@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 from bench.faults import PHASES, SIGNALS, plan
 from bench.faults_reader import damage, differences, trajectories
 from megatron_avatar.records import Completion, Trajectory
+from megatron_avatar.resilience import checkpoint
 from megatron_avatar.rl.replay.store import write_shards
-from megatron_avatar.training import checkpoint
-from tests.training.test_checkpoint import Trainer
+from tests.resilience.test_checkpoint import Trainer
 
 
 def test_sixty_kills_meet_every_phase_and_signal():

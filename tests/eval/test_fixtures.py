@@ -2,7 +2,8 @@
 
 import pytest
 
-from eval import benchmark, fixture
+from eval import fixture
+from eval.asking import benchmark
 from eval.run import main
 
 

@@ -14,7 +14,8 @@ from PIL import Image
 
 from data_tools.prepare.damage import Refused
 from data_tools.prepare.store import Handling
-from eval.lmms import NO_ANSWER, Responder, final_answer, main, question, source
+from eval.lmms import main
+from eval.lmms_engine import NO_ANSWER, Responder, final_answer, question, source
 from megatron_avatar.config import load_config
 from megatron_avatar.config.schema import SamplingConfig
 from megatron_avatar.data.manifest import load_manifest

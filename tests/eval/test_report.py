@@ -12,7 +12,8 @@ from matplotlib.image import imread
 
 from eval.demo import predictions_file
 from eval.report import SYSTEMS, clips, facts, main, measurements, print_table, render, table, verdict
-from eval.score import correct, read_predictions, system_scores
+from eval.score import system_scores
+from eval.scoring.predictions import correct, read_predictions
 from tests.eval.made_up import ATTACK, write_lines, write_run
 
 

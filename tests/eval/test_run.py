@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from eval.benchmark import load_benchmark
-from eval.items import Item
-from eval.prompts import as_sample
-from eval.run import Request, _score_anew, main, parse, predict, settings_hash
-from eval.score import correct, read_predictions, rescore
+from eval.asking.benchmark import load_benchmark
+from eval.asking.items import Item
+from eval.asking.prompts import as_sample
+from eval.predict import predict
+from eval.run import Request, _score_anew, main, parse, settings_hash
+from eval.score import rescore
+from eval.scoring.predictions import correct, read_predictions
 from megatron_avatar.config import Config
 from megatron_avatar.training.evaluate import Answer
 

@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 
 from eval.run import main
-from eval.score import correct, read_predictions
+from eval.scoring.predictions import correct, read_predictions
 from tests.training.small import ROOT, make
 
 

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from eval.score import correct, majority_scores, read_predictions, rescore, system_scores
-from eval.stats import estimates, paired_difference
+from eval.score import rescore, system_scores
+from eval.scoring.predictions import correct, majority_scores, read_predictions
+from eval.scoring.stats import estimates, paired_difference
 
 
 def prediction(key, family="what", right=1.0, gold="A", text="<think>t</think><answer>A</answer>", **other):

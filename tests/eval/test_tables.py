@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from eval import render
-from eval.paper import FOLDER, paper, published, spec
+from eval.paper import FOLDER, paper, published, render, spec
 from eval.tables import build_all, main
 
 SWEEPS = Path(__file__).parents[2] / "slurm" / "sweeps"

@@ -13,13 +13,13 @@ import torch
 
 from megatron_avatar.config.schema import ModelConfig, OptimConfig, ParallelConfig, RLConfig, SamplingConfig
 from megatron_avatar.policy.attention import group_attention
+from megatron_avatar.policy.build import build_policy
 from megatron_avatar.policy.generate import generate
 from megatron_avatar.policy.groups import pack_groups
 from megatron_avatar.policy.logprobs import completion_logprobs
-from megatron_avatar.policy.model import build_policy
 from megatron_avatar.policy.weights import load_hf
 from megatron_avatar.records import Group, Trajectory
-from megatron_avatar.training import checkpoint
+from megatron_avatar.resilience import checkpoint
 from megatron_avatar.training.learner import Learner
 from megatron_avatar.training.optim import build_optimizer
 from tests.policy.tiny import KINDS, TEXT, tiny_config, tiny_prompts, tiny_thinker

@@ -20,9 +20,10 @@ from megatron.core import parallel_state
 from megatron_avatar.config.schema import ModelConfig, ParallelConfig, SamplingConfig
 from megatron_avatar.policy import backend as backends
 from megatron_avatar.policy import generate as generation
+from megatron_avatar.policy.build import build_policy
 from megatron_avatar.policy.generate import Generation, GenerationStopped, generate
 from megatron_avatar.policy.logprobs import completion_logprobs
-from megatron_avatar.policy.model import OmniPolicy, build_policy
+from megatron_avatar.policy.model import OmniPolicy
 from megatron_avatar.policy.weights import load_hf
 
 LAYOUTS = [(2, 1, False), (1, 2, False), (2, 2, True)]  # (tp, pp, sequence parallel)

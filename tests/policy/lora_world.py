@@ -16,10 +16,10 @@ from tiny import tiny_completions, tiny_prompts
 
 from megatron_avatar.config.schema import LoraConfig, ModelConfig, OptimConfig, ParallelConfig
 from megatron_avatar.policy import backend as backends
+from megatron_avatar.policy.build import build_policy
 from megatron_avatar.policy.groups import pack_groups
-from megatron_avatar.policy.model import build_policy
 from megatron_avatar.policy.weights import export_adapters, export_hf, load_hf
-from megatron_avatar.training import checkpoint
+from megatron_avatar.resilience import checkpoint
 from megatron_avatar.training.optim import build_optimizer
 
 LORA = LoraConfig(rank=3, alpha=10.0, targets=["q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])

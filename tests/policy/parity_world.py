@@ -18,8 +18,9 @@ from tiny import tiny_completions, tiny_prompts, tiny_vl_prompts
 
 from megatron_avatar.config.schema import ModelConfig, ParallelConfig
 from megatron_avatar.policy import backend as backends
+from megatron_avatar.policy.build import build_policy
 from megatron_avatar.policy.groups import pack_groups
-from megatron_avatar.policy.model import OmniPolicy, build_policy
+from megatron_avatar.policy.model import OmniPolicy
 from megatron_avatar.policy.weights import export_hf, load_hf
 from megatron_avatar.records import Prompt
 

@@ -16,9 +16,10 @@ from megatron_avatar.config.schema import ModelConfig, ParallelConfig
 from megatron_avatar.policy import backend as backends
 from megatron_avatar.policy import fusions
 from megatron_avatar.policy.architecture import transformer_config
+from megatron_avatar.policy.build import build_policy
 from megatron_avatar.policy.fusions import Fusions, choose_fusions
 from megatron_avatar.policy.groups import pack_groups
-from megatron_avatar.policy.model import OmniPolicy, build_policy
+from megatron_avatar.policy.model import OmniPolicy
 from megatron_avatar.policy.weights import load_hf
 
 

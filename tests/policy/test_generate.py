@@ -19,10 +19,10 @@ from megatron_avatar.policy import backend as backends
 from megatron_avatar.policy import cache as caches
 from megatron_avatar.policy import decode, lanes
 from megatron_avatar.policy import generate as generation
+from megatron_avatar.policy.build import build_policy
 from megatron_avatar.policy.cache import KeyValueCache
 from megatron_avatar.policy.generate import GenerationStopped, generate
 from megatron_avatar.policy.groups import pack_groups
-from megatron_avatar.policy.model import build_policy
 from megatron_avatar.policy.sampling import _find, draw
 from megatron_avatar.policy.weights import load_hf
 from megatron_avatar.records import Prompt

@@ -40,10 +40,10 @@ from megatron_avatar.config.schema import (
     RLConfig,
     SamplingConfig,
 )
+from megatron_avatar.policy.build import build_policy
 from megatron_avatar.policy.generate import generate
 from megatron_avatar.policy.groups import pack_groups
 from megatron_avatar.policy.lora import LoraAdapter, lora_adapters
-from megatron_avatar.policy.model import build_policy
 from megatron_avatar.policy.weights import export_adapters, export_hf, load_hf
 from megatron_avatar.records import Completion, Group, Trajectory
 from megatron_avatar.training.learner import Learner

@@ -29,8 +29,8 @@ from tiny import (
 )
 
 from megatron_avatar.config.schema import ModelConfig, ParallelConfig
+from megatron_avatar.policy.build import build_policy
 from megatron_avatar.policy.groups import pack_groups
-from megatron_avatar.policy.model import build_policy
 from megatron_avatar.policy.weights import load_hf, policy_slots
 
 TOLERANCE = 1e-5

@@ -29,8 +29,8 @@ from transformers.initialization import no_init_weights
 
 from megatron_avatar.config.schema import ModelConfig, ParallelConfig
 from megatron_avatar.policy import weights
+from megatron_avatar.policy.build import build_policy
 from megatron_avatar.policy.groups import pack_groups
-from megatron_avatar.policy.model import build_policy
 from megatron_avatar.policy.safetensors_folder import INDEX
 from megatron_avatar.policy.weights import export_hf, load_hf
 

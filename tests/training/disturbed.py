@@ -11,9 +11,10 @@ import time
 from pathlib import Path
 
 from megatron_avatar import train
-from megatron_avatar.training import checkpoint, loop
+from megatron_avatar.resilience import checkpoint
+from megatron_avatar.resilience.stopping import StopSignal
+from megatron_avatar.training import loop
 from megatron_avatar.training.learner import Learner
-from megatron_avatar.training.stopping import StopSignal
 
 
 def terminate(*_) -> None:

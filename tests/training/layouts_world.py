@@ -16,10 +16,10 @@ import torch
 
 from megatron_avatar.config.schema import ModelConfig, OptimConfig, ParallelConfig, RLConfig
 from megatron_avatar.policy import backend as backends
-from megatron_avatar.policy.model import build_policy
+from megatron_avatar.policy.build import build_policy
 from megatron_avatar.policy.weights import load_hf
 from megatron_avatar.records import Completion, Group, Trajectory
-from megatron_avatar.training import checkpoint
+from megatron_avatar.resilience import checkpoint
 from megatron_avatar.training.learner import Learner
 from megatron_avatar.training.optim import build_optimizer
 from tests.policy.tiny import TEXT, tiny_prompts

@@ -2,9 +2,9 @@
 
 import pytest
 
+from megatron_avatar.resilience.checkpoint import CheckpointError
 from megatron_avatar.train import INTERRUPTED, main
 from megatron_avatar.training import loop
-from megatron_avatar.training.checkpoint import CheckpointError
 
 ARGUMENTS = ["recipe=tiny_avatar", "model.path=x", "data.manifest=y", "output_dir=z"]
 

@@ -11,7 +11,8 @@ import pytest
 from megatron_avatar.config import load_config
 from megatron_avatar.policy import backend as backends
 from megatron_avatar.policy.model import OmniPolicy
-from megatron_avatar.training import learner, loop, stopping
+from megatron_avatar.resilience import stopping
+from megatron_avatar.training import learner, loop
 from tests.training.small import ROOT, arguments, make
 
 

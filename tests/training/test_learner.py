@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_avatar.config.schema import ModelConfig, OptimConfig, ParallelConfig, RLConfig
-from megatron_avatar.policy.model import build_policy
+from megatron_avatar.policy.build import build_policy
 from megatron_avatar.policy.weights import load_hf
 from megatron_avatar.records import Completion, Group, Trajectory
 from megatron_avatar.training import metrics

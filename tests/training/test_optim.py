@@ -11,8 +11,8 @@ from megatron_avatar.config.schema import OptimConfig, ParallelConfig
 from megatron_avatar.policy import fusions
 from megatron_avatar.training import optim as optim_module
 from megatron_avatar.training.optim import build_optimizer
+from tests.resilience.test_checkpoint import Trainer
 from tests.training.gpt import batch, build_gpt, train_step
-from tests.training.test_checkpoint import Trainer
 
 PLAIN, SHARED = ParallelConfig(), ParallelConfig(distributed_optimizer=True)
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from megatron_avatar.config.schema import Config
+from megatron_avatar.resilience.stopping import StopSignal
 from megatron_avatar.training import telemetry
-from megatron_avatar.training.stopping import StopSignal
 from megatron_avatar.training.telemetry import Telemetry, Timer
 
 KEY = "0123456789abcdef" * 2 + "fedcba98"

@@ -17,14 +17,14 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_avatar.config.schema import ModelConfig, OptimConfig, ParallelConfig
 from megatron_avatar.policy import backend as backends
+from megatron_avatar.policy.build import build_policy
 from megatron_avatar.policy.groups import pack_groups
-from megatron_avatar.policy.model import build_policy
 from megatron_avatar.policy.weights import load_hf
-from megatron_avatar.training import checkpoint
+from megatron_avatar.resilience import checkpoint
+from megatron_avatar.resilience.stopping import StopSignal
 from megatron_avatar.training.optim import build_optimizer
-from megatron_avatar.training.stopping import StopSignal
 from tests.policy.tiny import VOCABULARY, tiny_completions, tiny_prompts
-from tests.training.test_checkpoint import Trainer, cut, same
+from tests.resilience.test_checkpoint import Trainer, cut, same
 
 
 class OmniTrainer(Trainer):

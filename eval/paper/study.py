@@ -1,0 +1,205 @@
+"""Does the method work, in small? The questions of docs/study.md, answered from a reproduction's tiny family.
+
+Pure over eval/paper/results.py and metrics.jsonl; what was not run is said to be not measured.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from eval.paper.figures.folder import Folder
+from eval.paper.figures.from_metrics import reach
+from eval.paper.figures.series import series
+from eval.paper.results import Run, check_comparable
+from eval.scoring.cells import cell, compare
+from eval.scoring.stats import Difference, Estimate, holm
+
+FAMILY, BENCHMARK, PROTOCOL = "tiny", "held_out", "ours"
+LEVEL = 0.05
+STAGES = ("visual", "audio_visual", "localisation")
+
+
+@dataclass(frozen=True)
+class Question:
+    """One effect: `first` minus `second`. Questions of one family of tests are adjusted together, measured or not.
+
+    equal: what the two have to have the same of for the comparison to be one, "updates" or "completions".
+    """
+
+    text: str
+    first: str
+    second: str
+    tests: str
+    equal: str = ""
+
+
+QUESTIONS = (
+    Question("AVATAR against GRPO, equal updates", "avatar", "grpo", "primary", "updates"),
+    Question("AVATAR against GRPO, equal generated completions", "avatar", "grpo_half", "primary", "completions"),
+    Question("GRPO against its cold start", "grpo", "sft", "secondary"),
+    Question("AVATAR against its cold start", "avatar", "sft", "secondary"),
+    Question("the cold start against the base", "sft", "base", "secondary"),
+    Question("sound: AVATAR hearing against AVATAR mute", "avatar", "avatar:mute", "secondary"),
+    Question("pictures: AVATAR seeing against AVATAR blind", "avatar", "avatar:blind", "secondary"),
+    Question("replay: against w/o off-policy", "components_avatar", "components_wo_off_policy", "ablations", "updates"),
+    Question("shaping: against w/o TAS", "components_avatar", "components_wo_tas", "ablations", "updates"),
+    Question("running baseline: against w/o VCRS", "components_avatar", "components_wo_vcrs", "ablations", "updates"),
+    Question("hints: against w/o hints", "components_avatar", "components_wo_hints", "ablations", "updates"),
+    Question("cold start: against AVATAR w/o SFT", "components_avatar", "avatar_wo_sft", "ablations", "updates"),
+    Question("revisits alone: GRPO with them against GRPO", "components_grpo_revisits", "components_grpo", "ablations",
+             "updates"),
+)
+SWEEPS = {
+    "tas_lambda": [f"tas_lambda_lam_{lam}" for lam in ("0", "0.05", "0.1", "0.3", "0.5", "1.0", "2.0")],
+    "on_off_ratio": [f"on_off_ratio_on{n}_off{8 - n}" for n in range(8, 0, -1)],
+}
+PUBLISHED_BEST = {"tas_lambda": "tas_lambda_lam_0.3", "on_off_ratio": "on_off_ratio_on4_off4"}
+
+
+def study(out: Path) -> dict[str, Any]:
+    """effects, sweeps, vanished groups, completions to reach GRPO, solvability; everything in percent or counts."""
+    folder = Folder(out, FAMILY)
+    return {
+        "effects": _effects(folder),
+        "sweeps": {name: _sweep(folder, name, members) for name, members in SWEEPS.items()},
+        "vanished": _mean_over_run(folder, ("grpo", "avatar"), "vanished"),
+        "hinted": _mean_over_run(folder, ("avatar", "components_avatar"), "hints/visits"),
+        "reach": [{"seed": seed, **asdict(found), "share": found.share, "rose": found.rose}
+                  for seed, found in reach(folder)],
+        "solvability": _last(folder, ("grpo", "components_wo_hints", "components_avatar", "avatar"), "solvability"),
+        "completions": _completions(folder, ("grpo", "grpo_half", "avatar")),
+    }
+
+
+def _runs(folder: Folder, system: str) -> dict[int, Run]:
+    """The held-out predictions by seed; of `system:mute` those of that control."""
+    name, _, control = system.partition(":")
+    protocol = f"{PROTOCOL}-{control}" if control else PROTOCOL
+    return folder.results.find(FAMILY, name, BENCHMARK, protocol)
+
+
+def _effects(folder: Folder) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    planned = {seed for question in QUESTIONS for seed in _runs(folder, question.first)}
+    for question in QUESTIONS:
+        first, second = _runs(folder, question.first), _runs(folder, question.second)
+        if ":" not in question.second:  # a control is another protocol on purpose
+            check_comparable([*first.values(), *second.values()])
+        seeds = sorted(first.keys() & second.keys())
+        whole = _difference(first, second, seeds)
+        parts = {seed: _points(_difference(first, second, [seed])) for seed in seeds}
+        found.append({
+            **asdict(question), "seeds": seeds, "updates": _updates(folder, (question.first, question.second)),
+            "found": _points(whole), "by_seed": {seed: part["value"] for seed, part in parts.items() if part},
+            "by_stage": {stage: _points(_difference(first, second, seeds, stage)) for stage in STAGES},
+            "unequal": _unequal(folder, question),
+        })  # fmt: skip
+    for tests in {entry["tests"] for entry in found}:
+        own = [entry for entry in found if entry["tests"] == tests]
+        for entry, p in zip(own, holm([entry["found"].get("p", 1.0) for entry in own]), strict=True):
+            if entry["found"]:
+                entry["found"]["holm"] = p
+    for entry in found:
+        entry["word"] = entry["unequal"] or _word(entry["found"], len(planned))
+    return found
+
+
+def _unequal(folder: Folder, question: Question) -> str:
+    """What speaks against the comparison: other numbers of updates or of completions than it says; "" for nothing."""
+    if not question.equal:
+        return ""
+    first, second = ({getattr(t, question.equal) for t in folder.complete(name).values()}
+                     for name in (question.first, question.second))  # fmt: skip
+    if not first or not second or first == second:
+        return ""
+    told = [", ".join(map(str, sorted(counts))) for counts in (first, second)]
+    return f"not comparable: {told[0]} and {told[1]} {question.equal}"
+
+
+def _difference(
+    first: dict[int, Run], second: dict[int, Run], seeds: list[int], stage: str | None = None
+) -> Difference | None:
+    if not seeds:
+        return None
+    aggregate = first[seeds[0]].meta["aggregate"]
+    parts = [{seed: runs[seed].scored for seed in seeds} for runs in (first, second)]
+    return compare(*parts, aggregate, ("stage", stage) if stage else None)
+
+
+def _points(found: Estimate | None) -> dict[str, Any]:
+    """An estimate in percentage points; {} where nothing was measured."""
+    if found is None:
+        return {}
+    scaled = {key: 100 * getattr(found, key) for key in ("value", "low", "high")}
+    return {**scaled, "n": found.n, "seeds": found.seeds, **({"p": found.p} if isinstance(found, Difference) else {})}
+
+
+def _word(found: dict[str, Any], planned: int) -> str:
+    """shown, reversed, not shown: an interval without zero and an adjusted p below 5 %, or nothing. One seed says
+    nothing of others, whatever its samples say; and none is spoken of before all `planned` ones are there."""
+    if not found:
+        return "not measured"
+    if found["seeds"] == 1:
+        return "one seed: no test"
+    if found["seeds"] < planned:
+        return f"{found['seeds']} of {planned} seeds so far"
+    if found["holm"] >= LEVEL or found["low"] <= 0 <= found["high"]:
+        return "not shown"
+    return "shown" if found["value"] > 0 else "reversed"
+
+
+def _sweep(folder: Folder, name: str, members: list[str]) -> dict[str, Any]:
+    """Accuracy of every member, and whether the best one differs from the worst: an interval without zero, and an
+    adjusted p below 5 % after Holm over all pairs, since both are picked by what was measured."""
+    runs = {member: found for member in members if (found := _runs(folder, member))}
+    accuracy = {
+        member: _points(cell({s: r.scored for s, r in own.items()}, next(iter(own.values())).meta["aggregate"]))
+        for member, own in runs.items()
+    }
+    if len(runs) < 2:
+        return {"members": accuracy, "word": "not measured"}
+    best, *_, worst = ranked = sorted(runs, key=lambda member: -accuracy[member]["value"])
+    pairs = {(a, b): _difference(runs[a], runs[b], sorted(runs[a].keys() & runs[b].keys()))
+             for a, b in combinations(ranked, 2)}  # fmt: skip
+    adjusted = dict(zip(pairs, holm([pair.p if pair else 1.0 for pair in pairs.values()]), strict=True))
+    extreme = pairs[best, worst]
+    differ = extreme is not None and extreme.low > 0 and adjusted[best, worst] < LEVEL
+    steps = np.diff([accuracy[member]["value"] for member in runs])
+    monotone = bool((steps >= 0).all() or (steps <= 0).all()) if len(runs) == len(members) else None
+    return {
+        "members": accuracy, "measured": len(runs), "planned": len(members), "best": best, "worst": worst,
+        "published_best": PUBLISHED_BEST[name],
+        "monotone": monotone, "extremes": {**_points(extreme), "holm": adjusted[best, worst]},
+        "word": "its samples tell best and worst apart" if differ else "no difference is shown",
+    }  # fmt: skip
+
+
+def _mean_over_run(folder: Folder, systems: tuple[str, ...], key: str) -> dict[str, dict[int, float]]:
+    """System -> seed -> mean of a metric over all updates of the trainings that are complete."""
+    return {s: {seed: float(series(t.records, key)[1].mean()) for seed, t in folder.complete(s).items()
+                if len(series(t.records, key)[1])} for s in systems}  # fmt: skip
+
+
+def _last(folder: Folder, systems: tuple[str, ...], key: str) -> dict[str, dict[int, dict[str, float]]]:
+    """System -> seed -> stage -> the metric at the stage's end, of the trainings that are complete."""
+    found: dict[str, dict[int, dict[str, float]]] = {}
+    for system in systems:
+        for seed, training in folder.complete(system).items():
+            ends = {r["stage"]: r[key] for r in training.records if r.get(key) is not None}
+            if ends:
+                found.setdefault(system, {})[seed] = ends
+    return found
+
+
+def _completions(folder: Folder, systems: tuple[str, ...]) -> dict[str, list[int]]:
+    return {system: sorted({t.completions for t in folder.complete(system).values()}) for system in systems}
+
+
+def _updates(folder: Folder, systems: tuple[str, ...]) -> dict[str, list[int]]:
+    names = [system.partition(":")[0] for system in systems]
+    return {name: sorted({t.updates for t in folder.trainings(name).values()}) for name in names}

@@ -1,0 +1,156 @@
+"""From a reply's text to an answer. Which parser reads what is said in eval/benchmarks; None: no answer found.
+
+A parser gets the reply and the line that it belongs to: `kind`, `letters` (that may be answered), `choices`, `keep`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from eval.asking.items import sample_of
+from megatron_avatar.rl.rewards.accuracy import normalise
+from megatron_avatar.rl.rewards.format import parse
+from megatron_avatar.rl.rewards.grade import read_answer
+
+Line = dict[str, Any]
+Parser = Callable[[str, Line], str | None]
+_LEAD_IN = re.compile(
+    r"[Tt]he answer is|The (?:(?:correct|best) )?(?:answer|option) is|(?:Best )?(?:[Aa]nswer|[Oo]ption):|The answer|"
+    r"[Tt]he final answer is|### Final Answer:|\\boxed"
+)
+_LETTERS = re.compile(r"\W*+[a-z](?:(?:\W|\band\b)++[a-z])*+\W*+", re.IGNORECASE)
+_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
+
+
+def tagged(text: str, line: Line) -> str | None:
+    """The answer between the tags as training's rewards read it; without a tag, what the reply plainly says behind its
+    reasoning. Where the options stand in the question alone, their texts aren't known: `B. It stops` is B."""
+    answer = read_answer(text if "<answer>" in text else text.rpartition("</think>")[2], sample_of(line))
+    if answer is not None and line["kind"] == "choice" and not line["choices"]:
+        lettered = re.match(r"\(?([A-Z])(?:[.:)]|\Z)", answer)
+        return lettered[1] if lettered and lettered[1] in line["letters"] else answer
+    return answer
+
+
+def tagged_yes_no(text: str, line: Line) -> str | None:
+    """Yes or no, whichever stands between the tags (without a tag, in the reply); with both, or neither, none."""
+    return says_yes_no(tagged(text, line) or "", line)
+
+
+def tagged_letters(text: str, line: Line) -> str | None:
+    """The letters between the answer tags, sorted: `A,C`; of words between them the capitals that stand alone. Without
+    a tag, a reply that is nothing but letters."""
+    inside = parse(text)[1] if "<answer>" in text else text.rpartition("</think>")[2]
+    if inside is None:
+        return None
+    if _LETTERS.fullmatch(inside):
+        inside = inside.upper()
+    elif "<answer>" not in text:
+        return None
+    said = {letter for letter in re.findall(r"\b[A-Z]\b", inside) if letter in line["letters"]}
+    return ",".join(sorted(said)) or None
+
+
+def last_capital(text: str, line: Line) -> str | None:
+    """Published scripts: what stands between answer tags, untouched; else the last stand-alone capital of A to Z, the
+    first capital, or the first letter in range. In prose the article `A` and the pronoun `I` count."""
+    found = _ANSWER.findall(text)
+    return found[-1].strip() if found else last_capital_untagged(text, line)
+
+
+def last_capital_untagged(text: str, line: Line) -> str | None:
+    """The same without looking at tags (MMVU)."""
+    alone = re.findall(r"\b[A-Z]\b", text)
+    if alone:
+        return alone[-1]
+    first = re.search(r"[A-Z]", text) or re.search(f"[{line['letters']}]", text, re.IGNORECASE)
+    return first[0].upper() if first else None
+
+
+def last_capital_a_d(text: str, line: Line) -> str | None:
+    """The same without tags, of A to D alone (WorldSense)."""
+    alone = re.findall(r"\b[A-D]\b", text)
+    first = re.search(r"[A-D]", text)
+    return alone[-1] if alone else first[0] if first else None
+
+
+def capitals_a_f(text: str, line: Line) -> str | None:
+    """Every character A to F of the reply in capitals (IntentBench's published script)."""
+    return ",".join(sorted(set(re.findall(r"[A-F]", text.upper())))) or None
+
+
+def first_integer(text: str, line: Line) -> str | None:
+    """The first integer of the reply, 0 without one."""
+    found = re.search(r"-?\d+", text)
+    return found[0] if found else "0"
+
+
+def says_yes_no(text: str, line: Line) -> str | None:
+    """`yes` or `no`, whichever the reply holds; with both, or neither, none."""
+    said = {word for word in ("yes", "no") if re.search(rf"\b{word}\b", text.lower())}
+    return said.pop() if len(said) == 1 else None
+
+
+def first_capital(text: str, line: Line) -> str | None:
+    """The first capital that may be answered, behind phrases like `The answer is` (Video-MME's owners, and others after
+    them); any word's capital counts."""
+    found = re.search(f"[{line['letters']}]", _LEAD_IN.sub("", text))
+    return found[0] if found else None
+
+
+def boxed(text: str, line: Line) -> str | None:
+    """What stands in the last \\boxed{}; without one, what the reply plainly says."""
+    _, box, rest = text.rpartition("\\boxed{")
+    depth = 1
+    for place, character in enumerate(rest if box else ""):
+        depth += {"{": 1, "}": -1}.get(character, 0)
+        if not depth:
+            return tagged(f"<answer>{rest[:place]}</answer>", line)
+    return tagged(text, line)
+
+
+def first_token(text: str, line: Line) -> str | None:
+    """The first word, without its full stop; where a number is asked, if it is one in digits (VSI-Bench's owners)."""
+    word = next(iter(text.split()), "").rstrip(".")
+    if line["kind"] == "number":
+        try:
+            float(word)
+        except ValueError:
+            return None
+    return word or None
+
+
+def whole(text: str, line: Line) -> str | None:
+    """The whole reply."""
+    return text.strip() or None
+
+
+def extracted(text: str, line: Line) -> str | None:
+    """What a language model read out of the reply (eval/scoring/ask.py)."""
+    return line.get("extracted")
+
+
+def cascade(text: str, line: Line) -> str | None:
+    """Letter in brackets, letter and space, letter and full stop, option's text: the last place of the first form that
+    is there (OmniBench's and MMMU's owners)."""
+    text = f" {text.strip(' ,.!?;:' + chr(39))} "
+    letters = line["letters"]
+    for form in (r"\(({})\)", r"({})(?= )", r"({})\."):
+        if found := re.findall(form.format(f"[{letters}]"), text):
+            return found[-1]
+    said = normalise(text)
+    named = [(said.rfind(normalise(choice)), letter) for letter, choice in zip(letters, line["choices"], strict=False)]
+    place, letter = max(named, default=(-1, ""))
+    return letter if place >= 0 else None
+
+
+PARSERS: dict[str, Parser] = {
+    parser.__name__: parser
+    for parser in (
+        tagged, tagged_letters, tagged_yes_no, last_capital, last_capital_untagged, last_capital_a_d, capitals_a_f,
+        first_integer, says_yes_no, first_capital, first_token, boxed, whole, extracted,
+        cascade,
+    )
+}  # fmt: skip

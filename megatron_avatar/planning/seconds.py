@@ -1,0 +1,223 @@
+"""The time of a step, estimated: operations over rates. Rates are a GPU's published peaks times assumed efficiencies,
+or what `doctor --calibrate` measured.
+
+Matrix products limit reading prompts, scoring and updating; memory bandwidth limits decoding, and below that the gap
+between kernels. The reductions of tensor parallelism come on top: nothing hides them. Not counted: sends between
+pipeline stages, decoding of media, rewards, checkpoints, evaluation.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
+
+from megatron_avatar.config.schema import Config
+from megatron_avatar.planning.work import Work
+from megatron_avatar.policy.architecture import PolicyConfig, hears
+
+
+class Peaks(NamedTuple):
+    """Published: dense bfloat16 FLOP/s, bytes/s of memory, and bytes/s a direction of a node's links between its GPUs.
+    Assumed: bytes/s a GPU reaches on the network between nodes."""
+
+    flops: float
+    bandwidth: float
+    network: float
+    links: float
+
+
+PEAKS = {
+    "a100": Peaks(312e12, 2.0e12, 20e9, 300e9),
+    "h100": Peaks(989e12, 3.35e12, 40e9, 450e9),
+    "h200": Peaks(989e12, 4.8e12, 40e9, 450e9),
+    "cpu": Peaks(60e9, 10e9, 1e9, 1e9),  # a core or two, in float32
+}
+MEASURED = "measured"  # as cluster.gpu: the calibration's device, whatever it is
+TRAIN_EFFICIENCY = 0.40  # of peak FLOP/s, forward and backward
+FORWARD_EFFICIENCY = 0.45  # of peak FLOP/s, reading prompts and scoring
+DECODE_EFFICIENCY = 0.60  # of peak bandwidth
+LINK_EFFICIENCY = 0.70  # of a direction's bytes/s, in an all-reduce of a node
+# Seconds a layer's forward pass takes however small it is, and an all-reduce within a node.
+LAYER_GAP = {"a100": 60e-6, "h100": 50e-6, "h200": 50e-6, "cpu": 1e-3}
+REDUCE_GAP, REDUCE_GAP_CPU = 15e-6, 200e-6
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What one GPU does in a second, in FLOP and bytes; the gaps in seconds; and where the figures come from."""
+
+    train: float
+    forward: float
+    bandwidth: float
+    network: float
+    links: float
+    layer_gap: float
+    reduce_gap: float
+    memory_ratio: float
+    source: str
+
+
+def read_rates(config: Config) -> Rates:
+    """Measured rates where cluster.calibration holds such a GPU's, or cluster.gpu=measured takes them whatever their
+    device; peaks and assumed efficiencies otherwise. Links between GPUs, and a network that was not measured, are
+    always assumed (an H100's where the device isn't known).
+
+    Raises ValueError for a file that doctor --calibrate didn't write, or that is missing where it has to be there.
+    """
+    gpu, path = config.cluster.gpu, Path(config.cluster.calibration)
+    if not path.is_file():
+        if gpu == MEASURED:
+            raise ValueError(
+                f"cluster.gpu={MEASURED} takes the rates of cluster.calibration={path}, which doesn't exist: run "
+                f"python -m megatron_avatar.doctor --calibrate {path} on such a GPU, or name a GPU ({', '.join(PEAKS)})"
+            )
+        return _assumed(gpu)
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        device = found["device"].lower()
+        if gpu == MEASURED:
+            gpu = next((name for name in PEAKS if name in device), "h100")
+        elif gpu not in device:
+            assumed = _assumed(gpu)
+            return replace(assumed, source=f"{assumed.source}; {path} is of {found['device']} and was left aside")
+        return replace(
+            _assumed(gpu), train=found["train_flops"], forward=found["forward_flops"], bandwidth=found["bandwidth"],
+            network=found["network"] or PEAKS[gpu].network, layer_gap=found["layer_gap_s"],
+            memory_ratio=found["memory_ratio"] or 1.0,
+            source=f"rates measured on {found['device']} ({path}), links between GPUs assumed",
+        )  # fmt: skip
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"cluster.calibration={path} can't be read ({error!r}): run python -m megatron_avatar.doctor --calibrate "
+            "again, or name another file"
+        ) from error
+
+
+def _assumed(gpu: str) -> Rates:
+    peaks = PEAKS[gpu]
+    return Rates(
+        train=peaks.flops * TRAIN_EFFICIENCY, forward=peaks.flops * FORWARD_EFFICIENCY,
+        bandwidth=peaks.bandwidth * DECODE_EFFICIENCY, network=peaks.network, links=peaks.links * LINK_EFFICIENCY,
+        layer_gap=LAYER_GAP[gpu], reduce_gap=REDUCE_GAP_CPU if gpu == "cpu" else REDUCE_GAP, memory_ratio=1.0,
+        source=f"{gpu}'s peaks ({peaks.flops / 1e12:.3g} TFLOP/s, {peaks.bandwidth / 1e12:.3g} TB/s, links of "
+        f"{peaks.links / 1e9:.3g} GB/s) at assumed efficiencies: update {TRAIN_EFFICIENCY:.0%}, forward "
+        f"{FORWARD_EFFICIENCY:.0%}, decode {DECODE_EFFICIENCY:.0%} of bandwidth, links {LINK_EFFICIENCY:.0%}",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOP of one forward pass through the whole language model: its layers, of these the feed-forward, the head."""
+
+    layers: float
+    feed_forward: float
+    head: float
+
+
+def forward_flops(hf_config: PolicyConfig, tokens: float, pairs: float, outputs: float) -> Flops:
+    """`tokens` packed tokens whose queries see `pairs` keys in all, `outputs` of which get logits."""
+    text = hf_config.text_config
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    heads, hidden, layers = text.num_attention_heads, text.hidden_size, text.num_hidden_layers
+    attention = hidden * size * (2 * heads + 2 * text.num_key_value_heads)
+    inner = 3 * hidden * text.intermediate_size
+    return Flops(
+        layers=layers * (2 * tokens * (attention + inner) + 4 * pairs * heads * size),
+        feed_forward=layers * 2 * tokens * inner,
+        head=2 * outputs * hidden * text.vocab_size,
+    )
+
+
+def seen_pairs(segments: Tensor) -> float:
+    """Query-key pairs of a segment table [n, 4] (see groups.py): a segment causally itself, and its whole prefix."""
+    length, prefix = segments[:, 1].double(), segments[:, 3].double()
+    return float((length * (length + 1) / 2 + length * prefix).sum())
+
+
+def tower_flops(hf_config: PolicyConfig, visual: int, audio: int) -> float:
+    """FLOP of the encoders' forward pass over so many visual and audio tokens; windowed attention left out."""
+    vision = hf_config.vision_config
+    width, depth = vision.hidden_size, vision.depth
+    flops = 2.0 * visual * vision.spatial_merge_size**2 * depth * (4 * width**2 + 3 * width * vision.intermediate_size)
+    if hears(hf_config):
+        sound = hf_config.audio_config
+        width, depth = sound.d_model, sound.encoder_layers
+        flops += 2.0 * audio * 2 * depth * (4 * width**2 + 2 * width * sound.encoder_ffn_dim)
+    return flops
+
+
+def step_seconds(
+    config: Config, hf_config: PolicyConfig, work: Work, dp: int, trainable: int, rates: Rates
+) -> dict[str, float]:
+    """Seconds of each part of a step. `trainable`: parameters that the largest rank trains."""
+    parallel, text = config.parallel, hf_config.text_config
+    tp, pp, layers = parallel.tp, parallel.pp, text.num_hidden_layers
+    micros = [(len(b), len(b.target_ids), seen_pairs(b.segments)) for b in work.micro_batches()]
+    parts = {}
+    updates = config.rl.updates_per_rollout if work.rl else 1
+    # Frozen encoders see every prompt once. Those that train see fresh ones to generate and as the reference's, and
+    # all of them in every update, forward and backward.
+    prompts = 2 * work.fresh + 3 * updates * len(work.completions) if work.train_towers else len(work.completions)
+    parts["encoders"] = prompts * tower_flops(hf_config, work.visual, work.audio) / rates.forward / tp
+    if work.fresh:
+        parts |= _generation(config, hf_config, work, rates)
+    total = Flops(0, 0, 0)
+    for tokens, outputs, pairs in micros:
+        part = forward_flops(hf_config, tokens, pairs, outputs)
+        total = Flops(*(a + b for a, b in zip(vars(total).values(), vars(part).values(), strict=True)))
+    bubble = (len(micros) + pp - 1) / len(micros)
+    gaps = layers / pp * rates.layer_gap * len(micros) * bubble
+    packed = sum(tokens for tokens, *_ in micros)
+    reduced = reduction_seconds(config, hf_config, len(micros), packed, rates) / pp * bubble
+    if work.rl:
+        fresh = sum(work.completions[: work.fresh]) / sum(work.completions)
+        parts["reference"] = ((total.layers + total.head) / rates.forward / tp / pp * bubble + gaps + reduced) * fresh
+    backward = 1 if config.model.lora.rank else 2  # frozen weights need no gradient
+    passes = 1 + backward + (parallel.recompute == "full")
+    again = total.feed_forward if parallel.recompute == "selective" else 0.0
+    flops = passes * total.layers + again + (2 + backward) * total.head  # logits are made again in the backward pass
+    # Forward, backward, and what is computed again: all, the feed-forward's, or none.
+    reduced *= 2 + {"full": 1, "selective": 0.5, "none": 0}[parallel.recompute]
+    parts["update"] = updates * (flops / rates.train / tp / pp * bubble + (passes + 1) * gaps + reduced)
+    share = dp if parallel.distributed_optimizer else 1
+    reduce = 4 * trainable * 2 * (dp - 1) / dp / rates.network
+    parts["optimizer"] = updates * (reduce + 30 * trainable / share / rates.bandwidth)
+    return parts
+
+
+def reduction_seconds(
+    config: Config, hf_config: PolicyConfig, passes: float, tokens: float, rates: Rates
+) -> float:
+    """Seconds that tensor parallelism's reductions take in `passes` passes through all layers over `tokens` hidden
+    states in all: two a layer and pass, by a ring. A reduce-scatter and an all-gather (sequence parallelism) count as
+    one all-reduce."""
+    tp, text = config.parallel.tp, hf_config.text_config
+    if tp == 1:
+        return 0.0
+    sent = 2 * (tp - 1) / tp * tokens * text.hidden_size * (2 if config.model.dtype == "bfloat16" else 4)
+    return 2 * text.num_hidden_layers * (passes * rates.reduce_gap + sent / rates.links)
+
+
+def _generation(config: Config, hf_config: PolicyConfig, work: Work, rates: Rates) -> dict[str, float]:
+    """Reading the fresh prompts and decoding their completions to the full length. Stages work one after the other."""
+    text, tp = hf_config.text_config, config.parallel.tp
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    itemsize = 2 if config.model.dtype == "bfloat16" else 4
+    gap = text.num_hidden_layers * rates.layer_gap
+    read = forward_flops(hf_config, work.fresh * work.prompt, work.fresh * work.prompt**2 / 2, work.fresh)
+    rows = sum(work.completions[: work.fresh])
+    token = forward_flops(hf_config, 1, 0, 1)
+    weights = (token.layers + token.head) / 2 * itemsize  # each weight is read once and used for one multiply-add
+    key_values = 2 * text.num_key_value_heads * size * itemsize * text.num_hidden_layers
+    cache = key_values * (work.fresh * work.prompt + rows * work.completion / 2)
+    compute = rows * (token.layers + token.head) / rates.forward / tp
+    decode = max((weights + cache) / tp / rates.bandwidth, compute) + gap
+    return {
+        "read prompts": (read.layers + read.head) / rates.forward / tp + gap
+        + reduction_seconds(config, hf_config, 1, work.fresh * work.prompt, rates),
+        "decode": work.completion * (decode + reduction_seconds(config, hf_config, 1, rows, rates)),
+    }

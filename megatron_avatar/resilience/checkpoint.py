@@ -1,0 +1,502 @@
+"""Checkpoints: one directory a step, whole or absent, loadable on any tensor, pipeline and data-parallel layout.
+
+    RUN/checkpoints/step_00000050/
+        weights/         Megatron-Core's torch_dist format: policy, optimizer, the stage's reference weights
+        rng.pt           torch's random generators, a rank after the other
+        state.json       everything else that continues a run
+        manifest.json    size and SHA-256 of every other file, layout and versions
+
+A save writes into a hidden folder, flushes it to the disk and renames it. Nothing that is read back can run code: JSON,
+tensors (weights_only), and torch's index of them, a pickle whose classes are checked against a list first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import pickle
+import shutil
+import sys
+import warnings
+from collections.abc import Callable, Collection
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed.checkpoint as torch_checkpoint
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, CheckpointingException
+from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject, is_main_replica
+from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+from megatron.core.dist_checkpointing.strategies import torch as torch_dist
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
+
+from megatron_avatar.policy.backend import Backend
+
+FORMAT = 3
+HIDDEN = ".unfinished_"
+WEIGHTS, STATE, GENERATORS, MANIFEST = "weights", "state.json", "rng.pt", "manifest.json"
+POLICY = "policy."
+CHUNK = 1 << 22
+INDEX_CLASSES = {
+    "torch.distributed.checkpoint.metadata": {
+        "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
+        "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {"Size", "float32", "float16", "bfloat16", "float64", "int64", "int32", "uint8", "bool"},
+    "pathlib": {"PosixPath"},
+}  # fmt: skip
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written or used; the message names the folder and the remedy."""
+
+
+class Resumable(Protocol):
+    """What a checkpoint asks of a stage's optimizer (training/optim.py)."""
+
+    def sharded_state_dict(self, model_state: dict[str, Any], *, loading: bool) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Saving
+
+
+@dataclass
+class Snapshot:
+    """All that one rank contributes to a checkpoint, copied: training may go on while it is written."""
+
+    step: int
+    sharded: dict[str, Any]  # Megatron's description, its tensors on the host
+    common: bytes
+    generators: dict[str, Any]  # of this rank
+    state: dict[str, Any]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the tensors that this rank writes."""
+        return sum(t.data.nbytes for t in nested_values(self.sharded) if is_main_replica(t.replica_id))
+
+
+def take(
+    step: int,
+    *,
+    policy: nn.Module,
+    optimization: Resumable,
+    reference: dict[str, Tensor] | None,
+    state: dict[str, Any],
+    backend: Backend,
+) -> Snapshot:
+    """Copy everything that continues the run after global step `step`; called by all ranks alike.
+
+    `reference` maps names of `policy.named_parameters()` to this rank's tensors of the same shapes. `state` must
+    survive JSON; rank 0's is written.
+    """
+    sharded, common = save_preprocess(_sharded_state(policy, optimization, reference, loading=False))
+    for shard in nested_values(sharded):
+        # What the distributed optimizer gathered lies on the host already, and nothing else holds it.
+        own = is_main_replica(shard.replica_id) and (shard.data.is_cuda or backend.device.type == "cpu")
+        shard.data = shard.data.detach().to("cpu", copy=True) if own else shard.data
+    state = json.loads(json.dumps(state)) if backend.rank == 0 else {}
+    return Snapshot(step, sharded, _serialise(common), _generators(), state)
+
+
+def save(
+    run_dir: Path,
+    step: int,
+    *,
+    policy: nn.Module,
+    optimization: Resumable,
+    reference: dict[str, Tensor] | None,
+    state: dict[str, Any],
+    backend: Backend,
+    keep: int,
+    milestones: Collection[int] = (),
+) -> Path:
+    """`take` and `write` at once."""
+    snapshot = take(
+        step, policy=policy, optimization=optimization, reference=reference, state=state, backend=backend
+    )
+    return write(run_dir, snapshot, backend=backend, keep=keep, milestones=milestones)
+
+
+def write(
+    run_dir: Path, snapshot: Snapshot, *, backend: Backend, keep: int, milestones: Collection[int] = ()
+) -> Path:
+    """Write a checkpoint and make it visible; called by all ranks, each with its own snapshot of the step.
+
+    From a second thread with `backend.apart()`. Afterwards the newest `keep` checkpoints and those of `milestones`
+    remain. Raises CheckpointError where the disk refuses, with every earlier checkpoint untouched.
+    """
+    if keep < 1:
+        raise ValueError(f"checkpoint.keep={keep}: keep at least one checkpoint")
+    root = Path(run_dir) / "checkpoints"
+    final = root / f"step_{snapshot.step:08d}"
+    working = root / f"{HIDDEN}{final.name}"
+
+    def prepare() -> None:
+        if backend.rank == 0:
+            for leftover in root.glob(f"{HIDDEN}*"):
+                shutil.rmtree(leftover)
+            (working / WEIGHTS).mkdir(parents=True)
+            _write(working / STATE, json.dumps(snapshot.state).encode())
+            _write(working / GENERATORS, _serialise(generators))
+            _write(working / WEIGHTS / "common.pt", snapshot.common)
+            header = asdict(CheckpointingConfig(sharded_backend="torch_dist", sharded_backend_version=1))
+            _write(working / WEIGHTS / "metadata.json", json.dumps(header).encode())
+
+    def describe() -> dict[str, dict[str, Any]]:
+        return {str(path.relative_to(working)): _measure(path) for path in _own_files(working, backend.rank)}
+
+    def publish() -> None:
+        if backend.rank == 0:
+            manifest = {
+                "format": FORMAT,
+                "step": snapshot.step,
+                "layout": {"tp": backend.tp, "pp": backend.pp, "dp": backend.dp},
+                "versions": _versions(),
+                "files": {name: entry for part in files for name, entry in sorted(part.items())},
+            }
+            _write(working / MANIFEST, json.dumps(manifest, indent=1).encode())
+            for folder in (working / WEIGHTS, working):
+                _flush_folder(folder)
+            _publish(working, final)
+            _prune(root, snapshot.step, keep, milestones)
+
+    size, generators = snapshot.size, backend.all_gather_object(snapshot.generators)
+    _on_all_ranks(prepare, backend, final, size)
+    _on_all_ranks(lambda: _write_sharded(snapshot.sharded, working / WEIGHTS, backend), backend, final, size)
+    files = _on_all_ranks(describe, backend, final, size)
+    _on_all_ranks(publish, backend, final, size)
+    return final
+
+
+def _publish(working: Path, final: Path) -> None:
+    """Give a finished checkpoint its name: the one moment at which it comes to be."""
+    if final.exists():  # damaged, or abandoned by a run that went back further
+        _discard(final)
+    working.rename(final)
+    _flush_folder(final.parent)
+
+
+def _on_all_ranks(action: Callable[[], Any], backend: Backend, final: Path, size: int) -> list[Any]:
+    """What `action` returned on every rank; CheckpointError on all of them if the disk failed one."""
+    result, error = None, None
+    try:
+        result = action()
+    except (OSError, RuntimeError, CheckpointException) as failure:
+        error = failure
+    outcomes = backend.all_gather_object((result, _reason(error) if error else None, size))
+    reasons = [reason for _, reason, _ in outcomes if reason]
+    if not reasons:
+        return [value for value, _, _ in outcomes]
+    free = shutil.disk_usage(next(folder for folder in final.parents if folder.exists())).free
+    if backend.rank == 0:
+        for leftover in final.parent.glob(f"{HIDDEN}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+    raise CheckpointError(
+        f"the checkpoint {final} could not be written: it takes {sum(n for *_, n in outcomes) / 2**20:.1f} MiB and its "
+        f"disk has {free / 2**20:.1f} MiB free. Free space or raise the quota there, or lower checkpoint.keep, and run "
+        f"the same command again: it continues from the previous checkpoint, which is untouched. Reported: {reasons[0]}"
+    ) from error
+
+
+def _sharded_state(
+    policy: nn.Module, optimization: Resumable | None, reference: dict[str, Tensor] | None, *, loading: bool
+) -> dict[str, Any]:
+    """Megatron's description of this rank's tensors and their place in the whole."""
+    # Extra states are objects, hold nothing without FP8, and would be unpickled on loading.
+    _, weights = extract_matching_values(
+        policy.sharded_state_dict(prefix=POLICY), lambda value: isinstance(value, ShardedObject)
+    )
+    state: dict[str, Any] = {"policy": weights}
+    if optimization is not None:
+        state["optimization"] = optimization.sharded_state_dict(weights, loading=loading)
+    if reference is not None:
+        by_parameter = {id(shard.data): shard for shard in weights.values()}
+        state["reference"] = {
+            name: make_sharded_optimizer_tensor(by_parameter[id(parameter)], reference[name], "reference")
+            for name, parameter in policy.named_parameters()
+            if name in reference
+        }
+        assert len(state["reference"]) == len(reference), "the reference has names that the policy lacks"
+    return state
+
+
+def _write_sharded(sharded: dict[str, Any], folder: Path, backend: Backend) -> None:
+    """Megatron's torch_dist format written by this process: Megatron's own writer starts helpers that import the entry
+    script anew, 10 s a save."""
+    by_key, _, _ = torch_dist._replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's ShardedTensor, which Megatron builds
+        torch_checkpoint.save(
+            torch_dist.mcore_to_pyt_state_dict(by_key),
+            storage_writer=torch_checkpoint.FileSystemWriter(folder),
+            planner=torch_dist.MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
+            process_group=backend.group,
+        )
+
+
+def _own_files(working: Path, rank: int) -> list[Path]:
+    """The files whose checksums this rank computes: those it wrote; rank 0 also takes what is written once."""
+    own = list((working / WEIGHTS).glob(f"__{rank}_*"))
+    if rank == 0:
+        own += [working / STATE, working / GENERATORS]
+        own += [working / WEIGHTS / name for name in (".metadata", "common.pt", "metadata.json")]
+    return own
+
+
+def _prune(root: Path, step: int, keep: int, milestones: Collection[int]) -> None:
+    """Keep the newest `keep` and the milestones; later steps than this one belong to an abandoned continuation."""
+    steps = _steps(root)
+    kept = {*[s for s in sorted(steps) if s <= step][-keep:], *(s for s in milestones if s <= step)}
+    for number, path in steps.items():
+        if number not in kept:
+            _discard(path)
+
+
+def _discard(path: Path) -> None:
+    """Take the checkpoint out of sight before deleting it, so that a half-deleted one is never found."""
+    hidden = path.with_name(f"{HIDDEN}{path.name}.old")
+    path.rename(hidden)
+    shutil.rmtree(hidden)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Finding and loading
+
+
+def latest(run_dir: Path, backend: Backend) -> Path | None:
+    """The newest intact checkpoint, the same on all ranks; None where the run has none yet.
+
+    Every file's size and checksum is verified, the work shared among the ranks. A damaged checkpoint is named on
+    stderr and the one before it is tried; CheckpointError if all are damaged. Nothing is changed on the disk.
+    """
+    root = Path(run_dir) / "checkpoints"
+    steps = backend.all_gather_object(_steps(root))[0]
+    for step in sorted(steps, reverse=True):
+        damage = [d for part in backend.all_gather_object(_damage(steps[step], backend)) for d in part]
+        if not damage:
+            return steps[step]
+        if backend.rank == 0:
+            _say(f"DAMAGED CHECKPOINT {steps[step]} is passed over: {'; '.join(damage)}")
+    if steps:
+        raise CheckpointError(
+            f"every checkpoint in {root} is damaged (see above): restore one from a copy, or remove that folder to "
+            "start over"
+        )
+    return None
+
+
+def find(run_dir: Path, step: int | None, backend: Backend) -> Path:
+    """The intact checkpoint of global step `step`, or without one the newest; the same on all ranks.
+
+    Raises ValueError naming the steps that are there where that one isn't, CheckpointError where it is damaged.
+    """
+    root = Path(run_dir) / "checkpoints"
+    steps = backend.all_gather_object(_steps(root))[0]
+    if step is None and steps:
+        return latest(run_dir, backend)
+    if step not in steps:
+        there = f"there are steps {', '.join(map(str, sorted(steps)))}" if steps else "the run has none yet"
+        raise ValueError(f"{root} has no checkpoint{'' if step is None else f' of step {step}'}: {there}")
+    damage = [d for part in backend.all_gather_object(_damage(steps[step], backend)) for d in part]
+    if damage:
+        raise CheckpointError(f"the checkpoint {steps[step]} is damaged ({'; '.join(damage)}): use another step")
+    return steps[step]
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The JSON state alone: what must be known (the stage) before policy and optimizer are built."""
+    return json.loads((path / STATE).read_text())
+
+
+def all_states(run_dir: Path) -> list[dict[str, Any]]:
+    """The readable states of the checkpoints that are there, oldest first; empty where there is none."""
+    states = []
+    for _, path in sorted(_steps(Path(run_dir) / "checkpoints").items()):
+        try:
+            states.append(read_state(path))
+        except (OSError, ValueError) as error:
+            _say(f"{path / STATE} can't be read ({error}): what it names is not kept for it")
+    return states
+
+
+def load(
+    path: Path,
+    *,
+    policy: nn.Module,
+    optimization: Resumable | None,
+    reference: dict[str, Tensor] | None,
+    backend: Backend,
+) -> dict[str, Any]:
+    """Fill policy, optimizer and reference in place from a checkpoint of any layout; returns the saved `state`.
+
+    What is passed as None is not loaded. The random generators are restored where the layout is the saved one.
+    Raises CheckpointError where tensors don't fit the model, or the files would run code.
+    """
+    _refuse_code(path)
+    wanted = _sharded_state(policy, optimization, reference, loading=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            loaded = dist_checkpointing.load(wanted, str(path / WEIGHTS))
+    except (CheckpointException, CheckpointingException, KeyError, ValueError) as error:
+        raise CheckpointError(
+            f"the checkpoint {path} doesn't fit this model: {_reason(error)}. Use the model.path and the stages "
+            "(train_towers) that it was saved with"
+        ) from error
+    own = policy.state_dict(keep_vars=True)
+    with torch.no_grad():
+        for name, tensor in loaded["policy"].items():
+            own[name.removeprefix(POLICY)].copy_(tensor)
+        for name, tensor in (reference or {}).items():
+            tensor.copy_(loaded["reference"][name])
+    if optimization is not None:
+        optimization.load_state_dict(loaded["optimization"])
+    _restore_generators(path, backend)
+    return read_state(path)
+
+
+def _damage(path: Path, backend: Backend) -> list[str]:
+    """What is wrong with the files that this rank checks; rank 0 also reports an unreadable manifest."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        files = sorted(manifest["files"].items())
+        if manifest["format"] != FORMAT:
+            return [f"{MANIFEST} has format {manifest['format']}, this version reads {FORMAT}"] * (backend.rank == 0)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return [f"{MANIFEST} can't be read ({error})"] * (backend.rank == 0)
+    damage = []
+    for name, entry in files[backend.rank :: backend.world]:
+        try:
+            found = _measure(path / name)
+        except OSError as error:
+            damage.append(f"{name} can't be read ({error.strerror})")
+            continue
+        if found["bytes"] != entry["bytes"]:
+            damage.append(f"{name} has {found['bytes']} bytes instead of {entry['bytes']}")
+        elif found["sha256"] != entry["sha256"]:
+            damage.append(f"{name} has other contents than were written")
+    return damage
+
+
+def _memory_format(owner: Any, name: Any) -> Any:
+    """What `getattr` may do in an index: Python 3.11.2 pickles an enumeration's member as getattr(class, name)."""
+    if owner is not _MEM_FORMAT_ENCODING or name not in owner.__members__:
+        raise pickle.UnpicklingError(f"it asks for builtins.getattr({owner!r}, {name!r})")
+    return owner[name]
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _memory_format
+        if name in INDEX_CLASSES.get(module, ()):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+def _refuse_code(path: Path) -> None:
+    """torch unpickles its index without restriction, and Megatron its common state as the environment says."""
+    try:
+        name = ".metadata"
+        with open(path / WEIGHTS / name, "rb") as index:
+            _IndexUnpickler(index).load()
+        name = "common.pt"
+        torch.load(path / WEIGHTS / name, map_location="cpu", weights_only=True)  # AdamW's step was saved on a GPU
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path / WEIGHTS / name} could run code on loading ({error}): it was not written by this program; use "
+            "another checkpoint"
+        ) from error
+
+
+def _reason(error: BaseException) -> str:
+    """One line; torch's CheckpointException holds the ranks' own errors."""
+    failures = getattr(error, "failures", None)
+    error = next(iter(failures.values()))[0] if failures else error
+    return f"{type(error).__name__}: {str(error)[:300]}".splitlines()[0]
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Files and generators
+
+
+def _steps(root: Path) -> dict[int, Path]:
+    """Step number -> directory of every checkpoint that is visible in `root`."""
+    return {int(path.name.removeprefix("step_")): path for path in root.glob("step_" + "[0-9]" * 8)}
+
+
+def _serialise(value: Any) -> bytes:
+    buffer = io.BytesIO()  # torch.save on a file hides the disk's error
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def _write(path: Path, content: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _measure(path: Path) -> dict[str, Any]:
+    """Size and SHA-256 of a file."""
+    digest, size = hashlib.sha256(), 0
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+            size += len(chunk)
+    return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def _flush_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _versions() -> dict[str, str]:
+    return {"python": sys.version.split()[0], **{name: version(name) for name in ("torch", "megatron-core", "numpy")}}
+
+
+def _generators() -> dict[str, Any]:
+    state = {"cpu": torch.get_rng_state(), "megatron": get_cuda_rng_tracker().get_states()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _restore_generators(path: Path, backend: Backend) -> None:
+    saved, now = json.loads((path / MANIFEST).read_text()), {"tp": backend.tp, "pp": backend.pp, "dp": backend.dp}
+    if backend.rank == 0 and saved["versions"] != _versions():
+        _say(f"{path} was saved with {saved['versions']}, now {_versions()}: results may differ in the last bits")
+    if saved["layout"] != now:
+        if backend.rank == 0:
+            _say(f"{path} was saved on the layout {saved['layout']}, now {now}: random generators start afresh")
+        return
+    state = torch.load(path / GENERATORS, weights_only=True)[backend.rank]
+    torch.set_rng_state(state["cpu"])
+    get_cuda_rng_tracker().set_states(state["megatron"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

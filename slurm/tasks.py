@@ -1,0 +1,118 @@
+"""A task of a sweep or a graph: what runs, where, when it is done, and whether it may be tried again.
+
+A task is a training or another command. It is done when its `done` file is there; everything else (job ids, states,
+attempts) only says who works on it. A job needs nobody to look after it: it resumes, and retries, by itself.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+from megatron_avatar.config import Config, load_config
+from slurm import launch
+
+REFUSED, INTERRUPTED, HUNG = 2, 75, 76  # exit statuses of training
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+
+class TaskFailed(RuntimeError):
+    """A task ended without its result; the message names its log."""
+
+
+@dataclass
+class Task:
+    """One node of a graph. `settings` are key=value of the trainer; for a training they are all of its command, for
+    another `module` they say where and how it runs."""
+
+    name: str
+    folder: Path  # of the training run, or of the command's log
+    settings: list[str]
+    done: Path
+    module: str = ""  # empty: a training
+    parallel: bool = True  # in the settings' layout; False: one process
+    arguments: list[str] = field(default_factory=list)
+    needs: list[str] = field(default_factory=list)
+    partial: bool = False  # runs also where some of what it needs has failed
+    retries: int = 3
+    code: str = ""  # the snapshot, set at submission
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "logs" if not self.module else self.folder / f"{self.name}.log"
+
+    def config(self) -> Config:
+        return load_config(self.settings)
+
+    def layout(self) -> tuple[int, int]:
+        """(nodes, tasks a node)."""
+        return launch.layout(self.config()) if self.parallel else (1, 1)
+
+    # ---- inside of the job ---------------------------------------------------------------------
+
+    def __call__(self) -> None:
+        """Run to the end, on a Slurm job's first node; raises TaskFailed once all retries are used up."""
+        for number in SIGNALS:  # in submitit's place: what runs below gets the signals itself, saves and ends
+            signal.signal(number, lambda *_: None)
+        status = self._run_on_slurm()
+        if status == 0:
+            return
+        state = ["squeue", "--noheader", "--format=%T", f"--jobs={os.environ['SLURM_JOB_ID']}"]
+        running = subprocess.run(state, capture_output=True, text=True).stdout.strip() == "RUNNING"  # not cancelled
+        if running and status != REFUSED and self.may_retry(status):
+            subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
+            time.sleep(600)  # Slurm ends this process
+        raise TaskFailed(f"{self.name} ended with status {status}: see {self.log}")
+
+    def _run_on_slurm(self) -> int:
+        if not self.module:
+            script = 'source "$AVATAR_SNAPSHOT/slurm/common.sh"; train "$@"'
+            environment = {**os.environ, "PYTHON": sys.executable, "AVATAR_SNAPSHOT": self.code}
+            return subprocess.run(["bash", "-c", script, "train", *self.settings], env=environment).returncode
+        config = self.config()
+        srun = ["srun", "--kill-on-bad-exit=1", f"--ntasks-per-node={self.layout()[1]}", *launch.srun_options(config)]
+        command = [*srun, *launch.command(config), "-m", self.module, *self.arguments]
+        if config.cluster.modules:
+            command = ["bash", "-c", f'module load {shlex.join(config.cluster.modules)} && exec "$@"', "bash", *command]
+        cores = os.environ.get("SLURM_CPUS_PER_TASK", "1")  # srun no longer inherits them
+        environment = {**os.environ, "SRUN_CPUS_PER_TASK": cores, **launch.environment(config, Path(self.code))}
+        with self.opened_log() as log:
+            print(f"$ {shlex.join(command)}", file=log, flush=True)
+            status = subprocess.run(command, env=environment, stdout=log, stderr=log).returncode
+        if status == 0:
+            self.mark_done()
+        return status
+
+    def opened_log(self) -> IO[str]:
+        path = self.log if self.module else self.log / "local.log"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.open("a")
+
+    def mark_done(self) -> None:
+        """Of a command; a training writes its own file."""
+        if self.module:
+            self.done.parent.mkdir(parents=True, exist_ok=True)
+            self.done.touch()
+
+    def may_retry(self, status: int) -> bool:
+        """Whether another attempt is left, which is noted in the folder: it outlives the job."""
+        path = self.folder / f"failures-{self.name}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as file:
+            record = {"status": status, "time": time.time(), "job": os.environ.get("SLURM_JOB_ID", os.getpid())}
+            file.write(json.dumps(record) + "\n")
+        return failures(self) <= self.retries
+
+
+def failures(task: Task) -> int:
+    """Failed attempts of a task so far."""
+    path = task.folder / f"failures-{task.name}.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0

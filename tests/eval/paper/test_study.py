@@ -1,0 +1,111 @@
+"""The words of the small study and its provenance, from made-up runs whose effects are known."""
+
+import json
+
+import pytest
+
+from eval.paper.study import _points, _word, study
+from eval.reproduction import build, provenance
+from eval.scoring.stats import Difference
+from tests.eval.made_up_reproduction import write_predictions, write_reproduction, write_training
+
+
+def found(value, low, high, p):
+    return {**_points(Difference(value, low, high, 10, 2, p)), "holm": p}
+
+
+def test_a_word_needs_an_interval_without_zero_and_a_small_p():
+    assert _word(found(0.1, 0.05, 0.2, 0.01), 2) == "shown"
+    assert _word(found(-0.1, -0.2, -0.05, 0.01), 2) == "reversed"
+    assert _word(found(0.1, 0.0, 0.2, 0.01), 2) == _word(found(0.1, 0.05, 0.2, 0.05), 2) == "not shown"
+    assert _word({}, 2) == "not measured"
+
+
+def test_one_seed_or_a_part_of_them_gets_no_word():
+    assert _word(found(0.1, 0.05, 0.2, 0.001), 5) == "2 of 5 seeds so far"
+    assert _word({**found(0.1, 0.05, 0.2, 0.001), "seeds": 1}, 5) == "one seed: no test"
+
+
+def test_effects_are_paired_by_seed_and_adjusted_inside_their_family(tmp_path):
+    for seed in (10, 11, 12, 13):
+        write_predictions(tmp_path, "avatar", seed, 0.9, items=48)
+        write_predictions(tmp_path, "grpo", seed, 0.2, items=48)
+        write_predictions(tmp_path, "grpo_half", seed, 0.2, items=48)
+    write_predictions(tmp_path, "sft", 11, 0.2, items=48)
+    effects = {effect["text"]: effect for effect in study(tmp_path)["effects"]}
+    main = effects["AVATAR against GRPO, equal updates"]
+    assert main["word"] == "shown" and main["seeds"] == [10, 11, 12, 13] and main["found"]["n"] == 192
+    assert sum(main["by_seed"].values()) / 4 == pytest.approx(main["found"]["value"])
+    assert main["found"]["holm"] == pytest.approx(2 * main["found"]["p"]), "two primary questions"
+    start = effects["AVATAR against its cold start"]
+    assert start["seeds"] == [11] and start["found"]["n"] == 48, "a seed of one system alone is no pair"
+    assert start["word"] == "one seed: no test" and effects["hints: against w/o hints"]["word"] == "not measured"
+
+
+def test_what_is_not_measured_counts_in_the_adjustment(tmp_path):
+    for system, skill in (("avatar", 0.9), ("grpo", 0.2)):
+        write_predictions(tmp_path, system, 10, skill)
+    main = study(tmp_path)["effects"][0]
+    assert main["found"]["holm"] == pytest.approx(2 * main["found"]["p"])
+
+
+def test_systems_that_made_other_numbers_of_updates_are_not_compared(tmp_path):
+    for system, updates in (("avatar", 60), ("grpo", 30), ("grpo_half", 60)):
+        write_training(tmp_path, system, 10, updates)
+        write_predictions(tmp_path, system, 10, 0.5)
+    first, second, *_ = study(tmp_path)["effects"]
+    assert first["word"] == "not comparable: 60 and 30 updates" and second["word"] == "one seed: no test"
+    write_training(tmp_path, "grpo_half", 10, 30)
+    assert study(tmp_path)["effects"][1]["word"] == "not comparable: 3840 and 1920 completions"
+
+
+def test_runs_of_two_kinds_make_no_effect(tmp_path):
+    for system, folder in (("sft", ""), ("base", "")):
+        write_predictions(tmp_path, system, 10, 0.5, folder=folder)
+    path = tmp_path / "predictions/tiny/base/seed_10/held_out.ours.meta.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"new_tokens": 20}))
+    with pytest.raises(ValueError, match="new_tokens None and 20"):
+        study(tmp_path)
+
+
+def test_a_sweep_speaks_of_its_best_and_worst_member(tmp_path):
+    for lam, skill in (("0", 0.2), ("0.1", 0.6), ("0.3", 0.9)):
+        write_predictions(tmp_path, f"tas_lambda_lam_{lam}", 10, skill)
+    sweep = study(tmp_path)["sweeps"]["tas_lambda"]
+    assert (sweep["best"], sweep["worst"]) == ("tas_lambda_lam_0.3", "tas_lambda_lam_0") and sweep["monotone"] is None
+    assert sweep["word"] == "its samples tell best and worst apart" and (sweep["measured"], sweep["planned"]) == (3, 7)
+    for lam in ("0", "0.1", "0.3"):
+        write_predictions(tmp_path, f"tas_lambda_lam_{lam}", 10, 0.5)
+    assert study(tmp_path)["sweeps"]["tas_lambda"]["word"] == "no difference is shown"
+
+
+def test_provenance_counts_what_ran_and_a_link_once(tmp_path):
+    write_training(tmp_path, "avatar", 10, updates=6)
+    run = tmp_path / "runs/tiny/avatar/seed_10"
+    records = [json.loads(line) | {"time/step": 600.0} for line in (run / "metrics.jsonl").read_text().splitlines()]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    about = {"commit": "abc", "device": "Tesla V100", "processes": 4, "gpus": 4}
+    (run / "provenance.json").write_text(json.dumps(about))
+    write_predictions(tmp_path, "avatar", 10, 0.5)
+    for kind in ("runs", "predictions"):
+        twin = tmp_path / kind / "tiny/twin/seed_10"
+        twin.parent.mkdir()
+        twin.symlink_to(tmp_path / kind / "tiny/avatar/seed_10")
+    origin = provenance(tmp_path)
+    assert (origin["training_hours"], origin["gpu_hours"], origin["commits"]) == (1.0, 4.0, {"abc": 1})
+    assert len(origin["trainings"]) == len(origin["predictions"]) == 1 and origin["linked"] == ["twin/seed_10"]
+
+
+def test_a_report_of_half_a_reproduction_says_what_is_missing(tmp_path):
+    with pytest.raises(ValueError, match="holds no runs/FAMILY"):
+        build(tmp_path)
+    write_predictions(tmp_path, "avatar", 10, 0.9)
+    write_predictions(tmp_path, "<script>", 10, 0.9)
+    text = build(tmp_path).read_text()
+    assert "not measured" in text and "<script" not in text and "default-src 'none'" in text
+
+
+@pytest.mark.slow
+def test_a_whole_report(tmp_path):
+    text = build(write_reproduction(tmp_path)).read_text()
+    assert text.count("<figcaption") >= 7 and "&lt;b&gt;clip&lt;/b&gt;" in text and "<b>clip</b>" not in text

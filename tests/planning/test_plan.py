@@ -1,0 +1,448 @@
+"""The plan's numbers against real models: published sizes, real ranks' bytes, real saved tensors, torch's FLOP."""
+
+from __future__ import annotations
+
+import gc
+import json
+import multiprocessing
+import os
+import re
+import socket
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5OmniThinkerConfig,
+    Qwen2_5OmniThinkerForConditionalGeneration,
+)
+
+from megatron_avatar.config.load import CONFIG_DIR, load_config
+from megatron_avatar.config.schema import LoraConfig, ModelConfig, ParallelConfig
+from megatron_avatar.planning.memory import (
+    GIB,
+    drop_gradients,
+    measure_update,
+    parameter_bytes,
+    static_memory,
+    tower_bytes,
+)
+from megatron_avatar.planning.meta import LiveBytes, shard_on_meta
+from megatron_avatar.planning.plan import _changes, _layouts, make_plan
+from megatron_avatar.planning.seconds import forward_flops, read_rates, reduction_seconds, seen_pairs, step_seconds
+from megatron_avatar.planning.work import Work, pack, stage_work
+from megatron_avatar.policy.architecture import read_config
+from megatron_avatar.policy.backend import start, stop
+from megatron_avatar.policy.build import build_policy
+from megatron_avatar.train import main
+from megatron_avatar.training.learner import Learner
+from tests.policy.tiny import tiny_config, tiny_prompts
+
+ROOT = Path(__file__).parents[2]
+SHAPES = CONFIG_DIR / "shapes"
+# Parameters of the published weights: the Thinkers of Qwen2.5-Omni, and Qwen2.5-VL-7B-Instruct.
+PUBLISHED = {"qwen2_5_omni_7b": 8_931_813_888, "qwen2_5_omni_3b": 4_703_464_448, "qwen2_5_vl_7b": 8_292_166_656}
+
+
+def save(folder: Path, **kwargs) -> str:
+    tiny_config(**kwargs).save_pretrained(folder)
+    return str(folder)
+
+
+# ---- parameters --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", PUBLISHED)
+def test_shapes_are_those_of_the_published_models(shape):
+    classes = (Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditionalGeneration)
+    if "vl" in shape:
+        classes = (Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration)
+    config = json.loads((SHAPES / shape / "config.json").read_text())
+    with torch.device("meta"):
+        model = classes[1](classes[0].from_dict(config))
+    theirs = sum(p.numel() for p in model.parameters())
+    with shard_on_meta(str(SHAPES / shape), ModelConfig(), ParallelConfig(), 0, 0) as policy:
+        ours = sum(p.numel() for p in policy.parameters())
+        assert {p.device.type for p in policy.parameters()} == {"meta"}
+    assert ours == theirs == PUBLISHED[shape]
+
+
+def test_the_tiny_shape_is_the_tiny_base():
+    assert json.loads((SHAPES / "tiny_base/config.json").read_text()) == json.loads(
+        (ROOT / "assets/tiny_base/config.json").read_text()
+    )
+
+
+REAL = [  # a model, a layout of four ranks
+    (dict(), ParallelConfig(tp=2, pp=2)),
+    (dict(tied=True, layers=6), ParallelConfig(tp=1, pp=4, first_stage_layers=3)),
+    (dict(), ParallelConfig(tp=4, sequence_parallel=True)),  # more than there are key-value heads
+]
+LORA = ModelConfig(lora=LoraConfig(rank=3))
+
+
+def real_rank(rank: int, port: int, folders: list[str], results: multiprocessing.Queue) -> None:
+    """Build the real shards of one of four processes, and report their bytes."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE="4", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    for number, (folder, (_, parallel)) in enumerate(zip(folders, REAL, strict=True)):
+        backend = start(parallel)
+        for model in (ModelConfig(), ModelConfig(dtype="bfloat16"), LORA):
+            policy = build_policy(folder, backend, model, parallel)
+            trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+            key = number, model.dtype, model.lora.rank, backend.tp_rank, backend.pp_rank
+            results.put((key, (parameter_bytes(list(policy.parameters())), trained)))
+        stop()
+
+
+def test_parameter_bytes_are_those_of_real_ranks(tmp_path):
+    folders = [save(tmp_path / str(i), **kwargs) for i, (kwargs, _) in enumerate(REAL)]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("fork")  # everything is imported already
+    results = context.Queue()
+    ranks = [context.Process(target=real_rank, args=(rank, port, folders, results)) for rank in range(4)]
+    for process in ranks:
+        process.start()
+    real = dict(results.get(timeout=120) for _ in range(4 * 3 * len(REAL)))
+    for process in ranks:
+        process.join(60)
+    for (number, dtype, lora, tp_rank, pp_rank), (size, trained) in real.items():
+        parallel, model = REAL[number][1], ModelConfig(dtype=dtype, lora=LoraConfig(rank=lora))
+        work = Work(True, False, 0, 0, 8, 4, 1, (2,), 64)
+        with shard_on_meta(folders[number], model, parallel, tp_rank, pp_rank) as policy:
+            memory = static_memory(policy, model, parallel, work, dp=1)
+        assert memory.weights + memory.tower_weights == size
+        assert memory.trainable == trained and memory.gradients == 4 * trained
+        assert memory.optimizer == trained * (12 if dtype == "bfloat16" else 8)
+        assert memory.reference == trained * (2 if dtype == "bfloat16" else 4)
+
+
+@pytest.mark.parametrize("train_towers", [False, True])
+def test_the_reference_is_what_a_learner_copies(tmp_path, train_towers):
+    folder, work = save(tmp_path), Work(True, train_towers, 0, 0, 8, 4, 1, (2,), 64)
+    with shard_on_meta(folder, LORA, ParallelConfig(), 0, 0) as policy:
+        memory = static_memory(policy, LORA, ParallelConfig(), work, dp=1)
+    with one_rank(folder, LORA, ParallelConfig()) as policy:
+        policy.set_train_towers(train_towers)
+        learner = Learner.__new__(Learner)  # its optimizer doesn't matter here
+        learner.policy = policy
+        learner.snapshot_reference()
+        assert memory.reference == sum(t.nbytes for t in learner.reference.values())
+        assert train_towers == (memory.reference > parameter_bytes(list(policy.towers.parameters())) / 2)
+
+
+def test_the_distributed_optimizer_shares_out_its_state(tmp_path):
+    work = Work(True, False, 0, 0, 8, 4, 1, (2,), 64)
+    parallel = ParallelConfig(distributed_optimizer=True)
+    with shard_on_meta(save(tmp_path), ModelConfig(), parallel, 0, 0) as policy:
+        memory = static_memory(policy, ModelConfig(), parallel, work, dp=4)
+    assert memory.optimizer == 2 * memory.trainable
+
+
+# ---- activations -------------------------------------------------------------------------------
+
+
+@contextmanager
+def one_rank(folder: str, model: ModelConfig, parallel: ParallelConfig):
+    """A real policy with finite weights in this process."""
+    backend = start(parallel)
+    try:
+        policy = build_policy(folder, backend, model, parallel)
+        with torch.no_grad():
+            for parameter in policy.parameters():
+                parameter.normal_(std=0.02)
+        yield policy
+    finally:
+        stop()
+
+
+def saved_bytes(policy, batch) -> int:
+    """Bytes that a forward pass keeps for its backward pass: each storage once, parameters apart."""
+    own = {p.untyped_storage().data_ptr() for p in policy.parameters()}
+    own |= {x.untyped_storage().data_ptr() for x in vars(batch).values() if isinstance(x, torch.Tensor)}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack_tensor(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage  # alive, so that no address is used twice
+        return tensor
+
+    policy.train()
+    with torch.autograd.graph.saved_tensors_hooks(pack_tensor, lambda tensor: tensor):
+        output = policy(batch)
+    assert output.requires_grad
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+SIZES = {  # model, groups (prompt, completions)
+    "shallow": (dict(layers=2), [(40, [9, 3, 7])]),
+    "deep": (dict(layers=5, tied=True), [(200, [30] * 4), (120, [40] * 3)]),
+    "wide": (dict(layers=2, qwen=True), [(90, [60, 50])]),
+}
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("size", SIZES)
+def test_activations_are_the_saved_tensors_of_a_real_model(tmp_path, size, recompute):
+    kwargs, groups = SIZES[size]
+    folder, batch = save(tmp_path, **kwargs), pack(groups)
+    model, parallel = ModelConfig(), ParallelConfig(recompute=recompute, kernels="torch")
+    with shard_on_meta(folder, model, parallel, 0, 0) as policy:
+        planned = measure_update(policy, batch)
+    with one_rank(folder, model, parallel) as policy:
+        real = saved_bytes(policy, batch)
+    assert planned.kept == pytest.approx(real, rel=0.02)
+    assert planned.peak >= planned.kept
+
+
+def test_recomputation_and_sequence_parallelism_save_memory(tmp_path):
+    kept = []
+    for settings in (dict(), dict(sequence_parallel=True), dict(sequence_parallel=True, recompute="selective"),
+                     dict(sequence_parallel=True, recompute="full")):  # fmt: skip
+        with shard_on_meta(save(tmp_path), ModelConfig(), ParallelConfig(tp=2, **settings), 0, 0) as policy:
+            kept.append(measure_update(policy, pack([(200, [50] * 4)])).kept)
+    assert kept == sorted(kept, reverse=True) and kept[-1] < kept[0] / 4
+
+
+def test_the_peak_is_that_of_a_real_step(tmp_path):
+    """On the CPU the same count over the real step; its attention kernel works in other pieces."""
+    kwargs, groups = SIZES["deep"]
+    folder, batch = save(tmp_path, **kwargs), pack(groups)
+    with shard_on_meta(folder, ModelConfig(), ParallelConfig(), 0, 0) as policy:
+        planned = measure_update(policy, batch)
+    with one_rank(folder, ModelConfig(), ParallelConfig()) as policy:
+        drop_gradients(policy)
+        with LiveBytes() as memory:
+            policy.train()(batch).sum().backward()
+    assert planned.peak == pytest.approx(memory.peak, rel=0.02)
+
+
+def test_bytes_are_counted_while_they_live():
+    with LiveBytes() as memory:
+        a = torch.zeros(1000)
+        view, b = a[:10].view(2, 5), torch.ones(500)
+        a.add_(1)
+        assert memory.live == memory.peak == 6000
+        del a, b
+        gc.collect()
+        assert memory.live == 4000 and memory.peak == 6000
+        del view
+        assert memory.live == 0
+
+
+@pytest.mark.parametrize("train_towers", [False, True])
+def test_encoders_take_about_what_is_planned(tmp_path, train_towers):
+    folder = save(tmp_path)
+    prompt = tiny_prompts(tiny_config())["audio_in_video"]
+    work = Work(True, train_towers, 24, 100, prompt=150, completion=9, fresh=1, completions=(2,), budget=99)
+    with one_rank(folder, ModelConfig(), ParallelConfig()) as policy:
+        policy.set_train_towers(train_towers)
+        with LiveBytes() as memory:
+            media = policy.embed_media([prompt] * 8, grad=train_towers)
+        real = memory.live if train_towers else memory.peak
+        planned = tower_bytes(policy.hf_config, work, itemsize=4, prompts=8, tp=1)
+    assert len(media) == 8 and planned == pytest.approx(real, rel=0.25)
+
+
+# ---- work and time -----------------------------------------------------------------------------
+
+
+def test_flops_are_those_that_torch_counts(tmp_path):
+    folder, batch = save(tmp_path, **SIZES["wide"][0]), pack(SIZES["wide"][1])
+    with one_rank(folder, ModelConfig(), ParallelConfig()) as policy, torch.no_grad():
+        with FlopCounterMode(display=False) as counter:
+            policy(batch)
+        flops = forward_flops(policy.hf_config, len(batch), 0, len(batch.target_ids))
+    counts = counter.get_flop_counts()["Global"]
+    products = sum(n for op, n in counts.items() if "attention" not in str(op))
+    assert flops.layers + flops.head == pytest.approx(products, rel=0.01)
+
+
+def test_pairs_are_what_queries_see():
+    batch = pack([(5, [3, 2]), (4, [6])])
+    seen = torch.zeros(len(batch), len(batch), dtype=torch.bool)
+    for start_, length, prefix, prefix_length in batch.segments.tolist():
+        own = slice(start_, start_ + length)
+        seen[own, own] = torch.ones(length, length, dtype=torch.bool).tril()
+        seen[own, prefix : prefix + prefix_length] = True
+    assert seen_pairs(batch.segments) == seen.sum()
+
+
+def test_a_steps_tokens_follow_from_the_recipe():
+    config = load_config(["recipe=avatar_7b", "dry_run=true", "cluster.gpus=4"])
+    hf_config = read_config(SHAPES / "qwen2_5_omni_7b")
+    work = stage_work(config, config.stages["visual"], hf_config, dp=1, longest=False)
+    assert (work.visual, work.audio) == (8 * 64, 8 * 25)  # 16 frames in pairs, 8 s
+    assert (work.fresh, work.completions, work.completion) == (1, (4, 4), 2048)
+    assert sum(map(len, work.micro_batches())) == 2 * (work.prompt - 1 + 4 * 2048)
+    longest = stage_work(config, config.stages["visual"], hf_config, dp=1, longest=True)
+    assert longest.prompt + longest.completion == config.model.context
+    assert max(map(len, longest.micro_batches())) <= config.rl.tokens_per_micro_batch
+    assert longest.prompt - 201 <= longest.visual + longest.audio <= longest.prompt
+    assert longest.visual / longest.audio == pytest.approx(work.visual / work.audio, rel=1e-3)
+    assert longest.prompts_together() == 1
+    muted = replace(config, data=replace(config.data, mute=True, blind=True))
+    silent = stage_work(muted, config.stages["visual"], hf_config, dp=1, longest=False)
+    assert silent.visual == silent.audio == 0
+
+
+def plan(*overrides: str, recipe: str = "avatar_7b"):
+    return make_plan(load_config([f"recipe={recipe}", "dry_run=true", *overrides]))
+
+
+@pytest.mark.slow
+def test_more_work_takes_longer():
+    def seconds(*overrides: str) -> dict[str, float]:
+        return plan("cluster.gpus=4", "cluster.calibration=none", *overrides).stages[0].seconds
+
+    usual = seconds()
+    assert seconds("rl.sampling.max_new_tokens=4096")["decode"] > 2 * usual["decode"]
+    assert seconds("parallel.recompute=full")["update"] > usual["update"]
+    assert all(value >= usual[part] for part, value in seconds("cluster.gpu=a100").items())
+    assert seconds("cluster.gpu=h200")["decode"] < usual["decode"]
+    trained = seconds(*(f"stages.{name}.train_towers=true" for name in ("visual", "audio_visual", "localisation")))
+    assert trained["encoders"] == pytest.approx(4 * usual["encoders"])  # of 2 prompts: 2 + 3 for one, 3 for the other
+
+
+def test_reductions_take_the_rings_time(tmp_path):
+    config = load_config(["recipe=avatar_7b", "dry_run=true", "cluster.gpus=4", "cluster.calibration=none"])
+    rates, hf_config = read_rates(config), read_config(SHAPES / "qwen2_5_omni_7b")
+    sent = 2 * 28 * 1000 * 3584 * 2 * 2 * 3 / 4  # two a layer, bfloat16, each hidden state there and back
+    seconds = reduction_seconds(config, hf_config, 5, 1000, rates)
+    assert seconds == pytest.approx(2 * 28 * 5 * 15e-6 + sent / (450e9 * 0.7))
+    alone = replace(config, parallel=replace(config.parallel, tp=1))
+    assert reduction_seconds(alone, hf_config, 5, 1000, rates) == 0
+    slow = replace(rates, links=rates.links / 100, reduce_gap=1e-3)
+    work = stage_work(config, config.stages["visual"], hf_config, 1, longest=False)
+    usual, slower = (step_seconds(config, hf_config, work, 1, 1, rate) for rate in (rates, slow))
+    touched = {part for part in usual if slower[part] > usual[part]}
+    assert touched == {"read prompts", "decode", "reference", "update"}
+
+
+CALIBRATION = {"device": "NVIDIA A100-SXM4-40GB", "train_flops": 1e14, "forward_flops": 2e14, "bandwidth": 1e12,
+               "network": None, "layer_gap_s": 1e-5, "memory_ratio": 2.0}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_measured_rates_replace_assumed_ones(tmp_path):
+    path = tmp_path / "calibration.json"
+    path.write_text(json.dumps(CALIBRATION))
+    settings = ["cluster.gpus=4", f"cluster.calibration={path}"]
+    a100, h100 = (plan(*settings, f"cluster.gpu={gpu}") for gpu in ("a100", "h100"))
+    assert a100.rates.train == 1e14 and "measured on NVIDIA A100" in a100.rates.source
+    assert a100.ranks[0].activations == 2 * h100.ranks[0].activations
+    assert "was left aside" in h100.rates.source
+    path.write_text(json.dumps(CALIBRATION | {"device": "NVIDIA B900"}))
+    assert plan(*settings, "cluster.gpu=measured").rates.train == 1e14
+    assert plan(*settings, "cluster.gpu=h200").rates.train != 1e14
+    with pytest.raises(ValueError, match=r"cluster.calibration=none, which doesn't exist: run .*--calibrate none"):
+        plan("cluster.gpus=4", "cluster.gpu=measured", "cluster.calibration=none")
+    path.write_text("{")
+    with pytest.raises(ValueError, match="can't be read.*doctor --calibrate"):
+        plan("cluster.gpus=4", f"cluster.calibration={path}")
+
+
+# ---- the command -------------------------------------------------------------------------------
+
+
+def test_the_command_says_whether_it_fits(capsys):
+    command = ["recipe=avatar_7b", "dry_run=true", "parallel.tp=4", "parallel.pp=2", "cluster.gpu_memory_gib=80"]
+    assert main([*command, "cluster.gpus=8"]) == 0
+    printed = capsys.readouterr().out
+    for words in ("pp 1, tp 0-3", "2,268.2", "optimizer", "keys and values", "reference model", "step, s", "fits:"):
+        assert words in printed, words
+    assert main([*command, "cluster.gpus=32"]) == 2  # the recipe's one prompt a step is too few
+    said = " ".join(capsys.readouterr().out.split())
+    assert "has to change: stages.visual.prompts_per_step=1 leaves some of 4 data-parallel ranks idle" in said
+    more = re.findall(r"stages\.\w+\.prompts_per_step=4", said)
+    assert len(more) == 3 and main([*command, "cluster.gpus=32", *more]) == 0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["parallel.tp=8"], "parallel.tp=8 doesn't divide the 28 attention heads"),
+        (["parallel.pp=3"], "write parallel.first_stage_layers="),
+        (["cluster.gpus=6"], "need a multiple of 4 processes"),
+        (["model.path=/nowhere"], "/nowhere/config.json doesn't exist"),
+    ],
+)
+def test_what_does_not_divide_is_named(overrides, says, capsys):
+    assert main(["recipe=avatar_7b", "dry_run=true", "cluster.gpus=24", *overrides]) == 2
+    printed = capsys.readouterr()
+    assert says in " ".join((printed.out + printed.err).split())
+
+
+@pytest.mark.parametrize(
+    ("gpus", "gib", "start"),
+    [(8, 36, []), (4, 46, ["parallel.recompute=none"]), (1, 80, ["parallel=single"])],
+)
+@pytest.mark.slow
+def test_the_remedy_fits(gpus, gib, start):
+    cluster = [f"cluster.gpus={gpus}", f"cluster.gpu_memory_gib={gib}", *start]
+    (problem,) = [p for p in plan(*cluster).problems if "GiB" in p]
+    if gpus == 1:
+        assert "no layout of 1 such GPUs fits" in problem and "model.lora.rank=8" in problem
+        return
+    change = re.search(r"write (.*) \(", problem)[1].split()
+    fixed = plan(*cluster, *change)
+    assert not [p for p in fixed.problems if "GiB" in p]
+    assert max(rank.total for rank in fixed.ranks) <= gib * GIB
+
+
+@pytest.mark.parametrize(("gpus", "gib", "says"), [
+    (2, 30, r"no layout of 2 such GPUs fits \(the best needs"),  # fewer than tp
+    (6, 60, r"write parallel\.tp="),  # not a multiple of tp
+])  # fmt: skip
+@pytest.mark.slow
+def test_gpus_that_the_layout_does_not_share_out_get_a_remedy(gpus, gib, says):
+    cluster = [f"cluster.gpus={gpus}", f"cluster.gpu_memory_gib={gib}", "parallel.recompute=none"]
+    world, memory = plan(*cluster).problems
+    assert "need a multiple of 4 processes" in world and re.search(says, memory)
+
+
+def test_a_remedy_is_no_setting_that_validate_refuses():
+    config = load_config(["recipe=avatar_7b", "dry_run=true", "cluster.gpus=6"])
+    for layout in _layouts(config):
+        for change in _changes(config, layout):
+            words = [f"{key}={value}" for key, value in change.items()]
+            load_config(["recipe=avatar_7b", "dry_run=true", "cluster.gpus=6", *words])
+
+
+def test_the_remedy_keeps_the_recipes_prompts():
+    (problem,) = [p for p in plan("parallel=single", "cluster.gpus=8").problems if "GiB" in p]
+    assert "parallel.tp=4 parallel.pp=2" in problem  # eight GPUs for one prompt
+
+
+SHIPPED = sorted(path.stem for path in (CONFIG_DIR / "recipe").glob("*.yaml") if not path.stem.startswith("tiny"))
+ALIKE = ("grpo_3b", "grpo_vl_7b", "sft_3b")  # differ from others only in what others vary
+
+
+@pytest.mark.parametrize(("layout", "gib"), [("a100_40g", 39.5), ("a100_80g", 79)])  # a little less than on the label
+@pytest.mark.parametrize("recipe", [name for name in SHIPPED if name not in ALIKE])
+def test_every_recipe_fits_every_layout(recipe, layout, gib):
+    # Encoders that train keep 19 GiB for a prompt of 10,000 visual tokens, beside 27 GiB of weights and optimizer.
+    context = ["model.context=4096"] if (recipe, layout) == ("avatar_7b_lora", "a100_40g") else []
+    config = load_config([f"recipe={recipe}", f"parallel={layout}", "dry_run=true", "cluster.gpus=1",
+                          f"cluster.gpu_memory_gib={gib}", *context])  # fmt: skip
+    replica = config.parallel.tp * config.parallel.pp
+    assert replica <= 8, "a node"
+    found = make_plan(replace(config, cluster=replace(config.cluster, gpus=replica)))
+    assert found.problems == []
+
+
+def test_h100s_have_the_layouts_of_a100s():
+    a100, h100 = ((CONFIG_DIR / "parallel" / f"{name}_80g.yaml").read_text() for name in ("a100", "h100"))
+    assert h100 == a100.replace("A100", "H100")
+
+
+@pytest.mark.parametrize("recipe", ["tiny_sft", "tiny_grpo", "tiny_avatar"])
+def test_tiny_recipes_have_a_plan(recipe):
+    assert plan(recipe=recipe).problems == []

@@ -1,0 +1,46 @@
+"""Restarts that get nowhere come to an end; a user's own never do."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from megatron_avatar.resilience.attempts import NoProgress, begin
+
+
+@pytest.fixture
+def job(monkeypatch):
+    monkeypatch.delenv("AVATAR_CHAIN", raising=False)
+    monkeypatch.setenv("SLURM_JOB_ID", "41")
+    return monkeypatch
+
+
+def test_a_job_that_gets_no_further_gives_up(job, tmp_path):
+    for step in (0, 10, 10, 10):
+        begin(tmp_path, step, limit=3)
+    with pytest.raises(NoProgress, match="job 41 was started 3 times at step 10"):
+        begin(tmp_path, 10, limit=3)
+    begin(tmp_path, 20, limit=3)  # further than before
+    lines = [json.loads(line) for line in (tmp_path / "attempts.jsonl").read_text().splitlines()]
+    assert [(line["attempt"], line["step"]) for line in lines] == [(1, 0), (2, 10), (3, 10), (4, 10), (5, 20)]
+
+
+def test_a_new_job_starts_counting_anew_and_a_resubmitted_one_does_not(job, tmp_path):
+    for _ in range(3):
+        begin(tmp_path, 5, limit=3)
+    job.setenv("SLURM_JOB_ID", "42")
+    begin(tmp_path, 5, limit=3)
+    job.setenv("AVATAR_CHAIN", "42")  # what takes a job's place where it may not be requeued
+    for number in ("43", "44"):
+        job.setenv("SLURM_JOB_ID", number)
+        begin(tmp_path, 5, limit=3)
+    with pytest.raises(NoProgress, match="job 42"):
+        begin(tmp_path, 5, limit=3)
+
+
+def test_starts_by_hand_are_never_refused(job, tmp_path):
+    job.delenv("SLURM_JOB_ID")
+    for _ in range(9):
+        begin(tmp_path, 0, limit=1, changed={"seed": (0, 1)})
+    assert json.loads((tmp_path / "attempts.jsonl").read_text().splitlines()[-1])["changed"] == {"seed": [0, 1]}

@@ -1,0 +1,354 @@
+"""Checkpoints: bit-exact, whole or absent, verified before use, free of code, loadable on other layouts."""
+
+from __future__ import annotations
+
+import errno
+import io
+import itertools
+import json
+import multiprocessing
+import os
+import pickle
+import random
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megatron_avatar.config.schema import OptimConfig, ParallelConfig
+from megatron_avatar.policy.backend import Backend
+from megatron_avatar.resilience import checkpoint
+from megatron_avatar.training.optim import build_optimizer
+from tests.policy.tiny import launch, tiny_config, tiny_thinker
+from tests.training.gpt import build_gpt, train_step
+
+
+@dataclass
+class Trainer:
+    """A policy in training and its reference, as the loop holds them."""
+
+    backend: Backend
+    seed: int = 0
+    hidden: int = 32
+    layers: int = 2
+    dtype: torch.dtype = torch.float32
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+    def __post_init__(self) -> None:
+        self.policy = build_gpt(
+            self.backend, hidden=self.hidden, layers=self.layers, seed=self.seed, dtype=self.dtype
+        )
+        self.reference = {name: p.detach().clone() for name, p in self.policy.named_parameters()}
+        self.optimization = build_optimizer(
+            self.policy, OptimConfig(weight_decay=0.1), lr=1e-2, total_steps=20, parallel=self.parallel
+        )
+
+    def train(self, first: int, last: int) -> list[float]:
+        return [train_step(self.optimization, step)[0] for step in range(first, last)]
+
+    def save(self, run: Path, step: int, *, keep: int = 2, milestones=(), **state) -> Path:
+        return checkpoint.save(
+            run, step, policy=self.policy, optimization=self.optimization, reference=self.reference, state=state,
+            backend=self.backend, keep=keep, milestones=milestones,
+        )
+
+    def load(self, path: Path) -> dict:
+        return checkpoint.load(
+            path, policy=self.policy, optimization=self.optimization, reference=self.reference, backend=self.backend
+        )
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        adamw = self.optimization._optimizer.optimizer
+        found = {f"reference.{name}": value for name, value in self.reference.items()}
+        for name, parameter in self.policy.named_parameters():
+            found[name] = parameter
+            main = getattr(parameter, "main_param", parameter)  # bf16 weights have a master copy
+            found |= {f"{key}.{name}": value for key, value in adamw.state.get(main, {}).items()}
+            found[f"main.{name}"] = main
+        if self.parallel.distributed_optimizer:  # float32 shares are views of the weights, without a name
+            for number, share in enumerate(self.optimization._optimizer.get_parameters()):
+                found |= {f"share.{key}.{number}": value for key, value in adamw.state[share].items()}
+        return {name: value.detach().clone() for name, value in found.items()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def visible(run: Path) -> list[str]:
+    return sorted(os.listdir(run / "checkpoints"))
+
+
+@pytest.fixture
+def trainer(backend) -> Trainer:
+    trainer = Trainer(backend)
+    trainer.train(0, 1)
+    return trainer
+
+
+@pytest.mark.parametrize("distributed", [False, True])
+@pytest.mark.parametrize(("updates", "dtype"), [(0, torch.float32), (3, torch.float32), (3, torch.bfloat16)])
+def test_restored_run_continues_bit_for_bit(backend, tmp_path, updates, dtype, distributed):
+    parallel = ParallelConfig(distributed_optimizer=distributed)
+    one = Trainer(backend, dtype=dtype, parallel=parallel)
+    one.train(0, updates)
+    state = {"loader": [3, 1, 2], "rate": 0.1, "nothing": None, "nested": {"a": [1e-300, 2**60]}}
+    path = one.save(tmp_path, updates, **state)
+    at_save = one.tensors()
+    norms, random_numbers = one.train(updates, updates + 2), torch.rand(3)
+
+    two = Trainer(backend, seed=1, dtype=dtype, parallel=parallel)
+    two.train(7, 8)  # its own moments, steps and rate must all give way
+    assert not same(two.tensors(), at_save)
+    assert checkpoint.latest(tmp_path, backend) == path
+    assert two.load(path) == state == checkpoint.read_state(path)
+    assert same(two.tensors(), at_save)
+    assert two.train(updates, updates + 2) == norms
+    assert torch.equal(torch.rand(3), random_numbers)
+    assert same(two.tensors(), one.tensors())
+    assert two.optimization.lr == one.optimization.lr
+    steps = [s["step"] for s in two.optimization._optimizer.optimizer.state.values()]
+    assert len({s.data_ptr() for s in steps}) == len(steps)  # one each: a shared one would advance many times
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("saved_by", [False, True])
+def test_a_checkpoint_fits_with_and_without_the_distributed_optimizer(backend, tmp_path, saved_by, dtype):
+    one, two = (
+        Trainer(backend, seed=seed, dtype=dtype, parallel=ParallelConfig(distributed_optimizer=distributed))
+        for seed, distributed in ((0, saved_by), (1, not saved_by))
+    )
+    one.train(0, 3)
+    two.train(7, 8)
+    path = one.save(tmp_path, 3)
+    two.load(path)
+    assert two.train(3, 6) == pytest.approx(one.train(3, 6), rel=1e-5)
+    for a, b in zip(one.policy.parameters(), two.policy.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_skipped_updates_survive_and_settings_are_those_of_today(trainer, backend, tmp_path):
+    for _ in range(2):
+        trainer.optimization.zero_grad()
+        next(trainer.policy.parameters()).main_grad.fill_(float("nan"))
+        trainer.optimization.step()
+    path = trainer.save(tmp_path, 2)
+    other = Trainer(backend)
+    other.optimization.close()
+    other.optimization = build_optimizer(
+        other.policy, OptimConfig(warmup_fraction=0.0, schedule="constant", beta1=0.5), lr=3e-3, total_steps=9,
+    )
+    other.load(path)
+    assert other.optimization.skipped_in_row == 2
+    other.train(2, 3)
+    assert other.optimization.skipped == 2 and other.optimization.skipped_in_row == 0
+    assert other.optimization.lr == 3e-3
+    assert other.optimization._groups[0]["betas"] == (0.5, 0.95)
+
+
+def test_weights_alone_can_be_loaded(trainer, backend, tmp_path):
+    path = trainer.save(tmp_path, 1, stage="visual")
+    policy = build_gpt(backend, seed=3)
+    state = checkpoint.load(path, policy=policy, optimization=None, reference=None, backend=backend)
+    assert state == {"stage": "visual"}
+    assert all(torch.equal(p, q) for p, q in zip(policy.parameters(), trainer.policy.parameters(), strict=True))
+
+
+def test_saving_is_cheap_and_starts_no_process(backend, tmp_path, monkeypatch):
+    big = Trainer(backend, hidden=192, layers=8)
+    assert sum(p.numel() for p in big.policy.parameters()) > 2_500_000
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", lambda self: pytest.fail("a process was started"))
+    start = time.process_time()
+    big.save(tmp_path, 1)
+    assert time.process_time() - start < 1.0
+
+
+# ---- what stays and what goes ------------------------------------------------------------------
+
+
+def test_newest_and_milestones_are_kept(trainer, tmp_path):
+    for step in (5, 10, 15, 20, 25):
+        trainer.save(tmp_path, step, milestones=[10, 30], index=step)
+    assert visible(tmp_path) == ["step_00000010", "step_00000020", "step_00000025"]
+    assert [s["index"] for s in checkpoint.all_states(tmp_path)] == [10, 20, 25]
+    trainer.save(tmp_path, 20)  # the run went back to 10 and came here again
+    assert visible(tmp_path) == ["step_00000010", "step_00000020"]
+
+
+def test_run_without_checkpoints(backend, tmp_path):
+    assert checkpoint.latest(tmp_path, backend) is None
+    assert checkpoint.all_states(tmp_path) == []
+
+
+def test_keeping_none_is_refused(trainer, tmp_path):
+    with pytest.raises(ValueError, match="checkpoint.keep=0"):
+        trainer.save(tmp_path, 1, keep=0)
+
+
+# ---- failures while saving ---------------------------------------------------------------------
+
+
+def test_a_killed_save_is_invisible_and_cleared_by_the_next(trainer, backend, tmp_path, monkeypatch):
+    first = trainer.save(tmp_path, 1)
+
+    rename = Path.rename
+
+    def killed(path, target):
+        if target.name == "step_00000002":
+            raise KeyboardInterrupt  # nothing catches it, as nothing catches SIGKILL
+        return rename(path, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "rename", killed)
+        trainer.save(tmp_path, 2)
+    assert len(visible(tmp_path)) == 2 and visible(tmp_path)[0].startswith(".")
+    assert checkpoint.latest(tmp_path, backend) == first
+    second = trainer.save(tmp_path, 2)
+    assert visible(tmp_path) == [first.name, second.name]
+    assert checkpoint.latest(tmp_path, backend) == second
+
+
+def test_full_disk_at_any_moment_leaves_the_previous_checkpoint(trainer, backend, tmp_path, monkeypatch):
+    first = trainer.save(tmp_path, 1)
+    real, disk = os.fsync, SimpleNamespace(flushes=0, full_at=None)
+
+    def fsync(descriptor):
+        disk.flushes += 1
+        if disk.flushes == disk.full_at:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    trainer.save(tmp_path / "count", 2)
+    flushes = disk.flushes
+    assert flushes >= 8  # state, common, header, tensors, index, generators, manifest, folders
+    for moment in range(1, flushes):  # the last one comes after the rename
+        disk.flushes, disk.full_at = 0, moment
+        with pytest.raises(checkpoint.CheckpointError, match="No space left") as caught:
+            trainer.save(tmp_path, 2)
+        for part in (str(tmp_path), "MiB free", "checkpoint.keep", "untouched"):
+            assert part in str(caught.value)
+        assert visible(tmp_path) == [first.name]
+        assert checkpoint.latest(tmp_path, backend) == first
+    disk.full_at = None
+    second = trainer.save(tmp_path, 2)
+    assert checkpoint.latest(tmp_path, backend) == second
+
+
+# ---- damage ------------------------------------------------------------------------------------
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[random.Random(0).randrange(len(content))] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("name", "harm"),
+    [
+        *itertools.product(["weights/__0_0.distcp", "weights/.metadata", "state.json"], [cut, flip, Path.unlink]),
+        *itertools.product(["manifest.json"], [cut, Path.unlink]),
+    ],
+)
+def test_damage_is_named_and_the_previous_checkpoint_used(trainer, backend, tmp_path, capsys, name, harm):
+    first, second = trainer.save(tmp_path, 1), trainer.save(tmp_path, 2)
+    harm(second / name)
+    assert checkpoint.latest(tmp_path, backend) == first
+    assert "DAMAGED" in (line := capsys.readouterr().err) and str(second) in line and name in line
+    harm(first / name)
+    with pytest.raises(checkpoint.CheckpointError, match="every checkpoint"):
+        checkpoint.latest(tmp_path, backend)
+
+
+def test_a_checkpoint_from_a_gpu_is_read_without_one(trainer, backend, tmp_path, monkeypatch):
+    """AdamW's step, saved beside the sharded tensors, was on the device of the weights."""
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+        snapshot = checkpoint.take(
+            1, policy=trainer.policy, optimization=trainer.optimization, reference=trainer.reference,
+            state={"note": 1}, backend=backend,
+        )  # fmt: skip
+    path = checkpoint.write(tmp_path, snapshot, backend=backend, keep=1)
+    with pytest.raises(RuntimeError, match="CUDA"):
+        torch.load(path / "weights" / "common.pt", weights_only=True)
+    assert trainer.load(path) == {"note": 1}
+
+
+class Payload:
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.target),)
+
+
+@pytest.mark.parametrize("name", [".metadata", "common.pt"])
+def test_files_that_would_run_code_are_refused(trainer, tmp_path, name):
+    path, proof = trainer.save(tmp_path, 1), tmp_path / "code_ran"
+    if name == "common.pt":
+        torch.save({"optimization": Payload(proof)}, path / "weights" / name)
+    else:
+        (path / "weights" / name).write_bytes(pickle.dumps(Payload(proof)))
+    with pytest.raises(checkpoint.CheckpointError, match=f"{name} could run code"):
+        trainer.load(path)
+    assert not proof.exists()
+
+
+class Lookup:
+    """Asks a loader for an attribute of a class of the index that is no member of its enumeration."""
+
+    def __reduce__(self):
+        return getattr, (checkpoint._MEM_FORMAT_ENCODING, "mro")
+
+
+def test_an_index_may_name_members_of_its_enumeration_only():
+    member = checkpoint._MEM_FORMAT_ENCODING.TORCH_CONTIGUOUS_FORMAT
+    assert checkpoint._IndexUnpickler(io.BytesIO(pickle.dumps(member))).load() is member
+    assert checkpoint._memory_format(type(member), member.name) is member
+    with pytest.raises(pickle.UnpicklingError, match="getattr"):
+        checkpoint._IndexUnpickler(io.BytesIO(pickle.dumps(Lookup()))).load()
+
+
+def test_another_model_is_refused(trainer, backend, tmp_path):
+    path = trainer.save(tmp_path, 1)
+    with pytest.raises(checkpoint.CheckpointError, match="doesn't fit this model.*model.path"):
+        Trainer(backend, hidden=64).load(path)
+    frozen = Trainer(backend)
+    for parameter in frozen.policy.decoder.parameters():
+        parameter.requires_grad_(False)
+    trained_less = checkpoint.save(
+        tmp_path / "frozen", 1, policy=frozen.policy, optimization=build_optimizer(
+            frozen.policy, OptimConfig(), lr=1e-3, total_steps=2),
+        reference=None, state={}, backend=backend, keep=1,
+    )
+    with pytest.raises(checkpoint.CheckpointError, match="train_towers"):
+        trainer.load(trained_less)
+
+
+# ---- layouts -----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_two_ranks_reshard_and_agree(tmp_path):
+    """Tensor parallel -> pipeline and data parallel with equal bits; one verdict on damage and on stopping."""
+    tiny_thinker(tiny_config(layers=2)).save_pretrained(tmp_path / "hf")
+    launch(Path(__file__).with_name("two_ranks.py"), 2, tmp_path)
+    checks, other = (json.loads((tmp_path / f"rank_{rank}.json").read_text()) for rank in range(2))
+    assert checks == other
+    assert checks["equal"] == {"tp2 pp1 dp1": True, "tp1 pp2 dp1": True, "tp1 pp1 dp2": True}
+    assert checks["negative_control"] is False
+    for part in ("exp_avg.towers.visual", "exp_avg_sq.towers.audio_tower", "step.", "reference.language_model",
+                 "output_layer"):
+        assert any(part in name for name in checks["tensors"]), part
+    assert checks["norms"] == pytest.approx([checks["norms"][0]] * 6, rel=1e-5)
+    assert checks["repeated"] == [True, True]  # with the distributed optimizer, bit for bit
+    assert checks["fell_back_to"] == "step_00000003"
+    assert checks["stop"] == [False, True]
