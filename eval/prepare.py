@@ -19,7 +19,7 @@ import os
 import shutil
 import sys
 from concurrent.futures import TimeoutError as Late
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,22 +31,13 @@ from data_tools.prepare.damage import Refused
 from data_tools.prepare.store import Handling, ignore_signals, read_card, store
 from eval.asking.benchmark import Benchmark, load_benchmark
 from eval.asking.clips import cut, from_frames
-from eval.asking.items import Item, Wanted, item_from_dict, item_to_dict, make_item, read_records
+from eval.asking.items import Item, Prepared, Wanted, item_to_dict, make_item, read_prepared, read_records
 from megatron_avatar.data.manifest import load_manifest
 from megatron_avatar.records import Media, Sample
 
 DEADLINE_S = 600.0  # for one medium
 MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENOMEM, errno.EMFILE)  # errors that are no medium's fault
 PROBLEM_KINDS = {"multiple_choice": "choice", "numerical": "number", "math": "math"}
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """Items of a benchmark, below `root` their media. `dataset`: name, revision, fingerprint, items, expected."""
-
-    root: Path
-    items: list[Item]
-    dataset: dict[str, Any]
 
 
 def prepare(
@@ -93,12 +84,6 @@ def _prepare(benchmark: Benchmark, data: str, folder: Path, revision: str, proce
     aside.write_text(json.dumps(dataset, indent=1) + "\n")
     aside.replace(marker)  # last: with it all is there
     return Prepared(folder, items, dataset)
-
-
-def read_prepared(folder: Path) -> Prepared:
-    with open(folder / "items.jsonl", encoding="utf-8") as lines:
-        items = [item_from_dict(json.loads(line)) for line in lines]
-    return Prepared(folder, items, json.loads((folder / "dataset.json").read_text()))
 
 
 def held_out(manifest: Path, split: str = "eval") -> Prepared:

@@ -36,6 +36,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from eval import fixture, prepare
 from eval.asking.benchmark import PROTOCOLS, Benchmark, load_benchmark
+from eval.asking.items import Prepared, read_prepared
 from eval.asking.prompts import as_sample
 from eval.predict import on_first, predict
 from eval.score import rescore
@@ -251,7 +252,7 @@ def fitting(builder: Any, sample: Sample) -> Sample:
         return replace(sample, media=tuple(replace(m, audio_in_video=False) for m in sample.media))
 
 
-def _prepare(request: Request, benchmark: Benchmark, backend: Any) -> prepare.Prepared:
+def _prepare(request: Request, benchmark: Benchmark, backend: Any) -> Prepared:
     """Rank 0 prepares, the others read; a user's mistake is raised on all."""
     if benchmark.name == "held_out":
         return prepare.held_out(Path(request.data))
@@ -261,7 +262,7 @@ def _prepare(request: Request, benchmark: Benchmark, backend: Any) -> prepare.Pr
         prepare.prepare(benchmark, request.data, folder, revision=request.revision)
 
     on_first(backend.rank, backend.all_gather_object, work)
-    return prepare.read_prepared(folder)
+    return read_prepared(folder)
 
 
 def _score_anew(out: Path, asking: Any, predictions: list[Prediction]) -> list[Prediction]:
@@ -271,7 +272,7 @@ def _score_anew(out: Path, asking: Any, predictions: list[Prediction]) -> list[P
 
 
 def _write_meta(
-    out: Path, request: Request, config: Config, benchmark: Benchmark, prepared: prepare.Prepared, settings: str,
+    out: Path, request: Request, config: Config, benchmark: Benchmark, prepared: Prepared, settings: str,
     backend: Any, seconds: float,
 ) -> None:  # fmt: skip
     """What tables say about the predictions; seconds and GPU hours are those of all attempts together."""

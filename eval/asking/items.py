@@ -91,6 +91,21 @@ def sample_of(line: Row) -> Sample:
     )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """Items of a benchmark, below `root` their media. `dataset`: name, revision, fingerprint, items, expected."""
+
+    root: Path
+    items: list[Item]
+    dataset: dict[str, Any]
+
+
+def read_prepared(folder: Path) -> Prepared:
+    with open(folder / "items.jsonl", encoding="utf-8") as lines:
+        items = [item_from_dict(json.loads(line)) for line in lines]
+    return Prepared(folder, items, json.loads((folder / "dataset.json").read_text()))
+
+
 # ---- records ---------------------------------------------------------------------------------------------------
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from eval.asking.items import read_prepared
 from eval.paper.figures.entry import Entry, joined, published, sources
 from eval.paper.figures.folder import Folder
 from eval.paper.figures.from_predictions import HELD_OUT, MAIN, TITLES
 from eval.paper.figures.side_by_side import first_with_sound, fragment, load_clip, side_by_side
 from eval.paper.figures.style import NAMES
-from eval.prepare import read_prepared
 from eval.scoring.predictions import read_predictions
 from megatron_avatar.data.manifest import load_manifest
 from megatron_avatar.records import Sample

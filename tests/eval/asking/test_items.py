@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eval.asking.benchmark import Benchmark, Protocol, Records, Source, load_benchmark, names
-from eval.asking.items import Item, item_from_dict, item_to_dict, make_item, read_records
+from eval.asking.items import Item, item_from_dict, item_to_dict, make_item, read_prepared, read_records
 from eval.asking.prompts import as_sample, render
 from eval.fixture import picture, write_data, write_medium
-from eval.prepare import prepare, read_prepared
+from eval.prepare import prepare
 from megatron_avatar.data.prompt import MEDIUM
 from megatron_avatar.records import Media
 

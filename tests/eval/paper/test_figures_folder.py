@@ -7,10 +7,10 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from eval.figures.__main__ import main
 from matplotlib.image import imread
 
 from eval.asking.items import Item, item_to_dict
+from eval.figures import main
 from eval.paper.figures import comparison, from_metrics, from_predictions, gain
 from eval.paper.figures.build import FIGURES, build
 from eval.paper.figures.entry import published
