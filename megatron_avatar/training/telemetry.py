@@ -14,7 +14,7 @@ import resource
 import secrets
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -30,6 +30,7 @@ from megatron_avatar.config.validate import WANDB_MODES
 from megatron_avatar.policy.backend import Backend
 
 PLAIN_INTERVAL_S = 10.0  # between progress lines where there is no terminal
+UPLOAD_S = 60.0  # wandb's time for what is left to upload, while the job's GPUs wait
 
 
 class Timer:
@@ -105,12 +106,13 @@ class Telemetry:
         if self._file is None:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._file = open(self.path, "a")
-            self._wandb = _start_wandb(self._folder, self._config)
+            self._wandb = _unharmed(lambda: _start_wandb(self._folder, self._config))
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
         os.fsync(self._file.fileno())  # a checkpoint must never be ahead of its metrics
         if self._wandb is not None:
-            self._wandb.log({k: v for k, v in record.items() if isinstance(v, int | float)})
+            numbers = {k: v for k, v in record.items() if isinstance(v, int | float)}
+            self._wandb = _unharmed(lambda: (self._wandb.log(numbers), self._wandb)[1])
 
     @contextmanager
     def progress(self, stage: str, done: int, total: int) -> Iterator[Bar]:
@@ -126,7 +128,7 @@ class Telemetry:
     def close(self) -> None:
         self._close_file()
         if self._wandb is not None:
-            self._wandb.finish()
+            _unharmed(self._wandb.finish)
             self._wandb = None
 
     def _close_file(self) -> None:
@@ -140,7 +142,7 @@ class Telemetry:
         for child in psutil.Process().children(recursive=True):
             try:
                 children += child.memory_info().rss
-            except psutil.NoSuchProcess:
+            except psutil.Error:
                 continue
         own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         self._peak_bytes = max(self._peak_bytes, own + children)
@@ -192,15 +194,29 @@ def _start_wandb(folder: Path, config: Config) -> Any:
         "resume": "allow",
         "dir": str(folder),
         "config": dataclasses.asdict(config),
-        "settings": wandb.Settings(silent=True, console="off", disable_git=True, disable_code=True),
-    }
-    try:
-        run = wandb.init(**arguments, mode="online" if online else "offline")
-    except wandb.Error as error:
-        _say(f"wandb is out of reach ({type(error).__name__}): its files stay in {folder / 'wandb'} for `wandb sync`")
-        run = wandb.init(**arguments, mode="offline")
+        "settings": wandb.Settings(silent=True, console="off", disable_git=True, disable_code=True,
+                                   finish_timeout=UPLOAD_S),
+    }  # fmt: skip
+    run = None
+    if online:
+        try:
+            run = wandb.init(**arguments, mode="online")
+        except Exception as error:
+            _say(f"wandb is out of reach ({type(error).__name__}): its files stay in {folder / 'wandb'} for "
+                 "`wandb sync`")  # fmt: skip
+            _unharmed(wandb.teardown)  # else the id counts as in use
+    run = run or wandb.init(**arguments, mode="offline")
     run.define_metric("*", step_metric="step")
     return run
+
+
+def _unharmed(action: Callable[[], Any]) -> Any:
+    """What `action` returns; None where it fails, which is said: nothing that wandb does ends a run."""
+    try:
+        return action()
+    except (Exception, SystemExit) as error:  # its teardown calls sys.exit
+        _say(f"wandb failed ({type(error).__name__}) and is left alone: metrics go to metrics.jsonl")
+        return None
 
 
 def _step_of(line: str) -> float:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,6 +20,7 @@ from megatron_avatar.resilience.stopping import StopSignal
 from megatron_avatar.training import telemetry
 from megatron_avatar.training.telemetry import Telemetry, Timer
 
+ROOT = Path(__file__).parents[2]
 KEY = "0123456789abcdef" * 2 + "fedcba98"
 
 
@@ -153,6 +156,58 @@ def test_wandb_is_online_only_with_a_key(tmp_path, monkeypatch, capfd, setting, 
     assert [(r["step"], r["kl"], "hist" in r, "reward" in r) for r in logged] == [(1, 0.25, False, False)] * bool(modes)
     output = "".join(capfd.readouterr())
     assert KEY not in output and ("wandb sync" in output) == (not reachable)
+
+
+@pytest.mark.parametrize("fails", ["init", "log", "finish"])
+def test_nothing_that_wandb_does_ends_a_run(tmp_path, monkeypatch, capsys, fails):
+    import wandb
+
+    def step(name: str):
+        def act(*_, **__) -> None:
+            if name == fails:
+                raise SystemExit(1) if name == "finish" else RuntimeError(KEY)
+
+        return act
+
+    def init(**_):
+        step("init")()
+        return SimpleNamespace(define_metric=step("define"), log=step("log"), finish=step("finish"))
+
+    monkeypatch.setattr(wandb, "init", init)
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    log = open_telemetry(tmp_path, wandb="auto")
+    log.log({"step": 1})
+    log.log({"step": 2})
+    log.close()
+    assert [r["step"] for r in records(tmp_path)] == [1, 2]
+    said = capsys.readouterr().err
+    assert said.count("metrics go to metrics.jsonl") == 1 and KEY not in said
+
+
+OFFLINE = """
+import os, sys
+from pathlib import Path
+from tests.training.test_telemetry import open_telemetry
+for name in ("with_key", "without"):
+    log = open_telemetry(Path(sys.argv[1]) / name, wandb="auto")
+    log.log({"step": 1, "loss": 1.0})
+    log.log({"step": 2, "loss": 1.0})
+    log.close()
+    os.environ.pop("WANDB_API_KEY", None)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(subprocess.run(["unshare", "--net", "true"]).returncode != 0, reason="may not leave the network")
+def test_on_nodes_without_a_way_out_wandb_stays_on_the_disk(tmp_path):
+    environment = {**os.environ, "WANDB_API_KEY": KEY, "WANDB_INIT_TIMEOUT": "2"}
+    done = subprocess.run(["unshare", "--net", sys.executable, "-c", OFFLINE, tmp_path], cwd=ROOT, env=environment,
+                          capture_output=True, text=True, timeout=120)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "wandb is out of reach" in done.stderr and KEY not in done.stdout + done.stderr
+    for name in ("with_key", "without"):
+        assert [r["step"] for r in records(tmp_path / name)] == [1, 2]
+        assert len(list((tmp_path / name / "wandb").glob("offline-run-*/*.wandb"))) == 1, name
 
 
 def test_without_wandb_the_run_goes_on(tmp_path, monkeypatch, capsys):
