@@ -34,7 +34,7 @@ MISSING = "not measured"
 SIGNIFICANT = 0.05
 
 CAPTIONS = {
-    "families": "Accuracy on the held-out samples by question family, with 95 % bootstrap intervals.",
+    "families": "Accuracy on the held-out samples by question family, with 95 % intervals.",
     "curves": f"Training, step by step. Thin: as measured; bold: mean over {WINDOW} steps.",
     "solvability": "Share of a stage's training prompts that at least one completion has solved.",
     "advantages": "Advantages of all completions of the run. A group whose rewards are all equal piles up at zero.",

@@ -21,7 +21,7 @@ from eval.scoring.stats import estimates
 
 def system_scores(predictions: list[Prediction]) -> dict[str, float]:
     """results.json's entry for one system: accuracy overall and by family, and the number of samples n."""
-    scores = {name: estimate.value for name, estimate in estimates(predictions, resamples=1).items()}
+    scores = {name: estimate.value for name, estimate in estimates(predictions).items()}
     return {**scores, "n": len(predictions)}
 
 

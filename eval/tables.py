@@ -174,8 +174,8 @@ def _against(own: Seeds, baseline: Seeds, column: Record) -> Record | None:
     found = compare(_scored(first), _scored(second), aggregate, _breakdown(column))
     if found is None:
         return None
-    value, low, high = (100 * part for part in (found.value, found.low, found.high))
-    return {"value": value, "low": low, "high": high, "n": found.n, "seeds": found.seeds, "p": found.p}
+    points = {key: 100 * getattr(found, key) for key in ("value", "low", "high")}
+    return {**points, "visible": 100 * found.visible(), "n": found.n, "seeds": found.seeds, "p": found.p}
 
 
 def _beside(by_seed: Seeds, other: Seeds) -> Seeds:

@@ -107,11 +107,11 @@ def details(table: Record) -> Grid:
             cell = row["cells"][column["name"]]
             against = cell["against_baseline"]
             interval = NONE if cell["measured"] is None else f"{number(cell['low'])} to {number(cell['high'])}"
-            compared, p = NONE, NONE
+            compared, p, visible = NONE, NONE, NONE
             if against:
                 compared = (f"{number(against['value'], '+')} ({number(against['low'], '+')} to "
                             f"{number(against['high'], '+')})")  # fmt: skip
-                p = p_value(against["p"])
+                p, visible = p_value(against["p"]), number(against["visible"])
             elif row["setting"] == table["baseline"]:
                 compared = "baseline"
             rows.append([
@@ -125,10 +125,11 @@ def details(table: Record) -> Grid:
                 answers(cell),
                 compared,
                 p,
+                visible,
             ])  # fmt: skip
     name = "part" if any(column["breakdown"] for column in table["columns"]) else "benchmark"
     head = [name, "system", *(["paper"] if printed else []), "measured", *(["measured − paper"] if printed else []),
-            "95 % interval", "seeds", "answers", "against baseline (95 % interval)", "p"]  # fmt: skip
+            "95 % interval", "seeds", "answers", "against baseline (95 % interval)", "p", "visible"]  # fmt: skip
     return Grid("Details, %", [], head, rows, frozenset(blocks))
 
 
@@ -153,9 +154,9 @@ def statement(table: Record) -> list[str]:
         if data["quirks"]:
             lines.append(f"{benchmark}, quirks of the protocol: {'; '.join(data['quirks'])}.")
     lines.append(
-        "Intervals: bootstrap over items and, with several, seeds. Against the baseline: seeds and items of both rows "
-        "in pairs, p two-sided, the largest of bootstrap, sign flips and, over seeds, Student's t; one seed speaks of "
-        "its items alone; "
+        "Intervals: Student's t over items and, with several, seeds, both as samples. Against the baseline: seeds and "
+        "items of both rows in pairs, p two-sided; one seed speaks of its items alone; the last column is the smallest "
+        "difference that such a test shows with 80 % power; "
         f"* marks p < {SIGNIFICANT} after Holm's correction for the table's {table['tests']} tests."
     )
     return [*lines, *table["notes"]]
@@ -210,7 +211,7 @@ def comma_separated(table: Record) -> str:
     """One line a cell with unrounded numbers."""
     file = io.StringIO()
     plain = ("low", "high", "difference", "n", "answered", "expected", "partial")
-    compared = ("value", "low", "high", "p", "holm", "n")
+    compared = ("value", "low", "high", "p", "holm", "visible", "n")
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(["table", "protocol", "column", "benchmark", "breakdown", "setting", "system", "paper", "measured",
                      *plain, "seeds", *(f"against_baseline_{key}" for key in compared),

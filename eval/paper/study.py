@@ -85,13 +85,14 @@ def _runs(folder: Folder, system: str) -> dict[int, Run]:
 
 def _effects(folder: Folder) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
+    wholes: dict[str, Difference | None] = {}
     planned = {seed for question in QUESTIONS for seed in _runs(folder, question.first)}
     for question in QUESTIONS:
         first, second = _runs(folder, question.first), _runs(folder, question.second)
         if ":" not in question.second:  # a control is another protocol on purpose
             check_comparable([*first.values(), *second.values()])
         seeds = sorted(first.keys() & second.keys())
-        whole = _difference(first, second, seeds)
+        whole = wholes[question.text] = _difference(first, second, seeds)
         parts = {seed: _points(_difference(first, second, [seed])) for seed in seeds}
         found.append({
             **asdict(question), "seeds": seeds, "updates": _updates(folder, (question.first, question.second)),
@@ -103,7 +104,7 @@ def _effects(folder: Folder) -> list[dict[str, Any]]:
         own = [entry for entry in found if entry["tests"] == tests]
         for entry, p in zip(own, holm([entry["found"].get("p", 1.0) for entry in own]), strict=True):
             if entry["found"]:
-                entry["found"]["holm"] = p
+                entry["found"] |= {"holm": p, "visible": 100 * wholes[entry["text"]].visible(LEVEL / len(own))}
     for entry in found:
         entry["word"] = entry["unequal"] or _word(entry["found"], len(planned))
     return found

@@ -1,4 +1,4 @@
-"""Accuracy, bootstrap intervals and the paired comparison."""
+"""Accuracy, intervals and the paired comparison."""
 
 import json
 
@@ -33,7 +33,7 @@ def test_scores_by_family_and_over_all_samples():
 
 def test_intervals_agree_with_scipy():
     values = np.random.default_rng(1).random(80) < 0.3
-    ours = estimates(system(values), resamples=20_000)["overall"]
+    ours = estimates(system(values))["overall"]
     theirs = stats.bootstrap(
         (values.astype(float),), np.mean, method="percentile", n_resamples=20_000, rng=np.random.default_rng(2)
     ).confidence_interval
@@ -65,11 +65,10 @@ def test_the_p_value_agrees_with_a_sign_flip_test():
 
 
 @settings(deadline=None)
-@given(st.lists(st.booleans(), min_size=1, max_size=30), st.integers(0, 5))
-def test_intervals_hold_the_estimate_and_repeat(values, seed):
-    first = estimates(system(values), seed=seed, resamples=500)["overall"]
-    assert 0.0 <= first.low <= first.value <= first.high <= 1.0
-    assert first == estimates(system(values), seed=seed, resamples=500)["overall"]
+@given(st.lists(st.booleans(), min_size=1, max_size=30))
+def test_intervals_hold_the_estimate(values):
+    found = estimates(system(values))["overall"]
+    assert 0.0 <= found.low <= found.value <= found.high <= 1.0
 
 
 def test_different_samples_cannot_be_compared():

@@ -25,7 +25,7 @@ TITLES = {
 AUDIO_VISUAL, VIDEO = ("omnibench", "dailyomni", "av_odyssey"), ("video_holmes", "mmvu", "tomato")
 HELD_OUT = "held_out"
 STAGE = "stage"  # held_out's breakdown
-INTERVALS = "Bars: 95 % bootstrap intervals over items and seeds."
+INTERVALS = "Bars: 95 % intervals over items and seeds."
 
 # A sweep's own member first, then the system of the same configuration outside it.
 ON_OFF = {str(off): [f"on_off_ratio_on{8 - off}_off{off}"] for off in range(8)}
@@ -189,7 +189,7 @@ def over_training(folder: Folder) -> Entry:
     if figure is None:
         return Entry(name, title, None, reason="no checkpoint inside a training was evaluated")
     caption = joined(
-        "Greedy answers of checkpoints; update 0 is the cold start that both begin from. Bands: 95 % bootstrap "
+        "Greedy answers of checkpoints; update 0 is the cold start that both begin from. Bands: 95 % "
         f"intervals over items and seeds. {seeds_told([run for run in runs if run.system in MAIN])}" if runs else "",
         "In training: the running stage's own held-out samples, so the curve begins anew with each stage; means over "
         f"seeds, bands their range. {seeds_told(trainings)}" if logged else "",

@@ -40,7 +40,7 @@ def tas_gain_by_length(folder: Folder) -> Entry:
         "Accuracy of AVATAR minus that of AVATAR w/o TAS on the same items. Items are binned by their mean completion "
         "length over both systems and all seeds" + (", held-out samples at its quartiles" if any(
             r.meta["benchmark"] == HELD_OUT for r in runs) else "") + "; a bin includes its upper end.",
-        "Long completions go with hard items, so a trend is not the effect of length alone. Bars: 95 % bootstrap "
+        "Long completions go with hard items, so a trend is not the effect of length alone. Bars: 95 % "
         f"intervals of the paired difference; n counts answers of all seeds. Both after {chosen.updates} updates.",
         seeds_told(runs), partial_told(runs), published(name),
     )  # fmt: skip
