@@ -2,12 +2,14 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo reproduce test test-fast test-slurm slurm-up slurm-down base doctor lint clean
+.PHONY: help demo reproduce test test-all test-slurm slurm-up slurm-down base doctor lint clean
 
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in python3.11 python3; do $$p -c '$(NEW_ENOUGH)' 2>/dev/null && { echo $$p; break; }; done)
 VENV := .venv/bin/python
 INSTALLED := .venv/.installed
+# A file's tests stay together, as they share what they make; two workers, or one a processor up to four.
+PYTEST := $(VENV) -m pytest -rs -n logical --maxprocesses=4 --dist=loadfile
 
 help: ## show these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -18,11 +20,11 @@ demo: $(INSTALLED) ## synthesise data, train, evaluate, write runs/demo/report.h
 reproduce: $(INSTALLED) ## the paper in small: all systems, sweeps, tables and figures into runs/tiny/report.html
 	@$(VENV) slurm/reproduce.py profile=tiny
 
-test: $(INSTALLED) ## the whole CPU test suite
-	@$(VENV) -m pytest -m "not slurm and not gpu" -rs
+test: $(INSTALLED) ## something of every part, in minutes
+	@$(PYTEST) -m "(not slow or core) and not slurm and not gpu"
 
-test-fast: $(INSTALLED) ## the test suite without its slow tests
-	@$(VENV) -m pytest -m "not slow and not slurm and not gpu" -rs
+test-all: $(INSTALLED) ## all that needs neither Slurm nor a GPU
+	@$(PYTEST) -m "not slurm and not gpu"
 
 test-slurm: $(INSTALLED) ## real jobs on a Slurm of this machine; installs Debian's packages where it may
 	@command -v slurmctld /usr/sbin/slurmctld >/dev/null || if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \

@@ -125,7 +125,9 @@ def _measured(rows: list[tuple[Item, list[Wanted]]], handling: Handling, process
     scratch = Path(handling.scratch)
     shutil.rmtree(scratch, ignore_errors=True)  # what a killed attempt left
     scratch.mkdir(parents=True)
-    pool = ProcessPool(processes, initializer=ignore_signals, context=multiprocessing.get_context("spawn"))
+    context = multiprocessing.get_context("forkserver")  # a worker then costs a fork, not the imports
+    context.set_forkserver_preload(["eval.prepare", "megatron_avatar.data.loader"])  # whose own start there too
+    pool = ProcessPool(processes, initializer=ignore_signals, context=context)
     begun: dict[str, ProcessFuture] = {}
     try:
         for _, wanted in rows:
