@@ -44,6 +44,8 @@ from eval.scoring.ask import asker
 from eval.scoring.predictions import Prediction, check_names
 from eval.scoring.summary import show, summarise
 from megatron_avatar.config import Config, load_config
+from megatron_avatar.config.paths import check_model, refuse
+from megatron_avatar.config.world import check_processes, world_size
 from megatron_avatar.records import Sample
 
 BATCHES_A_WRITE = 4  # within one call the decoding of a batch overlaps with the answering of the one before
@@ -108,8 +110,6 @@ def parse(arguments: list[str]) -> tuple[Request, Config, list[str]]:
 def engine_config(request: Request, settings: list[str]) -> Config:
     """A recipe's configuration with the model's folder, or that of the run that `model` names, under the protocol's
     frames and lengths, and the control."""
-    from megatron_avatar.policy.backend import world_size
-
     run = Path(request.model) / "config.yaml"
     if run.is_file():
         if groups := [item for item in settings if "." not in item.partition("=")[0]]:
@@ -123,8 +123,7 @@ def engine_config(request: Request, settings: list[str]) -> Config:
             single = {"tp": 1, "pp": 1, "first_stage_layers": None, "sequence_parallel": False}
             config.parallel = replace(config.parallel, **single)
     else:
-        if not (Path(request.model) / "config.json").is_file():
-            raise ValueError(f"model={request.model}: neither a Hugging Face folder nor a run: no config.json or .yaml")
+        refuse(check_model(request.model, "model"))
         if request.step:
             raise ValueError(f"step={request.step}: a Hugging Face folder has no steps; name the run's folder")
         fixed = [f"model.path={request.model}", "data.manifest=-", f"output_dir={request.out}"]
@@ -309,10 +308,11 @@ def main(arguments: list[str]) -> int:
         if arguments[0] == "--fixture":
             return fixture.check(arguments[1:])
         request, config, judge = parse(arguments)
+        check_processes(config, "eval.run", arguments)
         predictions = run(request, config, judge)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, ValueError) else 1
     if predictions:
         summary = summarise(load_benchmark(request.benchmark), predictions)
         show(summary, f"{request.model}: {request.stem}")

@@ -96,7 +96,7 @@ class Endpoint(Generic[T]):
     def wait_until_ready(self, wait_s: float, probe: Messages) -> None:
         """Returns once every replica serves the model and answers `probe`; learns whether they keep to a schema.
 
-        Raises ValueError with the reason after `wait_s` seconds, or at once where waiting can't help.
+        Raises ConnectionError with the reason after `wait_s` seconds, ValueError at once where waiting can't help.
         """
         deadline = time.monotonic() + wait_s
         reason = ""
@@ -113,8 +113,10 @@ class Endpoint(Generic[T]):
                     reason = _reason(error)
                     log.warning("waiting up to %g s for %s: %s", wait_s, mask(self.address), reason)
             if time.monotonic() > deadline:
-                raise ValueError(f"{mask(self.address)} is not ready after {wait_s:g} s ({reason}): see that it runs, "
-                                 f"serves {self.model}, and can be reached from this node")  # fmt: skip
+                raise ConnectionError(
+                    f"{mask(self.address)} is not ready after {wait_s:g} s ({reason}): see that it runs, serves "
+                    f"{self.model}, and can be reached from this node"
+                )
             time.sleep(min(2.0, wait_s / 10))
 
     def close(self) -> None:

@@ -26,16 +26,21 @@ def main(arguments: list[str]) -> int:
         print(__doc__)
         return 0 if arguments else 2
     from megatron_avatar.config import load_config
+    from megatron_avatar.config.paths import check_inputs, check_model, refuse
+    from megatron_avatar.config.world import check_start
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("megatron.core").setLevel(logging.WARNING)
     try:
         config = load_config(arguments)
+        if config.dry_run:
+            refuse(check_model(config.model.path, needs=("config.json",)) if config.model.path else [])
+            return _plan(config)
+        refuse(check_inputs(config))
+        check_start(config, "megatron_avatar.train", arguments)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if config.dry_run:
-        return _plan(config)
     from megatron_avatar.policy.backend import start, stop  # torch and Megatron only once the settings are sound
     from megatron_avatar.resilience.attempts import NoProgress
     from megatron_avatar.resilience.checkpoint import CheckpointError
@@ -61,8 +66,11 @@ def main(arguments: list[str]) -> int:
                 Path(marker).touch()
             return 0
         return INTERRUPTED
-    except (ValueError, LogprobMismatch, NonFiniteUpdates, CheckpointError, NoProgress, JudgeSilent,
-            FloatingPointError, OSError) as error:
+    except ValueError as error:  # the user's to mend: trying again would not help
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (LogprobMismatch, NonFiniteUpdates, CheckpointError, NoProgress, JudgeSilent, FloatingPointError,
+            OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     finally:
@@ -87,11 +95,7 @@ def _plan(config: Config) -> int:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a plan touches no GPU, where there is one
     from megatron_avatar.planning.plan import dry_run
 
-    try:
-        return dry_run(config)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return dry_run(config)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ if __name__ == "__main__":
 
 from megatron_avatar.config import Config, check_world, load_config  # noqa: E402
 from megatron_avatar.config.checks import check_folder, check_same_model, check_same_run, check_space  # noqa: E402
+from megatron_avatar.config.paths import check_inputs, refuse  # noqa: E402
 from megatron_avatar.resilience import attempts  # noqa: E402
 from slurm.snapshot import snapshot  # noqa: E402
 
@@ -57,9 +58,7 @@ def check(config: Config, *, nodes: int, tasks_per_node: int, submit: list[str] 
             f"the job has {granted or 'no'} GPUs on this node for {tasks_per_node} processes, one each: submit with "
             f"--gpus-per-node={tasks_per_node}, or with fewer --ntasks-per-node (cluster.gpu=cpu trains without)"
         )
-    manifest = Path(config.data.manifest)
-    if not manifest.is_file():
-        raise ValueError(f"data.manifest={manifest} doesn't exist, seen from {os.uname().nodename}: correct the path")
+    refuse(check_inputs(config))
     image = cluster.container
     if image and (image.startswith(("/", ".")) or image.endswith((".sif", ".sqsh"))) and not Path(image).exists():
         raise ValueError(f"cluster.container={image} doesn't exist: correct the path, or pull the image first")

@@ -37,7 +37,9 @@ def submit(tmp_path):
     programs, spool, record, folder = tmp_path / "bin", tmp_path / "spool", tmp_path / "record", tmp_path / "model"
     for path in (programs, spool, folder):
         path.mkdir()
-    (tmp_path / "manifest.jsonl").touch()
+    (tmp_path / "manifest.jsonl").write_text("{}\n")
+    for name in ("model.safetensors", "tokenizer.json"):
+        (folder / name).touch()
     for name, text in {"srun": FAKE_SRUN, "scontrol": FAKE_SCONTROL, "squeue": "#!/bin/sh\necho RUNNING\n"}.items():
         (programs / name).write_text(text)
         (programs / name).chmod(0o755)

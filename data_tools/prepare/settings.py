@@ -17,6 +17,7 @@ from data_tools.prepare.mapping import load_mapping
 from data_tools.prepare.rows import Input, find_input
 from data_tools.prepare.sources import DATASETS, Dataset
 from megatron_avatar.config import Config, load_config
+from megatron_avatar.config.paths import check_model, refuse
 
 HOW = ("processes", "shard", "merge", "deadline_s")  # change how fast a result comes, not what it is
 ELSEWHERE = ("manifest", "decoder", "workers", "decode_deadline_s")  # of the recipe's data: matter in training alone
@@ -95,6 +96,7 @@ def _check(settings: Settings) -> None:
         raise ValueError(f"shard={settings.shard} shards={settings.shards}: shards count from 0; an array is 0-15, say")
     if settings.processes < 0 or settings.deadline_s <= 0 or settings.max_side < 56:
         raise ValueError("processes may not be below 0, deadline_s must be above 0, max_side at least 56")
+    refuse(check_model(settings.model, "model", ("config.json", "tokenizer")))
     if settings.media and not Path(settings.media).is_dir():
         raise ValueError(f"media={settings.media}: there is no such folder")
 
@@ -141,8 +143,6 @@ def claim(settings: Settings, config: Config, source: Input) -> Path:
 def _model_fingerprint(folder: str) -> str:
     """Of what prompts are counted with; the weights don't matter."""
     path, digest = Path(folder), hashlib.sha256()
-    if not (path / "config.json").is_file():
-        raise ValueError(f"model={folder}: holds no config.json; write a Hugging Face folder with it and the tokenizer")
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         if (path / name).is_file():
             digest.update((path / name).read_bytes())

@@ -25,7 +25,8 @@ class LoraConfig:
 class ModelConfig:
     """Where weights, tokenizer and architecture come from: one Hugging Face folder."""
 
-    path: str = ""  # folder with config.json, safetensors, tokenizer
+    path: str = ""  # folder with config.json, safetensors, tokenizer; empty: as config/paths.py finds it
+    cold_start: str = ""  # recipe whose export (runs/RECIPE/export/sft) is begun with where it is there
     shape: str = ""  # the published model that the recipe is for; a dry run needs no folder: config/shapes/SHAPE
     context: int = 16384  # prompt + completion tokens; a longer prompt is refused
     dtype: str = "float32"  # float32 | bfloat16; bfloat16 keeps float32 main weights in the optimizer
@@ -65,6 +66,7 @@ class ClusterConfig:
     container: str = ""  # image; empty: none
     runtime: str = "pyxis"  # pyxis | apptainer
     mounts: list[str] = field(default_factory=list)  # FROM:TO, beside the working directory
+    paths: dict[str, str] = field(default_factory=dict)  # of models and data, by the names in config/paths.py
     python: str = ""  # interpreter of training; empty: the one that checks, or the image's python3
     env: dict[str, str] = field(default_factory=dict)  # of every rank: NCCL and fabric settings go here
 

@@ -10,6 +10,7 @@ import re
 from collections.abc import Collection
 from pathlib import Path
 
+from megatron_avatar.config.paths import NAMES, missing, refuse
 from megatron_avatar.config.schema import LORA_TARGETS, Config, LoraConfig, StageConfig
 from megatron_avatar.config.urls import addresses
 
@@ -73,10 +74,8 @@ def check_world(config: Config, world_size: int) -> int:
 def _check_inputs(config: Config) -> None:
     if config.dry_run:
         _check_plan(config)
-    elif not config.model.path:
-        raise ValueError("model.path is empty: write model.path=FOLDER with config.json, weights and tokenizer")
-    elif not config.data.manifest:
-        raise ValueError("data.manifest is empty: write data.manifest=FILE, a JSONL file with one sample a line")
+    else:
+        refuse(missing(config))
     if not config.output_dir:
         raise ValueError("output_dir is empty: write output_dir=FOLDER, where the run keeps everything that it writes")
     _one_of("model.dtype", config.model.dtype, DTYPES)
@@ -104,6 +103,10 @@ def _check_inputs(config: Config) -> None:
     for mount in cluster.mounts:
         if ":" not in mount:
             raise ValueError(f"cluster.mounts: '{mount}' is no FROM:TO")
+    for name, path in cluster.paths.items():
+        _one_of("cluster.paths", name, NAMES)
+        if not path:
+            raise ValueError(f"cluster.paths.{name} is empty: write a path, or take the line out")
     for name in cluster.env:
         if not re.fullmatch(r"[A-Za-z_]\w*", name):
             raise ValueError(f"cluster.env: '{name}' is no name of an environment variable")

@@ -170,11 +170,6 @@ def _gather_objects(value: Any, group: dist.ProcessGroup) -> list[Any]:
     return gathered
 
 
-def world_size() -> int:
-    """Processes of this run, as torchrun or srun says."""
-    return _place_from_environment()[2]
-
-
 def _place_from_environment() -> tuple[int, int, int]:
     """(rank, local rank, world size); inside an `srun` step also sets MASTER_ADDR and MASTER_PORT if missing."""
     env = os.environ

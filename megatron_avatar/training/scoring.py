@@ -38,7 +38,7 @@ class Scoring:
     """Scores a step's groups. One rank of each model replica does it and tells the others, so that a reward never
     depends on which of them was slow.
 
-    Raises ValueError where the judge's endpoint isn't ready after judge.wait_s.
+    Raises ConnectionError where the judge's endpoint isn't ready after judge.wait_s, ValueError where it never will be.
     """
 
     def __init__(self, config: Config, backend: Backend) -> None:
@@ -58,10 +58,11 @@ class Scoring:
         if self._endpoint is not None:
             try:
                 self._endpoint.wait_until_ready(config.judge.wait_s, probe())
-            except ValueError as error:
-                problem = str(error)
+            except (ValueError, ConnectionError) as error:
+                problem = (ValueError if isinstance(error, ValueError) else ConnectionError, str(error))
         if self._asks and (problems := [p for p in backend.all_gather_object(problem) if p]):
-            raise ValueError(f"judge.endpoint: {problems[0]}")
+            kind, reason = problems[0]
+            raise kind(f"judge.endpoint: {reason}")
 
     def start(self, groups: list[Group], samples: Mapping[str, Sample], weights: dict[str, float]) -> list[Future]:
         """Begin to score; returns at once. Empty on ranks that are told the result."""

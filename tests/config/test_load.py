@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -223,3 +224,32 @@ def test_configuration_needs_neither_torch_nor_megatron():
     )
     assert run.returncode == 0, run.stderr
     assert run.stdout.strip() == "4"
+
+
+# ---- what needs no Hydra -------------------------------------------------------------------------------------------
+
+EQUAL = [
+    ["rl.n_on=3", "seed=7"], ["rl.shaping.lam=1e-1", "model.path=/a-b/c.d"], ["dry_run=true", "rl.vcrs=False"],
+    ["ablation=wo_tas", "rl.shaping.shape=parabolic"], ["~stages.localisation", "stages.visual.steps=9"],
+    ["+stages.visual.rewards.judge=0.3", "stages.visual.rewards.judge=0.2"], ["rl.dual_clip=null", "rl.beta=2"],
+    ["name=other", "output_dir=runs/x"], ["rl.replay.draw_share=[0.2,0.3,0.5]"], ["stages.visual.lr=1e-6"],
+    ["parallel=a100_40g", "parallel.tp=8", "cluster=local", "cluster.gpus=8"], ["rl.n_on=3", "rl.n_on=5"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("overrides", EQUAL, ids=" ".join)
+def test_values_set_without_hydra_are_hydras(overrides, monkeypatch):
+    quick = load(*overrides)
+    monkeypatch.setattr("megatron_avatar.config.load._PLAIN", re.compile("(?!)"))
+    assert load(*overrides) == quick
+
+
+@pytest.mark.parametrize("override", ["rl.n_onn=3", "stages.visul.steps=3", "rl.n_on=three", "rl.vcrs=2.5",
+                                      "stages.visual.rewards.taste=0.3", "rl.sampling=3", "rl.n_on.x=3"])
+def test_mistakes_in_them_are_hydras(override, monkeypatch):
+    with pytest.raises(ValueError) as quick:
+        load(override)
+    monkeypatch.setattr("megatron_avatar.config.load._PLAIN", re.compile("(?!)"))
+    with pytest.raises(ValueError) as slow:
+        load(override)
+    assert str(quick.value) == str(slow.value)

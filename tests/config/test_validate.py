@@ -20,7 +20,7 @@ def tp4() -> Config:
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        ("model.path=''", "model.path is empty: write model.path=FOLDER"),
+        ("model.path=''", "model.path is empty (the folder of Qwen2.5-Omni-7B, 22 GB): write model.path"),
         ("data.manifest=''", "data.manifest is empty"),
         ("output_dir=''", "output_dir is empty"),
         ("cluster.runtime=docker", "cluster.runtime: 'docker' is not one of pyxis, apptainer"),

@@ -140,5 +140,5 @@ def test_other_settings_are_refused(setting):
 
 def test_a_server_of_another_model_is_refused(tmp_path):
     with Model(lambda text, n: "{}") as model:
-        with pytest.raises(ValueError, match="is not ready after 0.2 s .*serves judge, not other"):
+        with pytest.raises(ConnectionError, match="is not ready after 0.2 s .*serves judge, not other"):
             model.ask(MMVU, [line()], tmp_path, model="other", wait_s=0.2)
