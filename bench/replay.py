@@ -53,7 +53,7 @@ def measure(count: int, tokens: int, rounds: int) -> dict[str, float]:
     rng = np.random.default_rng(0)
     buffer, tracker = ReplayBuffer(ReplayConfig(capacity=count)), RewardTracker()
     for prompt in range(PROMPTS):
-        tracker.update(f"sample-{prompt:05d}", "plain", rng.random(4).tolist(), [1.0] * 4)
+        tracker.update(f"sample-{prompt:05d}", "plain", rng.random(4).tolist(), solved=True)
     buffer.restore({k: trajectory(k, k // STEP, tokens, rng) for k in range(count)})
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "replay"
@@ -75,7 +75,7 @@ def measure(count: int, tokens: int, rounds: int) -> dict[str, float]:
     append, draw, last = [], [], count // STEP
     for k in range(4 * rounds):
         fresh = [trajectory(STEP * k + n, last + k, 64, rng) for n in range(STEP)]
-        tracker.update(fresh[0].sample_id, "plain", [0.5], [1.0])
+        tracker.update(fresh[0].sample_id, "plain", [0.5], solved=True)
         start = time.perf_counter()
         buffer.append(fresh, tracker.tiers())
         append.append(time.perf_counter() - start)

@@ -128,6 +128,7 @@ class ShapingConfig:
 
     shape: str = "parabolic"
     lam: float = 0.3
+    span: str = "completion"  # what the weighting runs over: completion (paper) | between_tags (without the tags)
 
 
 @dataclass
@@ -137,18 +138,20 @@ class ReplayConfig:
     capacity: int = 10000
     capacity_share: list[float] = field(default_factory=lambda: [0.25, 0.35, 0.40])  # easy, medium, hard
     draw_share: list[float] = field(default_factory=lambda: [0.25, 0.35, 0.40])
-    order: str = "priority"  # priority | uniform | fifo
-    temperature: float = 1.0
-    w_reward: float = 1.0
+    live: bool = True  # draw only what has an advantage under today's R-bar; False: the paper's draw
+    order: str = "advantage"  # advantage (by |A|) | priority (released: w_reward A - w_kl KL) | uniform | fifo
+    temperature: float = 1.0  # of the weights of advantage and priority
+    w_reward: float = 1.0  # these two of priority
     w_kl: float = 0.1
+    sigma: str = "buffer"  # sigma_off: of the rewards in the buffer | batch: of the step's replayed ones (paper)
     min_fill: int = 10
-    max_age: int = 0  # steps; 0: no limit
+    max_age: int = 100  # steps; 0: no limit (paper)
     carry_over_stages: bool = False
 
 
 @dataclass
 class HintConfig:
-    """Hint injection and withdrawal (paper, hints)."""
+    """Hint injection and withdrawal (paper, hints). A completion is solved where evaluation would call it right."""
 
     enabled: bool = True
     patience: int = 3  # plain visits in a row without a solved completion
@@ -166,10 +169,12 @@ class RLConfig:
     beta: float = 0.1  # weight of the KL term
     clip_low: float = 0.2
     clip_high: float = 0.2
-    dual_clip: float | None = None
+    dual_clip: float | None = 3.0  # bound on the ratio where the advantage is negative; null: none (paper)
     ratio_level: str = "token"  # token | sequence
     updates_per_rollout: int = 1
     numerical: str = "graded"  # reward of a number: graded (relative error, the paper) | exact (released trainer)
+    self_reward: str = "right"  # agreement counts where the majority is right | majority: always (paper)
+    std_floor: float = 0.05  # of a group's standard deviation; 0: none (paper)
     vcrs: bool = True  # off-policy baseline R-bar; False: the off-policy batch mean
     vcrs_window: int = 20
     advantage_clip: float = 5.0

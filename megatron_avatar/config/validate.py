@@ -17,13 +17,16 @@ from megatron_avatar.config.urls import addresses
 STAGE_KINDS = ("sft", "rl")
 REWARDS = ("format", "accuracy", "self", "judge")
 SHAPES = ("parabolic", "uniform", "linear_decay", "linear_incline", "inverse_parabolic", "uniform_matched")
-REPLAY_ORDERS = ("priority", "uniform", "fifo")
+REPLAY_ORDERS = ("advantage", "priority", "uniform", "fifo")
+REPLAY_SIGMAS = ("buffer", "batch")
+SELF_REWARDS = ("right", "majority")
 SCHEDULES = ("constant", "linear", "cosine")
 DTYPES = ("float32", "bfloat16")
 RECOMPUTE = ("none", "selective", "full")
 KERNELS = ("auto", "torch")
 DECODERS = ("auto", "dali", "pyav")
 RATIO_LEVELS = ("token", "sequence")
+SPANS = ("completion", "between_tags")
 WANDB_MODES = ("auto", "offline", "disabled")
 RUNTIMES = ("pyxis", "apptainer")
 GPUS = ("a100", "h100", "h200", "cpu", "measured")
@@ -244,6 +247,8 @@ def _check_rl(config: Config) -> None:
         raise ValueError(f"rl.dual_clip={rl.dual_clip} must be above 1 + rl.clip_high={rl.clip_high}, or null")
     _one_of("rl.ratio_level", rl.ratio_level, RATIO_LEVELS)
     _one_of("rl.numerical", rl.numerical, ("graded", "exact"))
+    _one_of("rl.self_reward", rl.self_reward, SELF_REWARDS)
+    _at_least("rl.std_floor", rl.std_floor, 0)
     _at_least("rl.updates_per_rollout", rl.updates_per_rollout, 1)
     _at_least("rl.vcrs_window", rl.vcrs_window, 1)
     _above("rl.advantage_clip", rl.advantage_clip, 0)
@@ -255,9 +260,11 @@ def _check_rl(config: Config) -> None:
     _above("rl.sampling.top_p", sampling.top_p, 0)
     _one_of("rl.shaping.shape", rl.shaping.shape, SHAPES)
     _at_least("rl.shaping.lam", rl.shaping.lam, 0)
+    _one_of("rl.shaping.span", rl.shaping.span, SPANS)
 
     replay = rl.replay
     _one_of("rl.replay.order", replay.order, REPLAY_ORDERS)
+    _one_of("rl.replay.sigma", replay.sigma, REPLAY_SIGMAS)
     for key in ("capacity_share", "draw_share"):
         shares = getattr(replay, key)
         if len(shares) != 3 or min(shares) < 0 or not math.isclose(sum(shares), 1, abs_tol=1e-6):

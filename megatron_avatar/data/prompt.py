@@ -147,6 +147,10 @@ class PromptBuilder:
         """Text of token ids [L], special tokens dropped."""
         return self.tokenizer.decode(ids.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
+    def pieces(self, ids: np.ndarray) -> list[str]:
+        """The text of each of the token ids [L] by itself, in the tokenizer's own alphabet: ASCII reads as it is."""
+        return self.tokenizer.convert_ids_to_tokens(ids.tolist())
+
     def length(self, sample: Sample, variant: Variant = "plain") -> int:
         """Prompt tokens P, from the manifest alone: no file is opened. Raises ValueError beyond the context."""
         return len(self._layout(sample, self._plans(sample), variant)[0])

@@ -29,11 +29,11 @@ class HintPolicy:
         """Prompts whose hint is in use."""
         return len(self._visits)
 
-    def variant(self, sample_id: str, has_hint: bool) -> Variant:
-        """The variant of the coming visit; changes nothing."""
+    def variant(self, sample_id: str, has_hint: bool, ahead: int = 0) -> Variant:
+        """The variant of the visit that comes after `ahead` others, which are not noted yet; changes nothing."""
         if not (self._config.enabled and has_hint) or sample_id not in self._visits or self._recovered(sample_id):
             return "plain"
-        return "plain" if (self._visits[sample_id] + 1) % self._config.plain_every == 0 else "hinted"
+        return "plain" if (self._visits[sample_id] + ahead + 1) % self._config.plain_every == 0 else "hinted"
 
     def update(self, sample_id: str, variant: Variant, *, kl: float | None = None) -> None:
         """Note a visit, once the tracker holds the whole step's rewards.

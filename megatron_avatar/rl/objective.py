@@ -66,10 +66,11 @@ def policy_loss(
     ratio is the geometric mean over the completion. `dual_clip` c > 1 keeps the surrogate of a negative
     advantage above c * A.
 
-    Statistics are float64 scalars, to be added over micro-batches and ranks except `ratio_max` (maximum);
-    fillers count nowhere. `kl_sum` runs over on-policy tokens, `off_weight_sum` and `off_weight_sq_sum`
-    over the ratios of replayed ones (effective sample size: sum^2 / sum of squares). One entry is no
-    sum: `per_token_surrogate` [N], unweighted, of which Figure 1 of the supplement plots |.|.
+    Statistics are float64 scalars, to be added over micro-batches and ranks except those named *_max (maximum);
+    fillers count nowhere. `kl_sum` runs over on-policy tokens, all `off_` ones over replayed ones: `off_weight_sum`
+    and `off_weight_sq_sum` over their ratios (effective sample size: sum^2 / sum of squares), `off_bounded_tokens`
+    counts those that the dual clip bounds. One entry is no sum: `per_token_surrogate` [N], unweighted, of which
+    Figure 1 of the supplement plots |.|.
     """
     log_ratio = logprobs - old_logprobs
     if ratio_level == "sequence":
@@ -86,8 +87,10 @@ def policy_loss(
 
     with torch.no_grad():
         clipped = ((ratio < 1 - clip_low) & (advantages < 0)) | ((ratio > 1 + clip_high) & (advantages > 0))
+        bounded = torch.zeros_like(clipped)
         if dual_clip is not None:
-            clipped |= (ratio > dual_clip) & (advantages < 0)
+            bounded = (ratio > dual_clip) & (advantages < 0)
+            clipped |= bounded
         on = kl_weights > 0
         off = (surrogate_weights > 0) & ~on
         live = on | off
@@ -95,14 +98,22 @@ def policy_loss(
         stats = {
             "tokens": live.sum().double(),
             "ratio_sum": live_ratio.sum(),
-            "ratio_max": live_ratio.amax() if len(live_ratio) else live_ratio.sum(),
+            "ratio_max": _largest(live_ratio),
             "clipped_tokens": clipped[live].sum().double(),
             "kl_sum": kl[on].double().sum(),
+            "off_ratio_max": _largest(off_ratio),
+            "off_tokens": off.sum().double(),
+            "off_bounded_tokens": bounded[off].sum().double(),
             "off_weight_sum": off_ratio.sum(),
             "off_weight_sq_sum": off_ratio.square().sum(),
             "per_token_surrogate": surrogate.detach(),
         }
     return loss, stats
+
+
+def _largest(values: Tensor) -> Tensor:
+    """The largest of `values` [n]; 0 where there is none."""
+    return values.amax() if len(values) else values.sum()
 
 
 def _completion_mean(values: Tensor, completion_index: Tensor) -> Tensor:

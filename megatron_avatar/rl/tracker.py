@@ -19,7 +19,6 @@ Tier = Literal["easy", "medium", "hard"]
 TIERS: tuple[Tier, ...] = ("easy", "medium", "hard")
 HARD_QUANTILE = 0.40  # of plain R-bar over the prompts seen
 MEDIUM_QUANTILE = 0.75
-SOLVED_ACCURACY = 0.5
 
 
 class RewardTracker:
@@ -44,12 +43,11 @@ class RewardTracker:
 
     # ---- feeding -------------------------------------------------------------------------------
 
-    def update(self, sample_id: str, variant: Variant, rewards: Sequence[float], accuracies: Sequence[float]) -> None:
-        """Append one visit's on-policy rewards and accuracies (NaN: masked), after the step used R-bar."""
+    def update(self, sample_id: str, variant: Variant, rewards: Sequence[float], *, solved: bool) -> None:
+        """Append one visit's on-policy rewards, after the step used R-bar; `solved`: one of its answers is right."""
         key = (sample_id, variant)
         for reward in rewards:
             self._append(key, reward)
-        solved = any(accuracy >= SOLVED_ACCURACY for accuracy in accuracies)
         if solved:
             self.solved.add(sample_id)
         if variant == "plain":

@@ -17,11 +17,13 @@ from megatron_avatar.policy.groups import GroupBatch, pack_groups, plan_micro_ba
 from megatron_avatar.policy.model import OmniPolicy
 from megatron_avatar.records import Completion, Group, Prompt, Trajectory
 from megatron_avatar.rl.objective import policy_loss, token_weights
-from megatron_avatar.rl.shaping import temporal_weights
+from megatron_avatar.rl.shaping import between_tags, temporal_weights, token_places
 from megatron_avatar.training.balance import even_out, imbalance, packed_tokens
 from megatron_avatar.training.optim import Optimization
 
 POSITION_BINS = 20
+OUTSIDE = -1.0  # the place of a token that the temporal weighting leaves out
+Pieces = Callable[[np.ndarray], list[str]]  # token ids [L] to the text of each
 Poll = Callable[[], None]  # called by all ranks together; raises to drop what is not applied yet
 SKIPS_IN_ROW = 3  # one bad batch is skipped; a run that skips on and on learns nothing
 
@@ -57,12 +59,14 @@ class Learner:
     """One optimizer step over groups of any mixture of fresh and replayed completions."""
 
     def __init__(self, policy: OmniPolicy, optimization: Optimization, backend: Backend, rl: RLConfig,
-                 *, train_towers: bool = False) -> None:
+                 *, train_towers: bool = False, pieces: Pieces | None = None) -> None:
+        assert pieces is not None or rl.shaping.span == "completion", "tags are found in the tokens' texts"
         self.policy = policy
         self.optimization = optimization
         self.backend = backend
         self.rl = rl
         self.train_towers = train_towers
+        self.pieces = pieces
         self.reference: dict[str, torch.Tensor] | None = None
 
     # ---- micro-batches -------------------------------------------------------------------------
@@ -200,12 +204,14 @@ class Learner:
                         for r, t, on in zip(ref, group.trajectories, group.on_policy, strict=True)],
                 "advantage": [], "completion": [], "on": [], "position": [],
             }
-            for length, advantage, on in zip(lengths, group.advantages, group.on_policy, strict=True):
-                shaped = advantage * temporal_weights(length, shaping.shape, shaping.lam).numpy()
+            for trajectory, advantage, on in zip(group.trajectories, group.advantages, group.on_policy, strict=True):
+                length, ids = len(trajectory.completion), trajectory.completion.token_ids
+                inside = between_tags(self.pieces(ids)) if shaping.span == "between_tags" else None
+                shaped = advantage * temporal_weights(length, shaping.shape, shaping.lam, inside).numpy()
                 rows["advantage"].append(shaped.astype(np.float32))
                 rows["completion"].append(np.full(length, serial))
                 rows["on"].append(np.full(length, bool(on)))
-                rows["position"].append(np.arange(length) / max(length - 1, 1))
+                rows["position"].append(token_places(length, inside).nan_to_num(nan=OUTSIDE).numpy())
                 serial += 1
             for name, values in rows.items():
                 per_token[name].append(values)
@@ -223,15 +229,16 @@ class Learner:
                 dual_clip=rl.dual_clip, ratio_level=rl.ratio_level, beta=rl.beta,
             )
             on, real = t["on"].bool(), t["surrogate_weight"] > 0  # a filler has neither
-            bins = (t["position"] * POSITION_BINS).long().clamp(max=POSITION_BINS - 1)
+            placed = real & (t["position"] >= 0)
+            bins = (t["position"] * POSITION_BINS).long().clamp(max=POSITION_BINS - 1)[placed]
             surrogate = stats.pop("per_token_surrogate").abs()
             stats = {k: v.detach().double() for k, v in stats.items()}
             stats["loss"] = value.detach().double().clone()
             stats["entropy_sum"] = entropy.detach()[real].double().sum()
             stats["error_sum"] = (logprobs.detach() - t["old"]).abs().double().exp()[on].sum()
             stats["on_tokens"] = on.sum().double()
-            stats["surrogate_bins"] = torch.bincount(bins[real], surrogate[real], minlength=POSITION_BINS).double()
-            stats["position_bins"] = torch.bincount(bins[real], minlength=POSITION_BINS).double()
+            stats["surrogate_bins"] = torch.bincount(bins, surrogate[placed], minlength=POSITION_BINS).double()
+            stats["position_bins"] = torch.bincount(bins, minlength=POSITION_BINS).double()
             return value * scale, stats
 
         self.optimization.zero_grad()

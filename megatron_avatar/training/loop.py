@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,14 @@ from megatron_avatar.resilience.watchdog import Watchdog
 from megatron_avatar.rl.hints import HintPolicy
 from megatron_avatar.rl.replay.buffer import ReplayBuffer
 from megatron_avatar.rl.rewards import combine
+from megatron_avatar.rl.step import (
+    assign_on_policy,
+    choose_prompts,
+    commit,
+    draw_replay,
+    plain_completions,
+    rewards_of,
+)
 from megatron_avatar.rl.tracker import RewardTracker
 from megatron_avatar.training import metrics
 from megatron_avatar.training.balance import deal, packed_tokens
@@ -40,16 +47,7 @@ from megatron_avatar.training.evaluate import evaluate
 from megatron_avatar.training.learner import Learner
 from megatron_avatar.training.optim import Optimization, build_optimizer
 from megatron_avatar.training.provenance import about
-from megatron_avatar.training.rollout import (
-    assign_off_policy,
-    assign_on_policy,
-    choose_prompts,
-    load_prompts,
-    make_groups,
-    plain_completions,
-    rewards_of,
-    share_visits,
-)
+from megatron_avatar.training.rollout import load_prompts, make_groups, share_visits
 from megatron_avatar.training.scoring import JudgeSilent, Scoring
 from megatron_avatar.training.sft import sft_groups
 from megatron_avatar.training.stage_data import check_stages, held_out_samples, measure_lengths, stage_samples
@@ -118,6 +116,7 @@ class Run:
         config, stage = self.config, self.config.stages[name]
         self.stage_name, self.stage, self.stage_step = name, stage, 0
         self.pool = stage_samples(self.samples, stage)
+        self.hintable = {i for i, sample in self.pool.items() if sample.hint}
         if self.optimization is not None:
             self.optimization.close()
         self.policy.set_train_towers(stage.train_towers)
@@ -127,7 +126,7 @@ class Run:
             parallel=config.parallel,
         )
         self.learner = Learner(self.policy, self.optimization, self.backend, config.rl,
-                               train_towers=stage.train_towers)
+                               train_towers=stage.train_towers, pieces=self.builder.pieces)
         self.order = SampleOrder(sorted(self.pool), config.seed, name)
         if stage.kind == "sft":
             return
@@ -269,7 +268,7 @@ class Run:
         key = (config.seed, self.stage_name, self.step)
         owners = self.fresh_owners()
         visits = choose_prompts(self.stage.prompts_per_step, rl.revisit_share, self.order, self.tracker,
-                                self.hints, self.pool, key)
+                                self.hints, self.pool, self.hintable, key)
         owners = share_visits(visits, owners, self.estimates[self.stage_name], backend.dp)
         mine = [k for k, owner in enumerate(owners) if owner == backend.dp_rank]
         prompts = self.prompts([(self.pool[visits[k].sample_id], visits[k].variant) for k in mine])
@@ -295,13 +294,10 @@ class Run:
             {k: g.trajectories for k, g in zip(mine, groups, strict=True)}) for k, rows in part.items()}
         fresh = [t for k in sorted(by_visit) for t in by_visit[k]]  # in one order, however ranks share the step
         batch_mean = float(rewards_of(fresh).mean()) if fresh else 0.0
-        gone = sum(backend.all_gather_object_dp(assign_on_policy(groups, self.tracker, batch_mean)))
-        drawn: list[list[Trajectory]] = []
-        if self.buffer is not None:
-            tiers = self.tracker.tiers()
-            drawn = self.buffer.draw(self.stage.prompts_per_step * rl.n_off, rl.n_off, self.step, tiers,
-                                     self.tracker.mean, self.tracker.running_std, "/".join(map(str, (*key, "replay"))))
-        off_advantages, clipped = assign_off_policy(drawn, self.tracker, rl.vcrs, rl.advantage_clip)
+        gone = sum(backend.all_gather_object_dp(
+            assign_on_policy(groups, self.tracker, batch_mean, std_floor=rl.std_floor)))
+        drawn, off_advantages, clipped = draw_replay(
+            self.buffer, self.tracker, rl, n=self.stage.prompts_per_step * rl.n_off, step=self.step, key=key)
         loads = backend.all_gather_object_dp(sum(self.tokens(g.prompt.sample_id, g.trajectories) for g in groups))
         replayed, replay_media = self.replay_groups(drawn, off_advantages, loads)
         replayable = sum(backend.all_gather_object_dp(sum(len(g.trajectories) for g in replayed)))
@@ -315,7 +311,7 @@ class Run:
                                             n_off=replayable, check_logprobs=first,
                                             poll=self.check_stop if first else None)
         with timer("replay"):
-            self.commit(fresh)
+            commit(visits, by_visit, self.tracker, self.hints, self.buffer)
         self.fresh = fresh
         self.completions_generated += len(fresh)
         return metrics.rl_record(
@@ -352,20 +348,6 @@ class Run:
         """
         upcoming = self.order.peek(self.stage.prompts_per_step)
         return deal([self.estimates[self.stage_name][i] for i in upcoming], [0] * self.backend.dp)
-
-    def commit(self, fresh: list[Trajectory]) -> None:
-        """Feed the step's own rewards to tracker, hints and buffer; alike on every rank."""
-        by_prompt: dict[tuple[str, str], list[Trajectory]] = {}
-        for t in fresh:
-            by_prompt.setdefault((t.sample_id, t.variant), []).append(t)
-        for (sample_id, variant), rows in by_prompt.items():
-            self.tracker.update(sample_id, variant, [t.reward for t in rows], [t.parts["accuracy"] for t in rows])
-        if self.hints is not None:
-            for (sample_id, variant), rows in by_prompt.items():
-                self.hints.update(sample_id, variant, kl=float(np.mean([t.kl_ref for t in rows])))
-        if self.buffer is not None:
-            # Of a step that was skipped as not finite, what is finite itself can be replayed.
-            self.buffer.append([t for t in fresh if math.isfinite(t.kl_ref)], self.tracker.tiers())
 
     def prefetch(self) -> None:
         """Let the decode workers start on the next step's fresh prompts."""

@@ -6,7 +6,9 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 
+from megatron_avatar.config.validate import REWARDS
 from megatron_avatar.records import Group, Trajectory
+from megatron_avatar.rl.advantages import dead
 from megatron_avatar.rl.replay.buffer import ReplayBuffer
 from megatron_avatar.rl.tracker import RewardTracker
 
@@ -51,10 +53,12 @@ def rl_record(
     on_tokens = max(float(stats["on_tokens"]), 1.0)
     squares = stats["off_weight_sq_sum"]
     surrogate = stats["surrogate_bins"] / np.maximum(stats["position_bins"], 1)
-    names = sorted({name for t in fresh for name in t.parts} | {"format", "accuracy", "self", "judge"})
+    off = np.concatenate(off_advantages) if off_advantages else np.zeros(0)
+    off_tokens = max(float(stats["off_tokens"]), 1.0)
     return {
         "reward": mean_or_none([t.reward for t in fresh]),
-        **{f"reward/{n}": mean_or_none([t.parts.get(n, np.nan) for t in fresh]) for n in names},
+        **{f"reward/{n}": mean_or_none([t.parts.get(n, np.nan) for t in fresh]) for n in REWARDS},
+        "correct": mean_or_none([t.parts.get("correct", np.nan) for t in fresh]),
         "accuracy/plain": mean_or_none([t.parts.get("accuracy", np.nan) for t in plain]),
         "vanished": vanished,
         **{f"tier/{name}": int(sizes.get(name, 0)) for name in ("easy", "medium", "hard")},
@@ -62,6 +66,12 @@ def rl_record(
         "replay/size": len(buffer) if buffer else 0,
         "replay/completions": len(replayed),
         "replay/age": mean_or_none([step - t.step for t in replayed]),
+        "replay/age_max": max((step - t.step for t in replayed), default=None),
+        "replay/dead": dead(off) / len(off) if len(off) else None,
+        "replay/advantage": mean_or_none(off),
+        "replay/correct": mean_or_none([t.parts.get("correct", np.nan) for t in replayed]),
+        "replay/ratio_max": float(stats["off_ratio_max"]) if len(off) else None,
+        "replay/bounded_tokens": float(stats["off_bounded_tokens"]) / off_tokens if len(off) else None,
         "replay/ess": float(stats["off_weight_sum"] ** 2 / squares) if squares else None,
         "replay/clipped_advantages": clipped,
         "ratio/mean": float(stats["ratio_sum"]) / tokens,
@@ -86,7 +96,7 @@ def rl_record(
         "completions_generated": completions_generated,
         "advantages": {
             "edges": ADVANTAGE_EDGES.tolist(), "on": histogram(on, ADVANTAGE_EDGES),
-            "off": histogram(np.concatenate(off_advantages) if off_advantages else [], ADVANTAGE_EDGES),
+            "off": histogram(off, ADVANTAGE_EDGES),
         },
         "surrogate_position": [None if n == 0 else float(v) for v, n in zip(surrogate, stats["position_bins"],
                                                                            strict=True)],

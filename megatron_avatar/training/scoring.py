@@ -20,14 +20,14 @@ from megatron_avatar.policy.backend import Backend
 from megatron_avatar.policy.generate import GenerationStopped
 from megatron_avatar.records import Group, Prompt, Sample
 from megatron_avatar.resilience.stopping import StopSignal
-from megatron_avatar.rl.rewards import RuleJudge, score_group
+from megatron_avatar.rl.rewards import RuleJudge, judge_rewards, score_group
 from megatron_avatar.rl.rewards.http_judge import VERDICT_TOKENS, HttpJudge, Verdict, probe, read_verdict
 
 THREADS = 16  # groups that are scored at once; they mostly wait
 ENOUGH = 100  # completions, before their unscored share says something
 POLL_S = 0.2
 log = logging.getLogger(__name__)
-Scored = list[tuple[float, dict[str, float]]]
+Scored = tuple[list[tuple[float, dict[str, float]]], list[float]]  # (reward, parts), and the judge's own verdicts
 
 
 class JudgeSilent(RuntimeError):
@@ -78,8 +78,12 @@ class Scoring:
         ]
 
     def _score(self, sample: Sample, texts: list[str], weights: dict[str, float], prompt: Prompt | None) -> Scored:
-        shown = [] if prompt is None else pictures(prompt, self._config.judge.frames)
-        return score_group(sample, texts, weights, self._judge, pictures=shown, numerical=self._config.rl.numerical)
+        rl, verdicts = self._config.rl, []
+        if weights.get("judge", 0) > 0:
+            shown = [] if prompt is None else pictures(prompt, self._config.judge.frames)
+            verdicts = judge_rewards(self._judge, sample, texts, shown)
+        scored = score_group(sample, texts, weights, verdicts, numerical=rl.numerical, self_reward=rl.self_reward)
+        return scored, verdicts
 
     def finish(self, groups: list[Group], scores: list[Future], stop: StopSignal) -> dict[str, float]:
         """Set reward and parts of every trajectory; all ranks call it. Returns what to log of an HTTP judge.
@@ -95,11 +99,11 @@ class Scoring:
 
         results = self._backend.broadcast_from_last_stage(stop.guard(collect, self._backend))
         unscored = asked = 0
-        for group, scored in zip(groups, results, strict=True):
+        for group, (scored, verdicts) in zip(groups, results, strict=True):
             for trajectory, (reward, parts) in zip(group.trajectories, scored, strict=True):
                 trajectory.reward, trajectory.parts = reward, parts
-                asked += "judge" in parts
-                unscored += math.isnan(parts.get("judge", 0.0))
+            asked += len(verdicts)
+            unscored += sum(map(math.isnan, verdicts))
         return self._watch(unscored, asked) if self._asks else {}
 
     def _watch(self, unscored: int, asked: int) -> dict[str, float]:

@@ -149,7 +149,7 @@ def test_overrides_reach_every_depth():
         ("rl.dual_clip=high", "rl.dual_clip: expected float | None, got 'high'"),
         ("rl.replay.draw_share=[a,b,c]", "rl.replay.draw_share[0]: expected list[float]"),
         ("stages.visual.rewards.format=good", "stages.visual.rewards.format: expected float, got 'good'"),
-        ("rl.shaping=parabolic", "rl.shaping: expected a group of settings (shape, lam), got 'parabolic'"),
+        ("rl.shaping=parabolic", "rl.shaping: expected a group of settings (shape, lam, span), got 'parabolic'"),
         ("stages.first.steps=3", "stages.first: there is no such entry. To add one write +stages.first=..."),
         ("ablation=wo_tass", "there is no such ablation. Choose one of: grpo, grpo_revisits,"),
         ("parallel=h300_80g", "parallel=h300_80g: there is no such parallel. Choose one of: a100_40g, a100_80g,"),

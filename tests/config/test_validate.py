@@ -79,7 +79,7 @@ def tp4() -> Config:
         ("model.context=2048", "rl.sampling.max_new_tokens=2048 leaves no room for a prompt in model.context=2048"),
         ("rl.shaping.shape=round", "rl.shaping.shape: 'round' is not one of parabolic, uniform,"),
         ("rl.shaping.lam=-0.1", "rl.shaping.lam=-0.1 must be at least 0"),
-        ("rl.replay.order=lifo", "rl.replay.order: 'lifo' is not one of priority, uniform, fifo"),
+        ("rl.replay.order=lifo", "rl.replay.order: 'lifo' is not one of advantage, priority, uniform, fifo"),
         ("rl.replay.draw_share=[0.5,0.4,0.2]", "rl.replay.draw_share=[0.5, 0.4, 0.2]: write three shares"),
         ("rl.replay.capacity_share=[1]", "rl.replay.capacity_share=[1.0]: write three shares"),
         ("rl.replay.capacity=0", "rl.replay.capacity=0 must be at least 1"),

@@ -21,7 +21,7 @@ def run(tmp_path: Path) -> Path:
     tracker, rows = RewardTracker(), {}
     for serial in range(10):
         reward = 1 - serial % 5 / 4
-        tracker.update(f"p{serial % 5}", "plain", [reward], [reward])
+        tracker.update(f"p{serial % 5}", "plain", [reward], solved=reward == 1)
         completion = Completion(np.arange(7), np.zeros(7, np.float32), True)
         rows[serial] = Trajectory(f"p{serial % 5}", "plain", completion, reward, {"accuracy": 1.0}, 0.0, "s", "s",
                                   serial, serial)

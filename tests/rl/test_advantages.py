@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_avatar.rl.advantages import off_policy_advantages, on_policy_advantages, vanished
+from megatron_avatar.rl.advantages import dead, off_policy_advantages, on_policy_advantages, vanished
 
 reward = st.floats(0, 1).map(lambda r: round(r, 6))
 UNUSED = {"baseline": 0.2, "running_std": 0.3, "batch_mean": 0.9}
@@ -75,3 +75,39 @@ def test_sigma_belongs_to_the_whole_batch() -> None:
 def test_an_empty_off_policy_batch() -> None:
     advantages, share = off_policy_advantages(np.zeros(0), np.zeros(0))
     assert advantages.shape == (0,) and share == 0.0
+
+
+@given(st.lists(reward, min_size=3, max_size=16), st.floats(0, 0.5))
+def test_a_floor_bounds_what_little_differences_count(rewards: list[float], floor: float) -> None:
+    """The paper's formula above the floor; below it a judge's noise stays noise."""
+    values = np.array(rewards)
+    scale = max(statistics.stdev(rewards), floor) + 1e-4
+    advantages = on_policy_advantages(values, **UNUSED, std_floor=floor)
+    np.testing.assert_allclose(advantages, (values - values.mean()) / scale, atol=1e-5)
+    np.testing.assert_array_equal(on_policy_advantages(values, **UNUSED, std_floor=0.0),
+                                  on_policy_advantages(values, **UNUSED))  # fmt: skip
+
+
+def test_noise_in_an_otherwise_equal_group() -> None:
+    """Four alike but for a judge's hundredth of weight 0.3."""
+    values = np.array([0.8, 0.8, 0.8, 0.803])
+    assert on_policy_advantages(values, **UNUSED)[-1] > 1.4
+    assert on_policy_advantages(values, **UNUSED, std_floor=0.05)[-1] < 0.05
+
+
+@given(st.lists(st.tuples(reward, reward), min_size=1, max_size=20), st.floats(0.01, 1))
+def test_off_policy_takes_the_spread_it_is_given(pairs: list[tuple[float, float]], sigma: float) -> None:
+    rewards, baselines = map(np.array, zip(*pairs, strict=True))
+    advantages, _ = off_policy_advantages(rewards, baselines, sigma=sigma)
+    np.testing.assert_allclose(advantages, np.clip((rewards - baselines) / max(sigma, 0.1), -5, 5), atol=1e-5)
+
+
+def test_one_old_group_of_failures_is_no_batch() -> None:
+    """Its own spread is nothing, so its floor would make four full negatives of it; the buffer's is not."""
+    rewards, baselines = np.full(4, 0.2), np.full(4, 0.45)
+    np.testing.assert_allclose(off_policy_advantages(rewards, baselines)[0], -2.5, rtol=1e-6)
+    assert (off_policy_advantages(rewards, baselines, sigma=0.35)[0] > -0.75).all()
+
+
+def test_what_counts_as_dead() -> None:
+    assert dead(np.array([0.0, 1e-12, -1e-9, 1e-3, -2.0], np.float32)) == 3

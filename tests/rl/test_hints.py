@@ -13,14 +13,14 @@ def crowd(below: int = 0) -> RewardTracker:
     """Twenty other prompts, `below` of them worse than the prompt under test will be at reward 0.5."""
     tracker = RewardTracker(window=1)
     for k in range(20):
-        tracker.update(f"other{k}", "plain", [0.1 if k < below else 0.9], [0.0])
+        tracker.update(f"other{k}", "plain", [0.1 if k < below else 0.9], solved=False)
     return tracker
 
 
 def visit(policy: HintPolicy, tracker: RewardTracker, reward: float = 0.0, solved: bool = False, **kl) -> str:
     """One visit of prompt `q` as a step makes it; the variant that was shown."""
     variant = policy.variant("q", has_hint=True)
-    tracker.update("q", variant, [reward], [float(solved)])
+    tracker.update("q", variant, [reward], solved=solved)
     policy.update("q", variant, **kl)
     return variant
 
@@ -32,6 +32,22 @@ def test_injected_after_patience_and_every_fourth_visit_plain() -> None:
     assert shown == ["plain"] * 3 + ["hinted"] * 3 + ["plain"] + ["hinted"] * 3 + ["plain"]
     assert policy.in_use == 1
     assert policy.variant("q", has_hint=False) == "plain" and policy.variant("other0", has_hint=True) == "plain"
+
+
+def test_visits_of_one_step_count_one_by_one() -> None:
+    """Two visits a step see the same variants in turn as single ones do."""
+    tracker = crowd()
+    policy = HintPolicy(HintConfig(), tracker)
+    shown = []
+    for _ in range(7):
+        variants = [policy.variant("q", has_hint=True, ahead=k) for k in range(2)]
+        for variant in variants:
+            tracker.update("q", variant, [0.0], solved=False)
+        for variant in variants:
+            policy.update("q", variant)
+        shown += variants
+    # The third visit brings the hint; the fourth, of the same step and still plain, is the first of four from then on.
+    assert shown == ["plain"] * 4 + ["hinted"] * 2 + ["plain"] + ["hinted"] * 3 + ["plain"] + ["hinted"] * 3
 
 
 def test_a_solved_completion_restarts_the_streak() -> None:
@@ -69,7 +85,7 @@ def test_a_prompt_that_others_fell_below_is_shown_plain_at_once() -> None:
         visit(policy, tracker, reward=0.5)
     assert policy.variant("q", True) == "hinted"
     for k in range(15):
-        tracker.update(f"other{k}", "plain", [0.1], [0.0])
+        tracker.update(f"other{k}", "plain", [0.1], solved=False)
     assert policy.variant("q", True) == "plain"
     visit(policy, tracker, reward=0.5)
     assert policy.in_use == 0

@@ -17,6 +17,7 @@ from megatron_avatar.rl.rewards import (
     format_reward,
     grade,
     judge_reward,
+    judge_rewards,
     parse,
     read_answer,
     score_group,
@@ -355,6 +356,31 @@ def test_agreement_does_not_depend_on_order(answers, random):
     assert len(winners) <= 1 and None not in winners
 
 
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.one_of(st.none(), st.sampled_from("ABC")), st.booleans()), min_size=2, max_size=9))
+def test_agreement_counts_where_the_majority_is_right(group):
+    """Against the paper's rule: the same where the majority is right, masked for all of the group elsewhere."""
+    right = {answer: verdict for answer, verdict in group if answer is not None}  # one answer, one verdict
+    answers = [answer for answer, _ in group]
+    checked = [answer is not None and right[answer] for answer in answers]
+    plain, votes = self_rewards(answers), self_rewards(answers, checked)
+    if any(reward and verdict for reward, verdict in zip(plain, checked, strict=True)):
+        assert votes == plain
+    else:
+        assert all(map(math.isnan, votes))
+
+
+def test_a_few_that_agree_can_not_cancel_a_right_answer():
+    sample = make("multiple_choice", "B", CHOICES)
+    texts = [wrap("B"), wrap("A"), wrap("A"), wrap("A")]
+    weights = {"format": 0.2, "accuracy": 0.4, "self": 0.4}  # published
+    assert [r for r, _ in score_group(sample, texts, weights, self_reward="majority")] == pytest.approx([0.6] * 4)
+    assert [r for r, _ in score_group(sample, texts, weights)] == pytest.approx([1.0, 1 / 3, 1 / 3, 1 / 3])
+    # Without an accuracy reward agreement is all there is.
+    assert [r for r, _ in score_group(sample, texts, {"self": 1.0})] == [0, 1, 1, 1]
+    assert [r for r, _ in score_group(sample, [wrap("B"), wrap("B"), wrap("A")], weights)] == pytest.approx([1, 1, 0.2])
+
+
 # judge
 
 
@@ -393,26 +419,38 @@ def test_without_a_scene_there_is_no_verdict(scene):
 def test_a_group_is_scored_with_the_weights_of_its_stage():
     sample = make("multiple_choice", "B", CHOICES, SCENE)
     good = wrap("B", "a red circle and a high tone")
-    scored = score_group(sample, [good, wrap("blue square"), wrap("A"), "B"], STAGE_3, RuleJudge())
-    assert scored[0] == (1.0, {"format": 1.0, "accuracy": 1.0, "self": 1.0, "judge": 1.0})
-    assert scored[1] == (pytest.approx(0.7), {"format": 1.0, "accuracy": 1.0, "self": 1.0, "judge": 0.0})
+    texts = [good, wrap("blue square"), wrap("A"), "B"]
+    scored = score_group(sample, texts, STAGE_3, judge_rewards(RuleJudge(), sample, texts))
+    whole = {"format": 1.0, "accuracy": 1.0, "self": 1.0, "judge": 1.0, "correct": 1.0}
+    assert scored[0] == (1.0, whole) and scored[1] == (pytest.approx(0.7), {**whole, "judge": 0.0})
     assert scored[2][0] == pytest.approx(0.2)
-    assert scored[3] == (0.0, {"format": 0.0, "accuracy": 0.0, "self": 0.0, "judge": 0.0})
+    # Rewards want the tags; evaluation would read the letter.
+    assert scored[3] == (0.0, {"format": 0.0, "accuracy": 0.0, "self": 0.0, "judge": 0.0, "correct": 1.0})
 
 
 def test_a_masked_parts_weight_is_shared_in_proportion():
     sample = make("multiple_choice", "B", CHOICES)  # no scene: no judge; one completion: no vote
-    reward, parts = score_group(sample, [wrap("A")], STAGE_3, RuleJudge())[0]
+    reward, parts = score_group(sample, [wrap("A")], STAGE_3, [math.nan])[0]
     assert math.isnan(parts["self"]) and math.isnan(parts["judge"])
     assert reward == pytest.approx(0.2 / (0.2 + 0.3))
     assert combine({"format": 1.0, "accuracy": 0.0}, STAGE_3) == pytest.approx(0.4)
     assert combine({"self": math.nan}, {"self": 1.0}) == 0.0
 
 
+def test_a_judge_that_misses_one_completion_counts_for_none_of_its_group():
+    """Masked alone it would earn more than the others, which the judge has marked down."""
+    sample = make("multiple_choice", "B", CHOICES)
+    texts = [wrap("B")] * 3
+    scored = score_group(sample, texts, STAGE_3, [0.6, math.nan, 0.6])
+    assert len({round(reward, 12) for reward, _ in scored}) == 1
+    assert all(math.isnan(parts["judge"]) for _, parts in scored)
+    assert [r for r, _ in score_group(sample, texts, STAGE_3, [0.6, 0.6, 0.6])] == pytest.approx([0.88] * 3)
+
+
 def test_format_and_accuracy_are_measured_without_weight():
     sample = make("multiple_choice", "B", CHOICES, SCENE)
     weights = {"judge": 1.0, "accuracy": 0.0}
-    reward, parts = score_group(sample, [wrap("B", "red circle, high tone")], weights, RuleJudge())[0]
+    reward, parts = score_group(sample, [wrap("B", "red circle, high tone")], weights, [1.0])[0]
     assert reward == 1.0 and parts["format"] == 1.0 and parts["accuracy"] == 1.0 and "self" not in parts
 
 
@@ -428,10 +466,14 @@ def test_unusable_weights_are_refused(weights):
     st.text(max_size=20),
     st.lists(TEXTS, max_size=4),
     st.dictionaries(st.sampled_from(["format", "accuracy", "self", "judge"]), st.floats(0, 10)),
+    st.sampled_from(["right", "majority"]),
 )
-def test_any_text_scores_within_the_unit_interval(problem_type, gold, texts, weights):
+def test_any_text_scores_within_the_unit_interval(problem_type, gold, texts, weights, rule):
     sample = make(problem_type, gold, CHOICES if problem_type == "multiple_choice" else (), SCENE)
-    scored = score_group(sample, texts, weights, RuleJudge())
+    verdicts = judge_rewards(RuleJudge(), sample, texts)
+    scored = score_group(sample, texts, weights, verdicts, self_reward=rule)
+    for text, (_, parts) in zip(texts, scored, strict=True):
+        assert parts["correct"] == grade(sample, text)["correct"]
     assert len(scored) == len(texts)
     for reward, parts in scored:
         assert 0.0 <= reward <= 1.0 and {"format", "accuracy"} <= set(parts)

@@ -11,13 +11,13 @@ from megatron_avatar.rl.tracker import RewardTracker
 
 visit = st.tuples(
     st.sampled_from(["a", "b", "c", "d"]), st.sampled_from(["plain", "hinted"]),
-    st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=4),
+    st.lists(st.tuples(st.floats(0, 1), st.booleans()), min_size=1, max_size=4),
 )
 
 
 def feed(tracker: RewardTracker, visits: list) -> None:
     for sample_id, variant, outcomes in visits:
-        tracker.update(sample_id, variant, [r for r, _ in outcomes], [a for _, a in outcomes])
+        tracker.update(sample_id, variant, [r for r, _ in outcomes], solved=any(right for _, right in outcomes))
 
 
 @settings(deadline=None)
@@ -30,12 +30,12 @@ def test_history_is_that_of_the_visits(visits: list, window: int) -> None:
             rewards = [r for i, v, outcomes in visits if (i, v) == (sample_id, variant) for r, _ in outcomes]
             expected = np.mean(rewards[-window:]) if rewards else None
             assert tracker.mean(sample_id, variant) == (expected if expected is None else pytest.approx(expected))
-        plain = [any(a >= 0.5 for _, a in o) for i, v, o in visits if (i, v) == (sample_id, "plain")]
+        plain = [any(right for _, right in o) for i, v, o in visits if (i, v) == (sample_id, "plain")]
         assert tracker.streak(sample_id) == (plain[::-1].index(True) if True in plain else len(plain))
         assert (sample_id in tracker.solved_plain) == any(plain)
     everything = [r for _, _, outcomes in visits for r, _ in outcomes]
     assert tracker.running_std == pytest.approx(np.std(everything) if everything else 0.0, abs=1e-9)
-    assert tracker.solved == {i for i, _, o in visits if any(a >= 0.5 for _, a in o)}
+    assert tracker.solved == {i for i, _, o in visits if any(right for _, right in o)}
     assert tracker.seen() == sorted({i for i, _, _ in visits})
 
 
@@ -61,8 +61,8 @@ def test_tiers_follow_quantiles_in_any_order(rewards: list[float], random) -> No
     tiers = []
     for _ in range(2):
         tracker = RewardTracker()
-        feed(tracker, [(i, "plain", [(r, 0.0)]) for i, r in items])
-        feed(tracker, [("only-hinted", "hinted", [(0.0, 0.0)])])
+        feed(tracker, [(i, "plain", [(r, False)]) for i, r in items])
+        feed(tracker, [("only-hinted", "hinted", [(0.0, False)])])
         tiers.append(tracker.tiers())
         random.shuffle(items)
     assert tiers[0] == tiers[1] and len(tiers[0]) == len(rewards)  # ties too; hinted history alone has no tier
@@ -77,28 +77,22 @@ def test_tiers_follow_quantiles_in_any_order(rewards: list[float], random) -> No
 
 def test_ties_are_not_broken_by_name() -> None:
     tracker = RewardTracker()
-    feed(tracker, [(f"p{k:03}", "plain", [(0.5, 0.0)]) for k in range(200)])
+    feed(tracker, [(f"p{k:03}", "plain", [(0.5, False)]) for k in range(200)])
     hard = {i for i, tier in tracker.tiers().items() if tier == "hard"}
     assert len(hard) == 80 and 20 < sum(i < "p100" for i in hard) < 60
 
 
 def test_tiers_move_with_later_visits() -> None:
     tracker = RewardTracker()
-    feed(tracker, [("low", "plain", [(0.1, 0.0)]), ("high", "plain", [(0.9, 1.0)])])
+    feed(tracker, [("low", "plain", [(0.1, False)]), ("high", "plain", [(0.9, True)])])
     assert tracker.tiers() == {"low": "hard", "high": "easy"}
-    feed(tracker, [("low", "plain", [(1.0, 1.0)] * 20)])
+    feed(tracker, [("low", "plain", [(1.0, True)] * 20)])
     assert tracker.tiers() == {"low": "easy", "high": "hard"}
-
-
-def test_masked_accuracies_solve_nothing() -> None:
-    tracker = RewardTracker()
-    feed(tracker, [("a", "plain", [(1.0, float("nan"))])])
-    assert not tracker.solved and tracker.streak("a") == 1
 
 
 def test_reset_forgets_everything() -> None:
     tracker = RewardTracker()
-    feed(tracker, [("a", "plain", [(1.0, 1.0)])])
+    feed(tracker, [("a", "plain", [(1.0, True)])])
     tracker.tiers()
     tracker.reset()
     assert tracker.state_dict() == RewardTracker().state_dict()
@@ -107,7 +101,7 @@ def test_reset_forgets_everything() -> None:
 
 def test_refill_rebuilds_baselines_but_keeps_streaks() -> None:
     tracker = RewardTracker(window=2)
-    feed(tracker, [("a", "plain", [(0.9, 0.0)] * 3)])
+    feed(tracker, [("a", "plain", [(0.9, False)] * 3)])
     completion = Completion(np.ones(1, np.int64), np.zeros(1, np.float32), True)
     tracker.refill([Trajectory("a", "plain", completion, r, {}, 0.0, "ref", "s", 0, 0) for r in (0.0, 0.2, 0.4)])
     assert tracker.mean("a", "plain") == pytest.approx(0.3)

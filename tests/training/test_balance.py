@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from megatron_avatar.policy.groups import pack_groups, plan_micro_batches
 from megatron_avatar.records import Prompt
+from megatron_avatar.rl.step import Visit
 from megatron_avatar.training.balance import deal, even_out, imbalance, loads_of, packed_tokens
-from megatron_avatar.training.rollout import Visit, share_visits
+from megatron_avatar.training.rollout import share_visits
 from tests.policy.tiny import KINDS, launch, tiny_config, tiny_thinker
 from tests.training.layouts_world import run_leg
 

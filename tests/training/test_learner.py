@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_avatar.config.schema import ModelConfig, OptimConfig, ParallelConfig, RLConfig
+from megatron_avatar.config.schema import ModelConfig, OptimConfig, ParallelConfig, RLConfig, ShapingConfig
 from megatron_avatar.policy.build import build_policy
 from megatron_avatar.policy.weights import load_hf
 from megatron_avatar.records import Completion, Group, Trajectory
@@ -17,6 +17,7 @@ from megatron_avatar.training.learner import Learner, LogprobMismatch, NonFinite
 from megatron_avatar.training.optim import build_optimizer
 from tests.policy.tiny import tiny_config, tiny_prompts, tiny_thinker
 
+TAGGED = ("<think>", "sounds", "</think><answer>", "two", "</answer>")
 LENGTHS = {"audio_in_video": (3, 5, 4), "text": (2, 6)}
 
 
@@ -37,10 +38,10 @@ def world(backend, tmp_path):
     return policy, groups
 
 
-def learner(policy, backend, *, train_towers=False, **settings) -> Learner:
+def learner(policy, backend, *, train_towers=False, pieces=None, **settings) -> Learner:
     policy.set_train_towers(train_towers)
     optimization = build_optimizer(policy, OptimConfig(), lr=1e-2, total_steps=9)
-    return Learner(policy, optimization, backend, RLConfig(**settings), train_towers=train_towers)
+    return Learner(policy, optimization, backend, RLConfig(**settings), train_towers=train_towers, pieces=pieces)
 
 
 def update(learner: Learner, groups: list[Group], **kwargs) -> dict:
@@ -85,6 +86,26 @@ def test_a_step_whose_prompts_are_all_set_aside_moves_nothing(world, backend):
         completions_generated=0, lr=0.0,
     )
     assert record["reward"] is None and record["replay/ess"] is None and record["tokens"] == 0
+    assert record["replay/dead"] is None and record["replay/age_max"] is None and record["replay/ratio_max"] is None
+
+
+def test_shaping_between_the_tags_bins_what_is_between_them(world, backend):
+    """Of five tokens two: the reasoning stands at the beginning, the answer at the end. The other completions are in
+    no format, and count as a whole."""
+    policy, groups = world
+    groups = groups[:1]
+    tagged = groups[0].trajectories[1].completion.token_ids
+    texts = dict.fromkeys(range(180), "x") | dict(zip(tagged.tolist(), TAGGED, strict=True))
+    others = [t.completion.token_ids for t in groups[0].trajectories if t.completion.token_ids is not tagged]
+    assert len({*tagged.tolist()}) == 5 and not {*tagged.tolist()} & {*np.concatenate(others).tolist()}
+    counted = {}
+    for span in ("completion", "between_tags"):
+        shaping = ShapingConfig(shape="linear_incline", lam=1.0, span=span)
+        ours = learner(policy, backend, pieces=lambda row: [texts[i] for i in row.tolist()], shaping=shaping)
+        counted[span] = update(ours, groups, check_logprobs=False)["position_bins"]
+    assert counted["completion"].sum() == 12 and counted["between_tags"].sum() == 3 + 2 + 4
+    assert counted["between_tags"][0] == counted["between_tags"][-1] == 3
+    assert [counted[span][10] for span in counted] == [2, 1], "the middle of three tokens, and once that of five"
 
 
 def test_the_gate_stops_before_anything_is_applied(world, backend):

@@ -18,7 +18,7 @@ import numpy as np
 from megatron_avatar.config.schema import ReplayConfig
 from megatron_avatar.keyed import keyed_rng
 from megatron_avatar.records import Trajectory, Variant
-from megatron_avatar.rl.advantages import ADVANTAGE_CLIP, SIGMA_FLOOR
+from megatron_avatar.rl.advantages import ADVANTAGE_CLIP, EQUAL, SIGMA_FLOOR
 from megatron_avatar.rl.tracker import TIERS, Tier
 
 UNRANKED: Tier = "medium"  # a prompt without plain history: nothing is known of its difficulty
@@ -96,6 +96,12 @@ class ReplayBuffer:
             sizes[tiers.get(sample_id, UNRANKED)] += count
         return sizes
 
+    @property
+    def reward_std(self) -> float:
+        """Population standard deviation of the rewards held now (0 without any): sigma_off that a step's few groups
+        can't make small by chance."""
+        return float(np.std([t.reward for t in self._rows.values()])) if self._rows else 0.0
+
     # ---- drawing -------------------------------------------------------------------------------
 
     def draw(
@@ -106,8 +112,10 @@ class ReplayBuffer:
 
         Groups are drawn until they hold `n_completions` trajectories (the last is cut to fit) or nothing
         is left; only trajectories of earlier steps count, no older than max_age, and at least
-        min_fill of them. `baselines` gives R-bar and `sigma` the running standard deviation of rewards,
-        for the priorities. Changes nothing; equal arguments give equal draws.
+        min_fill of them. With `live`, only those of them whose reward differs from R-bar as it is now: any other
+        has no advantage, as all of a group whose rewards were equal and that was met once. `baselines` gives R-bar
+        and `sigma` the standard deviation of rewards, for the order. Changes nothing; equal arguments give equal
+        draws.
         """
         assert n_off >= 1, n_off
         max_age = self._config.max_age or math.inf
@@ -117,11 +125,17 @@ class ReplayBuffer:
         rng = keyed_rng(rng_key)
         groups: dict[tuple[str, Variant], int] = {}
         group_of = np.array([groups.setdefault((t.sample_id, t.variant), len(groups)) for t in rows])
-        order = np.argsort(-self._sort_keys(rows, group_of, list(groups), baselines, sigma, rng), kind="stable")
+        names = list(groups)
+        rbar = np.array([math.nan if (mean := baselines(*name)) is None else mean for name in names])[group_of]
+        gaps = np.array([t.reward for t in rows]) - rbar  # NaN without history
+        keys = self._sort_keys(rows, gaps / max(sigma, SIGMA_FLOOR), rng)
+        order = np.argsort(-keys, kind="stable")
+        if self._config.live:
+            order = order[~(np.abs(gaps[order]) <= EQUAL)]
         # A group stands where its first trajectory does, so that its weight is the sum of its trajectories' weights.
-        names, first = list(groups), np.unique(group_of[order], return_index=True)[1]
+        present, first = np.unique(group_of[order], return_index=True)
         queues: dict[Tier, list[int]] = {tier: [] for tier in TIERS}
-        for group in np.argsort(first).tolist():
+        for group in present[np.argsort(first)].tolist():
             queues[tiers.get(names[group][0], UNRANKED)].append(group)
 
         drawn: list[list[Trajectory]] = []
@@ -139,15 +153,12 @@ class ReplayBuffer:
                     break
         return drawn
 
-    def _sort_keys(
-        self, rows: list[Trajectory], group_of: np.ndarray, groups: list[tuple[str, Variant]], baselines: Baseline,
-        sigma: float, rng: np.random.Generator,
-    ) -> np.ndarray:
-        """Keys [rows] whose descending order is the order of drawing without replacement; row k is of the (prompt,
-        variant) `groups[group_of[k]]`.
+    def _sort_keys(self, rows: list[Trajectory], advantages: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Keys [rows] whose descending order is the order of drawing without replacement, from the `advantages`
+        [rows] under today's R-bar (NaN: unknown).
 
-        Log-weight plus Gumbel noise: sorting is then successive sampling with probability proportional
-        to weight (exp(score / T), or 1 for uniform).
+        Log-weight plus Gumbel noise: sorting is then successive sampling with probability proportional to weight:
+        |A|^(1/T) for advantage, exp(score / T) for priority, 1 for uniform.
         """
         config = self._config
         if config.order == "fifo":
@@ -155,11 +166,14 @@ class ReplayBuffer:
         noise = rng.gumbel(size=len(rows))
         if config.order == "uniform":
             return noise
+        clipped = np.clip(advantages, -self._advantage_clip, self._advantage_clip)
+        if config.order == "advantage":
+            # Without a baseline nothing is known, and one deviation stands for it; without an advantage it comes last.
+            size = np.abs(np.where(np.isnan(clipped), 1.0, clipped))
+            return np.log(np.maximum(size, EQUAL)) / config.temperature + noise
         assert config.order == "priority", config.order
-        rbar = np.array([math.nan if (mean := baselines(*group)) is None else mean for group in groups])[group_of]
-        rewards, kl = np.array([(t.reward, t.kl_ref) for t in rows]).T
-        advantages = np.where(np.isnan(rbar), 0.0, (rewards - rbar) / max(sigma, SIGMA_FLOOR))
-        scores = config.w_reward * np.clip(advantages, -self._advantage_clip, self._advantage_clip) - config.w_kl * kl
+        kl = np.array([t.kl_ref for t in rows])
+        scores = config.w_reward * np.where(np.isnan(clipped), 0.0, clipped) - config.w_kl * kl
         return scores / config.temperature + noise
 
     def _tier_sequence(

@@ -1,7 +1,8 @@
 """The rewards of a prompt's completions, and their weighted sum (paper, rewards).
 
 Parts are raw values in [0, 1] by name (format, accuracy, self, judge); NaN marks a masked part, whose
-weight the other parts share in proportion.
+weight the other parts share in proportion. Beside them stands `correct`, which is no reward: 1 where evaluation calls
+the answer right.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from megatron_avatar.records import Sample
 from megatron_avatar.rl.rewards.accuracy import accuracy_reward, canonical
 from megatron_avatar.rl.rewards.agreement import self_rewards
 from megatron_avatar.rl.rewards.format import format_reward, parse
-from megatron_avatar.rl.rewards.grade import grade, read_answer
-from megatron_avatar.rl.rewards.judge import CRITERIA, Judge, RuleJudge, judge_reward
+from megatron_avatar.rl.rewards.grade import grade, is_right, read_answer
+from megatron_avatar.rl.rewards.judge import CRITERIA, Judge, RuleJudge, judge_reward, judge_rewards
 
 __all__ = [
     "CRITERIA",
@@ -27,22 +28,25 @@ __all__ = [
     "format_reward",
     "grade",
     "judge_reward",
+    "judge_rewards",
     "parse",
     "read_answer",
     "score_group",
     "self_rewards",
+    "weigh_group",
 ]
 
 
 def score_group(
-    sample: Sample, texts: list[str], weights: dict[str, float], judge: Judge | None = None, *,
-    pictures: Sequence[bytes] = (), numerical: str = "graded",
+    sample: Sample, texts: Sequence[str], weights: dict[str, float], verdicts: Sequence[float] | None = None, *,
+    numerical: str = "graded", self_reward: str = "right",
 ) -> list[tuple[float, dict[str, float]]]:
     """Reward and parts of each completion in `texts`, all on-policy completions of one prompt.
 
-    The parts always hold format and accuracy (the tracker and the logs need them whatever their weight),
-    and self and judge where their weight is above 0; `pictures` are for the judge. Raises ValueError for unusable
-    weights.
+    The parts always hold format, accuracy and correct (the tracker and the logs need them whatever their weight),
+    and self and judge where their weight is above 0. `verdicts` are the judge's rewards, NaN where it has none.
+    `self_reward` "right": agreement counts only where the majority is right, or where accuracy has no weight;
+    "majority": always (the paper). Raises ValueError for unusable weights.
     """
     check_weights(weights)
     answers = [parse(text)[1] for text in texts]
@@ -50,15 +54,37 @@ def score_group(
         {"format": format_reward(text), "accuracy": accuracy_reward(answer, sample, numerical=numerical)}
         for text, answer in zip(texts, answers, strict=True)
     ]
+    for text, part in zip(texts, parts, strict=True):
+        part["correct"] = _correct(sample, text, part["accuracy"])
+    if weights.get("judge", 0) > 0:
+        for part, verdict in zip(parts, verdicts or [math.nan] * len(texts), strict=True):
+            part["judge"] = verdict
+    named = [None if answer is None else canonical(answer, sample) for answer in answers]
+    return weigh_group(parts, named, weights, self_reward=self_reward)
+
+
+def weigh_group(
+    parts: list[dict[str, float]], answers: Sequence[str | None], weights: dict[str, float], *, self_reward: str
+) -> list[tuple[float, dict[str, float]]]:
+    """A group's rewards out of its parts, which get `self` from the answers here where it has a weight.
+
+    A part that is masked in one completion is masked in all of them: its weight goes to the other parts, and those
+    that were scored would else compete with one that was measured by another rule.
+    """
     if weights.get("self", 0) > 0:
-        votes = self_rewards([None if answer is None else canonical(answer, sample) for answer in answers])
+        checked = self_reward == "right" and weights.get("accuracy", 0) > 0
+        votes = self_rewards(answers, [part["correct"] > 0 for part in parts] if checked else None)
         for part, vote in zip(parts, votes, strict=True):
             part["self"] = vote
-    if weights.get("judge", 0) > 0:
-        verdicts = [math.nan] * len(texts) if judge is None else map(judge_reward, judge.score(sample, texts, pictures))
-        for part, verdict in zip(parts, verdicts, strict=True):
-            part["judge"] = verdict
+    masked = {name for part in parts for name, value in part.items() if math.isnan(value)}
+    for part in parts:
+        part.update(dict.fromkeys(masked, math.nan))
     return [(combine(part, weights), part) for part in parts]
+
+
+def _correct(sample: Sample, text: str, accuracy: float) -> float:
+    """What `grade` calls right: 1 or 0. An answer between tags is the one that `accuracy` is of."""
+    return float(is_right(accuracy, sample)) if "<answer>" in text else grade(sample, text)["correct"]
 
 
 def combine(parts: dict[str, float], weights: dict[str, float]) -> float:

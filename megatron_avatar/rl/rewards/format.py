@@ -28,10 +28,22 @@ def format_reward(text: str) -> float:
     return float(in_order and not (before.strip() or between.strip() or after.strip()))
 
 
+def content_spans(text: str) -> list[tuple[int, int]]:
+    """Where the contents of the two blocks begin and end in `text`; empty unless it has both of them."""
+    spans = [_span(text, name) for name in ("think", "answer")]
+    return [span for span in spans if span is not None] if all(spans) else []
+
+
 def _block(text: str, name: str) -> str | None:
+    span = _span(text, name)
+    return text[slice(*span)].strip() if span is not None else None
+
+
+def _span(text: str, name: str) -> tuple[int, int] | None:
+    """Beginning and end of a block's content; None where there is no block that counts."""
     opening, closing = f"<{name}>", f"</{name}>"
     if text.count(opening) != 1 or text.count(closing) != 1:
         return None
     start, end = text.index(opening) + len(opening), text.index(closing)
     content = text[start:end].strip() if start <= end else ""
-    return content if content and not any(tag in content for tag in TAGS) else None
+    return (start, end) if content and not any(tag in content for tag in TAGS) else None

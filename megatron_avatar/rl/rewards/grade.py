@@ -21,8 +21,13 @@ def grade(sample: Sample, text: str) -> dict[str, Any]:
     [0, 1], `correct` (0 or 1) and `format` (0 or 1)."""
     answer = read_answer(text, sample)
     accuracy = accuracy_reward(answer, sample)
-    correct = float(accuracy >= THRESHOLD.get(sample.problem_type, _EXACT))
+    correct = float(is_right(accuracy, sample))
     return {"text": text, "answer": answer, "accuracy": accuracy, "correct": correct, "format": format_reward(text)}
+
+
+def is_right(accuracy: float, sample: Sample) -> bool:
+    """Whether an answer that scores so much is right."""
+    return accuracy >= THRESHOLD.get(sample.problem_type, _EXACT)
 
 
 def read_answer(text: str, sample: Sample) -> str | None:

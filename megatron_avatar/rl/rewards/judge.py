@@ -26,6 +26,11 @@ class Judge(Protocol):
         ...
 
 
+def judge_rewards(judge: Judge, sample: Sample, texts: Sequence[str], pictures: Sequence[bytes] = ()) -> list[float]:
+    """The judge's reward of each completion; NaN where it has no verdict."""
+    return [judge_reward(scores) for scores in judge.score(sample, texts, pictures)]
+
+
 class RuleJudge:
     """Reads what a good completion says from `sample.scene["judge"]`:
 

@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_avatar.config.schema import ReplayConfig
+from megatron_avatar.config.validate import REPLAY_ORDERS
 from megatron_avatar.records import Completion, Trajectory
 from megatron_avatar.rl.replay.buffer import ReplayBuffer
-from megatron_avatar.rl.tracker import TIERS
+from megatron_avatar.rl.tracker import TIERS, RewardTracker
 
 
 def trajectory(sample_id: str, step: int = 0, *, k: int = 0, reward: float = 0.5, kl: float = 0.0,
@@ -21,7 +22,8 @@ def trajectory(sample_id: str, step: int = 0, *, k: int = 0, reward: float = 0.5
 
 
 def buffer(**config) -> ReplayBuffer:
-    return ReplayBuffer(ReplayConfig(**{"min_fill": 1, **config}))
+    """The paper's draw unless told otherwise."""
+    return ReplayBuffer(ReplayConfig(**{"min_fill": 1, "live": False, "order": "priority", "max_age": 0, **config}))
 
 
 def draw(b: ReplayBuffer, tiers: dict, *, n: int = 8, n_off: int = 4, step: int = 1000, key: str = "k",
@@ -82,7 +84,7 @@ def test_each_tier_is_cut_to_its_capacity_its_oldest_first(history: list, tier_m
 
 
 @settings(deadline=None)
-@given(histories, tier_maps, st.randoms(), st.sampled_from(["priority", "uniform", "fifo"]))
+@given(histories, tier_maps, st.randoms(), st.sampled_from(REPLAY_ORDERS))
 def test_ranks_that_gather_in_another_order_agree(
     history: list, tiers: dict, shuffle: random.Random, order: str
 ) -> None:
@@ -129,7 +131,7 @@ def test_texts_are_dropped_and_rescoring_renames() -> None:
 @settings(deadline=None)
 @given(
     histories, tier_maps, st.integers(1, 20), st.integers(1, 5), st.integers(0, 8), st.integers(0, 4),
-    st.sampled_from(["priority", "uniform", "fifo"]), st.text(max_size=5),
+    st.sampled_from(REPLAY_ORDERS), st.text(max_size=5),
 )
 def test_a_draw_keeps_its_promises(
     history: list, tiers: dict, n: int, n_off: int, step: int, max_age: int, order: str, key: str
@@ -269,8 +271,74 @@ def test_the_clip_is_the_runs_own() -> None:
     """Rewards 0.6 and 1.0 are 1 and 5 deviations above the baseline: alike at a clip of 1, far apart at 5."""
     shares = []
     for clip in (1.0, 5.0):
-        b = ReplayBuffer(ReplayConfig(min_fill=1), advantage_clip=clip)
+        b = ReplayBuffer(ReplayConfig(min_fill=1, order="priority", max_age=0), advantage_clip=clip)
         b.append([trajectory("p0", reward=0.6), trajectory("p1", reward=1.0)], {})
         drawn = [draw(b, {}, n=1, n_off=1, sigma=0.1, key=str(k))[0][0].sample_id for k in range(300)]
         shares.append(drawn.count("p1") / 300)
     assert abs(shares[0] - 0.5) < 0.1 and shares[1] > 0.95
+
+
+# ---- what has an advantage --------------------------------------------------------------------
+
+
+@settings(deadline=None)
+@given(
+    histories, tier_maps, st.lists(st.sampled_from([None, 0.0, 0.1, 0.2, 0.3]), min_size=18, max_size=18),
+    st.integers(1, 20), st.integers(1, 5), st.sampled_from(REPLAY_ORDERS),
+)
+def test_live_draws_are_those_of_a_buffer_without_the_dead(
+    history: list, tiers: dict, means: list, n: int, n_off: int, order: str
+) -> None:
+    """Against the draw's promises over a buffer that never held what has no advantage under today's R-bar."""
+    rbar = dict(zip([(p, v) for p in prompts for v in ("plain", "hinted")], means, strict=True))
+    b = buffer(order=order, live=True)
+    for rows in steps_of(history):
+        b.append(rows, tiers)
+    groups = b.draw(n, n_off, 1000, tiers, lambda *name: rbar[name], 0.5, "k")
+    alive = [t for t in b.trajectories.values()
+             if (mean := rbar[t.sample_id, t.variant]) is None or abs(t.reward - mean) > 1e-9]  # fmt: skip
+    flat = [content(t) for group in groups for t in group]
+    assert len(flat) == len(set(flat)) and set(flat) <= {content(t) for t in alive}
+    by_prompt = Counter((t.sample_id, t.variant) for t in alive)
+    assert len(flat) == min(n, sum(min(n_off, count) for count in by_prompt.values()))
+
+
+def test_a_group_that_failed_alike_is_dead_until_its_baseline_moves() -> None:
+    """The case of a prompt that is met once: R-bar is what each of its completions has."""
+    tracker, b = RewardTracker(), buffer(live=True)
+    rows = [trajectory("p0", k=k, reward=0.2) for k in range(4)]
+    tracker.update("p0", "plain", [0.2] * 4, solved=False)
+    b.append(rows, {})
+    assert b.draw(4, 4, 9, {}, tracker.mean, b.reward_std, "k") == []
+    tracker.update("p0", "plain", [0.2, 0.2, 0.2, 1.0], solved=True)
+    assert [len(group) for group in b.draw(4, 4, 9, {}, tracker.mean, b.reward_std, "k")] == [4]
+
+
+def test_the_largest_advantages_come_first_of_either_sign() -> None:
+    """First draws are proportional to |A|^(1/T), A under today's R-bar, clipped."""
+    rewards = {"a": 1.0, "b": 0.0, "c": 0.6, "d": 0.45}
+    for temperature in (1.0, 2.0):
+        b = buffer(order="advantage", temperature=temperature)
+        b.append([trajectory(p, reward=r) for p, r in rewards.items()], {})
+        weight = np.array([abs(r - 0.5) for r in rewards.values()]) ** (1 / temperature)
+        n = 3000
+        first = Counter(draw(b, {}, n=1, n_off=1, key=f"k{k}")[0][0].sample_id for k in range(n))
+        assert all(abs(first[p] / n - w) < 4 * 0.5 / np.sqrt(n)
+                   for p, w in zip(rewards, weight / weight.sum(), strict=True))  # fmt: skip
+    b.append([trajectory("dead", step, reward=0.5) for step in range(9)], {})
+    assert draw(b, {}, n=13, n_off=1)[-1][0].sample_id == "dead", "without an advantage it comes last, if at all"
+
+
+def test_no_tier_always_comes_last() -> None:
+    """Where a step's completions end in the middle of a group, each tier's turn is cut now and then."""
+    b, tiers = full(dict.fromkeys(TIERS, 20))
+    last = Counter(tiers[draw(b, tiers, n=15, n_off=2, key=f"k{k}")[-1][0].sample_id] for k in range(300))
+    for tier, share in zip(TIERS, (0.25, 0.35, 0.40), strict=True):
+        assert abs(last[tier] / 300 - share) < 0.12, last
+
+
+@given(st.lists(st.floats(0, 1), max_size=20))
+def test_the_spread_of_what_is_held(rewards: list[float]) -> None:
+    b = buffer()
+    b.append([trajectory("p0", k, reward=r) for k, r in enumerate(rewards)], {})
+    assert b.reward_std == pytest.approx(np.std(rewards) if rewards else 0.0)

@@ -6,19 +6,22 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from megatron_avatar.config.schema import HintConfig
+from megatron_avatar.config.schema import HintConfig, ReplayConfig, RLConfig
 from megatron_avatar.data.loader import SampleOrder
 from megatron_avatar.records import Completion, Group, Prompt, Sample, Trajectory
 from megatron_avatar.rl.hints import HintPolicy
-from megatron_avatar.rl.tracker import RewardTracker
-from megatron_avatar.training.loop import Run
-from megatron_avatar.training.rollout import (
+from megatron_avatar.rl.replay.buffer import ReplayBuffer
+from megatron_avatar.rl.step import (
     Visit,
     assign_off_policy,
     assign_on_policy,
     choose_prompts,
+    commit,
+    draw_replay,
     plain_completions,
 )
+from megatron_avatar.rl.tracker import RewardTracker
+from megatron_avatar.training.loop import Run
 
 POOL = {f"p{k}": Sample(f"p{k}", "s", "train", "f", "?", "1", "numerical", hint="Count.") for k in range(20)}
 
@@ -27,17 +30,18 @@ def seen(window: int = 20) -> RewardTracker:
     """A tracker that knows all of the pool; p0 to p7, its lowest 40 %, are hard."""
     tracker = RewardTracker(window)
     for k, name in enumerate(POOL):
-        tracker.update(name, "plain", [k / 20], [0.0])
+        tracker.update(name, "plain", [k / 20], solved=False)
     return tracker
 
 
 def choose(n: int, share: float, step: int, tracker: RewardTracker, hints: HintPolicy | None = None) -> list:
-    return choose_prompts(n, share, SampleOrder(POOL, 0, "s"), tracker, hints, POOL, (0, "s", step))
+    return choose_prompts(n, share, SampleOrder(POOL, 0, "s"), tracker, hints, POOL, POOL, (0, "s", step))
 
 
 def trajectory(name: str, reward: float, step: int = 0) -> Trajectory:
     completion = Completion(np.array([1]), np.zeros(1, np.float32), True)
-    return Trajectory(name, "plain", completion, reward, {"accuracy": reward}, 0.0, "ref", "s", step, step)
+    parts = {"accuracy": reward, "correct": float(reward == 1)}
+    return Trajectory(name, "plain", completion, reward, parts, 0.0, "ref", "s", step, step)
 
 
 @pytest.mark.parametrize(("n", "share"), [(1, 0.25), (8, 0.25), (6, 0.25), (3, 0.0), (2, 1.0)])
@@ -70,18 +74,42 @@ def test_plain_completions_leave_out_revisits_and_hints():
 def test_a_step_feeds_hints_that_nobody_uses_yet():
     """From an empty hint policy: a fourth visit without a solution brings the hint into the prompt."""
     tracker = seen(window=4)
-    run = SimpleNamespace(tracker=tracker, hints=HintPolicy(HintConfig(patience=4), tracker), buffer=None)
+    hints = HintPolicy(HintConfig(patience=4), tracker)
     for step in range(3):
-        assert {v.variant for v in choose(20, 0.0, step, tracker, run.hints)} == {"plain"}
-        Run.commit(run, [trajectory("p0", 0.0, step) for _ in range(4)])
-    variants = {v.sample_id: v.variant for v in choose(20, 0.0, 3, tracker, run.hints)}
+        assert {v.variant for v in choose(20, 0.0, step, tracker, hints)} == {"plain"}
+        commit([Visit("p0", "plain", "k", False)], {0: [trajectory("p0", 0.0, step)] * 4}, tracker, hints, None)
+    variants = {v.sample_id: v.variant for v in choose(20, 0.0, 3, tracker, hints)}
     assert [name for name, variant in variants.items() if variant == "hinted"] == ["p0"]
     assert {v.variant for v in choose(20, 0.0, 3, tracker, None)} == {"plain"}
 
 
+def test_a_fresh_visit_and_a_revisit_in_one_step_both_count():
+    tracker = seen(window=4)
+    before = tracker.streak("p0")
+    visits = [Visit("p0", "plain", "k/0", False), Visit("p0", "plain", "k/1", True), Visit("p1", "plain", "k", False)]
+    rows = {0: [trajectory("p0", 0.0)] * 2, 1: [trajectory("p0", 0.25)] * 2}  # the third was set aside
+    buffer = ReplayBuffer(ReplayConfig())
+    commit(visits, rows, tracker, None, buffer)
+    assert tracker.streak("p0") == before + 2 and tracker.streak("p1") == 1
+    assert tracker.mean("p0", "plain") == 0.125 and len(buffer) == 4
+    commit(visits, {1: [trajectory("p0", 0.0), trajectory("p0", 1.0)]}, tracker, None, None)
+    assert tracker.streak("p0") == 0 and "p0" in tracker.solved_plain
+
+
+def test_a_draw_takes_the_spread_that_the_setting_names():
+    tracker = seen()
+    for sigma, scale in (("batch", np.std([0.0, 1.0])), ("buffer", np.std([0.0, 1.0, 0.1, 0.1, 0.1, 0.1]))):
+        rl = RLConfig(replay=ReplayConfig(sigma=sigma, min_fill=1))
+        buffer = ReplayBuffer(rl.replay)
+        buffer.append([trajectory("p4", 0.0), trajectory("p4", 1.0)] + [trajectory("p2", 0.1)] * 4, {})
+        drawn, advantages, _ = draw_replay(buffer, tracker, rl, n=4, step=5, key=("s",))
+        assert [t.sample_id for t in drawn[0]] == ["p4", "p4"] and len(drawn) == 1, "p2's are as good as its R-bar"
+        np.testing.assert_allclose(sorted(advantages[0]), [-0.2 / scale, 0.8 / scale], rtol=1e-5)
+
+
 def test_small_groups_meet_the_baseline_of_their_own_variant():
     tracker = seen()
-    tracker.update("p0", "hinted", [0.9], [1.0])
+    tracker.update("p0", "hinted", [0.9], solved=True)
     groups = [
         Group(Prompt("p0", variant, np.zeros(1), np.zeros((3, 1))), [trajectory("p0", 0.5)])
         for variant in ("plain", "hinted")
