@@ -62,7 +62,8 @@ def settings(world: Path, out: Path) -> list[str]:
     stages = ("visual", "audio_visual", "localisation")
     return [
         "recipe=tiny_avatar", f"model.path={world / 'base'}", f"data.manifest={world / 'data' / 'manifest.jsonl'}",
-        f"output_dir={out}", "data.workers=0", "log.wandb=disabled", "rl.replay.min_fill=4", "rl.hints.patience=1",
+        f"output_dir={out}", "data.workers=0", "log.wandb=disabled", "rl.replay.min_fill=4", "rl.replay.live=false",
+        "rl.hints.patience=1",
         "rl.sampling.max_new_tokens=12", "optim.eps=1e-5", "checkpoint.every=1", "checkpoint.keep=3",
         *(f"stages.{stage}.steps={STEPS}" for stage in stages),
         *(f"stages.{stage}.prompts_per_step=4" for stage in stages),

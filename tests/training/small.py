@@ -35,6 +35,7 @@ def arguments(folder: Path, out: Path, *overrides: str, recipe: str = "tiny_avat
     return [
         f"recipe={recipe}", f"model.path={folder / 'base'}", f"data.manifest={folder / 'data' / 'manifest.jsonl'}",
         f"output_dir={out}", "log.wandb=disabled", "rl.replay.min_fill=4", "rl.hints.patience=1",
+        "rl.replay.live=false",  # a random model earns nothing: none of its completions has an advantage
         "rl.sampling.max_new_tokens=12",
         # A random model's groups often vanish: AdamW would make steps of full length from a gradient of rounding alone.
         "optim.eps=1e-5",
