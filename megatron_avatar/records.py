@@ -87,11 +87,13 @@ class Prompt:
 @dataclass
 class Completion:
     """token_ids [L] int64 (int32 in the replay buffer); logprobs [L] float32 under the policy that sampled them (full
-    softmax at the sampling temperature); `finished` is False when the length limit cut it."""
+    softmax at the sampling temperature); `finished` is False when the length limit cut it; `cut_off` is the mean over
+    its tokens of the probability that top_k and top_p left out of the draw (0 in the replay buffer)."""
 
     token_ids: np.ndarray
     logprobs: np.ndarray
     finished: bool
+    cut_off: float = 0.0
 
     def __len__(self) -> int:
         return len(self.token_ids)

@@ -43,7 +43,8 @@ class Decoder:
     def __call__(self, shape: Shape, rows: np.ndarray, received: Tensor | None) -> Tensor:
         """One step of `rows` [INPUTS, R], R <= shape.rows; `received` [shape.rows, 1, H] is the previous stage's.
 
-        Returns hidden states [shape.rows, 1, H]; on the last stage tokens and log-probabilities, float64 [2, R].
+        Returns hidden states [shape.rows, 1, H]; on the last stage tokens, log-probabilities and the
+        probability cut off by top_k and top_p, float64 [3, R].
         """
         inputs = np.zeros((INPUTS, shape.rows))
         inputs[:, : rows.shape[1]] = rows

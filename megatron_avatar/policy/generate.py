@@ -87,7 +87,7 @@ class Generation:
         self.stop, self.stop_ids, self.limit = stop, stop_token_ids(policy), sampling.max_new_tokens
         rows = len(prompts) * n
         self.tokens, self.logprobs = np.zeros((rows, self.limit), np.int64), np.zeros((rows, self.limit), np.float32)
-        self.counts, self.finished = np.zeros(rows, np.int64), np.zeros(rows, bool)
+        self.counts, self.finished, self.cut = np.zeros(rows, np.int64), np.zeros(rows, bool), np.zeros(rows)
         self.uniforms = np.zeros((rows, 0 if greedy else self.limit))
         if not greedy:
             self.uniforms[:] = [uniforms(key, i, self.limit) for key in keys for i in range(n)]
@@ -115,9 +115,9 @@ class Generation:
 
     def completions(self) -> list[list[Completion]]:
         rows = [
-            Completion(tokens[:count].copy(), logprobs[:count].copy(), bool(finished))
-            for tokens, logprobs, count, finished in zip(
-                self.tokens, self.logprobs, self.counts, self.finished, strict=True
+            Completion(tokens[:count].copy(), logprobs[:count].copy(), bool(finished), float(cut / count))
+            for tokens, logprobs, count, finished, cut in zip(
+                self.tokens, self.logprobs, self.counts, self.finished, self.cut, strict=True
             )
         ]
         return [rows[first : first + self.n] for first in range(0, len(rows), self.n)]
@@ -176,7 +176,7 @@ class Generation:
         return batch.pad_to(self.backend.tp if self.policy.config.sequence_parallel else 1)
 
     def _forward(self, lane: int, turn: Turn, batch: GroupBatch | Shape, received: Tensor | None) -> Tensor | None:
-        """A turn's work on this stage: hidden states for the next, tokens and log-probabilities [2, R] on the last,
+        """A turn's work on this stage: hidden states for the next, tokens and what goes with them [3, R] on the last,
         where turns that read have no result."""
         for attention in self.attentions:
             attention.cache = self.lanes[lane].cache
@@ -224,7 +224,7 @@ class Generation:
     def _record(self, lane: Lane, turn: Turn, output: Tensor | None) -> None:
         """Keep the tokens that the last stage drew; rows that are done leave the lane."""
         rows = turn.rows
-        ids, logprobs = self._agree(output, len(rows))
+        ids, logprobs, cut = self._agree(output, len(rows))
         if not len(rows):
             return
         if not np.isfinite(logprobs).all():
@@ -236,17 +236,18 @@ class Generation:
             )
         self.tokens[rows, self.counts[rows]] = ids
         self.logprobs[rows, self.counts[rows]] = logprobs
+        self.cut[rows] += cut
         self.counts[rows] += 1
         self.finished[rows] = np.isin(ids, self.stop_ids)
         lane.leave(self.finished[rows] | (self.counts[rows] == self.limit))
 
     def _agree(self, output: Tensor | None, rows: int) -> np.ndarray:
-        """The sampling rank's tokens and log-probabilities [2, rows] on every rank of the replica, on the host.
+        """The sampling rank's tokens and what goes with them [3, rows] on every rank of the replica, on the host.
 
         All ranks stop, or none: the flag travels with the tokens.
         """
         backend = self.backend
-        packet = torch.zeros(2 * rows + 1, dtype=torch.float64, device=backend.device)  # exact for ids and float32
+        packet = torch.zeros(3 * rows + 1, dtype=torch.float64, device=backend.device)  # exact for ids and float32
         if backend.is_last_stage and rows:
             packet[:-1] = output.flatten()
         if self.stop is not None and self.stop():
@@ -257,7 +258,7 @@ class Generation:
         values = packet.cpu().numpy()
         if values[-1]:
             raise GenerationStopped
-        return values[:-1].reshape(2, rows)
+        return values[:-1].reshape(3, rows)
 
 
 @contextmanager

@@ -21,19 +21,30 @@ CONTROL_TOKENS = (
 )  # fmt: skip
 
 
-def draw(logits: Tensor, uniforms: Tensor | None, sampling: SamplingConfig, banned: Tensor) -> tuple[Tensor, Tensor]:
-    """One token a row by inverse CDF, and its log-probability under the full softmax at the temperature.
+def truncates(sampling: SamplingConfig) -> bool:
+    """Whether some tokens of the policy can't be drawn."""
+    return sampling.top_k > 0 or sampling.top_p < 1
+
+
+def draw(
+    logits: Tensor, uniforms: Tensor | None, sampling: SamplingConfig, banned: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One token a row by inverse CDF, its log-probability under the full softmax at the temperature, and the share of
+    the probability that top_k and top_p cut off (0 where they are off).
 
     logits [R, V]; uniforms [R] float64 in [0, 1), None takes the most likely token; banned [V] bool, never drawn.
     top_k keeps the k most likely allowed tokens (and those that tie with the last); top_p of these the fewest
-    that reach the share. Returns ids [R] int64, logprobs [R] float32; for logits that are not finite some id, and NaN.
+    that reach the share. Returns ids [R] int64, logprobs and shares [R] float32; for logits that are not finite
+    some id, and NaN.
     """
     logprobs = torch.log_softmax(logits.float() / sampling.temperature, dim=-1)
     allowed = logprobs.masked_fill(banned, float("-inf"))
+    cut = torch.zeros_like(logprobs[:, 0])
     if uniforms is None:
         ids = allowed.argmax(dim=-1, keepdim=True)
     else:
         mass = allowed.double().exp()
+        whole = mass.sum(dim=-1)
         if 0 < sampling.top_k < mass.shape[-1]:
             least = mass.topk(sampling.top_k, dim=-1).values[:, -1:]
             mass = mass.where(mass >= least, 0.0)
@@ -43,7 +54,9 @@ def draw(logits: Tensor, uniforms: Tensor | None, sampling: SamplingConfig, bann
             ordered = ordered.where(before < sampling.top_p * mass.sum(dim=-1, keepdim=True), 0.0)
             mass = torch.zeros_like(mass).scatter(-1, order, ordered)
         ids = _find(mass, mass.cumsum(dim=-1), uniforms[:, None])
-    return ids[:, 0], logprobs.gather(-1, ids)[:, 0]
+        if truncates(sampling):
+            cut = (1 - mass.sum(dim=-1) / whole).clamp(min=0).float()
+    return ids[:, 0], logprobs.gather(-1, ids)[:, 0], cut
 
 
 def _find(mass: Tensor, cdf: Tensor, uniforms: Tensor) -> Tensor:

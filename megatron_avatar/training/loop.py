@@ -22,6 +22,7 @@ from megatron_avatar.policy.backend import Backend
 from megatron_avatar.policy.build import build_policy
 from megatron_avatar.policy.fusions import choose_fusions
 from megatron_avatar.policy.generate import GenerationStopped, generate
+from megatron_avatar.policy.sampling import truncates
 from megatron_avatar.policy.weights import export_hf, load_hf
 from megatron_avatar.records import Group, Prompt, Sample, Trajectory, Variant
 from megatron_avatar.resilience import attempts, checkpoint
@@ -322,7 +323,14 @@ class Run:
             hinted=sum(v.variant == "hinted" for v in visits),
             in_use=self.hints.in_use if self.hints is not None else 0, pool=self.pool,
             completions_generated=self.completions_generated, lr=self.optimization.lr,
-        ) | ({"replay/damaged_shards": self.shards.damaged} if self.shards.damaged else {}) | unscored
+        ) | self.now_and_then(fresh) | unscored
+
+    def now_and_then(self, fresh: list[Trajectory]) -> dict:
+        """What only some runs have to log."""
+        record = {"replay/damaged_shards": self.shards.damaged} if self.shards.damaged else {}
+        if truncates(self.config.rl.sampling):
+            record["sampling/cut_off"] = metrics.mean_or_none([t.completion.cut_off for t in fresh])
+        return record
 
     def replay_groups(
         self, drawn: list[list[Trajectory]], advantages: list[np.ndarray], loads: list[int]

@@ -344,10 +344,13 @@ def draws(sampling, logits, banned=(), count=4000):
     mask = torch.zeros(len(logits), dtype=torch.bool)
     mask[list(banned)] = True
     uniforms = (torch.arange(count, dtype=torch.float64) + 0.5) / count
-    ids, scores = draw(logits.expand(count, -1), uniforms, sampling, mask)
+    ids, scores, cut = draw(logits.expand(count, -1), uniforms, sampling, mask)
     full = torch.log_softmax(logits / sampling.temperature, -1)
     torch.testing.assert_close(scores, full[ids])  # whatever was banned or truncated
     shares = Counter(ids.tolist())
+    # All rows are alike: what was cut off is what no uniform number leads to.
+    possible = full.exp()[sorted(shares)].sum() / full.exp()[~mask].sum()
+    torch.testing.assert_close(cut, (1 - possible).expand(count), atol=2e-3, rtol=0)
     return torch.tensor([shares[i] / count for i in range(len(logits))])
 
 
@@ -375,10 +378,18 @@ def test_truncation_equals_transformers(top_k, top_p):
     torch.testing.assert_close(shares, wanted[0].softmax(-1), atol=1 / 4000, rtol=0)
 
 
+def test_top_p_is_a_share_of_what_top_k_left():
+    """Of eleven tokens nearly alike four are left; half of their mass is two of them, half of all mass would be all."""
+    shares = draws(SamplingConfig(top_k=4, top_p=0.5), torch.arange(11) * 0.01)
+    torch.testing.assert_close(shares, torch.tensor([0.0] * 9 + [0.5, 0.5]), atol=5e-3, rtol=0)
+    shares = draws(SamplingConfig(top_k=4, top_p=0.5), torch.arange(11) * 0.01, banned=(10, 9, 8))
+    assert shares.nonzero().flatten().tolist() == [6, 7], "nor of what may not be drawn"
+
+
 def test_extreme_uniforms_never_draw_a_banned_token():
     mask = torch.tensor([True, False, True, False, True])
     uniforms = torch.tensor([0.0, np.nextafter(1.0, 0.0)], dtype=torch.float64)
-    ids, _ = draw(torch.zeros(2, 5), uniforms, SamplingConfig(), mask)
+    ids, *_ = draw(torch.zeros(2, 5), uniforms, SamplingConfig(), mask)
     assert ids.tolist() == [1, 3]
 
 
@@ -397,5 +408,5 @@ def test_logits_that_are_no_numbers_draw_an_id_in_range(sampling):
     logits[0] = float("nan")
     logits[1, 2] = float("inf")
     for uniforms in (torch.full((3,), 0.9, dtype=torch.float64), None):
-        ids, scores = draw(logits, uniforms, sampling, torch.tensor([False, False, False, False, True]))
+        ids, scores, _ = draw(logits, uniforms, sampling, torch.tensor([False, False, False, False, True]))
         assert ((ids >= 0) & (ids < 5)).all() and scores.isnan().tolist() == [True, True, False]

@@ -68,7 +68,8 @@ class ReplayBuffer:
         """
         for trajectory in sorted(trajectories, key=_content_order):
             assert math.isfinite(trajectory.reward) and math.isfinite(trajectory.kl_ref), trajectory
-            completion = replace(trajectory.completion, token_ids=trajectory.completion.token_ids.astype(np.int32))
+            completion = trajectory.completion
+            completion = replace(completion, token_ids=completion.token_ids.astype(np.int32), cut_off=0.0)
             self._add(replace(trajectory, completion=completion, text=""))
         excess = {tier: max(size - self._capacity[tier], 0) for tier, size in self.tier_sizes(tiers).items()}
         oldest_first = iter(list(self._rows.items()) if any(excess.values()) else [])
