@@ -57,13 +57,17 @@ class RankMemory:
         return self.static + max(update, self.cache + self.generation, self.towers)
 
 
-def static_memory(policy: OmniPolicy, model: ModelConfig, parallel: ParallelConfig, work: Work, dp: int) -> RankMemory:
-    """What a rank holds before it computes anything."""
-    policy.set_train_towers(work.train_towers)
+def static_memory(
+    policy: OmniPolicy, model: ModelConfig, parallel: ParallelConfig, work: Work, dp: int, *, towers_ever: bool = False
+) -> RankMemory:
+    """What a rank holds before it computes anything. `towers_ever`: the encoders train in some stage of the run, whose
+    optimizer then keeps their state in every stage."""
     towers = list(policy.towers.parameters()) if policy.pre_process else []
     everything = list(policy.parameters())
+    policy.set_train_towers(work.train_towers or towers_ever)
+    count = sum(p.numel() for p in everything if p.requires_grad)
+    policy.set_train_towers(work.train_towers)
     trainable = [p for p in everything if p.requires_grad]
-    count = sum(p.numel() for p in trainable)
     # Two moments, and float32 main weights beside bfloat16 ones.
     state = count * (12 if model.dtype == "bfloat16" else 8)
     return RankMemory(
@@ -169,10 +173,11 @@ def rank_memories(
     `ratio` corrects what is computed with (calibration). Raises ValueError where the model doesn't split.
     """
     model, parallel, n_on = config.model, config.parallel, config.rl.n_on
+    towers_ever = any(stage.train_towers for stage in config.stages.values())
     ranks = []
     for pp_rank, tp_rank in itertools.product(range(parallel.pp), range(parallel.tp if every_rank else 1)):
         with shard_on_meta(folder, model, parallel, tp_rank, pp_rank) as policy:
-            memory = static_memory(policy, model, parallel, work, dp)
+            memory = static_memory(policy, model, parallel, work, dp, towers_ever=towers_ever)
             memory.margin = MARGIN_CPU if config.cluster.gpu == "cpu" else MARGIN
             if tp_rank == 0:
                 add_dynamic(memory, policy, work, n_on, ratio)

@@ -27,7 +27,7 @@ ITEMS = {
     "weights": "weights",
     "tower_weights": "weights of the encoders",
     "gradients": "gradients",
-    "optimizer": "optimizer",
+    "optimizer": "optimizer: main weights, moments",
     "reference": "reference model",
     "margin": "margin (libraries, fragments)",
     "activations": "update: activations",

@@ -78,7 +78,8 @@ class OmniPolicy(MegatronModule):
             self.towers = Towers(hf_config, config.params_dtype)
 
     def set_train_towers(self, train: bool) -> None:
-        """Freeze or train the encoders. Call it before the model is wrapped for data parallelism."""
+        """Freeze or train the encoders. Those that train in any stage have to when the model is wrapped for data
+        parallelism; from then on they may rest and go on."""
         if self.pre_process:
             self.towers.set_train(train)
 

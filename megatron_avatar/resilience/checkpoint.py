@@ -31,32 +31,23 @@ import torch.distributed.checkpoint as torch_checkpoint
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedObject, is_main_replica
+from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedObject, is_main_replica
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies import torch as torch_dist
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
 from megatron_avatar.policy.backend import Backend
+from megatron_avatar.resilience.index import read_index
 
 FORMAT = 3
 HIDDEN = ".unfinished_"
 WEIGHTS, STATE, GENERATORS, MANIFEST = "weights", "state.json", "rng.pt", "manifest.json"
 POLICY = "policy."
+MAIN = "optimizer.state.fp32_param."  # Megatron-Core's name of float32 main weights
 CHUNK = 1 << 22
-INDEX_CLASSES = {
-    "torch.distributed.checkpoint.metadata": {
-        "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
-        "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
-    },
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "torch.serialization": {"_get_layout"},
-    "torch": {"Size", "float32", "float16", "bfloat16", "float64", "int64", "int32", "uint8", "bool"},
-    "pathlib": {"PosixPath"},
-}  # fmt: skip
 
 
 class CheckpointError(RuntimeError):
@@ -348,8 +339,11 @@ def load(
     What is passed as None is not loaded. The random generators are restored where the layout is the saved one.
     Raises CheckpointError where tensors don't fit the model, or the files would run code.
     """
-    _refuse_code(path)
+    names = _refuse_code(path)
     wanted = _sharded_state(policy, optimization, reference, loading=True)
+    if optimization is not None:
+        asked = {shard.key for shard in nested_values(wanted) if isinstance(shard, ShardedBase)}
+        _check_main_weights(path, names, asked, backend)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
@@ -394,35 +388,40 @@ def _damage(path: Path, backend: Backend) -> list[str]:
     return damage
 
 
-def _memory_format(owner: Any, name: Any) -> Any:
-    """What `getattr` may do in an index: Python 3.11.2 pickles an enumeration's member as getattr(class, name)."""
-    if owner is not _MEM_FORMAT_ENCODING or name not in owner.__members__:
-        raise pickle.UnpicklingError(f"it asks for builtins.getattr({owner!r}, {name!r})")
-    return owner[name]
-
-
-class _IndexUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("builtins", "getattr"):
-            return _memory_format
-        if name in INDEX_CLASSES.get(module, ()):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-
-
-def _refuse_code(path: Path) -> None:
-    """torch unpickles its index without restriction, and Megatron its common state as the environment says."""
+def _refuse_code(path: Path) -> set[str]:
+    """The names of the checkpoint's tensors. torch unpickles its index without restriction, and Megatron its common
+    state as the environment says: both are read with care here first."""
     try:
         name = ".metadata"
-        with open(path / WEIGHTS / name, "rb") as index:
-            _IndexUnpickler(index).load()
+        names = read_index(path / WEIGHTS / name)
         name = "common.pt"
         torch.load(path / WEIGHTS / name, map_location="cpu", weights_only=True)  # AdamW's step was saved on a GPU
+        return names
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path / WEIGHTS / name} could run code on loading ({error}): it was not written by this program; use "
             "another checkpoint"
         ) from error
+
+
+def _check_main_weights(path: Path, saved: set[str], wanted: set[str], backend: Backend) -> None:
+    """CheckpointError where the checkpoint's float32 main weights aren't those that the run goes on with."""
+    saved, wanted = ({n for n in names if n.startswith(MAIN)} for names in (saved, wanted))
+    wanted = wanted.union(*backend.all_gather_object(wanted))  # of all pipeline stages
+    remedy = (f"or make a folder of it (python -m megatron_avatar.export {path.parents[1]} out=FOLDER step="
+              f"{int(path.name.removeprefix('step_'))}) and start a run of its own there, with model.path=FOLDER")
+    if missing := sorted(wanted - saved):
+        raise CheckpointError(
+            f"the checkpoint {path} has no float32 main weights for {len(missing)} of the tensors that bfloat16 trains "
+            f"({missing[0].removeprefix(MAIN)}, …): it was saved with model.dtype=float32, or without training these. "
+            f"Go on with the model.dtype and the stages (train_towers) that it was saved with, {remedy}"
+        )
+    if dropped := sorted(saved - wanted):
+        raise CheckpointError(
+            f"the checkpoint {path} has float32 main weights beside bfloat16 ones ({dropped[0].removeprefix(MAIN)}, …) "
+            "that the run's settings would leave behind. Go on with model.dtype=bfloat16 and the stages (train_towers) "
+            f"that it was saved with, {remedy}"
+        )
 
 
 def _reason(error: BaseException) -> str:

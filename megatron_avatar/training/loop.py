@@ -87,8 +87,8 @@ class Run:
         self.loader = MediaLoader(self.builder, manifest.parent, config.data.workers, config.data.decode_deadline_s)
         self.telemetry = Telemetry(self.folder, config, backend)
         self.saver, self.apart = Saver(), backend.apart()
-        self.optimization: Optimization | None = None  # the stage's, like the buffer
-        self.buffer: ReplayBuffer | None = None
+        self.optimization: Optimization | None = None
+        self.buffer: ReplayBuffer | None = None  # the stage's
         self.shards = ReplayShards(self.folder, self.apart)
         self.step = 0  # optimizer steps applied, over all stages
         self.saved: int | None = None  # step of the newest checkpoint
@@ -112,20 +112,22 @@ class Run:
     # ---- stages --------------------------------------------------------------------------------
 
     def enter_stage(self, name: str) -> None:
-        """Fresh optimizer, reference, loader order, baselines and buffer (paper supplement: a stage's
-        rewards have a scale of their own)."""
+        """Fresh moments, learning rate, reference, loader order, baselines and buffer (paper supplement: a stage's
+        rewards have a scale of their own). The weights go on, float32 main weights to the last bit: most of what a
+        stage moves is smaller than a step of bfloat16."""
         config, stage = self.config, self.config.stages[name]
         self.stage_name, self.stage, self.stage_step = name, stage, 0
         self.pool = stage_samples(self.samples, stage)
         self.hintable = {i for i, sample in self.pool.items() if sample.hint}
-        if self.optimization is not None:
-            self.optimization.close()
+        lr = stage.lr or config.optim.lr
+        updates = stage.steps * (config.rl.updates_per_rollout if stage.kind == "rl" else 1)
+        if self.optimization is None:  # for all that trains in any stage
+            self.policy.set_train_towers(any(s.train_towers for s in config.stages.values()))
+            self.optimization = build_optimizer(self.policy, config.optim, lr=lr, total_steps=updates,
+                                                parallel=config.parallel)
+        else:
+            self.optimization.renew(config.optim, lr=lr, total_steps=updates)
         self.policy.set_train_towers(stage.train_towers)
-        self.optimization = build_optimizer(
-            self.policy, config.optim, lr=stage.lr or config.optim.lr,
-            total_steps=stage.steps * (config.rl.updates_per_rollout if stage.kind == "rl" else 1),
-            parallel=config.parallel,
-        )
         self.learner = Learner(self.policy, self.optimization, self.backend, config.rl,
                                train_towers=stage.train_towers, pieces=self.builder.pieces)
         self.order = SampleOrder(sorted(self.pool), config.seed, name)

@@ -1,4 +1,4 @@
-"""One stage's optimizer: gradient buffers, AdamW and the learning-rate schedule, on Megatron-Core."""
+"""A run's optimizer: gradient buffers, main weights, AdamW and a stage's learning rate, on Megatron-Core."""
 
 from __future__ import annotations
 
@@ -30,16 +30,19 @@ DISTRIBUTED_FORMAT = {
 
 
 class Optimization:
-    """The wrapped policy, its optimizer and its schedule: what a stage builds afresh and drops at its end.
+    """The wrapped policy and its optimizer, which live as long as the run; `renew` begins a stage.
 
     `model` is what the pipeline schedule runs: Megatron's data-parallel wrapper, whose fp32 buffers collect the
-    gradients of every trainable parameter. `lr` is the rate of the latest update, `skipped` counts the updates refused
-    for non-finite numbers, `skipped_in_row` those since the latest one applied. With the distributed optimizer a rank
+    gradients of every parameter that was trainable when it was built. One that is frozen later rests: neither gradient
+    nor weight decay moves it. `lr` is the rate of the latest update, `skipped` counts the stage's updates refused for
+    non-finite numbers, `skipped_in_row` those since the latest one applied. With the distributed optimizer a rank
     keeps main weights and moments of its share of the gradient buffer, and the weights themselves move into a buffer of
     their own.
     """
 
-    def __init__(self, policy: nn.Module, optimizer_config: OptimizerConfig, schedule: dict[str, Any]) -> None:
+    def __init__(
+        self, policy: nn.Module, optimizer_config: OptimizerConfig, optim: OptimConfig, total_steps: int
+    ) -> None:
         config = get_model_config(policy)
         self._distributed = optimizer_config.use_distributed_optimizer
         buffers = DistributedDataParallelConfig(
@@ -51,13 +54,55 @@ class Optimization:
         self._torch_adam = isinstance(self._optimizer.optimizer, torch.optim.AdamW)
         for group in self._groups if self._torch_adam and torch.cuda.is_available() else ():
             group["fused"] = True  # one kernel, and no temporaries as large as the moments
-        self._scheduler = OptimizerParamScheduler(self._optimizer, **schedule)
+        # Moments and step exist before the first update, so that any checkpoint can be loaded.
+        self._optimizer.init_state_fn(self._optimizer.optimizer, optimizer_config)
+        self._schedule(optim, optimizer_config.lr, total_steps)
+
+    def renew(self, optim: OptimConfig, *, lr: float, total_steps: int) -> None:
+        """Begin another stage: moments, schedule and counts afresh. The weights stay, main weights to the last bit.
+
+        Raises ValueError for settings out of range.
+        """
+        check_schedule(optim, lr, total_steps)
+        for state in self._optimizer.optimizer.state.values():
+            state["exp_avg"].zero_()
+            state["exp_avg_sq"].zero_()
+        for group in self._groups:
+            group["max_lr"], group["min_lr"] = lr, optim.min_lr
+        self._schedule(optim, lr, total_steps)
+
+    def _schedule(self, optim: OptimConfig, lr: float, total_steps: int) -> None:
+        """Put the learning rate at the beginning of a stage of `total_steps` updates."""
+        self._scheduler = OptimizerParamScheduler(
+            self._optimizer,
+            init_lr=0.0,
+            max_lr=lr,
+            min_lr=optim.min_lr,
+            lr_warmup_steps=round(optim.warmup_fraction * total_steps),
+            lr_decay_steps=total_steps + 1,  # the last update still learns
+            lr_decay_style=optim.schedule,
+            start_wd=optim.weight_decay,
+            end_wd=optim.weight_decay,
+            wd_incr_steps=total_steps,
+            wd_incr_style="constant",
+        )
         self._scheduler.step(1)  # update k = 1, 2, … uses the schedule's point k: no update at a rate of zero
         self.lr = 0.0
         self.skipped = self.skipped_in_row = 0
-        # Moments and step exist before the first update, so that any checkpoint can be loaded.
-        self._optimizer.init_state_fn(self._optimizer.optimizer, optimizer_config)
         self._count_updates()
+
+    def main_weights(self) -> dict[str, torch.Tensor]:
+        """Name -> float32 main weight of every parameter: in float32 the weight itself, with the distributed optimizer
+        this rank's flat share of it (names without a share are left out). What the updates change, not a copy."""
+        named = ((name, self._main(parameter)) for name, parameter in self.model.module.named_parameters())
+        return {name: main.detach() for name, main in named if main is not None}
+
+    def _main(self, parameter: nn.Parameter) -> torch.Tensor | None:
+        """What AdamW updates in place of the parameter; None where it updates nothing of it on this rank."""
+        if not self._distributed:
+            return getattr(parameter, "main_param", parameter) if hasattr(parameter, "main_grad") else None
+        place = self._optimizer.model_param_group_index_map.get(parameter)
+        return None if place is None else self._groups[place[0]]["params"][place[1]]
 
     def zero_grad(self) -> None:
         self.model.zero_grad_buffer()
@@ -71,6 +116,9 @@ class Optimization:
         the same.
         """
         self._optimizer.prepare_grads()
+        for parameter in self.model.params_with_grad:
+            if not parameter.requires_grad and (main := self._main(parameter)) is not None:
+                main.grad = None  # AdamW passes it over
         norm = float(self._optimizer.get_grad_norm())
         applied = usable and math.isfinite(norm)
         if applied:
@@ -121,20 +169,6 @@ class Optimization:
         self._scheduler.step(0)
         self.skipped, self.skipped_in_row = state["schedule"]["skipped"], state["schedule"]["skipped_in_row"]
         self._count_updates()
-
-    def close(self) -> None:
-        """Free the gradient buffers and moments; the policy can then be wrapped for the next stage."""
-        for parameter in self.model.params_with_grad:
-            parameter.grad = None
-            for attribute in ("main_grad", "main_param"):
-                if hasattr(parameter, attribute):
-                    delattr(parameter, attribute)
-        self.model.grad_accs.clear()  # the hooks that fill the buffers go with their accumulators
-        parameters, distributed = self.model.params_with_grad, self._distributed
-        del self.model, self._optimizer, self._scheduler
-        if distributed:  # one weight that stays frozen from now on would keep the whole buffer
-            for parameter in parameters:
-                parameter.data = parameter.data.clone()
 
     @property
     def _groups(self) -> list[dict[str, Any]]:
@@ -196,20 +230,13 @@ def build_optimizer(
     total_steps: int,
     parallel: ParallelConfig | None = None,
 ) -> Optimization:
-    """Wrap `policy` and build AdamW for its trainable parameters; call again, after `close`, at every stage.
+    """Wrap `policy` and build AdamW for its trainable parameters: those that train in any stage of the run.
 
     The rate rises linearly over the first `optim.warmup_fraction` of `total_steps` to `lr`, then stays or falls to
     `optim.min_lr`. Biases and norms are exempt from weight decay. `parallel` says whether the optimizer is distributed
     and which kernels it may take. Raises ValueError for settings out of range.
     """
-    if optim.schedule not in SCHEDULES:
-        raise ValueError(f"optim.schedule={optim.schedule!r}: choose one of {', '.join(SCHEDULES)}")
-    if not 0 <= optim.warmup_fraction <= 1:
-        raise ValueError(f"optim.warmup_fraction={optim.warmup_fraction}: choose a share between 0 and 1")
-    if not 0 <= optim.min_lr <= lr:
-        raise ValueError(f"optim.min_lr={optim.min_lr} lies outside 0 … the stage's learning rate {lr}")
-    if total_steps < 1:
-        raise ValueError(f"a stage has steps={total_steps}: it needs at least one")
+    check_schedule(optim, lr, total_steps)
     trainable = [p for p in policy.parameters() if p.requires_grad]
     if not trainable:
         raise ValueError("no parameter of the policy is trainable: nothing to optimize")
@@ -229,16 +256,16 @@ def build_optimizer(
         params_dtype=dtype,
         use_distributed_optimizer=parallel.distributed_optimizer,
     )
-    schedule = {
-        "init_lr": 0.0,
-        "max_lr": lr,
-        "min_lr": optim.min_lr,
-        "lr_warmup_steps": round(optim.warmup_fraction * total_steps),
-        "lr_decay_steps": total_steps + 1,  # the last update still learns
-        "lr_decay_style": optim.schedule,
-        "start_wd": optim.weight_decay,
-        "end_wd": optim.weight_decay,
-        "wd_incr_steps": total_steps,
-        "wd_incr_style": "constant",
-    }
-    return Optimization(policy, optimizer_config, schedule)
+    return Optimization(policy, optimizer_config, optim, total_steps)
+
+
+def check_schedule(optim: OptimConfig, lr: float, total_steps: int) -> None:
+    """Raise ValueError for a stage's settings out of range."""
+    if optim.schedule not in SCHEDULES:
+        raise ValueError(f"optim.schedule={optim.schedule!r}: choose one of {', '.join(SCHEDULES)}")
+    if not 0 <= optim.warmup_fraction <= 1:
+        raise ValueError(f"optim.warmup_fraction={optim.warmup_fraction}: choose a share between 0 and 1")
+    if not 0 <= optim.min_lr <= lr:
+        raise ValueError(f"optim.min_lr={optim.min_lr} lies outside 0 … the stage's learning rate {lr}")
+    if total_steps < 1:
+        raise ValueError(f"a stage has steps={total_steps}: it needs at least one")

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from megatron_avatar.config.load import CONFIG_DIR, load_config
-from megatron_avatar.config.schema import LoraConfig, ModelConfig, ParallelConfig
+from megatron_avatar.config.schema import LoraConfig, ModelConfig, OptimConfig, ParallelConfig
 from megatron_avatar.planning.memory import (
     GIB,
     drop_gradients,
@@ -41,6 +41,7 @@ from megatron_avatar.policy.backend import start, stop
 from megatron_avatar.policy.build import build_policy
 from megatron_avatar.train import main
 from megatron_avatar.training.learner import Learner
+from megatron_avatar.training.optim import build_optimizer
 from tests.policy.tiny import tiny_config, tiny_prompts
 
 ROOT = Path(__file__).parents[2]
@@ -135,6 +136,23 @@ def test_the_reference_is_what_a_learner_copies(tmp_path, train_towers):
         learner.snapshot_reference()
         assert memory.reference == sum(t.nbytes for t in learner.reference.values())
         assert train_towers == (memory.reference > parameter_bytes(list(policy.towers.parameters())) / 2)
+
+
+@pytest.mark.parametrize("stages", [(True, True), (True, False)], ids=["train", "rest"])
+def test_the_optimizer_s_bytes_are_those_of_main_weights_and_moments(tmp_path, stages):
+    """In bfloat16, encoders included that train in some stage only: their state stays in every stage."""
+    model, (ever, now) = ModelConfig(dtype="bfloat16"), stages
+    folder, work = save(tmp_path), Work(True, now, 0, 0, 8, 4, 1, (2,), 64)
+    with shard_on_meta(folder, model, ParallelConfig(), 0, 0) as policy:
+        memory = static_memory(policy, model, ParallelConfig(), work, dp=1, towers_ever=ever)
+    with one_rank(folder, model, ParallelConfig()) as policy:
+        policy.set_train_towers(ever)
+        optimization = build_optimizer(policy, OptimConfig(), lr=1e-3, total_steps=1)
+        policy.set_train_towers(now)
+        main = optimization.main_weights().values()
+        assert {value.dtype for value in main} == {torch.float32}
+        assert memory.optimizer == 3 * sum(value.nbytes for value in main)
+        assert memory.gradients == sum(p.main_grad.nbytes for p in policy.parameters() if hasattr(p, "main_grad"))
 
 
 def test_the_distributed_optimizer_shares_out_its_state(tmp_path):

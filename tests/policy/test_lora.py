@@ -226,7 +226,11 @@ def test_bfloat16_trains_adapters_only(folder, backend):
     after = dict(policy.named_parameters())
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {name for name in before if "lora_" in name}
-    optimization.close()
+    main = {name: value.clone() for name, value in optimization.main_weights().items()}
+    assert main.keys() == changed and {value.dtype for value in main.values()} == {torch.float32}
+    assert any(not torch.equal(value, after[name].float()) for name, value in main.items())  # more than bfloat16 holds
+    optimization.renew(OptimConfig(), lr=1e-2, total_steps=2)  # the next stage
+    assert all(torch.equal(value, main[name]) for name, value in optimization.main_weights().items())
 
 
 def test_reference_is_the_model_without_adapters_at_first(folder, backend):
@@ -249,7 +253,6 @@ def test_reference_is_the_model_without_adapters_at_first(folder, backend):
     learner.update_sft([group(prompt)], [None])
     (reference,) = learner.reference_logprobs([group(prompt)], [None])
     assert np.array_equal(np.concatenate(reference), now)
-    optimization.close()
 
 
 def test_target_without_a_layer_is_refused(folder, backend):

@@ -20,7 +20,7 @@ import torch
 
 from megatron_avatar.config.schema import OptimConfig, ParallelConfig
 from megatron_avatar.policy.backend import Backend
-from megatron_avatar.resilience import checkpoint
+from megatron_avatar.resilience import checkpoint, index
 from megatron_avatar.training.optim import build_optimizer
 from tests.policy.tiny import launch, tiny_config, tiny_thinker
 from tests.training.gpt import build_gpt, train_step
@@ -36,6 +36,8 @@ class Trainer:
     layers: int = 2
     dtype: torch.dtype = torch.float32
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(weight_decay=0.1))
+    lr: float = 1e-2
 
     def __post_init__(self) -> None:
         self.policy = build_gpt(
@@ -43,7 +45,7 @@ class Trainer:
         )
         self.reference = {name: p.detach().clone() for name, p in self.policy.named_parameters()}
         self.optimization = build_optimizer(
-            self.policy, OptimConfig(weight_decay=0.1), lr=1e-2, total_steps=20, parallel=self.parallel
+            self.policy, self.optim, lr=self.lr, total_steps=20, parallel=self.parallel
         )
 
     def train(self, first: int, last: int) -> list[float]:
@@ -125,6 +127,10 @@ def test_a_checkpoint_fits_with_and_without_the_distributed_optimizer(backend, t
     two.train(7, 8)
     path = one.save(tmp_path, 3)
     two.load(path)
+    for (name, main), theirs in zip(two.optimization.main_weights().items(),
+                                    one.optimization.main_weights().values(), strict=True):
+        assert torch.equal(main.flatten(), theirs.flatten()), name  # one process: its share is all of it
+        assert torch.equal(two.policy.get_parameter(name).flatten(), main.to(dtype).flatten())
     assert two.train(3, 6) == pytest.approx(one.train(3, 6), rel=1e-5)
     for a, b in zip(one.policy.parameters(), two.policy.parameters(), strict=True):
         assert torch.allclose(a, b, atol=1e-6)
@@ -136,11 +142,8 @@ def test_skipped_updates_survive_and_settings_are_those_of_today(trainer, backen
         next(trainer.policy.parameters()).main_grad.fill_(float("nan"))
         trainer.optimization.step()
     path = trainer.save(tmp_path, 2)
-    other = Trainer(backend)
-    other.optimization.close()
-    other.optimization = build_optimizer(
-        other.policy, OptimConfig(warmup_fraction=0.0, schedule="constant", beta1=0.5), lr=3e-3, total_steps=9,
-    )
+    settings = OptimConfig(warmup_fraction=0.0, schedule="constant", beta1=0.5)
+    other = Trainer(backend, optim=settings, lr=3e-3)
     other.load(path)
     assert other.optimization.skipped_in_row == 2
     other.train(2, 3)
@@ -306,15 +309,15 @@ class Lookup:
     """Asks a loader for an attribute of a class of the index that is no member of its enumeration."""
 
     def __reduce__(self):
-        return getattr, (checkpoint._MEM_FORMAT_ENCODING, "mro")
+        return getattr, (index._MEM_FORMAT_ENCODING, "mro")
 
 
 def test_an_index_may_name_members_of_its_enumeration_only():
-    member = checkpoint._MEM_FORMAT_ENCODING.TORCH_CONTIGUOUS_FORMAT
-    assert checkpoint._IndexUnpickler(io.BytesIO(pickle.dumps(member))).load() is member
-    assert checkpoint._memory_format(type(member), member.name) is member
+    member = index._MEM_FORMAT_ENCODING.TORCH_CONTIGUOUS_FORMAT
+    assert index._IndexUnpickler(io.BytesIO(pickle.dumps(member))).load() is member
+    assert index._memory_format(type(member), member.name) is member
     with pytest.raises(pickle.UnpicklingError, match="getattr"):
-        checkpoint._IndexUnpickler(io.BytesIO(pickle.dumps(Lookup()))).load()
+        index._IndexUnpickler(io.BytesIO(pickle.dumps(Lookup()))).load()
 
 
 def test_another_model_is_refused(trainer, backend, tmp_path):
@@ -333,6 +336,24 @@ def test_another_model_is_refused(trainer, backend, tmp_path):
         trainer.load(trained_less)
 
 
+@pytest.mark.parametrize("distributed", [False, True])
+def test_a_checkpoint_without_main_weights_is_named_before_anything_is_loaded(backend, tmp_path, distributed):
+    """Saved in float32 and gone on with in bfloat16, and the other way round; weights alone may change their type."""
+    parallel = ParallelConfig(distributed_optimizer=distributed)
+    full, half = (Trainer(backend, dtype=dtype, parallel=parallel) for dtype in (torch.float32, torch.bfloat16))
+    paths = full.save(tmp_path / "full", 7), half.save(tmp_path / "half", 7)
+    before = half.tensors()
+    named = r"no float32 main weights for \d+ of the tensors.*model\.dtype.*export \S+full out=FOLDER step=7"
+    with pytest.raises(checkpoint.CheckpointError, match=named):
+        half.load(paths[0])
+    assert same(half.tensors(), before)
+    with pytest.raises(checkpoint.CheckpointError, match="would leave behind. Go on with model.dtype=bfloat16"):
+        full.load(paths[1])
+    checkpoint.load(paths[1], policy=full.policy, optimization=None, reference=None, backend=backend)
+    for parameter, theirs in zip(full.policy.parameters(), half.policy.parameters(), strict=True):
+        assert torch.equal(parameter, theirs.float())
+
+
 # ---- layouts -----------------------------------------------------------------------------------
 
 
@@ -343,7 +364,8 @@ def test_two_ranks_reshard_and_agree(tmp_path):
     launch(Path(__file__).with_name("two_ranks.py"), 2, tmp_path)
     checks, other = (json.loads((tmp_path / f"rank_{rank}.json").read_text()) for rank in range(2))
     assert checks == other
-    assert checks["equal"] == {"tp2 pp1 dp1": True, "tp1 pp2 dp1": True, "tp1 pp1 dp2": True}
+    assert checks["equal"] == {"tp2 pp1 dp1": True, "tp1 pp2 dp1": True, "tp1 pp1 dp2": True, "bfloat16": True}
+    assert checks["finer"] is True  # main weights hold more than bfloat16 does
     assert checks["negative_control"] is False
     for part in ("exp_avg.towers.visual", "exp_avg_sq.towers.audio_tower", "step.", "reference.language_model",
                  "output_layer"):
