@@ -98,9 +98,8 @@ def take(
     """
     sharded, common = save_preprocess(_sharded_state(policy, optimization, reference, loading=False))
     for shard in nested_values(sharded):
-        # What the distributed optimizer gathered lies on the host already, and nothing else holds it.
-        own = is_main_replica(shard.replica_id) and (shard.data.is_cuda or backend.device.type == "cpu")
-        shard.data = shard.data.detach().to("cpu", copy=True) if own else shard.data
+        if is_main_replica(shard.replica_id):
+            shard.data = shard.data.detach().to("cpu", copy=True)
     state = json.loads(json.dumps(state)) if backend.rank == 0 else {}
     return Snapshot(step, sharded, _serialise(common), _generators(), state)
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
@@ -20,13 +20,11 @@ from torch import nn
 from megatron_avatar.config.schema import OptimConfig, ParallelConfig
 from megatron_avatar.config.validate import SCHEDULES
 from megatron_avatar.policy.fusions import choose_fusions, pin_adam
+from megatron_avatar.resilience.shares import share
 
-# The first data-parallel rank gathers shares on the host and writes tensors shaped like the weights: any layout reads
-# them. On loading every rank reads them whole and keeps its share.
-DISTRIBUTED_FORMAT = {
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "distrib_optim_fully_reshardable_mem_efficient": True,
-}
+DISTRIBUTED_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}  # tensors shaped like the weights
+# Names of the distributed optimizer's tensors -> those in a checkpoint, which are the plain optimizer's.
+NAMES = {"param": "fp32_param", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
 
 
 class Optimization:
@@ -51,6 +49,7 @@ class Optimization:
         self.model = DistributedDataParallel(config, buffers, policy)
         config.finalize_model_grads_func = finalize_model_grads
         (self._optimizer,) = get_megatron_optimizer(optimizer_config, [self.model]).chained_optimizers
+        self._optimizer.sharded_param_state_fully_reshardable = self._shares
         self._torch_adam = isinstance(self._optimizer.optimizer, torch.optim.AdamW)
         for group in self._groups if self._torch_adam and torch.cuda.is_available() else ():
             group["fused"] = True  # one kernel, and no temporaries as large as the moments
@@ -136,14 +135,7 @@ class Optimization:
 
         Its tensors have the same names with and without the distributed optimizer.
         """
-        with self._unpadded_indices():
-            state = self._optimizer.sharded_state_dict(model_state, loading, metadata=DISTRIBUTED_FORMAT)
-        if self._distributed:
-            for tensors in (state["param_state"] or {}).values():  # None: another data-parallel rank writes them
-                main = tensors.pop("param")  # float32 weights are in `model_state` already
-                if self._optimizer.config.bf16:
-                    key = main.key.replace("optimizer.state.param.", "optimizer.state.fp32_param.", 1)
-                    tensors["fp32_param"] = replace(main, key=key)
+        state = self._optimizer.sharded_state_dict(model_state, loading, metadata=DISTRIBUTED_FORMAT)
         counts = {"points": self._scheduler.num_steps, "skipped": self.skipped, "skipped_in_row": self.skipped_in_row}
         return {"optimizer": state, "schedule": counts}
 
@@ -153,9 +145,7 @@ class Optimization:
 
         The policy's weights must have been loaded before.
         """
-        if self._distributed:
-            self._load_shares(state["optimizer"]["param_state"])
-        else:
+        if not self._distributed:  # whose shares have been loaded in place
             adamw = state["optimizer"].get("optimizer", {})  # bf16 has main weights beside it
             adamw = adamw if "state" in adamw else state["optimizer"]
             adamw["param_groups"] = [
@@ -174,41 +164,24 @@ class Optimization:
     def _groups(self) -> list[dict[str, Any]]:
         return self._optimizer.param_groups
 
-    @contextmanager
-    def _unpadded_indices(self) -> Iterator[None]:
-        """Let the places of weights in the distributed optimizer's buffers leave out the padding between buckets.
-
-        Megatron-Core gathers a buffer without that padding and cuts it by places with it: the weights behind a tied
-        embedding, which has a bucket of its own in a pipeline, would be saved with moments of their neighbours.
-        """
-        buffers = self._optimizer.buffers if self._distributed else []
-        padded = [buffer.param_index_map for buffer in buffers]
-        for buffer, places in zip(buffers, padded, strict=True):
-            before, unpadded = [], 0
-            for bucket in buffer.buckets:
-                before.append(bucket.offset - unpadded)
-                unpadded += bucket.numel_unpadded
-            buffer.param_index_map = {
-                weight: (start - before[bucket], end - before[bucket], bucket)
-                for weight, (start, end, bucket) in places.items()
-            }
-        try:
-            yield
-        finally:
-            for buffer, places in zip(buffers, padded, strict=True):
-                buffer.param_index_map = places
-
-    def _load_shares(self, tensors: dict[int, dict[str, torch.Tensor]]) -> None:
-        """Take this rank's shares of whole main weights and moments, numbered as the buffers have their weights.
-
-        Megatron-Core's own load_state_dict wants a step where there is none and gives all parameters the same one.
-        """
-        weights = itertools.chain.from_iterable(buffer.param_index_map for buffer in self._optimizer.buffers)
-        for number, weight in enumerate(weights):
-            tensors[number].setdefault("fp32_param", weight)
-        for state in self._optimizer.optimizer.state.values():
-            state.pop("step", None)
-        self._optimizer.load_parameter_state_from_fully_reshardable(tensors)
+    def _shares(self, model_state: dict[str, Any], loading: bool, metadata: Any) -> list[list[ShardedTensor]]:
+        """This rank's shares of main weights and moments, in place of Megatron-Core's gathering on one rank, which
+        takes up to 32 bytes of host memory a parameter. Loading fills them where they are."""
+        weights, _ = extract_sharded_tensors_and_factories(model_state)
+        by_weight = {weight.data: weight for weight in nested_values(weights)}
+        found = []
+        for buffer in self._optimizer.gbuf_ranges:
+            for places in itertools.chain.from_iterable(buffer.values()):
+                for weight, ranges in places["param_map"].items():
+                    sharded, start = by_weight[weight], ranges["param"].start
+                    tensors = self._optimizer._get_main_param_and_optimizer_states(weight)
+                    if weight.dtype == torch.float32:
+                        del tensors["param"]  # a view of the weight, which is in `model_state` already
+                    found += [
+                        share(sharded, f"optimizer.state.{NAMES[name]}.{sharded.key}", tensor.detach().view(-1), start)
+                        for name, tensor in tensors.items() if name in NAMES
+                    ]  # fmt: skip
+        return found
 
     def _count_updates(self) -> None:
         """Write the number of updates into AdamW's state: torch keeps one a parameter, fused kernels one a group."""

@@ -1,0 +1,89 @@
+"""The sizes in a Hugging Face folder's config.json, for plans: read without transformers and torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Protocol
+
+TEXT = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size",
+        "vocab_size")  # fmt: skip
+VISION = ("depth", "hidden_size", "intermediate_size", "in_channels", "patch_size", "temporal_patch_size",
+          "spatial_merge_size", "out_hidden_size")  # fmt: skip
+AUDIO = ("d_model", "encoder_layers", "encoder_ffn_dim", "num_mel_bins", "output_dim")
+
+
+class Shape(Protocol):
+    """A model's sizes: what `read_shape` returns, and every configuration of transformers."""
+
+    text_config: Any
+    vision_config: Any
+
+
+def read_shape(folder: str | Path) -> Shape:
+    """text_config, vision_config and, where the model hears, audio_config of Qwen2.5-Omni (the whole class or its
+    Thinker) or Qwen2.5-VL, with the sizes named above. Raises ValueError where the folder has none of them."""
+    path = Path(folder) / "config.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        found = found.get("thinker_config", found)  # of the full Omni class
+        text = found.get("text_config", found)  # VL's older files have the sizes at their top
+        tied = bool(found.get("tie_word_embeddings", text.get("tie_word_embeddings", False)))
+        head = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
+        shape = SimpleNamespace(
+            text_config=SimpleNamespace(tie_word_embeddings=tied, head_dim=head, **{k: text[k] for k in TEXT}),
+            vision_config=SimpleNamespace(**{k: found["vision_config"][k] for k in VISION}),
+        )
+        if "audio_config" in found:
+            shape.audio_config = SimpleNamespace(**{k: found["audio_config"][k] for k in AUDIO})
+        return shape
+    except OSError as error:
+        raise ValueError(f"{path} can't be read ({error.strerror}): correct the path") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no configuration of Qwen2.5-Omni or Qwen2.5-VL ({error!r})") from None
+
+
+def hears(shape: Shape) -> bool:
+    """Whether the model has an audio encoder."""
+    return getattr(shape, "audio_config", None) is not None
+
+
+def text_parameters(shape: Shape) -> int:
+    """Parameters of the language model, embedding and head included."""
+    text = shape.text_config
+    return text.num_hidden_layers * layer_parameters(shape) + text.hidden_size + embedding_parameters(shape) * (
+        1 if text.tie_word_embeddings else 2
+    )
+
+
+def layer_parameters(shape: Shape) -> int:
+    """Of one layer: attention with its biases, feed-forward, two norms."""
+    text = shape.text_config
+    hidden, size = text.hidden_size, text.head_dim
+    queries, keys = text.num_attention_heads * size, text.num_key_value_heads * size
+    attention = hidden * (queries + 2 * keys) + queries + 2 * keys + queries * hidden
+    return attention + 3 * hidden * text.intermediate_size + 2 * hidden
+
+
+def embedding_parameters(shape: Shape) -> int:
+    return shape.text_config.vocab_size * shape.text_config.hidden_size
+
+
+def tower_parameters(shape: Shape) -> int:
+    """Parameters of the encoders, to what joins them to the language model."""
+    vision = shape.vision_config
+    hidden, inner, merged = vision.hidden_size, vision.intermediate_size, vision.spatial_merge_size**2
+    patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2 * hidden
+    block = 4 * hidden * hidden + 4 * hidden + 3 * hidden * inner + 2 * inner + hidden + 2 * hidden
+    wide = hidden * merged
+    count = patch + vision.depth * block + hidden + wide * wide + wide + wide * vision.out_hidden_size
+    count += vision.out_hidden_size
+    if hears(shape):
+        audio = shape.audio_config
+        width, inner = audio.d_model, audio.encoder_ffn_dim
+        front = 3 * audio.num_mel_bins * width + width + 3 * width * width + width
+        block = 4 * width * width + 3 * width + 2 * width * inner + inner + width + 4 * width  # keys have no bias
+        count += front + audio.encoder_layers * block + 2 * width + width * audio.output_dim + audio.output_dim
+        count += 2 * audio.output_dim  # embeddings of a clip's begin and end
+    return count
