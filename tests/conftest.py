@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import fcntl
 import os
 import shutil
-from multiprocessing import forkserver
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
@@ -16,21 +16,18 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests are small, and run side b
 import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
+from tests import ranks  # noqa: E402
+
 # The same examples on every run, or by night others: HYPOTHESIS_PROFILE=nightly. A busy machine must not fail a
 # property by being slow.
 settings.register_profile("project", deadline=None, derandomize=True, print_blob=True)
 settings.register_profile("nightly", deadline=None, max_examples=500, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "project"))
 
-# Worker processes of all kinds are forked by one process that has imported what they need; product code asks for the
-# modules of one kind only, and what is asked for once that process runs comes too late.
-PRELOADED = ["megatron_avatar.data.loader", "megatron_avatar.rl.rewards.symbolic", "eval.prepare"]
-
 
 def pytest_configure(config: pytest.Config) -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:  # which runs many files
-        multiprocessing.set_forkserver_preload(PRELOADED)
-        forkserver.ensure_running()
+        ranks.start_server()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -48,6 +45,29 @@ def _skip(items: list[pytest.Item], marker: str, reason: str) -> None:
     for item in items:
         if item.get_closest_marker(marker):
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def made_world(tmp_path_factory) -> Path:
+    """A small model and its data, made once for all workers; to be read only."""
+    from tests.training import small
+
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    folder = shared / "made_world"
+    with open(shared / "made_world.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            small.make(shared / "making_world")
+            (shared / "making_world").rename(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def world(made_world, tmp_path_factory) -> Path:
+    """A copy of it, for the tests of a module to write into."""
+    return shutil.copytree(made_world, tmp_path_factory.mktemp("world") / "world")
 
 
 @pytest.fixture(scope="module")

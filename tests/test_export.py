@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,8 @@ from megatron_avatar.policy.lora import lora_adapters
 from megatron_avatar.policy.weights import load_hf
 from megatron_avatar.resilience import checkpoint
 from megatron_avatar.training.optim import build_optimizer
-from tests.policy.tiny import launch, tiny_config, tiny_thinker
+from tests.policy.tiny import tiny_config, tiny_thinker
+from tests.ranks import launch
 
 
 def make_run(folder: Path, parallel: ParallelConfig, rank: int) -> None:
@@ -42,7 +42,13 @@ def make_run(folder: Path, parallel: ParallelConfig, rank: int) -> None:
     config = Config(model=model, parallel=parallel, stages={"visual": StageConfig()})
     if backend.rank == 0:
         save_config(config, folder / "run" / "config.yaml")
+    backend.barrier()
     backends.stop()
+
+
+def export_in_its_layout(folder: Path) -> int:
+    make_run(folder, ParallelConfig(tp=2), rank=2)
+    return export.main([f"{folder}/run", f"out={folder}/together", "step=1"])
 
 
 @pytest.fixture
@@ -85,7 +91,7 @@ def test_checkpoints_become_folders(folder, capsys):
 @pytest.mark.slow
 def test_one_process_exports_adapters_of_two_ranks(folder, capsys):
     """Merged and alone, from a checkpoint of tp 2; and on two ranks, in the run's layout."""
-    launch(__file__, 2, folder)
+    launch(export_in_its_layout, 2, folder)
     run, source = folder / "run", load_file(folder / "hf" / "model.safetensors")
     assert say(capsys, run, "step=1", f"out={folder / 'adapters'}", "adapters=true")[0] == 0
     assert say(capsys, run, "step=1", f"out={folder / 'merged'}")[0] == 0
@@ -114,7 +120,3 @@ def test_mistakes_are_named(folder, capsys):
     status, said = say(capsys, folder, out)
     assert status == 1 and "has no checkpoint: the run has none yet" in said
 
-
-if __name__ == "__main__":
-    make_run(Path(sys.argv[1]), ParallelConfig(tp=2), rank=2)
-    sys.exit(export.main([f"{sys.argv[1]}/run", f"out={sys.argv[1]}/together", "step=1"]))

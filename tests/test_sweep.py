@@ -223,10 +223,9 @@ def test_a_dry_run_prints_the_graph_and_writes_nothing(tmp_path, monkeypatch, ca
 
 
 @pytest.mark.slow
-def test_a_local_sweep_outlives_its_command_and_makes_good_a_killed_training(tmp_path):
-    small.make(tmp_path)
+def test_a_local_sweep_outlives_its_command_and_makes_good_a_killed_training(world, tmp_path):
     out = tmp_path / "sweep"
-    settings = [s for s in small.arguments(tmp_path, out, recipe="tiny_sft", steps=8) if not s.startswith("recipe=")]
+    settings = [s for s in small.arguments(world, out, recipe="tiny_sft", steps=8) if not s.startswith("recipe=")]
     command = [sys.executable, "slurm/sweep.py", "recipe=tiny_sft", "seed=0,1", "cluster=local", "concurrency=1",
                "checkpoint.every=2", *settings]
     left = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})

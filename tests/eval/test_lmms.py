@@ -22,7 +22,7 @@ from megatron_avatar.data.manifest import load_manifest
 from megatron_avatar.data.prompt import MEDIUM
 from tests.data.media import make_audio
 from tests.data_tools.clips import make_clip
-from tests.training.small import ROOT, make
+from tests.training.small import ROOT
 
 SYNTHETIC = """
 task: synthetic_clips
@@ -115,12 +115,10 @@ def test_main_says_how_it_is_called_and_what_is_missing(capsys, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
+def world(world):
     """A random model, and held-out clips with their sound in the container, as benchmarks have it."""
-    folder = tmp_path_factory.mktemp("world")
-    make(folder)
-    (folder / "videos").mkdir()
-    return folder
+    (world / "videos").mkdir()
+    return world
 
 
 def clips(world: Path) -> list[tuple]:

@@ -10,14 +10,7 @@ import pytest
 
 from eval.run import main
 from eval.scoring.predictions import correct, read_predictions
-from tests.training.small import ROOT, make
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("world")
-    make(folder)
-    return folder
+from tests.training.small import ROOT
 
 
 def arguments(world, out, *more):

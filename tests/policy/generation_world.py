@@ -1,7 +1,7 @@
 """Runs on four ranks: generation and vocabulary-parallel log-probabilities in every layout.
 
-Usage (through tiny.launch): generation_world.py FOLDER. Reads the model there; rank 0 writes FOLDER/results.json:
-layout -> completions as [token ids, log-probabilities, finished].
+main(FOLDER) reads the model there; rank 0 writes FOLDER/results.json: layout -> completions as [token ids,
+log-probabilities, finished].
 """
 
 from __future__ import annotations
@@ -9,11 +9,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
-import tiny
 import torch
 from megatron.core import parallel_state
 
@@ -25,6 +23,7 @@ from megatron_avatar.policy.generate import Generation, GenerationStopped, gener
 from megatron_avatar.policy.logprobs import completion_logprobs
 from megatron_avatar.policy.model import OmniPolicy
 from megatron_avatar.policy.weights import load_hf
+from tests.policy import tiny
 
 LAYOUTS = [(2, 1, False), (1, 2, False), (2, 2, True)]  # (tp, pp, sequence parallel)
 STOP_IDS = list(range(1, 10))  # many, so that completions of a random model end at different times
@@ -126,8 +125,7 @@ def check_logprobs() -> None:
     backends.stop()
 
 
-def main() -> None:
-    folder = Path(sys.argv[1])
+def main(folder: Path) -> None:
     check_logprobs()
     generation.Generation = TracedGeneration
     results = {}
@@ -137,6 +135,3 @@ def main() -> None:
     if os.environ["RANK"] == "0":
         (folder / "results.json").write_text(json.dumps(results))
 
-
-if __name__ == "__main__":
-    main()

@@ -1,18 +1,16 @@
 """Runs on four ranks: the same adapters trained in every layout, one layout's checkpoint loaded in the others, and
 round trips of the full Omni class in bfloat16.
 
-Usage (through tiny.launch): lora_world.py FOLDER. FOLDER/hf holds the Thinker, FOLDER/omni the full class. Writes
+main(FOLDER): FOLDER/hf holds the Thinker, FOLDER/omni the full class. Writes
 FOLDER/results.json, each layout's adapters as PEFT folders FOLDER/LAYOUT.start and FOLDER/LAYOUT.end, its merged
 weights FOLDER/LAYOUT.merged, and FOLDER/LAYOUT.omni.
 """
 
 import json
 import os
-import sys
 from pathlib import Path
 
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from tiny import tiny_completions, tiny_prompts
 
 from megatron_avatar.config.schema import LoraConfig, ModelConfig, OptimConfig, ParallelConfig
 from megatron_avatar.policy import backend as backends
@@ -21,6 +19,7 @@ from megatron_avatar.policy.groups import pack_groups
 from megatron_avatar.policy.weights import export_adapters, export_hf, load_hf
 from megatron_avatar.resilience import checkpoint
 from megatron_avatar.training.optim import build_optimizer
+from tests.policy.tiny import tiny_completions, tiny_prompts
 
 LORA = LoraConfig(rank=3, alpha=10.0, targets=["q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
 # What four ranks leave over is data parallel, on the same prompts. tp 4 shares 2 key-value heads out.
@@ -79,8 +78,8 @@ class Trainer:
         )
 
 
-def main() -> None:
-    folder, results, saved = Path(sys.argv[1]), {}, None
+def main(folder: Path) -> None:
+    results, saved = {}, None
     for name, parallel in LAYOUTS.items():
         trainer = Trainer(folder, parallel)
         export_adapters(trainer.policy, folder / f"{name}.start", folder / "hf", LORA)
@@ -107,6 +106,3 @@ def main() -> None:
     if os.environ["RANK"] == "0":
         (folder / "results.json").write_text(json.dumps(results))
 
-
-if __name__ == "__main__":
-    main()

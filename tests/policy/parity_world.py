@@ -1,12 +1,11 @@
 """Runs on four ranks: logits, scores, gradients and round trips of tiny models in every layout.
 
-Usage (through tiny.launch): parity_world.py FOLDER. Reads the models and transformers' figures that test_parity
-left there, and writes FOLDER/results.json: layout -> check -> largest relative error.
+main(FOLDER) reads the models and transformers' figures that test_parity left there, and writes FOLDER/results.json:
+layout -> check -> largest relative error.
 """
 
 import json
 import os
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +13,6 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from safetensors.torch import load_file
-from tiny import tiny_completions, tiny_prompts, tiny_vl_prompts
 
 from megatron_avatar.config.schema import ModelConfig, ParallelConfig
 from megatron_avatar.policy import backend as backends
@@ -23,6 +21,7 @@ from megatron_avatar.policy.groups import pack_groups
 from megatron_avatar.policy.model import OmniPolicy
 from megatron_avatar.policy.weights import export_hf, load_hf
 from megatron_avatar.records import Prompt
+from tests.policy.tiny import tiny_completions, tiny_prompts, tiny_vl_prompts
 
 # (tp, pp, sequence parallel); what four ranks leave over is data parallel. tp 4 shares 2 key-value heads out.
 LAYOUTS = [(2, 1, False), (1, 2, False), (2, 2, False), (2, 1, True), (2, 2, True), (4, 1, True)]
@@ -133,12 +132,8 @@ def check_layout(folder: Path, tp: int, pp: int, sequence_parallel: bool) -> dic
     return results
 
 
-def main() -> None:
-    folder = Path(sys.argv[1])
+def main(folder: Path) -> None:
     results = {"-".join(map(str, layout)): check_layout(folder, *layout) for layout in LAYOUTS}
     if os.environ["RANK"] == "0":
         (folder / "results.json").write_text(json.dumps(results))
 
-
-if __name__ == "__main__":
-    main()

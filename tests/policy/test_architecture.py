@@ -3,10 +3,10 @@
 import json
 
 import pytest
-from tiny import AUDIO, IMAGE, VIDEO, tiny_config, tiny_vl_config
 from transformers import Qwen2_5OmniConfig
 
 from megatron_avatar.policy.architecture import hears, placeholder_ids, read_config, read_model_type
+from tests.policy.tiny import AUDIO, IMAGE, VIDEO, tiny_config, tiny_vl_config
 
 # As Qwen2.5-VL-7B-Instruct is published: the language model's settings lie beside the others, not in a text_config.
 PUBLISHED = dict(

@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from megatron.core import tensor_parallel
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
-from tiny import tiny_completions, tiny_config, tiny_prompts, tiny_thinker
 
 from megatron_avatar.config.schema import ModelConfig, ParallelConfig
 from megatron_avatar.policy import backend as backends
@@ -21,6 +20,7 @@ from megatron_avatar.policy.fusions import Fusions, choose_fusions
 from megatron_avatar.policy.groups import pack_groups
 from megatron_avatar.policy.model import OmniPolicy
 from megatron_avatar.policy.weights import load_hf
+from tests.policy.tiny import tiny_completions, tiny_config, tiny_prompts, tiny_thinker
 
 
 def pretend(monkeypatch, *, engine: bool, apex: bool) -> None:

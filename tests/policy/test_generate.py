@@ -4,13 +4,10 @@ import dataclasses
 import itertools
 import json
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
 import torch
-from generation_world import KEYS, LAYOUTS, ROWS, SAMPLING, STOP_IDS, make_folder, open_policy
 from megatron.core import tensor_parallel
 from transformers import Qwen2_5OmniThinkerForConditionalGeneration, TopKLogitsWarper, TopPLogitsWarper
 
@@ -26,6 +23,9 @@ from megatron_avatar.policy.groups import pack_groups
 from megatron_avatar.policy.sampling import _find, draw
 from megatron_avatar.policy.weights import load_hf
 from megatron_avatar.records import Prompt
+from tests.policy import generation_world, tiny
+from tests.policy.generation_world import KEYS, LAYOUTS, ROWS, SAMPLING, STOP_IDS, make_folder, open_policy
+from tests.ranks import launch
 
 BANNED = {
     tiny.AUDIO, tiny.IMAGE, tiny.VIDEO, tiny.VISION_START, tiny.VISION_END, tiny.AUDIO_START, tiny.AUDIO_END
@@ -294,7 +294,7 @@ def test_generation_recomputes_nothing(policy, prompts, folder, monkeypatch, rec
 
 @pytest.fixture(scope="module")
 def by_layout(folder):
-    tiny.launch(Path(__file__).with_name("generation_world.py"), 4, folder)
+    launch(generation_world.main, 4, folder)
     return json.loads((folder / "results.json").read_text())
 
 

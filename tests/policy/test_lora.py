@@ -4,7 +4,6 @@ one launch."""
 import json
 import re
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,19 +11,6 @@ import torch
 from peft import LoraConfig as PeftConfig
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from tiny import (
-    launch,
-    thinker_logits,
-    tiny_completions,
-    tiny_config,
-    tiny_prompts,
-    tiny_thinker,
-    tiny_vl,
-    tiny_vl_config,
-    tiny_vl_prompts,
-    vl_logits,
-)
-from tiny_omni import tiny_omni
 from transformers import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5OmniForConditionalGeneration,
@@ -48,6 +34,20 @@ from megatron_avatar.policy.weights import export_adapters, export_hf, load_hf
 from megatron_avatar.records import Completion, Group, Trajectory
 from megatron_avatar.training.learner import Learner
 from megatron_avatar.training.optim import build_optimizer
+from tests.policy import lora_world
+from tests.policy.tiny import (
+    thinker_logits,
+    tiny_completions,
+    tiny_config,
+    tiny_prompts,
+    tiny_thinker,
+    tiny_vl,
+    tiny_vl_config,
+    tiny_vl_prompts,
+    vl_logits,
+)
+from tests.policy.tiny_omni import tiny_omni
+from tests.ranks import launch
 
 LORA = LoraConfig(rank=3, alpha=10.0)  # a weight that no float holds exactly
 TARGETS = [list(LORA_TARGETS), ["k_proj", "up_proj"], ["q_proj", "v_proj", "o_proj"], ["down_proj", "gate_proj"]]
@@ -267,7 +267,7 @@ def world(tmp_path_factory):
     tiny_omni(folder / "float32", layers=3)
     model = Qwen2_5OmniForConditionalGeneration.from_pretrained(folder / "float32", dtype=torch.bfloat16)
     model.save_pretrained(folder / "omni", max_shard_size="300KB")
-    launch(Path(__file__).parent / "lora_world.py", 4, folder)
+    launch(lora_world.main, 4, folder)
     return folder, json.loads((folder / "results.json").read_text())
 
 

@@ -5,18 +5,22 @@ Tolerance: 1e-5 of the logits' standard deviation, in float32. The layouts with 
 
 import dataclasses
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from parity_world import GRADIENT_KINDS, LAYOUTS, TRAINED, models_of
 from safetensors.torch import load_file, save_file
-from tiny import (
+
+from megatron_avatar.config.schema import ModelConfig, ParallelConfig
+from megatron_avatar.policy.build import build_policy
+from megatron_avatar.policy.groups import pack_groups
+from megatron_avatar.policy.weights import load_hf, policy_slots
+from tests.policy import parity_world
+from tests.policy.parity_world import GRADIENT_KINDS, LAYOUTS, TRAINED, models_of
+from tests.policy.tiny import (
     AUDIO,
     KINDS,
     VL_KINDS,
-    launch,
     thinker_logits,
     tiny_completions,
     tiny_config,
@@ -27,11 +31,7 @@ from tiny import (
     tiny_vl_prompts,
     vl_logits,
 )
-
-from megatron_avatar.config.schema import ModelConfig, ParallelConfig
-from megatron_avatar.policy.build import build_policy
-from megatron_avatar.policy.groups import pack_groups
-from megatron_avatar.policy.weights import load_hf, policy_slots
+from tests.ranks import launch
 
 TOLERANCE = 1e-5
 CONFIGS = {"tiny": {}, "tied": dict(tied=True), "qwen": dict(qwen=True, layers=2)}
@@ -80,7 +80,7 @@ def row_scores(model, prompt, temperature=0.8):
 
 @pytest.fixture(scope="module")
 def results(folder):
-    launch(Path(__file__).parent / "parity_world.py", 4, folder)
+    launch(parity_world.main, 4, folder)
     return json.loads((folder / "results.json").read_text())
 
 

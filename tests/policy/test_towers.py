@@ -10,7 +10,13 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tiny import (
+
+from megatron_avatar.config.schema import ModelConfig, ParallelConfig
+from megatron_avatar.policy import flash, tower_attention, towers
+from megatron_avatar.policy.build import build_policy
+from megatron_avatar.policy.groups import pack_groups
+from megatron_avatar.policy.weights import load_hf
+from tests.policy.tiny import (
     AUDIO,
     VIDEO,
     VL_KINDS,
@@ -22,12 +28,6 @@ from tiny import (
     tiny_vl_prompts,
     vl_logits,
 )
-
-from megatron_avatar.config.schema import ModelConfig, ParallelConfig
-from megatron_avatar.policy import flash, tower_attention, towers
-from megatron_avatar.policy.build import build_policy
-from megatron_avatar.policy.groups import pack_groups
-from megatron_avatar.policy.weights import load_hf
 
 TOLERANCE = 1e-5
 

@@ -9,17 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import (
-    thinker_logits,
-    tiny_config,
-    tiny_prompts,
-    tiny_thinker,
-    tiny_vl,
-    tiny_vl_config,
-    tiny_vl_prompts,
-    vl_logits,
-)
-from tiny_omni import tiny_omni
 from transformers import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5OmniForConditionalGeneration,
@@ -33,6 +22,17 @@ from megatron_avatar.policy.build import build_policy
 from megatron_avatar.policy.groups import pack_groups
 from megatron_avatar.policy.safetensors_folder import INDEX
 from megatron_avatar.policy.weights import export_hf, load_hf
+from tests.policy.tiny import (
+    thinker_logits,
+    tiny_config,
+    tiny_prompts,
+    tiny_thinker,
+    tiny_vl,
+    tiny_vl_config,
+    tiny_vl_prompts,
+    vl_logits,
+)
+from tests.policy.tiny_omni import tiny_omni
 
 
 @pytest.fixture(scope="module")

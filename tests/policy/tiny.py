@@ -1,16 +1,9 @@
-"""Tiny Qwen2.5-Omni Thinkers and Qwen2.5-VLs with random weights, prompts for them, and a launcher for several ranks.
+"""Tiny Qwen2.5-Omni Thinkers and Qwen2.5-VLs with random weights, and prompts for them.
 
 The same classes as the 7B, made in a second. Positions come from transformers.
 """
 
 from __future__ import annotations
-
-import os
-import signal
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -245,27 +238,3 @@ def thinker_logits(
         media |= dict(input_features=prompt.mel[None], feature_attention_mask=mask)
     # Without the mask, transformers would fall back to one-dimensional positions.
     return model(input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=positions, **media).logits[0]
-
-
-def launch(script: str | Path, processes: int, *args: str | Path, timeout: float = 240) -> None:
-    """Run a script on several ranks with torchrun and one thread each; its output is the error's message."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    root = Path(__file__).resolve().parents[2]
-    path = os.pathsep.join([str(root), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", processes, "--master-port", port]
-    process = subprocess.Popen(
-        [str(part) for part in (*command, script, *args)],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=timeout)
-    except BaseException:  # too long, or interrupted: torchrun alone would leave its ranks behind
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
-    assert process.returncode == 0, output[-8000:]

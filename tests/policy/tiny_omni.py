@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from tiny import tiny_config, tiny_thinker
 from transformers import Qwen2_5OmniConfig, Qwen2_5OmniForConditionalGeneration
+
+from tests.policy.tiny import tiny_config, tiny_thinker
 
 
 def tiny_omni(folder: Path, *, layers: int = 2, **save) -> Qwen2_5OmniForConditionalGeneration:

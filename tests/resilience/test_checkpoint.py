@@ -22,7 +22,8 @@ from megatron_avatar.config.schema import OptimConfig, ParallelConfig
 from megatron_avatar.policy.backend import Backend
 from megatron_avatar.resilience import checkpoint, index
 from megatron_avatar.training.optim import build_optimizer
-from tests.policy.tiny import launch, tiny_config, tiny_thinker
+from tests.policy.tiny import tiny_config, tiny_thinker
+from tests.ranks import launch
 from tests.training.gpt import build_gpt, train_step
 
 
@@ -361,7 +362,9 @@ def test_a_checkpoint_without_main_weights_is_named_before_anything_is_loaded(ba
 def test_two_ranks_reshard_and_agree(tmp_path):
     """Tensor parallel -> pipeline and data parallel with equal bits; one verdict on damage and on stopping."""
     tiny_thinker(tiny_config(layers=2)).save_pretrained(tmp_path / "hf")
-    launch(Path(__file__).with_name("two_ranks.py"), 2, tmp_path)
+    from tests.training import two_ranks  # it needs the Trainer of this file
+
+    launch(two_ranks.main, 2, tmp_path)
     checks, other = (json.loads((tmp_path / f"rank_{rank}.json").read_text()) for rank in range(2))
     assert checks == other
     assert checks["equal"] == {"tp2 pp1 dp1": True, "tp1 pp2 dp1": True, "tp1 pp1 dp2": True, "bfloat16": True}

@@ -1,4 +1,4 @@
-"""What two ranks check together in one launch, on a tiny policy with its encoders trained: python two_ranks.py FOLDER.
+"""What two ranks check together in one launch, on a tiny policy with its encoders trained: main(FOLDER).
 
 FOLDER/hf holds the policy. Its vocabulary is odd, so that the layouts pad it differently.
 """
@@ -9,7 +9,6 @@ import json
 import os
 import re
 import signal
-import sys
 from pathlib import Path
 
 import torch
@@ -158,6 +157,3 @@ def main(folder: Path) -> None:
     }
     (folder / f"rank_{os.environ['RANK']}.json").write_text(json.dumps(results))
 
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

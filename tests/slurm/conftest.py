@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.training import small
-
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "slurm" / "local"))
 
@@ -72,10 +70,3 @@ def slurm() -> Iterator[Slurm]:
     yield Slurm()
     if not running:
         cluster.down()
-
-
-@pytest.fixture(scope="session")
-def world(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("world")
-    small.make(folder)
-    return folder

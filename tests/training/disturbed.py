@@ -1,16 +1,15 @@
-"""The trainer with something happening at a chosen moment: python -m tests.training.disturbed WHAT [key=value ...]"""
+"""The trainer with something happening at a chosen moment: train("step_3", [key=value ...])"""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
-import sys
 import threading
 import time
 from pathlib import Path
 
-from megatron_avatar import train
+from megatron_avatar import train as entry
 from megatron_avatar.resilience import checkpoint
 from megatron_avatar.resilience.stopping import StopSignal
 from megatron_avatar.training import loop
@@ -66,8 +65,7 @@ def slow_write(folder: Path) -> None:
     checkpoint._write_sharded = write
 
 
-if __name__ == "__main__":
-    what, *arguments = sys.argv[1:]
+def disturb(what: str, arguments: list[str]) -> None:
     if what == "slow_write":
         slow_write(Path(next(a for a in arguments if a.startswith("output_dir=")).partition("=")[2]))
     elif what.startswith("step_"):
@@ -81,4 +79,11 @@ if __name__ == "__main__":
             before(StopSignal, "__call__", lambda: time.sleep(0.5))
     else:
         before(*PLACES[what], terminate)
-    sys.exit(train.main(arguments))
+
+
+def train(what: str, arguments: list[str]) -> int:
+    """The trainer's entry point; with nothing (`what` is empty) it is the product's own."""
+    if what:
+        disturb(what, arguments)
+    entry.leave_on_signals()
+    return entry.main(arguments)

@@ -1,6 +1,6 @@
-"""Runs on four ranks: the same steps on the same groups in many layouts. Usage: layouts_world.py FOLDER CASES.
+"""Runs on four ranks: the same steps on the same groups in many layouts. main(FOLDER, CASES):
 
-FOLDER holds the models, CASES is JSON: name -> a list of legs. A leg trains `steps` in a layout from the checkpoint
+FOLDER holds the models, CASES: name -> a list of legs. A leg trains `steps` in a layout from the checkpoint
 that the leg before it left. Writes FOLDER/curves.json: name -> [[loss, gradient norm], …].
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -95,6 +94,3 @@ def main(folder: Path, cases: dict[str, list[dict]]) -> None:
         if os.environ["RANK"] == "0":
             (folder / "curves.json").write_text(json.dumps(curves))
 
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), json.loads(sys.argv[2]))

@@ -16,7 +16,9 @@ from megatron_avatar.records import Prompt
 from megatron_avatar.rl.step import Visit
 from megatron_avatar.training.balance import deal, even_out, imbalance, loads_of, packed_tokens
 from megatron_avatar.training.rollout import share_visits
-from tests.policy.tiny import KINDS, launch, tiny_config, tiny_thinker
+from tests.policy.tiny import KINDS, tiny_config, tiny_thinker
+from tests.ranks import launch
+from tests.training import layouts_world
 from tests.training.layouts_world import run_leg
 
 costs = st.lists(st.integers(0, 5000), max_size=40)
@@ -94,7 +96,7 @@ def test_whoever_has_the_media_the_step_is_the_same(tmp_path: Path):
     cases["pipeline"] = [{**plain, "parallel": {"pp": 2}}]
     tiny_thinker(tiny_config(layers=2)).save_pretrained(tmp_path / "hf")
     alone = run_leg(tmp_path, plain, "alone", 0, True)
-    launch(Path(__file__).with_name("layouts_world.py"), 2, tmp_path, json.dumps(cases), timeout=250)
+    launch(layouts_world.main, 2, tmp_path, cases, timeout=250)
     curves = json.loads((tmp_path / "curves.json").read_text())
     assert alone[0][0] != alone[1][0] and curves.keys() == cases.keys()
     for curve in curves.values():  # the second step's loss knows of the first one's gradient

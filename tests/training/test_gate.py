@@ -13,7 +13,7 @@ from megatron_avatar.policy import backend as backends
 from megatron_avatar.policy.model import OmniPolicy
 from megatron_avatar.resilience import stopping
 from megatron_avatar.training import learner, loop
-from tests.training.small import ROOT, arguments, make
+from tests.training.small import ROOT, arguments
 
 
 @pytest.fixture
@@ -26,10 +26,9 @@ def backend():
         signal.signal(number, handler)
 
 
-def test_a_shift_by_one_position_stops_the_run(tmp_path: Path, backend, monkeypatch):
-    make(tmp_path)
+def test_a_shift_by_one_position_stops_the_run(world, tmp_path: Path, backend, monkeypatch):
     base = ROOT / "assets" / "tiny_base"
-    config = load_config([*arguments(tmp_path, tmp_path / "run", f"model.path={base}", "data.workers=0", steps=1)])
+    config = load_config([*arguments(world, tmp_path / "run", f"model.path={base}", steps=1)])
     pack = learner.pack_groups
 
     def shifted(*args):
@@ -42,11 +41,9 @@ def test_a_shift_by_one_position_stops_the_run(tmp_path: Path, backend, monkeypa
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-def test_updates_that_are_not_finite_are_recorded_and_end_the_run_after_three(tmp_path: Path, backend, monkeypatch):
-    make(tmp_path)
+def test_updates_that_are_not_finite_are_recorded_and_end_the_run_after_three(world, tmp_path, backend, monkeypatch):
     base = ROOT / "assets" / "tiny_base"
-    config = load_config([*arguments(tmp_path, tmp_path / "run", f"model.path={base}", "data.workers=0",
-                                     "checkpoint.every=1", steps=3)])
+    config = load_config([*arguments(world, tmp_path / "run", f"model.path={base}", "checkpoint.every=1", steps=3)])
     del config.stages["audio_visual"], config.stages["localisation"]
     forward = OmniPolicy.forward
     monkeypatch.setattr(OmniPolicy, "forward", lambda *args, **kwargs: forward(*args, **kwargs) * math.nan)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 
-from tests.policy.tiny import launch, tiny_config, tiny_thinker
+from tests.policy.tiny import tiny_config, tiny_thinker
+from tests.ranks import launch
+from tests.training import layouts_world
 from tests.training.layouts_world import STEPS
 
 TOLERANCE, NORM_TOLERANCE = 1e-4, 1e-3  # absolute for losses, relative for gradient norms
@@ -60,7 +61,7 @@ def curves(tmp_path_factory) -> dict[str, list[list[float]]]:
         tiny_thinker(tiny_config(layers=4, tied=name == "tied")).save_pretrained(folder / name)
     groups = {"frozen": FROZEN, "trained": TRAINED, "bfloat16": HALF}
     cases = {f"{group}/{name}": legs for group, cases in groups.items() for name, legs in cases.items()}
-    launch(Path(__file__).with_name("layouts_world.py"), 4, folder, json.dumps(cases), timeout=800)
+    launch(layouts_world.main, 4, folder, cases, timeout=800)
     return json.loads((folder / "curves.json").read_text())
 
 

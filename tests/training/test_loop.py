@@ -17,16 +17,9 @@ from safetensors.torch import load_file
 
 from megatron_avatar.config import StageConfig, load_config
 from megatron_avatar.training import loop
-from tests.training.small import ROOT, arguments, make, train
+from tests.training.small import ROOT, arguments, train
 
 TIMES = ("time", "peak_rss_mib")
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("world")
-    make(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -81,9 +74,11 @@ def test_a_run_logs_what_it_did(world, whole):
 
 @pytest.mark.slow
 def test_killed_and_interrupted_runs_continue_bit_for_bit(world, whole):
-    """SIGKILL after the fourth step, then SIGINT later: the same command ends in the same bits."""
+    """SIGKILL after the fourth step, then SIGINT later: the same command, here with a decode worker, ends in the same
+    bits."""
     out = world / "killed"
-    command = [sys.executable, "-m", "megatron_avatar.train", *arguments(world, out, "checkpoint.every=2", steps=3)]
+    command = [sys.executable, "-m", "megatron_avatar.train",
+               *arguments(world, out, "data.workers=1", "checkpoint.every=2", steps=3)]  # fmt: skip
 
     def start_and_signal(number, after_step):
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
@@ -102,14 +97,9 @@ def test_killed_and_interrupted_runs_continue_bit_for_bit(world, whole):
     code, errors = start_and_signal(signal.SIGINT, 6)
     assert code == 75, errors
     assert "The same command continues" in errors
-    done = train(*arguments(world, out, "checkpoint.every=2", steps=3))
+    done = train(*arguments(world, out, "data.workers=1", "checkpoint.every=2", steps=3))
     assert done.returncode == 0, done.stderr
     assert_equal_runs(whole, out)
-
-
-def disturbed(what: str, *settings: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "tests.training.disturbed", what, *settings], cwd=ROOT, text=True,
-                          capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120)
 
 
 @pytest.mark.slow
@@ -120,7 +110,7 @@ def test_a_stop_signal_ends_evaluation_reward_and_update_and_nothing_is_repeated
     command = arguments(world, out, *settings, steps=1)
     saved = []
     for what in ("reward", "update", "evaluation"):
-        done = disturbed(what, *command)
+        done = train(*command, disturbed=what)
         assert done.returncode == 75, done.stderr
         saved.append(json.loads((max((out / "checkpoints").iterdir()) / "state.json").read_text()))
     assert [s["step"] for s in saved] == [0, 0, 1], "what is not applied is dropped"
@@ -134,7 +124,8 @@ def test_a_stop_signal_ends_evaluation_reward_and_update_and_nothing_is_repeated
 @pytest.mark.slow
 def test_training_goes_on_while_a_checkpoint_is_written(world, whole):
     out = world / "overlapped"
-    done = disturbed("slow_write", *arguments(world, out, "checkpoint.every=2", "checkpoint.milestones=[5]", steps=3))
+    settings = arguments(world, out, "checkpoint.every=2", "checkpoint.milestones=[5]", steps=3)
+    done = train(*settings, disturbed="slow_write")
     assert done.returncode == 0, done.stderr
     assert_equal_runs(whole, out)
     logged = [json.loads(line)["time"] for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -184,7 +175,7 @@ def test_a_damaged_clip_is_set_aside_and_listed(world):
     out = world / "dirty_run"
     visual = len([x for x in lines if x["split"] == "train" and x["stage"] == "visual"])
     settings = [f"data.manifest={data / 'manifest.jsonl'}", "~stages.audio_visual", "~stages.localisation",
-                f"stages.visual.prompts_per_step={visual}"]
+                "data.workers=1", f"stages.visual.prompts_per_step={visual}"]
     stages = ("stages.audio_visual.", "stages.localisation.")
     done = train(*[a for a in arguments(world, out, *settings, steps=1) if not a.startswith(stages)])
     assert done.returncode == 0, done.stderr
@@ -241,8 +232,7 @@ def test_a_run_goes_on_with_the_same_steps_on_other_layouts(world, whole):
     prompts, tokens and rewards of one process, losses within 1e-4. (Twenty steps a layout: test_layouts.py.)"""
     out = world / "resharded"
     for stop, layout in (("step_4", ("parallel.tp=2",)), ("step_6", ("parallel.pp=2",)), ("step_99", ())):
-        done = train(*arguments(world, out, "checkpoint.every=5", *layout, steps=3), ranks=2,
-                     module=("tests.training.disturbed", stop))
+        done = train(*arguments(world, out, "checkpoint.every=5", *layout, steps=3), ranks=2, disturbed=stop)
         assert ("same command continues" in done.stderr) == (stop != "step_99"), done.stderr[-3000:]
     assert_same_steps(out, whole)
     starts = [json.loads(line)["step"] for line in (out / "attempts.jsonl").read_text().splitlines()]
@@ -281,7 +271,7 @@ def test_buffer_and_baselines_go_into_the_next_stage_together(world):
     assert [r["replay/size"] for r in records] == [16, 32, 48, 64] and records[2]["replay/completions"] == 16
     at_boundary = world / "boundary"
     args = [a.replace(str(world / "carried"), str(at_boundary)) for a in args]
-    stopped = train("step_3", *args, module=("tests.training.disturbed",))
+    stopped = train(*args, disturbed="step_3")
     assert stopped.returncode == 75 and len(metrics(at_boundary)) == 2
     state = json.loads((at_boundary / "checkpoints" / "step_00000002" / "state.json").read_text())
     assert state["stage"] == "visual"

@@ -8,17 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.training.small import arguments, make, train
+from tests.training.small import arguments, train
 
 SETTINGS = ("checkpoint.every=2", "checkpoint.keep=9", "eval.every=4", "eval.samples=2")
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("world")
-    make(folder)
-    assert train(*arguments(folder, folder / "run", *SETTINGS, steps=2)).returncode == 0
-    return folder
+def run(world) -> Path:
+    assert train(*arguments(world, world / "run", *SETTINGS, steps=2)).returncode == 0
+    return world / "run"
 
 
 def content(folder: Path) -> dict[str, str]:
@@ -27,8 +25,7 @@ def content(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.slow
-def test_any_step_comes_out_equal_and_a_changed_one_is_named(world):
-    run = world / "run"
+def test_any_step_comes_out_equal_and_a_changed_one_is_named(world, run):
     before = content(run)
     done = train(*arguments(world, run, *SETTINGS, "replay_step=5", steps=2))  # the third stage's first, from step 4
     assert done.returncode == 0, done.stderr
@@ -47,6 +44,6 @@ def test_any_step_comes_out_equal_and_a_changed_one_is_named(world):
 
 
 @pytest.mark.slow
-def test_what_cannot_be_repeated_is_refused(world):
-    done = train(*arguments(world, world / "run", *SETTINGS, "replay_step=7", steps=2))
+def test_what_cannot_be_repeated_is_refused(world, run):
+    done = train(*arguments(world, run, *SETTINGS, "replay_step=7", steps=2))
     assert done.returncode == 2 and "has steps 1 to 6" in done.stderr

@@ -15,7 +15,7 @@ from megatron_avatar.records import Prompt
 from megatron_avatar.rl.rewards.http_judge import CRITERIA
 from megatron_avatar.training.scoring import pictures
 from tests.servers import ChatServer
-from tests.training.small import arguments, make, train
+from tests.training.small import arguments, train
 from tests.training.test_loop import metrics
 
 
@@ -36,13 +36,6 @@ def test_the_judge_sees_the_frames_that_the_policy_saw():
     assert [round(picture.mean(), -1) for picture in shown] == [0, 20, 50, 70, 90, 110, 140, 200]
     assert len(pictures(prompt, 100)) == 17
     assert pictures(Prompt("s", "plain", np.zeros(1), np.zeros((3, 1))), 8) == []
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("world")
-    make(folder)
-    return folder
 
 
 def judged(world, out, server, *more):
