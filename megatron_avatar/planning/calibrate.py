@@ -25,10 +25,10 @@ import torch.distributed as dist
 
 from megatron_avatar.config.load import CONFIG_DIR
 from megatron_avatar.config.schema import ModelConfig, ParallelConfig
+from megatron_avatar.planning.batches import pack, seen_pairs
 from megatron_avatar.planning.memory import drop_gradients, measure_update
 from megatron_avatar.planning.meta import shard_on_meta
-from megatron_avatar.planning.seconds import forward_flops, seen_pairs
-from megatron_avatar.planning.work import pack
+from megatron_avatar.planning.seconds import forward_flops
 from megatron_avatar.policy.backend import Backend, start, stop
 from megatron_avatar.policy.build import build_policy
 from megatron_avatar.policy.groups import GroupBatch

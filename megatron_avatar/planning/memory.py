@@ -12,12 +12,14 @@ from dataclasses import dataclass
 import torch
 
 from megatron_avatar.config.schema import Config, ModelConfig, ParallelConfig
+from megatron_avatar.planning.batches import micro_batches, reading_batch
 from megatron_avatar.planning.meta import META, LiveBytes, shard_on_meta
 from megatron_avatar.planning.work import Work
-from megatron_avatar.policy.architecture import PolicyConfig, hears
+from megatron_avatar.policy.architecture import PolicyConfig
 from megatron_avatar.policy.groups import GroupBatch
 from megatron_avatar.policy.lanes import make_jobs, plan_room
 from megatron_avatar.policy.model import OmniPolicy
+from megatron_avatar.policy.shape import hears
 from megatron_avatar.policy.towers import ROWS_PER_CALL
 
 GIB = 2**30
@@ -191,7 +193,7 @@ def rank_memories(
 
 def add_dynamic(memory: RankMemory, policy: OmniPolicy, work: Work, n_on: int, ratio: float) -> None:
     """Fill in what comes and goes within a step."""
-    batches = work.micro_batches()
+    batches = micro_batches(work)
     update = measure_update(policy, max(batches, key=len))
     in_flight = min(policy.backend.pp - policy.backend.pp_rank, len(batches))
     memory.activations = round(ratio * update.kept * in_flight)
@@ -199,7 +201,7 @@ def add_dynamic(memory: RankMemory, policy: OmniPolicy, work: Work, n_on: int, r
     if work.fresh:
         memory.cache, rows = generation_room(policy, work, n_on)
         drawing = rows * policy.vocab_size * SAMPLING_BYTES if policy.post_process else 0
-        memory.generation = round(ratio * max(measure_reading(policy, work.reading_batch()), drawing))
+        memory.generation = round(ratio * max(measure_reading(policy, reading_batch(work)), drawing))
     if policy.pre_process:
         # Encoders that train run with their micro-batch; frozen ones run once over all prompts.
         prompts = in_flight * work.prompts_together() if work.train_towers else len(work.completions)

@@ -207,7 +207,7 @@ def show(plan: Plan, console: Console) -> None:
     )
     console.print(_memory_table(plan))
     work = plan.longest
-    largest_batch = max(map(len, work.micro_batches()))
+    largest_batch = max(micro.tokens for micro in work.counts())
     console.print(
         f"Memory is for the longest group that model.context={config.model.context} allows: a prompt of {work.prompt} "
         f"tokens ({work.visual} visual, {work.audio} audio), completions of {work.completion}, at most {largest_batch} "
@@ -257,8 +257,8 @@ def _time_table(plan: Plan) -> Table:
         "prompt tokens": [f"{work.prompt:,}" for work in works],
         "completions a step": [f"{sum(work.completions) * plan.dp:,} x {work.completion:,}" for work in works],
         "longest group, packed tokens": [f"{w.prompt - 1 + max(w.completions) * w.completion:,}" for w in works],
-        "packed tokens a step": [f"{sum(map(len, w.micro_batches())) * plan.dp:,}" for w in works],
-        "micro-batches of a rank": [f"{len(work.micro_batches())}" for work in works],
+        "packed tokens a step": [f"{sum(micro.tokens for micro in w.counts()) * plan.dp:,}" for w in works],
+        "micro-batches of a rank": [f"{len(work.counts())}" for work in works],
     }.items():
         table.add_row(words, *values)
     table.add_section()

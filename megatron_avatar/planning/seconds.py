@@ -13,11 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from torch import Tensor
-
 from megatron_avatar.config.schema import Config
 from megatron_avatar.planning.work import Work
-from megatron_avatar.policy.architecture import PolicyConfig, hears
+from megatron_avatar.policy.shape import Shape, hears
 
 
 class Peaks(NamedTuple):
@@ -118,9 +116,9 @@ class Flops:
     head: float
 
 
-def forward_flops(hf_config: PolicyConfig, tokens: float, pairs: float, outputs: float) -> Flops:
+def forward_flops(shape: Shape, tokens: float, pairs: float, outputs: float) -> Flops:
     """`tokens` packed tokens whose queries see `pairs` keys in all, `outputs` of which get logits."""
-    text = hf_config.text_config
+    text = shape.text_config
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     heads, hidden, layers = text.num_attention_heads, text.hidden_size, text.num_hidden_layers
     attention = hidden * size * (2 * heads + 2 * text.num_key_value_heads)
@@ -132,47 +130,41 @@ def forward_flops(hf_config: PolicyConfig, tokens: float, pairs: float, outputs:
     )
 
 
-def seen_pairs(segments: Tensor) -> float:
-    """Query-key pairs of a segment table [n, 4] (see groups.py): a segment causally itself, and its whole prefix."""
-    length, prefix = segments[:, 1].double(), segments[:, 3].double()
-    return float((length * (length + 1) / 2 + length * prefix).sum())
-
-
-def tower_flops(hf_config: PolicyConfig, visual: int, audio: int) -> float:
+def tower_flops(shape: Shape, visual: int, audio: int) -> float:
     """FLOP of the encoders' forward pass over so many visual and audio tokens; windowed attention left out."""
-    vision = hf_config.vision_config
+    vision = shape.vision_config
     width, depth = vision.hidden_size, vision.depth
     flops = 2.0 * visual * vision.spatial_merge_size**2 * depth * (4 * width**2 + 3 * width * vision.intermediate_size)
-    if hears(hf_config):
-        sound = hf_config.audio_config
+    if hears(shape):
+        sound = shape.audio_config
         width, depth = sound.d_model, sound.encoder_layers
         flops += 2.0 * audio * 2 * depth * (4 * width**2 + 2 * width * sound.encoder_ffn_dim)
     return flops
 
 
 def step_seconds(
-    config: Config, hf_config: PolicyConfig, work: Work, dp: int, trainable: int, rates: Rates
+    config: Config, shape: Shape, work: Work, dp: int, trainable: int, rates: Rates
 ) -> dict[str, float]:
     """Seconds of each part of a step. `trainable`: parameters that the largest rank trains."""
-    parallel, text = config.parallel, hf_config.text_config
+    parallel, text = config.parallel, shape.text_config
     tp, pp, layers = parallel.tp, parallel.pp, text.num_hidden_layers
-    micros = [(len(b), len(b.target_ids), seen_pairs(b.segments)) for b in work.micro_batches()]
+    micros = work.counts()
     parts = {}
     updates = config.rl.updates_per_rollout if work.rl else 1
     # Frozen encoders see every prompt once. Those that train see fresh ones to generate and as the reference's, and
     # all of them in every update, forward and backward.
     prompts = 2 * work.fresh + 3 * updates * len(work.completions) if work.train_towers else len(work.completions)
-    parts["encoders"] = prompts * tower_flops(hf_config, work.visual, work.audio) / rates.forward / tp
+    parts["encoders"] = prompts * tower_flops(shape, work.visual, work.audio) / rates.forward / tp
     if work.fresh:
-        parts |= _generation(config, hf_config, work, rates)
+        parts |= _generation(config, shape, work, rates)
     total = Flops(0, 0, 0)
     for tokens, outputs, pairs in micros:
-        part = forward_flops(hf_config, tokens, pairs, outputs)
+        part = forward_flops(shape, tokens, pairs, outputs)
         total = Flops(*(a + b for a, b in zip(vars(total).values(), vars(part).values(), strict=True)))
     bubble = (len(micros) + pp - 1) / len(micros)
     gaps = layers / pp * rates.layer_gap * len(micros) * bubble
     packed = sum(tokens for tokens, *_ in micros)
-    reduced = reduction_seconds(config, hf_config, len(micros), packed, rates) / pp * bubble
+    reduced = reduction_seconds(config, shape, len(micros), packed, rates) / pp * bubble
     if work.rl:
         fresh = sum(work.completions[: work.fresh]) / sum(work.completions)
         parts["reference"] = ((total.layers + total.head) / rates.forward / tp / pp * bubble + gaps + reduced) * fresh
@@ -190,27 +182,27 @@ def step_seconds(
 
 
 def reduction_seconds(
-    config: Config, hf_config: PolicyConfig, passes: float, tokens: float, rates: Rates
+    config: Config, shape: Shape, passes: float, tokens: float, rates: Rates
 ) -> float:
     """Seconds that tensor parallelism's reductions take in `passes` passes through all layers over `tokens` hidden
     states in all: two a layer and pass, by a ring. A reduce-scatter and an all-gather (sequence parallelism) count as
     one all-reduce."""
-    tp, text = config.parallel.tp, hf_config.text_config
+    tp, text = config.parallel.tp, shape.text_config
     if tp == 1:
         return 0.0
     sent = 2 * (tp - 1) / tp * tokens * text.hidden_size * (2 if config.model.dtype == "bfloat16" else 4)
     return 2 * text.num_hidden_layers * (passes * rates.reduce_gap + sent / rates.links)
 
 
-def _generation(config: Config, hf_config: PolicyConfig, work: Work, rates: Rates) -> dict[str, float]:
+def _generation(config: Config, shape: Shape, work: Work, rates: Rates) -> dict[str, float]:
     """Reading the fresh prompts and decoding their completions to the full length. Stages work one after the other."""
-    text, tp = hf_config.text_config, config.parallel.tp
+    text, tp = shape.text_config, config.parallel.tp
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     itemsize = 2 if config.model.dtype == "bfloat16" else 4
     gap = text.num_hidden_layers * rates.layer_gap
-    read = forward_flops(hf_config, work.fresh * work.prompt, work.fresh * work.prompt**2 / 2, work.fresh)
+    read = forward_flops(shape, work.fresh * work.prompt, work.fresh * work.prompt**2 / 2, work.fresh)
     rows = sum(work.completions[: work.fresh])
-    token = forward_flops(hf_config, 1, 0, 1)
+    token = forward_flops(shape, 1, 0, 1)
     weights = (token.layers + token.head) / 2 * itemsize  # each weight is read once and used for one multiply-add
     key_values = 2 * text.num_key_value_heads * size * itemsize * text.num_hidden_layers
     cache = key_values * (work.fresh * work.prompt + rows * work.completion / 2)
@@ -218,6 +210,6 @@ def _generation(config: Config, hf_config: PolicyConfig, work: Work, rates: Rate
     decode = max((weights + cache) / tp / rates.bandwidth, compute) + gap
     return {
         "read prompts": (read.layers + read.head) / rates.forward / tp + gap
-        + reduction_seconds(config, hf_config, 1, work.fresh * work.prompt, rates),
-        "decode": work.completion * (decode + reduction_seconds(config, hf_config, 1, rows, rates)),
+        + reduction_seconds(config, shape, 1, work.fresh * work.prompt, rates),
+        "decode": work.completion * (decode + reduction_seconds(config, shape, 1, rows, rates)),
     }

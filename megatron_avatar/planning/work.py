@@ -8,20 +8,24 @@ planned for it. Completions are counted at rl.sampling.max_new_tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-
-import numpy as np
+from typing import NamedTuple
 
 from megatron_avatar.config.schema import Config, StageConfig
-from megatron_avatar.policy.architecture import PolicyConfig, hears
-from megatron_avatar.policy.groups import GroupBatch, pack_groups, plan_micro_batches
-from megatron_avatar.policy.lanes import READ_TOKENS
-from megatron_avatar.records import Prompt
+from megatron_avatar.policy.micro_batches import plan_micro_batches
+from megatron_avatar.policy.shape import Shape, hears
 
 QUESTION_TOKENS = 200  # chat template, question and choices: our assumption
 TOKEN_PIXELS = 28 * 28  # pixels that become one visual token
 AUDIO_TOKENS_A_SECOND = 25
+
+
+class Counts(NamedTuple):
+    """A micro-batch: packed tokens, outputs (completion tokens), and the pairs of queries and keys that they see."""
+
+    tokens: int
+    outputs: int
+    pairs: float
 
 
 @dataclass(frozen=True)
@@ -41,36 +45,39 @@ class Work:
     completions: tuple[int, ...]
     budget: int
 
-    def micro_batches(self) -> list[GroupBatch]:
-        """The micro-batches of an update, as the learner shares groups out; all their tokens are 0."""
-        return [pack([(self.prompt, [self.completion] * len(kept)) for _, kept in members]) for members in self._plan()]
-
-    def prompts_together(self) -> int:
-        """The most prompts that one micro-batch of an update holds."""
-        return max(map(len, self._plan()))
-
-    def _plan(self) -> list[list[tuple[int, list[int]]]]:
+    def plan(self) -> list[list[tuple[int, list[int]]]]:
+        """The micro-batches of an update, as the learner shares groups out: (group, its completions) of each."""
         lengths = [[self.completion] * count for count in self.completions]
         return plan_micro_batches([self.prompt] * len(lengths), lengths, self.budget)
 
-    def reading_batch(self) -> GroupBatch:
-        """Prompts in one row, as generation reads them: as many as one turn takes."""
-        return pack([(self.prompt, [1])] * min(self.fresh, max(1, READ_TOKENS // self.prompt)))
+    def counts(self) -> list[Counts]:
+        """What each of them has to compute."""
+        return [self._count([len(kept) for _, kept in members]) for members in self.plan()]
+
+    def prompts_together(self) -> int:
+        """The most prompts that one micro-batch of an update holds."""
+        return max(map(len, self.plan()))
+
+    def _count(self, members: list[int]) -> Counts:
+        """Of groups with so many completions: a prompt's last token opens each completion; one alone is one segment."""
+        prefix, length = self.prompt - 1, self.completion
+        alone, own = _causal(prefix + length), _causal(length) + length * prefix
+        pairs = sum(alone if n == 1 else _causal(prefix) + n * own for n in members)
+        tokens = sum(prefix + n * length for n in members)
+        return Counts(tokens, sum(members) * length, pairs)
 
 
-def pack(groups: Sequence[tuple[int, Sequence[int]]]) -> GroupBatch:
-    """A batch of groups (prompt tokens, completions' tokens) without contents."""
-    prompts = [Prompt("", "plain", np.zeros(p, np.int64), np.zeros((3, p), np.int64)) for p, _ in groups]
-    return pack_groups(prompts, [[np.zeros(n, np.int64) for n in lengths] for _, lengths in groups])
+def _causal(tokens: int) -> float:
+    return tokens * (tokens + 1) / 2
 
 
-def stage_work(config: Config, stage: StageConfig, hf_config: PolicyConfig, dp: int, *, longest: bool) -> Work:
+def stage_work(config: Config, stage: StageConfig, shape: Shape, dp: int, *, longest: bool) -> Work:
     """A rank's share of a step; prompts that don't share out over dp ranks are rounded up."""
     data, rl, completion = config.data, config.rl, config.rl.sampling.max_new_tokens
     clip = data.max_frames // 2 * (data.frame_max_pixels // TOKEN_PIXELS)
-    visual = 0 if data.blind else clip if hears(hf_config) else data.image_max_pixels // TOKEN_PIXELS
+    visual = 0 if data.blind else clip if hears(shape) else data.image_max_pixels // TOKEN_PIXELS
     seconds = data.max_frames / data.fps
-    audio = round(seconds * AUDIO_TOKENS_A_SECOND) if hears(hf_config) and not data.mute else 0
+    audio = round(seconds * AUDIO_TOKENS_A_SECOND) if hears(shape) and not data.mute else 0
     room = config.model.context - completion
     prompt = room if longest else min(visual + audio + QUESTION_TOKENS, room)
     if visual + audio:  # what of the media the prompt's length leaves room for

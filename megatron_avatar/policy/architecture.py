@@ -14,6 +14,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5OmniConfig, Qwen2_5OmniThinker
 from megatron_avatar.config.schema import ModelConfig, ParallelConfig
 from megatron_avatar.config.validate import DTYPES
 from megatron_avatar.policy.fusions import choose_fusions
+from megatron_avatar.policy.shape import hears
 
 # parallel.recompute -> TransformerConfig. A feed-forward keeps three quarters of what a layer keeps; the core attention
 # keeps nothing that its neighbours don't, and recomputing norms needs Transformer Engine in Megatron-Core 0.16.
@@ -64,11 +65,6 @@ def read_config(hf_folder: str | Path) -> PolicyConfig:
             "supported; expected use_sliding_window false and rope_parameters of rope_type 'default' with mrope_section"
         )
     return config
-
-
-def hears(hf_config: PolicyConfig) -> bool:
-    """Whether the model has an audio encoder."""
-    return getattr(hf_config, "audio_config", None) is not None
 
 
 def placeholder_ids(hf_config: PolicyConfig) -> tuple[int, ...]:

@@ -25,7 +25,8 @@ from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import Qwen2_5OmniAu
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
 from megatron_avatar.policy import tower_attention
-from megatron_avatar.policy.architecture import PolicyConfig, hears, placeholder_ids
+from megatron_avatar.policy.architecture import PolicyConfig, placeholder_ids
+from megatron_avatar.policy.shape import hears
 from megatron_avatar.records import Prompt
 
 # Rows of one encoder call without gradient. At the 7B's width a patch takes 65 KiB of activations in bfloat16 (a frame

@@ -13,7 +13,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_avatar.config.schema import RLConfig
 from megatron_avatar.policy.backend import Backend
-from megatron_avatar.policy.groups import GroupBatch, pack_groups, plan_micro_batches
+from megatron_avatar.policy.groups import GroupBatch, pack_groups
+from megatron_avatar.policy.micro_batches import plan_micro_batches
 from megatron_avatar.policy.model import OmniPolicy
 from megatron_avatar.records import Completion, Group, Prompt, Trajectory
 from megatron_avatar.rl.objective import policy_loss, token_weights

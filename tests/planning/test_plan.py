@@ -12,8 +12,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     Qwen2_5_VLConfig,
@@ -24,6 +27,7 @@ from transformers import (
 
 from megatron_avatar.config.load import CONFIG_DIR, load_config
 from megatron_avatar.config.schema import LoraConfig, ModelConfig, OptimConfig, ParallelConfig
+from megatron_avatar.planning.batches import micro_batches, pack, seen_pairs
 from megatron_avatar.planning.memory import (
     GIB,
     drop_gradients,
@@ -34,11 +38,12 @@ from megatron_avatar.planning.memory import (
 )
 from megatron_avatar.planning.meta import LiveBytes, shard_on_meta
 from megatron_avatar.planning.plan import _changes, _layouts, make_plan
-from megatron_avatar.planning.seconds import forward_flops, read_rates, reduction_seconds, seen_pairs, step_seconds
-from megatron_avatar.planning.work import Work, pack, stage_work
+from megatron_avatar.planning.seconds import forward_flops, read_rates, reduction_seconds, step_seconds
+from megatron_avatar.planning.work import Work, stage_work
 from megatron_avatar.policy.architecture import read_config
 from megatron_avatar.policy.backend import start, stop
 from megatron_avatar.policy.build import build_policy
+from megatron_avatar.policy.shape import read_shape, text_parameters, tower_parameters
 from megatron_avatar.train import main
 from megatron_avatar.training.learner import Learner
 from megatron_avatar.training.optim import build_optimizer
@@ -299,10 +304,10 @@ def test_a_steps_tokens_follow_from_the_recipe():
     work = stage_work(config, config.stages["visual"], hf_config, dp=1, longest=False)
     assert (work.visual, work.audio) == (8 * 64, 8 * 25)  # 16 frames in pairs, 8 s
     assert (work.fresh, work.completions, work.completion) == (1, (4, 4), 2048)
-    assert sum(map(len, work.micro_batches())) == 2 * (work.prompt - 1 + 4 * 2048)
+    assert sum(map(len, micro_batches(work))) == 2 * (work.prompt - 1 + 4 * 2048)
     longest = stage_work(config, config.stages["visual"], hf_config, dp=1, longest=True)
     assert longest.prompt + longest.completion == config.model.context
-    assert max(map(len, longest.micro_batches())) <= config.rl.tokens_per_micro_batch
+    assert max(map(len, micro_batches(longest))) <= config.rl.tokens_per_micro_batch
     assert longest.prompt - 201 <= longest.visual + longest.audio <= longest.prompt
     assert longest.visual / longest.audio == pytest.approx(work.visual / work.audio, rel=1e-3)
     assert longest.prompts_together() == 1
@@ -389,7 +394,7 @@ def test_the_command_says_whether_it_fits(capsys):
         (["parallel.tp=8"], "parallel.tp=8 doesn't divide the 28 attention heads"),
         (["parallel.pp=3"], "write parallel.first_stage_layers="),
         (["cluster.gpus=6"], "need a multiple of 4 processes"),
-        (["model.path=/nowhere"], "/nowhere/config.json doesn't exist"),
+        (["model.path=/nowhere"], "model.path=/nowhere is no folder"),
     ],
 )
 def test_what_does_not_divide_is_named(overrides, says, capsys):
@@ -464,3 +469,21 @@ def test_h100s_have_the_layouts_of_a100s():
 @pytest.mark.parametrize("recipe", ["tiny_sft", "tiny_grpo", "tiny_avatar"])
 def test_tiny_recipes_have_a_plan(recipe):
     assert plan(recipe=recipe).problems == []
+
+
+# ---- without torch ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", PUBLISHED)
+def test_parameters_are_counted_from_sizes_alone(shape):
+    sizes = read_shape(SHAPES / shape)
+    assert text_parameters(sizes) + tower_parameters(sizes) == PUBLISHED[shape]
+
+
+@hypothesis.settings(max_examples=40, deadline=None)
+@given(st.integers(2, 60), st.integers(1, 12), st.lists(st.integers(1, 8), min_size=1, max_size=5),
+       st.integers(20, 200))  # fmt: skip
+def test_counts_are_those_of_the_packed_batches(prompt, completion, completions, budget):
+    work = Work(True, False, 0, 0, prompt, completion, 1, tuple(completions), budget)
+    batches = [(len(b), len(b.target_ids), seen_pairs(b.segments)) for b in micro_batches(work)]
+    assert work.counts() == batches

@@ -5,7 +5,8 @@ import json
 import pytest
 from transformers import Qwen2_5OmniConfig
 
-from megatron_avatar.policy.architecture import hears, placeholder_ids, read_config, read_model_type
+from megatron_avatar.policy.architecture import placeholder_ids, read_config, read_model_type
+from megatron_avatar.policy.shape import hears
 from tests.policy.tiny import AUDIO, IMAGE, VIDEO, tiny_config, tiny_vl_config
 
 # As Qwen2.5-VL-7B-Instruct is published: the language model's settings lie beside the others, not in a text_config.

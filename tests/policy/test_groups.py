@@ -6,7 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_avatar.policy.groups import pack_groups, plan_micro_batches
+from megatron_avatar.policy.groups import pack_groups
+from megatron_avatar.policy.micro_batches import plan_micro_batches
 from megatron_avatar.records import Prompt
 
 PLACEHOLDER = 7

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_avatar.policy.groups import pack_groups, plan_micro_batches
+from megatron_avatar.policy.groups import pack_groups
+from megatron_avatar.policy.micro_batches import plan_micro_batches
 from megatron_avatar.records import Prompt
 from megatron_avatar.rl.step import Visit
 from megatron_avatar.training.balance import deal, even_out, imbalance, loads_of, packed_tokens
