@@ -1,6 +1,7 @@
 """Video by NVIDIA's DALI: on a GPU's own decoders (NVDEC) where there is one, else on the CPU.
 
-Clips that were announced are decoded ahead, while the features of those before are made.
+Clips that were announced are decoded ahead, while the features of those before are made. Where they are to be resized,
+that is done piece by piece: a clip's frames at full size may be more than a GPU's memory holds.
 """
 
 from __future__ import annotations
@@ -9,14 +10,20 @@ import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from megatron_avatar.data.features import resize
+
+if TYPE_CHECKING:
+    from megatron_avatar.data.decode import Fit
+
 CPU_CODECS = ("vp8", "vp9", "mjpeg")
 GPU_CODECS = ("h264", "hevc", "av1", "mpeg4")
-Item = tuple[str, tuple[int, ...]]  # a file, and the frames that are wanted of it
+PIECE_BYTES = 2**27  # of frames at full size
+Item = tuple[str, tuple[int, ...], "Fit | None"]  # a file, the frames that are wanted of it, what they are made into
 
 
 @cache
@@ -43,26 +50,39 @@ class Reader:
         self._pipeline: Any = None
         self._ahead: dict[Item, Future[np.ndarray]] = {}
 
-    def announce(self, clips: list[tuple[Path, np.ndarray]]) -> None:
+    def announce(self, clips: list[tuple[Path, np.ndarray, Fit | None]]) -> None:
         """Begin to decode; what was announced before and not taken is forgotten."""
         for future in self._ahead.values():
             future.cancel()
-        self._ahead = {item: self._thread.submit(self._decode, item) for item in map(_item, clips)}
+        self._ahead = {item: self._thread.submit(self._decode, item) for item in (_item(*c) for c in clips)}
 
-    def take(self, path: Path, indices: np.ndarray) -> np.ndarray:
+    def take(self, path: Path, indices: np.ndarray, fit: Fit | None = None) -> np.ndarray:
         """RGB frames [T, H, W, 3] uint8, decoded ahead where the clip was announced.
 
         Raises RuntimeError for a clip that DALI refuses; the others are decoded all the same.
         """
-        item = _item((path, indices))
+        item = _item(path, indices, fit)
         return (self._ahead.pop(item, None) or self._thread.submit(self._decode, item)).result()
 
     def _decode(self, item: Item) -> np.ndarray:
+        path, indices, fit = item
+        encoded = np.fromfile(path, np.uint8)
+        if fit is None:
+            return self._run(encoded, indices)
+        step = max(1, PIECE_BYTES // (3 * fit.source[0] * fit.source[1]))
+        pieces = []
+        for first in range(0, len(indices), step):
+            frames = self._run(encoded, indices[first : first + step])
+            fit.check(Path(path), frames.shape[1:3])
+            pieces.append(resize(frames, *fit.size))
+        return np.concatenate(pieces) if len(pieces) > 1 else pieces[0]
+
+    def _run(self, encoded: np.ndarray, indices: tuple[int, ...]) -> np.ndarray:
         if self._pipeline is None:
             self._pipeline = _build()
         try:
-            self._pipeline.feed_input("encoded", [np.fromfile(item[0], np.uint8)])
-            self._pipeline.feed_input("frames", [np.array(item[1], np.int32)])
+            self._pipeline.feed_input("encoded", [encoded])
+            self._pipeline.feed_input("frames", [np.array(indices, np.int32)])
             (frames,) = self._pipeline.run()
             return np.array(frames.as_cpu()[0])
         except RuntimeError:
@@ -70,8 +90,8 @@ class Reader:
             raise
 
 
-def _item(clip: tuple[Path, np.ndarray]) -> Item:
-    return str(clip[0]), tuple(int(k) for k in clip[1])
+def _item(path: Path, indices: np.ndarray, fit: Fit | None) -> Item:
+    return str(path), tuple(int(k) for k in indices), fit
 
 
 def _build() -> Any:

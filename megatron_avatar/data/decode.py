@@ -6,36 +6,46 @@ whatever the stream's tag says, so PyAV is told to do the same.
 
 from __future__ import annotations
 
-from itertools import chain
+from dataclasses import dataclass
 from pathlib import Path
 
 import av
 import numpy as np
 import soundfile
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from megatron_avatar.config.schema import DataConfig
 from megatron_avatar.data import dali, packets
-from megatron_avatar.data.features import SAMPLE_RATE, TEMPORAL_PATCH
+from megatron_avatar.data.container import MediaError, clip_stream, picture_start, require_upright
+from megatron_avatar.data.features import TEMPORAL_PATCH, resize
+from megatron_avatar.data.picture import to_rgb
+from megatron_avatar.data.sound import MUTE, SAMPLE_RATE, Mix, read_track, require_length, require_rate
+from megatron_avatar.data.whole import require_whole
 from megatron_avatar.records import Media
 
 MAX_FRAME_PIXELS = 2**27  # a header that claims more is damaged, or meant to fill the memory
+RESIZED_AT_ONCE = 4  # frames: with three planes each they fill the resize's pictures of four
+UNKNOWN = 2**40  # samples; FLAC that was written into a pipe says none, which libsndfile reads as more than this
+STALE = "measure it again, or restore the file that the manifest was made from"
 TO_RGB = (
     ("scale", "flags=bilinear+full_chroma_int+accurate_rnd:in_color_matrix=bt601"),
     ("format", "gbrp"),  # planes: the same bytes as rgb24 in less than half of the time
 )
 
 
-class MediaError(ValueError):
-    """A media file that cannot be used; the message names the file, what is wrong and the remedy."""
+@dataclass(frozen=True)
+class Fit:
+    """What frames are made into: of `source` (height, width), as the manifest says, to `size`."""
 
-    def __init__(self, path: Path, what: str, remedy: str = "make or download the file again, or drop the sample"):
-        super().__init__(f"{path}: {what}; {remedy}")
-        self.parts = (path, what, remedy)
+    source: tuple[int, int]
+    size: tuple[int, int]
 
-    def __reduce__(self):  # crosses process borders with its three parts, not with the finished message
-        return type(self), self.parts
+    def check(self, path: Path, found: tuple[int, int]) -> None:
+        """MediaError for frames of another size than the manifest's."""
+        if found != self.source:
+            (height, width), (h, w) = found, self.source
+            raise MediaError(path, f"is {width}x{height} pixels, the manifest says {w}x{h}", STALE)
 
 
 def clip_seconds(media: Media) -> float:
@@ -48,14 +58,14 @@ def clip_seconds(media: Media) -> float:
 def plan_frames(media: Media, data: DataConfig) -> np.ndarray:
     """Indices [T] int64 of the frames to decode: T even, spread evenly over the clip's time from first to last.
 
-    T is the clip's seconds times `data.fps`, rounded to even, within `data.min_frames` and `data.max_frames` and the
-    frames there are. A clip of one frame shows it twice. `media.pts` (variable frame rate) picks the frames nearest in
-    time.
+    T is the clip's seconds times `data.fps`, within `data.min_frames` and `data.max_frames` and the frames there are,
+    and then floored to even, as qwen-omni-utils and transformers count. A clip of one frame shows it twice. `media.pts`
+    (variable frame rate) picks the frames nearest in time.
     """
-    pair = TEMPORAL_PATCH
-    wanted = pair * round(clip_seconds(media) * data.fps / pair)
-    wanted = min(max(wanted, data.min_frames), data.max_frames, media.frame_count)
-    count = max(pair, wanted // pair * pair)
+    pair, wanted = TEMPORAL_PATCH, clip_seconds(media) * data.fps
+    if media.pts is not None:
+        wanted = round(wanted, 6)  # seconds out of times that were rounded: 15.9999999 are 16 frames
+    count = max(pair, int(min(max(wanted, data.min_frames), data.max_frames, media.frame_count) // pair) * pair)
     if media.pts is None:
         return np.rint(np.linspace(0, media.frame_count - 1, count)).astype(np.int64)
     pts = np.asarray(media.pts)
@@ -63,30 +73,36 @@ def plan_frames(media: Media, data: DataConfig) -> np.ndarray:
 
 
 def _require_content(path: Path) -> None:
-    if not path.is_file():
+    try:
+        size = path.stat().st_size if path.is_file() else None
+    except OSError as error:
+        raise MediaError(path, f"cannot be opened ({error.strerror})", "correct the path in the manifest") from error
+    if size is None:
         raise MediaError(path, "the file is missing", "restore it, or correct the path in the manifest")
-    if path.stat().st_size == 0:
+    if size == 0:
         raise MediaError(path, "the file is empty (0 bytes)")
 
 
-def decode_frames(path: Path, indices: np.ndarray, backend: str = "auto") -> np.ndarray:
+def decode_frames(path: Path, indices: np.ndarray, backend: str = "auto", fit: Fit | None = None) -> np.ndarray:
     """RGB frames [T, H, W, 3] uint8 at `indices` [T] (any order, repeats allowed).
 
     `backend`: "dali", "pyav", or "auto": with a GPU DALI for the codecs that it decodes, PyAV for the others and for a
-    file that DALI refuses; without a GPU PyAV, which is the faster one there (bench.decode).
-    Raises MediaError for a file that is missing, empty, no video, damaged, or ends before the last index.
+    file that DALI refuses; without a GPU PyAV, which is the faster one there (bench.decode). With `fit` frames are
+    resized as they come, a few at a time in their full size.
+    Raises MediaError for a file that is missing, empty, no video, damaged, ends before the last index, is to be shown
+    turned, mirrored or stretched, or has frames of another size than `fit.source`.
     """
     path, indices = Path(path), np.asarray(indices)
     _require_content(path)
     try:
-        if backend == "dali" or (prefers_dali(backend) and _codec(path) in dali.codecs()):
+        if prefers_dali(backend) and _dali_reads(path, backend):
             try:
-                return dali.reader().take(path, indices)
+                return dali.reader().take(path, indices, fit)
             except RuntimeError as error:
                 if backend == "dali":
                     reason = str(error).strip().splitlines()[-1]
                     raise MediaError(path, f"DALI cannot decode it ({reason})", "try data.decoder=auto") from error
-        return _decode_pyav(path, indices)
+        return _decode_pyav(path, indices, fit)
     except av.FFmpegError as error:
         raise MediaError(path, f"not a video, or damaged ({error.strerror})") from error
 
@@ -106,39 +122,50 @@ def decoders(backend: str) -> str:
 
 
 def _video_stream(container: av.container.InputContainer, path: Path) -> av.VideoStream:
-    if not container.streams.video:
+    stream = clip_stream(container)
+    if stream is None:
         raise MediaError(path, "holds no video stream", "correct the media kind in the manifest")
-    stream = container.streams.video[0]
     if stream.codec_context is None:
         raise MediaError(path, "no decoder knows its codec", "encode it anew, as VP9 or H.264")
     width, height = stream.codec_context.width, stream.codec_context.height
     if width * height > MAX_FRAME_PIXELS:
         raise MediaError(path, f"claims frames of {width}x{height} pixels", "encode it anew, smaller")
+    stream.codec_context.thread_count = 1  # clips are decoded side by side, and threads take longer to start
     return stream
 
 
-def _codec(path: Path) -> str:
+def _dali_reads(path: Path, backend: str) -> bool:
+    """Whether a clip goes to DALI, which sees neither how it is to be shown nor which of several streams is meant."""
     with av.open(str(path)) as container:
-        return _video_stream(container, path).codec_context.codec.canonical_name
+        stream = _video_stream(container, path)
+        alone = len(container.streams.video) == 1
+        if backend == "dali" and not alone:
+            raise MediaError(path, "holds several video streams, and DALI can't choose", "try data.decoder=auto")
+        if not alone or (backend == "auto" and stream.codec_context.codec.canonical_name not in dali.codecs()):
+            return False
+        first = next(container.decode(stream), None)
+        if first is not None:
+            require_upright(path, stream, first)
+        return True
 
 
-def _decode_pyav(path: Path, indices: np.ndarray) -> np.ndarray:
+def _decode_pyav(path: Path, indices: np.ndarray, fit: Fit | None) -> np.ndarray:
     """From the packets that are needed, where they tell which frames they hold; else from all up to the last frame."""
     wanted, places = np.unique(indices, return_inverse=True)
     try:
-        frames = _decode_needed(path, wanted.tolist())
+        frames = _decode_needed(path, wanted.tolist(), fit)
     except (packets.Untrusted, av.FFmpegError):  # a damaged packet may be one that the frames don't need
-        frames = _decode_in_turn(path, wanted.tolist())
+        frames = _decode_in_turn(path, wanted.tolist(), fit)
     if frames is None:
         raise MediaError(path, f"ends before frame {wanted[-1]}, which its manifest line promises (truncated?)")
     as_wanted = len(places) == len(wanted) and (places[1:] > places[:-1]).all()
     return (frames if as_wanted else frames[places]).transpose(0, 2, 3, 1)
 
 
-def _decode_needed(path: Path, wanted: list[int]) -> np.ndarray | None:
+def _decode_needed(path: Path, wanted: list[int], fit: Fit | None = None) -> np.ndarray | None:
     with av.open(str(path)) as container:
         stream = _video_stream(container, path)
-        frames = _Frames(path, stream, wanted)
+        frames = _Frames(path, stream, wanted, fit)
         index = packets.read_index(container, stream, path.stat().st_size)
         if wanted[-1] < len(index.order):
             for k, frame in packets.decode_chosen(container, stream, index, wanted):
@@ -146,10 +173,10 @@ def _decode_needed(path: Path, wanted: list[int]) -> np.ndarray | None:
         return frames.all()
 
 
-def _decode_in_turn(path: Path, wanted: list[int]) -> np.ndarray | None:
+def _decode_in_turn(path: Path, wanted: list[int], fit: Fit | None = None) -> np.ndarray | None:
     with av.open(str(path)) as container:
         stream = _video_stream(container, path)
-        frames, chosen = _Frames(path, stream, wanted), set(wanted)
+        frames, chosen = _Frames(path, stream, wanted, fit), set(wanted)
         for index, frame in enumerate(container.decode(stream)):
             if index in chosen:
                 frames.put(index, frame)
@@ -159,15 +186,18 @@ def _decode_in_turn(path: Path, wanted: list[int]) -> np.ndarray | None:
 
 
 class _Frames:
-    """The wanted frames of a stream as RGB bytes [T, 3, H, W], with DALI's numbers."""
+    """The wanted frames of a stream as RGB bytes [T, 3, H, W], with DALI's numbers, resized where `fit` says so."""
 
-    def __init__(self, path: Path, stream: av.VideoStream, wanted: list[int]) -> None:
-        self._path, self._places = path, {index: place for place, index in enumerate(wanted)}
-        self._rgb: np.ndarray | None = None
+    def __init__(self, path: Path, stream: av.VideoStream, wanted: list[int], fit: Fit | None) -> None:
+        self._path, self._stream, self._fit = path, stream, fit
+        self._places = {index: place for place, index in enumerate(wanted)}
         self._missing = len(wanted)
+        self._size = (0, 0)
+        self._rgb: np.ndarray | None = None
+        self._large: np.ndarray | None = None  # frames that wait to be resized, and their places
+        self._held: list[int] = []
         self._graph = av.filter.Graph()
-        # one thread: clips are decoded side by side, and starting threads takes longer than a short clip
-        stream.codec_context.thread_count = self._graph.threads = 1
+        self._graph.threads = 1
         graph = self._graph
         graph.link_nodes(
             graph.add_buffer(template=stream), *(graph.add(*node) for node in TO_RGB), graph.add("buffersink")
@@ -175,60 +205,98 @@ class _Frames:
 
     def put(self, index: int, frame: av.VideoFrame) -> None:
         """Convert a frame into its place."""
-        size = frame.height, frame.width
         if self._rgb is None:
-            self._rgb = np.empty((len(self._places), 3, *size), np.uint8)
-        if self._rgb.shape[2:] != size:  # FFmpeg would stretch it
+            self._begin(frame)
+        if (frame.height, frame.width) != self._size:  # FFmpeg would stretch it
             raise MediaError(self._path, f"its size changes before frame {index}", "encode it anew")
         self._graph.push(frame)
         picture = self._graph.pull()
-        rgb = self._rgb[self._places[index]]
+        rgb = self._rgb[self._places[index]] if self._large is None else self._large[len(self._held)]
         for channel, plane in zip((1, 2, 0), picture.planes, strict=True):
             rows = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)
-            rgb[channel] = rows[: size[0], : size[1]]
+            rgb[channel] = rows[: self._size[0], : self._size[1]]
         self._missing -= 1
+        if self._large is not None:
+            self._held.append(self._places[index])
+            if len(self._held) == len(self._large):
+                self._resize()
 
     def all(self) -> np.ndarray | None:
         """None where a frame did not come."""
-        return None if self._missing else self._rgb
+        if self._missing:
+            return None
+        self._resize()
+        return self._rgb
+
+    def _begin(self, frame: av.VideoFrame) -> None:
+        require_upright(self._path, self._stream, frame)
+        self._size = size = frame.height, frame.width
+        if self._fit is not None:
+            self._fit.check(self._path, size)
+            if self._fit.size != size:
+                self._large, size = np.empty((RESIZED_AT_ONCE, 3, *size), np.uint8), self._fit.size
+        self._rgb = np.empty((len(self._places), 3, *size), np.uint8)
+
+    def _resize(self) -> None:
+        if self._held:
+            large = self._large[: len(self._held)].transpose(0, 2, 3, 1)
+            self._rgb[self._held] = resize(large, *self._fit.size).transpose(0, 3, 1, 2)
+            self._held.clear()
 
 
 def decode_image(path: Path) -> np.ndarray:
-    """A picture, turned upright, as RGB [1, H, W, 3] uint8. Raises MediaError for a missing or damaged file."""
-    path = Path(path)
-    _require_content(path)
-    try:
-        with Image.open(path) as picture:
-            return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))[None]
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # as Pillow's formats raise
-        raise MediaError(path, f"not a picture, or damaged ({error})") from error
+    """A picture, upright and opaque (transparent parts are white), as RGB [1, H, W, 3] uint8.
 
-
-def decode_audio(path: Path) -> np.ndarray:
-    """Sound [n] float32, 16 kHz, channels averaged.
-
-    soundfile reads FLAC, WAV and Ogg; PyAV reads everything else (AAC, MP3, the track of a video).
-    Raises MediaError for a file that is missing, empty, without sound, not finite, or damaged.
+    Raises MediaError for a missing or damaged file.
     """
     path = Path(path)
     _require_content(path)
     try:
-        if path.suffix.lower() in (".flac", ".wav", ".ogg"):
-            waveform = _read_soundfile(path)
-        else:
-            waveform = _read_track(path)
+        with Image.open(path) as picture:
+            return np.asarray(to_rgb(picture))[None]
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever Pillow's formats raise on damaged bytes
+        raise MediaError(path, f"not a picture, or damaged ({error})") from error
+
+
+def decode_audio(path: Path, *, in_video: bool = False, most: int | None = None) -> np.ndarray:
+    """Sound [n] float32, 16 kHz, channels averaged.
+
+    soundfile reads FLAC, WAV and Ogg; PyAV reads everything else (AAC, MP3, the track of a video), in time: holes in a
+    track are silence, and with `in_video` so is what a video shows before its track begins. At most `most` samples.
+    Raises MediaError for a file that is missing, empty, without sound, cut off, damaged, not finite, longer than `most`
+    or a day, or whose channels cancel each other out.
+    """
+    path = Path(path)
+    _require_content(path)
+    try:
+        waveform = _read_soundfile(path, most) if path.suffix.lower() in (".flac", ".wav", ".ogg") else None
+        if waveform is None:
+            waveform = _read_track(path, in_video, most)
     except (soundfile.LibsndfileError, av.FFmpegError) as error:
         raise MediaError(path, f"not a sound file, or damaged ({error})") from error
     if len(waveform) == 0:
-        raise MediaError(path, "holds no sound", "leave audio_path out of the manifest line of a mute clip")
-    if not np.isfinite(waveform).all():
-        raise MediaError(path, "holds samples that are not finite numbers")
+        raise MediaError(path, "holds no sound", MUTE)
     return waveform
 
 
-def _read_soundfile(path: Path) -> np.ndarray:
-    waveform, rate = soundfile.read(path, dtype="float32", always_2d=True)
-    waveform = waveform.mean(axis=1)
+def _read_soundfile(path: Path, most: int | None) -> np.ndarray | None:
+    """None for a file that doesn't say how long it is."""
+    require_whole(path)
+    with soundfile.SoundFile(path) as file:
+        frames, rate = file.frames, file.samplerate
+        if frames >= UNKNOWN:
+            return None
+        require_rate(path, rate)
+        require_length(path, frames / rate)
+        _require_at_most(path, -(-frames * SAMPLE_RATE // rate), most)
+        mix = Mix(path)
+        blocks = [mix.mean(block.T) for block in file.blocks(2**18, dtype="float32", always_2d=True)]
+    waveform = np.concatenate(blocks or [np.zeros(0, np.float32)])
+    if len(waveform) != frames:
+        raise MediaError(path, f"holds {len(waveform)} of the {frames} samples in its header", kind="truncated")
+    mix.require_heard()
     if rate != SAMPLE_RATE:
         from scipy.signal import resample_poly  # half a second to import, and sidecars are at 16 kHz already
 
@@ -236,11 +304,16 @@ def _read_soundfile(path: Path) -> np.ndarray:
     return waveform
 
 
-def _read_track(path: Path) -> np.ndarray:
-    resampler = av.AudioResampler(format="flt", layout="mono", rate=SAMPLE_RATE)
+def _read_track(path: Path, in_video: bool, most: int | None) -> np.ndarray:
+    chunks, count = [np.zeros(0, np.float32)], 0
     with av.open(str(path)) as container:
-        if not container.streams.audio:
-            raise MediaError(path, "holds no audio stream", "leave audio_path out of the manifest line of a mute clip")
-        frames = chain(container.decode(audio=0), [None])  # None flushes the resampler
-        chunks = [chunk.to_ndarray()[0] for frame in frames for chunk in resampler.resample(frame)]
-    return np.concatenate(chunks or [np.zeros(0, np.float32)])
+        for chunk in read_track(path, container, picture_start(container) if in_video else None):
+            chunks.append(chunk)
+            count += len(chunk)
+            _require_at_most(path, count, most)
+    return np.concatenate(chunks)
+
+
+def _require_at_most(path: Path, count: int, most: int | None) -> None:
+    if most is not None and count > most:
+        raise MediaError(path, f"holds {count} samples or more, the manifest says {most}", STALE)

@@ -14,13 +14,14 @@ from PIL import Image
 from transformers.audio_utils import mel_filter_bank
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from megatron_avatar.data.sound import SAMPLE_RATE
+
 PATCH = 14  # pixels a side
 MERGE = 2  # patches a side that become one token
 TEMPORAL_PATCH = 2  # frames a patch
 FACTOR = PATCH * MERGE
 MAX_ASPECT_RATIO = 200
 
-SAMPLE_RATE = 16_000
 MEL_BINS = 128
 N_FFT = 400
 HOP = 160

@@ -20,6 +20,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from megatron_avatar.config.schema import DataConfig
 from megatron_avatar.data import dali, features
 from megatron_avatar.data.decode import (
+    STALE,
+    Fit,
     MediaError,
     clip_seconds,
     decode_audio,
@@ -35,7 +37,6 @@ IMAGE_MIN_PIXELS = 4 * features.FACTOR**2
 VIDEO_TOTAL_PIXELS = 90_316_800  # Qwen2.5-Omni's budget for a whole clip, counted in pairs of frames
 END = "<|im_end|>"
 MEDIUM = "<|medium|>"  # in a question: here stands the next of its media; without any they come first
-STALE = "measure it again, or restore the file that the manifest was made from"
 
 
 def _chat_template(before: str, image: str, video: str, after: str) -> str:
@@ -73,6 +74,12 @@ class MediaPlan:
     grid: tuple[int, int, int] = (0, 0, 0)
     seconds_per_grid: float = 0.0
     mel_frames: int = 0
+
+    @property
+    def fit(self) -> Fit:
+        """From the size in the manifest to that of the grid."""
+        h, w = (cells * features.PATCH for cells in self.grid[1:])
+        return Fit((self.media.height, self.media.width), (h, w))
 
 
 def plan_media(media: Media, data: DataConfig) -> MediaPlan | None:
@@ -167,7 +174,7 @@ class PromptBuilder:
             for media in sample.media:
                 plan = plan_media(media, self.data)
                 if plan is not None and plan.indices is not None and (root / media.path).is_file():
-                    clips.append((root / media.path, plan.indices))
+                    clips.append((root / media.path, plan.indices, plan.fit))
         dali.reader().announce(clips)
 
     def build(self, sample: Sample, root: Path, variant: Variant = "plain") -> Prompt:
@@ -206,16 +213,12 @@ class PromptBuilder:
 
     def _patches(self, plan: MediaPlan, root: Path) -> torch.Tensor:
         """[N, 1176] float32."""
-        media, path = plan.media, root / plan.media.path
-        if plan.kind == "image":
-            frames = np.repeat(decode_image(path), features.TEMPORAL_PATCH, axis=0)
-        else:
-            frames = decode_frames(path, plan.indices, self.data.decoder)
-        if frames.shape[1:3] != (media.height, media.width):
-            found = f"{frames.shape[2]}x{frames.shape[1]}"
-            raise MediaError(path, f"is {found} pixels, the manifest says {media.width}x{media.height}", STALE)
-        _, h, w = plan.grid
-        return features.patchify(features.resize(frames, h * features.PATCH, w * features.PATCH))[0]
+        path, fit = root / plan.media.path, plan.fit
+        if plan.kind == "video":
+            return features.patchify(decode_frames(path, plan.indices, self.data.decoder, fit))[0]
+        picture = decode_image(path)
+        fit.check(path, picture.shape[1:3])
+        return features.patchify(np.repeat(features.resize(picture, *fit.size), features.TEMPORAL_PATCH, axis=0))[0]
 
     def _text(self, sample: Sample, variant: Variant) -> str:
         lines = [sample.question]
@@ -327,7 +330,7 @@ def _mel(plan: MediaPlan, root: Path) -> torch.Tensor:
     """[128, L] float32."""
     media = plan.media
     path = root / (media.path if media.kind == "audio" else str(media.audio_path))
-    waveform = decode_audio(path)
+    waveform = decode_audio(path, in_video=media.kind == "video", most=media.audio_samples)
     if len(waveform) != media.audio_samples:
         raise MediaError(path, f"holds {len(waveform)} samples, the manifest says {media.audio_samples}", STALE)
     return features.log_mel(waveform)

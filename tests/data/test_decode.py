@@ -1,6 +1,8 @@
 """Frame plans, the two video heads against each other, and damaged files."""
 
+import math
 import pickle
+import tracemalloc
 from fractions import Fraction
 
 import av
@@ -13,7 +15,16 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from megatron_avatar.config.schema import DataConfig
-from megatron_avatar.data.decode import MediaError, clip_seconds, decode_audio, decode_frames, decode_image, plan_frames
+from megatron_avatar.data.decode import (
+    Fit,
+    MediaError,
+    clip_seconds,
+    decode_audio,
+    decode_frames,
+    decode_image,
+    plan_frames,
+)
+from megatron_avatar.data.features import resize
 from megatron_avatar.records import Media
 from tests.data.media import make_audio, make_video
 
@@ -22,27 +33,33 @@ def video(frames, fps=8.0, pts=None):
     return Media("v", "video", frames, fps, pts, 84, 84)
 
 
-@given(st.integers(1, 5000), st.floats(0.5, 120), st.floats(0.2, 8), st.integers(2, 768))
+def smart_nframes(frames, fps, sampled, least, most):
+    """qwen-omni-utils 0.0.9: clamped, then floored to a multiple of FRAME_FACTOR = 2."""
+    nframes = frames / fps * sampled
+    nframes = min(min(max(nframes, math.ceil(least / 2) * 2), math.floor(most / 2) * 2), frames)
+    return math.floor(nframes / 2) * 2
+
+
+@given(st.integers(1, 5000), st.floats(0.5, 120), st.floats(0.2, 8), st.integers(2, 384))
 def test_plan_frames(frames, fps, sampled, most):
-    data = DataConfig(fps=sampled, min_frames=4, max_frames=max(4, most))
+    data = DataConfig(fps=sampled, min_frames=4, max_frames=max(4, 2 * most))
     indices = plan_frames(video(frames, fps), data)
-    assert len(indices) % 2 == 0 and 2 <= len(indices) <= max(2, min(data.max_frames, frames))
+    assert len(indices) == max(2, smart_nframes(frames, fps, sampled, 4, data.max_frames))
     assert indices[0] == 0 and indices[-1] == frames - 1 and (np.diff(indices) >= 0).all()
     if frames > 1:
         assert np.ptp(np.diff(indices)) <= 1  # even spacing
-    inside = 4 <= 2 * round(frames / fps * sampled / 2) <= min(data.max_frames, frames)
-    assert not inside or abs(len(indices) - frames / fps * sampled) <= 1
 
 
 def test_plan_frames_by_hand():
     data = DataConfig(fps=4.0, max_frames=16)
     assert plan_frames(video(16), data).tolist() == [0, 2, 4, 6, 9, 11, 13, 15]
+    assert len(plan_frames(video(209, 30.0), DataConfig(fps=2.0))) == 12  # 13.93 are wanted
     assert plan_frames(video(1), data).tolist() == [0, 0]
     assert plan_frames(video(3), data).tolist() == [0, 2]
     # variable frame rate: eight frames in the first second, then one a second; times 0, 1, ..., 7 are wanted
     pts = tuple(i / 8 for i in range(8)) + tuple(float(i) for i in range(1, 8))
     uneven = video(15, pts=pts)
-    assert plan_frames(uneven, DataConfig(fps=1.0)).tolist() == [0, 8, 9, 10, 11, 12, 13, 14]
+    assert plan_frames(uneven, DataConfig(fps=1.1)).tolist() == [0, 8, 9, 10, 11, 12, 13, 14]
     assert clip_seconds(uneven) == pytest.approx(7.5) and clip_seconds(video(16)) == 2.0
 
 
@@ -162,6 +179,81 @@ def test_damaged_audio_is_named(tmp_path):
             decode_audio(tmp_path / name)
 
 
+@pytest.mark.parametrize("head", ["pyav", "dali"])
+@pytest.mark.parametrize("indices", [[0, 2, 4, 6, 9, 11, 13, 15], [15, 3, 3, 0, 7], [5]])
+def test_frames_resized_as_they_come_are_those_resized_at_the_end(tmp_path, head, indices, monkeypatch):
+    path, indices = make_video(tmp_path / "v.webm", 16, 90, 161), np.array(indices)
+    whole = decode_frames(path, indices, head)
+    monkeypatch.setattr("megatron_avatar.data.dali.PIECE_BYTES", 3 * 90 * 161 * 3)
+    for size in ((84, 140), (112, 168), (90, 161)):
+        frames = decode_frames(path, indices, head, Fit((90, 161), size))
+        assert np.array_equal(frames, resize(whole, *size))
+    with pytest.raises(MediaError, match="is 161x90 pixels, the manifest says 90x161; measure it again"):
+        decode_frames(path, indices, head, Fit((161, 90), (84, 84)))
+
+
+@pytest.mark.parametrize("head", ["pyav", "dali"])
+def test_memory_does_not_grow_with_the_frames_at_full_size(tmp_path, head, monkeypatch):
+    path = make_video(tmp_path / "v.avi", 24, 720, 1280, codec="mjpeg")  # 2.6 MiB a frame
+    monkeypatch.setattr("megatron_avatar.data.dali.PIECE_BYTES", 8 * 2**20)
+    fit = Fit((720, 1280), (56, 84))
+    decode_frames(path, np.arange(2), head, fit)  # what is built once
+    tracemalloc.start()
+    frames = decode_frames(path, np.arange(24), head, fit)
+    peak = tracemalloc.get_traced_memory()[1] / 2**20
+    tracemalloc.stop()
+    assert frames.shape == (24, 56, 84, 3) and peak < 20  # MiB, of 63 in all
+
+
+def shown(tmp_path, picture, name="p.png", **options):
+    picture.save(tmp_path / name, **options)
+    return decode_image(tmp_path / name)[0]
+
+
+def test_transparent_pictures_lie_on_white(tmp_path):
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (20, 30, 4), dtype=np.uint8)
+    rgba = Image.fromarray(pixels, "RGBA")
+    on_white = Image.new("RGB", rgba.size, (255, 255, 255))  # as qwen_vl_utils.to_rgb
+    on_white.paste(rgba, mask=rgba.split()[3])
+    assert np.array_equal(shown(tmp_path, rgba), np.asarray(on_white))
+    assert np.array_equal(shown(tmp_path, rgba, "p.webp", lossless=True, exact=True), np.asarray(on_white))
+    alpha = pixels[..., 3:].astype(float) / 255
+    grey = shown(tmp_path, Image.fromarray(pixels[..., 2:], "LA"))
+    assert np.abs(grey - (pixels[..., 2:3] * alpha + 255 * (1 - alpha))).max() <= 1
+    palette = Image.fromarray((pixels[..., 0] % 3).astype(np.uint8), "P")
+    palette.putpalette([0, 0, 0, 250, 10, 10, 10, 10, 250])
+    colours = np.array([[255, 255, 255], [250, 10, 10], [10, 10, 250]])
+    for name in ("p.png", "p.gif"):
+        assert np.array_equal(shown(tmp_path, palette, name, transparency=0), colours[pixels[..., 0] % 3])
+    keyed = Image.fromarray(np.where(pixels[..., :1] % 2, [[[9, 8, 7]]], [[[0, 0, 0]]]).astype(np.uint8))
+    assert set(map(tuple, shown(tmp_path, keyed, transparency=(0, 0, 0)).reshape(-1, 3).tolist())) == {
+        (255, 255, 255), (9, 8, 7)}  # fmt: skip
+
+
+def test_sixteen_bits_become_eight(tmp_path):
+    values = np.linspace(0, 65535, 600).astype(np.uint16).reshape(20, 30)
+    wanted = np.rint(values / 257)
+    for name in ("p.png", "p.tiff"):
+        assert np.array_equal(shown(tmp_path, Image.fromarray(values), name)[..., 1], wanted)
+    keyed = shown(tmp_path, Image.fromarray(values), transparency=int(values[0, 1]))
+    assert keyed[0, 1].tolist() == [255] * 3 and np.array_equal(keyed[1:, :, 0], wanted[1:])
+    for odd in (values.astype(np.int32), values.astype(np.float32)):
+        with pytest.raises(MediaError, match="32-bit numbers, and nothing says which is white; save it with 8 or 16"):
+            shown(tmp_path, Image.fromarray(odd), "p.tiff")
+
+
+def test_whatever_a_format_raises_names_the_picture(tmp_path):
+    Image.effect_noise((64, 64), 50).convert("RGB").save(tmp_path / "p.avif")
+    data = bytearray((tmp_path / "p.avif").read_bytes())
+    for place in range(4, len(data), 61):  # Pillow's AVIF raises RuntimeError, its others OSError and more
+        (tmp_path / "q.avif").write_bytes(data[:place] + bytes(40) + data[place + 40 :])
+        try:
+            decode_image(tmp_path / "q.avif")
+        except MediaError as error:
+            assert "q.avif: not a picture, or damaged" in str(error)
+
+
 def test_image(tmp_path, monkeypatch):
     picture = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
     exif = Image.Exif()
@@ -172,7 +264,7 @@ def test_image(tmp_path, monkeypatch):
     (tmp_path / "text.png").write_text("no picture")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 900)
     Image.fromarray(picture).save(tmp_path / "bomb.png")  # over twice the limit: no OSError
-    for name in ("half.png", "text.png", "missing.png", "bomb.png"):
+    for name in ("half.png", "text.png", "missing.png", "bomb.png", "long" * 90 + ".png"):
         with pytest.raises(MediaError, match=rf"{name}: "):
             decode_image(tmp_path / name)
 
