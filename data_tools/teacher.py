@@ -28,7 +28,7 @@ from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 
 from megatron_avatar.config.schema import DataConfig
-from megatron_avatar.data.decode import decode_audio, decode_frames, decode_image, plan_frames
+from megatron_avatar.data.decode import Fit, decode_audio, decode_frames, decode_image, plan_frames
 from megatron_avatar.data.features import SAMPLE_RATE
 from megatron_avatar.data.manifest import sample_from_dict, sample_to_dict
 from megatron_avatar.endpoint import Endpoint, Messages, Replies
@@ -151,7 +151,10 @@ def _decode_pictures(sample: Sample, root: Path, count: int) -> list[bytes]:
     frames: list[np.ndarray] = []
     for media in sample.media:
         if media.kind == "video":
-            frames += list(decode_frames(root / media.path, plan_frames(media, DataConfig(max_frames=count)), "pyav"))
+            scale = min(1.0, PICTURE_SIDE / max(media.height, media.width))
+            size = max(1, round(scale * media.height)), max(1, round(scale * media.width))
+            plan, fit = plan_frames(media, DataConfig(max_frames=count)), Fit((media.height, media.width), size)
+            frames += list(decode_frames(root / media.path, plan, "pyav", fit))
         elif media.kind == "image":
             frames += list(decode_image(root / media.path))
     jpegs = []
@@ -177,7 +180,7 @@ def _decode_sound(sample: Sample, root: Path, seconds: float) -> list[dict[str, 
         path = media.path if media.kind == "audio" else media.audio_path
         if path is None:
             continue
-        waveform, size = decode_audio(root / path), int(seconds * SAMPLE_RATE)
+        waveform, size = decode_audio(root / path, in_video=media.kind == "video"), int(seconds * SAMPLE_RATE)
         for start in range(0, len(waveform), size):
             buffer = io.BytesIO()
             soundfile.write(buffer, waveform[start : start + size], SAMPLE_RATE, format="WAV", subtype="PCM_16")

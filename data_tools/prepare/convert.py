@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from itertools import chain
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import av
@@ -11,88 +13,112 @@ import soundfile
 
 from data_tools.prepare.damage import Refused
 from data_tools.prepare.measure import Clip, opened
+from megatron_avatar.data.container import Posture, clip_stream, sound_stream
+from megatron_avatar.data.sound import SAMPLE_RATE, read_track
 
-SAMPLE_RATE = 16_000
-ALIGNED_S = 0.01  # a track that starts so near to the picture is left as it is
 ENCODERS = {
     "h264": ("libx264", ".mp4", {"preset": "medium", "crf": "20", "bf": "0", "threads": "1"},
              {"movflags": "faststart"}),
-    "vp9": ("libvpx-vp9", ".webm", {"deadline": "good", "cpu-used": "4", "crf": "30", "b": "0", "threads": "1"}, {}),
+    "vp9": ("libvpx-vp9", ".webm", {"deadline": "good", "cpu-used": "4", "crf": "30", "b": "0", "threads": "1"},
+            {"fflags": "+bitexact"}),  # no identity of its own: the same bytes at every run
 }  # fmt: skip
 BT601 = 6  # SMPTE 170M, in FFmpeg's three tables of colour
-TURNS = {90: ["cclock"], -90: ["clock"], 180: ["clock", "clock"], -180: ["clock", "clock"]}
 
-def extract_sound(path: Path, target: Path, start: float | None = None) -> int:
-    """Writes the first sound track as FLAC, in time with a picture that starts at `start` seconds; returns its samples
-    (0: no track)."""
-    resampler = av.AudioResampler(format="s16", layout="mono", rate=SAMPLE_RATE)
+
+def extract_sound(path: Path, target: Path, start: float | None = None) -> tuple[int, float]:
+    """Writes the default sound track as FLAC, in time with a picture that starts at `start` seconds; returns its
+    samples and the loudest of them, from 0 to 1 (no track: 0, 0)."""
+    loudest = 0.0
     with opened(path) as container:
-        if not container.streams.audio or container.streams.audio[0].codec_context is None:
-            return 0
-        with soundfile.SoundFile(target, "w", SAMPLE_RATE, 1, "PCM_16", format="FLAC") as file:
-            skip, begun = 0, start is None
-            for frame in chain(container.decode(audio=0), [None]):  # None flushes the resampler
-                if not begun and frame is not None:
-                    begun, skip = True, _align(file, (frame.time or 0.0) - start)
-                for chunk in resampler.resample(frame):
-                    samples = chunk.to_ndarray()[0]
-                    file.write(samples[skip:])
-                    skip = max(0, skip - len(samples))
-            return file.frames
+        if sound_stream(container) is None:
+            return 0, loudest
+        with _flac(target) as file:
+            for block in read_track(path, container, start):
+                loudest = max(loudest, float(np.abs(block).max(initial=0)))
+                file.write(np.clip(np.rint(block * 2**15), -(2**15), 2**15 - 1).astype(np.int16))
+            return file.frames, loudest
 
-def _align(file: soundfile.SoundFile, late: float) -> int:
-    """Silence in front of a track that starts late; samples to leave out of one that starts early."""
-    if abs(late) < ALIGNED_S:
-        return 0
-    silent = max(0, round(late * SAMPLE_RATE))
-    while silent:
-        file.write(np.zeros(min(silent, SAMPLE_RATE), np.int16))
-        silent -= min(silent, SAMPLE_RATE)
-    return max(0, round(-late * SAMPLE_RATE))
 
-def is_ready_sound(path: Path) -> bool:
-    """Whether a file is 16 kHz mono FLAC already."""
-    try:
-        info = soundfile.info(path)
-    except soundfile.LibsndfileError:
-        return False
-    return (info.format, info.samplerate, info.channels) == ("FLAC", SAMPLE_RATE, 1)
-
-def count_samples(path: Path) -> int:
-    """Samples of a FLAC file, all of them read."""
+def ready_sound(path: Path) -> tuple[int, float] | None:
+    """Samples, all of them read, and the loudest, of a file that is 16 kHz mono FLAC of known length already."""
     try:
         with soundfile.SoundFile(path) as file:
-            return sum(len(block) for block in file.blocks(SAMPLE_RATE))
-    except soundfile.LibsndfileError as error:
-        raise Refused("damaged", f"its sound breaks off ({error})") from None
+            if (file.format, file.samplerate, file.channels) != ("FLAC", SAMPLE_RATE, 1) or file.frames >= 2**40:
+                return None  # one that was written into a pipe says no length
+            samples, loudest = 0, 0.0
+            for block in file.blocks(SAMPLE_RATE):
+                samples, loudest = samples + len(block), max(loudest, float(np.abs(block).max()))
+            if samples < file.frames:
+                raise Refused("truncated", f"holds {samples} of the {file.frames} samples in its header")
+            return samples, loudest
+    except soundfile.LibsndfileError:
+        return None  # FFmpeg says what is wrong with it
+
+
+class _Disk(io.FileIO):
+    """A file whose first error of writing is kept: libsndfile only says that something went wrong."""
+
+    error: OSError | None = None
+
+    def write(self, data: bytes) -> int:  # type: ignore[override]
+        rest = memoryview(data)
+        try:
+            while rest:
+                rest = rest[super().write(rest) :]
+        except OSError as error:
+            self.error = self.error or error
+        return len(data) - len(rest)
+
+
+@contextmanager
+def _flac(target: Path) -> Iterator[soundfile.SoundFile]:
+    """A new FLAC file of 16 kHz mono; OSError where the disk takes no more."""
+    with _Disk(target, "w+") as disk:
+        try:
+            with soundfile.SoundFile(disk, "w", SAMPLE_RATE, 1, "PCM_16", format="FLAC") as file:
+                yield file
+        except (soundfile.SoundFileError, AssertionError):  # it asserts that all was written
+            if disk.error is None:
+                raise
+        if disk.error is not None:
+            raise OSError(disk.error.errno, disk.error.strerror, str(target)) from disk.error
+
 
 def bounded_size(height: int, width: int, max_side: int) -> tuple[int, int]:
     """Even (height, width) with no side above `max_side`, the aspect ratio kept."""
     scale = min(1.0, max_side / max(height, width))
     return tuple(max(2, round(side * scale / 2) * 2) for side in (height, width))  # type: ignore[return-value]
 
+
+def upright(stream: av.VideoStream, posture: Posture, size: tuple[int, int], colours: str) -> av.filter.Graph:
+    """Decoded frames in, frames of `size` (height, width) out: upright, with square pixels, as yuv420p. `colours`: the
+    scale filter's options of matrix and range."""
+    graph = av.filter.Graph()
+    graph.threads = 1
+    nodes = [graph.add_buffer(template=stream), *(graph.add(*filter_) for filter_ in posture.filters)]
+    nodes += [graph.add("scale", f"{size[1]}:{size[0]}:flags=bicubic:{colours}"), graph.add("setsar", "1"),
+              graph.add("format", "yuv420p"), graph.add("buffersink")]  # fmt: skip
+    graph.link_nodes(*nodes).configure()
+    return graph
+
+
 def transcode(path: Path, target: Path, clip: Clip, codec: str, max_side: int) -> None:
-    """Encodes a clip anew: upright, sides bounded, a key frame a second, colours and tags of BT.601, times kept."""
+    """Encodes a clip anew: upright, square pixels, sides bounded, a key frame a second, colours and tags of BT.601,
+    times kept."""
     encoder, _, options, container_options = ENCODERS[codec]
-    turned = abs(clip.rotation) == 90
-    height, width = bounded_size(*((clip.width, clip.height) if turned else (clip.height, clip.width)), max_side)
+    size = bounded_size(*clip.posture.shown(clip.height, clip.width), max_side)
     with opened(path) as source, av.open(str(target), "w", options=container_options) as sink:
-        stream = source.streams.video[0]
+        stream = clip_stream(source)
+        assert stream is not None
         stream.codec_context.thread_count = 1
         encoded = sink.add_stream(encoder, rate=max(1, round(clip.fps)), options=options)
-        encoded.width, encoded.height, encoded.pix_fmt = width, height, "yuv420p"
+        (encoded.height, encoded.width), encoded.pix_fmt = size, "yuv420p"
         context = encoded.codec_context
         context.time_base = stream.time_base
         context.gop_size = max(1, round(clip.fps))
         context.colorspace = context.color_primaries = context.color_trc = BT601
         context.color_range = 1
-        graph = av.filter.Graph()
-        graph.threads = 1
-        nodes = [graph.add_buffer(template=stream)]
-        nodes += [graph.add("transpose", f"dir={turn}") for turn in TURNS.get(clip.rotation, [])]
-        nodes += [graph.add("scale", f"{width}:{height}:flags=bicubic:out_color_matrix=bt601:out_range=tv"),
-                  graph.add("format", "yuv420p"), graph.add("buffersink")]  # fmt: skip
-        graph.link_nodes(*nodes).configure()
+        graph = upright(stream, clip.posture, size, "out_color_matrix=bt601:out_range=tv")
         for index, frame in enumerate(source.decode(stream)):
             if frame.pts is None:
                 frame.pts = round(index / clip.fps / stream.time_base)

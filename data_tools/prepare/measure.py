@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import warnings
 from array import array
 from collections.abc import Iterator
@@ -12,10 +13,13 @@ from pathlib import Path
 
 import av
 import numpy as np
-from av.stream import Disposition
-from PIL import Image, ImageOps
+from PIL import Image
 
-from data_tools.prepare.damage import Refused
+from data_tools.prepare.damage import Refused, refusal
+from megatron_avatar.data.container import MediaError, Posture, clip_stream, posture, require_upright
+from megatron_avatar.data.picture import to_rgb
+from megatron_avatar.data.sound import MAX_SECONDS
+from megatron_avatar.data.whole import require_whole
 
 CODECS = ("vp8", "vp9", "mjpeg", "h264", "hevc", "av1", "mpeg4")  # that DALI decodes, on the CPU or on a GPU
 IN_ORDER = ("vp8", "vp9", "mjpeg", "av1")  # a packet's place is its frame's place
@@ -27,10 +31,10 @@ OPEN = {
 }
 PICTURES = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 MAX_SIDE = 16_384
-MAX_SECONDS = 24 * 3600
 MAX_RATE = 1000
 ROUNDED_S = 0.002  # containers round times to milliseconds: so near, the declared rate holds
-TRANSCODE = "write transcode=h264 to have such clips encoded anew"
+TRANSCODE = "write transcode=needed to have such clips encoded anew"
+FEW_FILES = (errno.EMFILE, errno.ENFILE)  # this process's or machine's limit, met while a file is opened
 Image.init()  # before that, open() knows half of these formats
 
 
@@ -47,21 +51,35 @@ class Clip:
     container: str
     seconds: float
     start: float
-    rotation: int
+    posture: Posture
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the trainer's decoder shows it as it is meant."""
+        return self.codec in CODECS and not self.posture.turned and self.posture.is_square
 
 
 @contextmanager
 def opened(path: Path) -> Iterator[av.container.InputContainer]:
-    """An opened media file; what FFmpeg refuses becomes a refusal."""
+    """An opened media file; what FFmpeg and the trainer refuse becomes a refusal.
+
+    Files that are written meanwhile are another matter: what FFmpeg can't write is an OSError.
+    """
     try:
         container = av.open(str(path), options=OPEN)
     except (av.FFmpegError, ValueError) as error:
+        if getattr(error, "errno", None) in FEW_FILES:
+            raise refusal(error) from None
         raise Refused("not_media", f"no media file, or its index is cut off ({_brief(error)})") from None
     with container:
         try:
             yield container
         except (av.FFmpegError, UnicodeDecodeError) as error:
+            if isinstance(error, OSError) and error.filename not in (None, str(path)):
+                raise refusal(error) from None
             raise Refused("damaged", f"breaks off while it is read ({_brief(error)})") from None
+        except MediaError as error:
+            raise refusal(error) from None
 
 
 def _brief(error: BaseException) -> str:
@@ -71,12 +89,13 @@ def _brief(error: BaseException) -> str:
 def measure_video(path: Path, *, decode: bool, any_codec: bool = False) -> Clip:
     """Frames, times and size of a clip, from its packets and first frame, or with `decode` from every frame.
 
-    `any_codec` lets everything pass that FFmpeg decodes, for a clip that is encoded anew.
+    `any_codec` lets everything pass that FFmpeg decodes and turns upright, for a clip that is encoded anew.
     """
     with opened(path) as container:
-        stream = container.streams.video[0] if container.streams.video else None
-        if stream is None or stream.disposition & Disposition.attached_pic:
+        stream = clip_stream(container)
+        if stream is None:
             raise Refused("no_video", "holds no video stream")
+        require_whole(path)
         if stream.codec_context is None:
             raise Refused("codec", "no decoder knows its codec")
         codec = stream.codec_context.codec.canonical_name
@@ -85,7 +104,8 @@ def measure_video(path: Path, *, decode: bool, any_codec: bool = False) -> Clip:
         form = container.format.name.split(",")[0]
         rate = float(stream.average_rate or stream.guessed_rate or 0)
         times, missing, opens = _packet_times(container, stream, codec)
-    first, decoded = _decoded(path, everything=decode or codec in HIDDEN_FRAMES or not opens)
+    everything = decode or codec in HIDDEN_FRAMES or not opens
+    first, shown, decoded = _decoded(path, everything=everything, upright=not any_codec)
     if decoded is not None:
         times, missing = decoded
     if not len(times) + missing:
@@ -94,10 +114,7 @@ def measure_video(path: Path, *, decode: bool, any_codec: bool = False) -> Clip:
     if max(height, width) > MAX_SIDE or not min(height, width):
         raise Refused("size", f"{width}x{height} pixels; a side may have {MAX_SIDE}")
     count, fps, pts, seconds = _rate(times, missing, rate)
-    rotation = first.rotation
-    if rotation and not any_codec:
-        raise Refused("rotated", f"is to be shown turned by {rotation} degrees, which the decoder doesn't; {TRANSCODE}")
-    return Clip(count, fps, pts, height, width, codec, form, seconds, float(times[0]) if len(times) else 0.0, rotation)
+    return Clip(count, fps, pts, height, width, codec, form, seconds, float(times[0]) if len(times) else 0.0, shown)
 
 
 def _packet_times(
@@ -125,8 +142,9 @@ def _packet_times(
         else:
             ticks.append(when)
     exact = container.format.name.startswith("mov")  # other containers' headers are rough
-    if packets < (stream.frames if exact else 0.95 * stream.frames - 2):
-        raise Refused("truncated", f"holds {packets} of the {stream.frames} frames in its index")
+    indexed = len(stream.index_entries) if exact else stream.frames  # the index is what an edit list leaves
+    if packets < (indexed if exact else 0.95 * indexed - 2):
+        raise Refused("truncated", f"holds {packets} of the {indexed} frames in its index")
     promised = ((container.duration or 0) + min(0, container.start_time or 0)) / av.time_base
     interval = 1 / float(stream.average_rate or 10)
     if (exact or container.format.name.startswith("matroska")) and packets and end < promised - max(0.25, 2 * interval):
@@ -144,16 +162,23 @@ def _rising(times: np.ndarray) -> np.ndarray:
     return times
 
 
-def _decoded(path: Path, *, everything: bool) -> tuple[av.VideoFrame, tuple[np.ndarray, int] | None]:
-    """The first frame, and with `everything` the seconds of all frames and how many have none."""
-    times, missing, first = array("d"), 0, None
+def _decoded(
+    path: Path, *, everything: bool, upright: bool
+) -> tuple[av.VideoFrame, Posture, tuple[np.ndarray, int] | None]:
+    """The first frame, how it is to be shown, and with `everything` the seconds of all frames and how many have none.
+    `upright` refuses a clip that is to be shown in another way than it is decoded."""
+    times, missing, first, shown = array("d"), 0, None, None
     with opened(path) as container:
-        stream = container.streams.video[0]
+        stream = clip_stream(container)
+        assert stream is not None
         stream.codec_context.thread_count = 1
         for frame in container.decode(stream):
-            first = first or frame
+            if first is None:
+                first, shown = frame, posture(path, stream, frame)
+                if upright:
+                    require_upright(path, stream, frame)
             if not everything:
-                return first, None
+                return first, shown, None
             if frame.is_corrupt:
                 raise Refused("damaged", f"frame {len(times) + missing} is damaged")
             if (frame.height, frame.width) != (first.height, first.width):
@@ -162,9 +187,9 @@ def _decoded(path: Path, *, everything: bool) -> tuple[av.VideoFrame, tuple[np.n
                 missing += 1
             else:
                 times.append(frame.time)
-    if first is None:
+    if first is None or shown is None:
         raise Refused("no_frames", "its video stream holds no frame")
-    return first, (_rising(np.asarray(times)), missing)
+    return first, shown, (_rising(np.asarray(times)), missing)
 
 
 def _rate(times: np.ndarray, missing: int, rate: float) -> tuple[int, float, list[float] | None, float]:
@@ -201,12 +226,17 @@ def measure_image(path: Path) -> tuple[int, int, str]:
                 raise Refused("size", f"{picture.width}x{picture.height} pixels; a side may have {MAX_SIDE}")
             kind = str(picture.format)
             picture.load()
-            upright = ImageOps.exif_transpose(picture)
-            return upright.height, upright.width, kind.lower()
+            try:
+                seen = to_rgb(picture)
+            except ValueError as error:
+                raise Refused("mode", f"its colours can't be read: {error}") from None
+            return seen.height, seen.width, kind.lower()
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise Refused("size", str(error)) from None
     except Image.UnidentifiedImageError:
         raise Refused("not_media", f"no picture of a known format ({', '.join(PICTURES)})") from None
     except (OSError, ValueError, SyntaxError) as error:  # as Pillow's formats raise
+        if getattr(error, "errno", None):
+            raise
         kind = "truncated" if "truncated" in str(error) else "damaged"
         raise Refused(kind, f"the picture breaks off ({error})") from None

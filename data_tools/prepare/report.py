@@ -25,6 +25,7 @@ class Report:
         self.sides: Counter[str] = Counter()
         self.seconds: Counter[str] = Counter()
         self.clips: Counter[bool] = Counter()  # with sound or without
+        self.silent = 0  # tracks and sounds in which nothing is heard
         self.tokens: Counter[int] = Counter()  # by bin
         self.longest = 0
         self.refused: Counter[str] = Counter()
@@ -40,6 +41,7 @@ class Report:
                 self.seconds[_class(fact["seconds"], SECONDS, "s")] += 1
             if "height" in fact:
                 self.sides[_class(max(fact["height"], fact["width"]), SIDES, "px")] += 1
+            self.silent += fact.get("silent", False)
             if fact["kind"] == "video":
                 self.clips[fact["sound"]] += 1
 
@@ -52,12 +54,13 @@ class Report:
     def write(self, out: Path) -> None:
         clips = self.clips.total()
         heard = f"{self.clips[True]} of {clips} clips have sound ({self.clips[True] / clips:.0%})." if clips else ""
+        silent = f"{self.silent} sounds or tracks are silent from beginning to end." if self.silent else ""
         parts = [
             "# What was prepared",
             f"{self.samples} samples kept, {self.refused.total()} rows refused (each named in rejected.jsonl).",
             _table(("stage", "split", "problem type", "samples"), [(*k, n) for k, n in sorted(self.groups.items())]),
             "## Refused rows", _table(("reason", "rows"), self.refused.most_common()),
-            "## Media, each content once", heard, _table(("codec", "media"), self.codecs.most_common()),
+            "## Media, each content once", heard, silent, _table(("codec", "media"), self.codecs.most_common()),
             _table(("longer side", "media"), _ordered(self.sides, SIDES, "px")),
             _table(("length", "media"), _ordered(self.seconds, SECONDS, "s")),
             "## Prompts", f"The longest has {self.longest} tokens; the context is {self.context}.",

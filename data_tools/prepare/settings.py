@@ -21,7 +21,7 @@ from megatron_avatar.config.paths import check_model, refuse
 
 HOW = ("processes", "shard", "merge", "deadline_s")  # change how fast a result comes, not what it is
 ELSEWHERE = ("manifest", "decoder", "workers", "decode_deadline_s")  # of the recipe's data: matter in training alone
-ONE_OF = {"check": ("packets", "decode"), "transcode": ("none", "h264", "vp9")}
+ONE_OF = {"check": ("packets", "decode"), "transcode": ("none", "needed", "h264", "vp9")}
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Settings:
     split: str = "train"  # the dataset's own split, where there are several
     revision: str = ""  # commit of a dataset of the hub
     check: str = "packets"  # packets | decode: read every frame
-    transcode: str = "none"  # none | h264 | vp9
+    transcode: str = "none"  # none | needed: clips that the decoder can't show as they are | h264 | vp9: all clips
     max_side: int = 1280  # pixels, of clips that are encoded anew
     eval_share: float = 0.02  # of the media, chosen by their content, is held out
     processes: int = 0  # 0: one a CPU

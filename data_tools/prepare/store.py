@@ -6,6 +6,7 @@ content again, in another row, shard or attempt, reads it there.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -19,9 +20,12 @@ from typing import Any
 import fsspec
 
 from data_tools.prepare import convert, measure
-from data_tools.prepare.damage import Refused
+from data_tools.prepare.damage import Refused, refusal
+from megatron_avatar.data.container import sound_stream
+from megatron_avatar.data.sound import SAMPLE_RATE
 
 MIN_SAMPLES = 321  # the manifest's least: less makes no audio token
+SILENT = 1e-4  # the loudest sample of a track in which nothing is heard
 # By content, not by the given name: the manifest must not depend on which of two equal files came first.
 SUFFIXES = {"mov": ".mp4", "matroska": ".mkv", "avi": ".avi", "mpegts": ".ts", "flv": ".flv", "ogg": ".ogv"}
 
@@ -43,7 +47,7 @@ class Handling:
     out: str
     scratch: str
     decode: bool = False
-    codec: str = "none"
+    codec: str = "none"  # none | h264 | vp9: encode every clip anew; needed: as H.264 those that are not plain
     max_side: int = 1280
 
 
@@ -66,6 +70,7 @@ def store(source: Source, handling: Handling) -> str:
     out = Path(handling.out)
     with tempfile.TemporaryDirectory(dir=handling.scratch) as folder:
         path = _fetch(source, handling, Path(folder))
+        before = _state(path)
         with open(path, "rb") as file:
             content = hashlib.file_digest(file, "sha256").hexdigest()[:32]
         card = card_path(out, content, source.kind)
@@ -74,16 +79,20 @@ def store(source: Source, handling: Handling) -> str:
         card.parent.mkdir(parents=True, exist_ok=True)
         try:
             known = _KINDS[source.kind](path, content, handling, Path(folder))
-        except Refused as refused:
+        except Exception as error:
+            refused = refusal(error)
             known = {"refused": refused.kind, "detail": refused.detail}
-        except (OSError, MemoryError):
-            raise  # this machine's fault: the medium is not to blame
-        except Exception as error:  # whatever a foreign decoder raises on damaged bytes
-            known = {"refused": "damaged", "detail": f"{type(error).__name__}: {error}"}
+        if path.exists() and _state(path) != before:
+            raise OSError(f"{path} was changed while it was read; the same command reads it again")
         temporary = Path(folder) / "card.json"
         temporary.write_text(json.dumps(known), encoding="utf-8")
         os.replace(temporary, card)  # last: with the card all is there
     return content
+
+
+def _state(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns
 
 
 def _fetch(source: Source, handling: Handling, folder: Path) -> Path:
@@ -121,16 +130,18 @@ def _download(name: str, root: str, target: Path) -> None:
 
 
 def _video(path: Path, content: str, handling: Handling, folder: Path) -> dict[str, Any]:
-    again = handling.codec != "none"
-    clip = measure.measure_video(path, decode=handling.decode and not again, any_codec=again)
+    codec, decode = handling.codec, handling.decode
+    clip = measure.measure_video(path, decode=decode and codec in ("none", "needed"), any_codec=codec != "none")
     facts = {"seconds": clip.seconds, "codec": clip.codec, "height": clip.height, "width": clip.width}
     sound = folder / "sound.flac"
-    samples = convert.extract_sound(path, sound, start=clip.start)
+    samples, loudest = convert.extract_sound(path, sound, start=clip.start)
+    again = codec not in ("none", "needed") or (codec == "needed" and not clip.is_plain)
     if again:
-        encoded = folder / f"encoded{convert.ENCODERS[handling.codec][1]}"
-        convert.transcode(path, encoded, clip, handling.codec, handling.max_side)
+        codec = "h264" if codec == "needed" else codec
+        encoded = folder / f"encoded{convert.ENCODERS[codec][1]}"
+        convert.transcode(path, encoded, clip, codec, handling.max_side)
         path, count = encoded, clip.frame_count
-        clip = measure.measure_video(path, decode=handling.decode)
+        clip = measure.measure_video(path, decode=decode)
         if clip.frame_count < count // 2:
             raise Refused("damaged", f"only {clip.frame_count} of {count} frames could be encoded anew")
     suffix = path.suffix if again else SUFFIXES.get(clip.container, ".bin")
@@ -147,6 +158,7 @@ def _video(path: Path, content: str, handling: Handling, folder: Path) -> dict[s
     if samples >= MIN_SAMPLES:
         heard = {"audio_path": _place(sound, content, ".flac", handling), "audio_samples": samples}
         media |= heard | {"audio_in_video": True}
+        facts["silent"] = loudest < SILENT
     return {"media": media, "facts": facts}
 
 
@@ -161,18 +173,18 @@ def _audio(path: Path, content: str, handling: Handling, folder: Path) -> dict[s
     """Sound is converted, unless it is as the trainer reads it best already."""
     sound = folder / "sound.flac"
     with measure.opened(path) as container:
-        if not container.streams.audio:
+        stream = sound_stream(container)
+        if stream is None:
             raise Refused("no_sound", "holds no sound track")
-        context = container.streams.audio[0].codec_context
-        codec = context.codec.canonical_name if context else "unknown"
-    if convert.is_ready_sound(path):
-        sound, samples = path, convert.count_samples(path)
-    else:
-        samples = convert.extract_sound(path, sound)
+        codec = stream.codec_context.codec.canonical_name if stream.codec_context else "unknown"
+    ready = convert.ready_sound(path) if codec == "flac" else None
+    if ready:
+        sound = path
+    samples, loudest = ready or convert.extract_sound(path, sound)
     if samples < MIN_SAMPLES:
         raise Refused("no_sound", f"{samples} samples are too short to hear")
     place = _place(sound, content, ".flac", handling)
-    facts = {"seconds": samples / convert.SAMPLE_RATE, "codec": codec}
+    facts = {"seconds": samples / SAMPLE_RATE, "codec": codec, "silent": loudest < SILENT}
     return {"media": {"path": place, "kind": "audio", "audio_samples": samples}, "facts": facts}
 
 
@@ -180,13 +192,31 @@ _KINDS = {"video": _video, "image": _image, "audio": _audio}
 
 
 def _place(path: Path, content: str, suffix: str, handling: Handling) -> str:
-    """Links or copies a file to its name below out, at once; returns that name."""
+    """Puts a file at its name below out, at once; returns that name.
+
+    What was made here is moved, a file of the input is copied (in no time and room where the file system can): were it
+    linked, whoever appends to the input would change what is named by its content.
+    """
     name = Path("media") / content[:2] / (content + suffix)
-    target, temporary = Path(handling.out) / name, Path(handling.scratch) / f"{os.getpid()}-{content}{suffix}"
+    target = Path(handling.out) / name
+    if path.resolve().is_relative_to(Path(handling.scratch).resolve()):
+        os.replace(path, target)
+        return name.as_posix()
+    temporary = Path(handling.scratch) / f"{os.getpid()}-{content}{suffix}"
     try:
-        os.link(path, temporary)
-    except OSError:  # another file system
-        shutil.copyfile(path, temporary)
-    os.replace(temporary, target)
-    temporary.unlink(missing_ok=True)  # rename does nothing between two links to one file
+        _copy(path, temporary)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
     return name.as_posix()
+
+
+def _copy(path: Path, target: Path) -> None:
+    with open(path, "rb") as source, open(target, "wb") as sink:
+        try:
+            while os.copy_file_range(source.fileno(), sink.fileno(), 1 << 30):
+                pass
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+            shutil.copyfileobj(source, sink, 1 << 20)  # between file systems, on an old kernel

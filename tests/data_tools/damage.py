@@ -72,6 +72,12 @@ def huge_picture(folder: Path) -> Path:
     return folder / "huge.png"
 
 
+def deep_picture(folder: Path) -> Path:
+    """Pixels of 32 bits, of which nobody knows how white they are."""
+    Image.fromarray(np.arange(64, dtype=np.int32).reshape(8, 8)).save(folder / "deep.tiff")
+    return folder / "deep.tiff"
+
+
 def text(folder: Path) -> Path:
     (folder / "text.mp4").write_text("no film at all\n" * 100)
     return folder / "text.mp4"

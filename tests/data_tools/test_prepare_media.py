@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -14,15 +17,19 @@ import soundfile
 from PIL import Image
 
 from data_tools.prepare import store as stores
-from data_tools.prepare.convert import bounded_size
+from data_tools.prepare.convert import bounded_size, extract_sound
 from data_tools.prepare.damage import Refused
 from data_tools.prepare.measure import measure_video
 from data_tools.prepare.store import Handling, Source, read_card, store
+from megatron_avatar.data.container import TURNS
 from megatron_avatar.data.decode import MediaError, decode_audio, decode_frames
+from tests.data.films import corners, upright_by_hand, write_film
 from tests.data.media import make_audio
+from tests.data.tracks import mux, patched, room_for, tone, wav, without
 from tests.data_tools.clips import FORMATS, make_clip
 from tests.data_tools.damage import (
     cut,
+    deep_picture,
     fast_start,
     half_picture,
     huge_picture,
@@ -71,7 +78,7 @@ def test_frames_are_counted_as_the_decoder_counts_them(handle, form):
     with pytest.raises(MediaError, match="ends before"):
         decode_frames(stored, np.array([count]), "pyav")
     assert measure_video(path, decode=True).frame_count == count
-    assert os.path.samefile(stored, path)  # linked, not copied
+    assert not os.path.samefile(stored, path) and stored.read_bytes() == path.read_bytes()  # copied, not linked
     assert media["audio_in_video"] and len(decode_audio(handle.out / media["audio_path"])) == media["audio_samples"]
     assert soundfile.info(handle.out / media["audio_path"]).samplerate == 16_000
     assert abs(media["audio_samples"] - 42_000) < 1_200
@@ -126,6 +133,18 @@ def test_b_frames_are_sorted_in_time(handle):
     (turned, "video", "rotated"),
     (lambda f: make_clip(f, sound=0), "audio", "no_sound"),
     (lambda f: make_audio(f / "short.wav", seconds=0.01), "audio", "no_sound"),
+    (lambda f: cut(make_clip(f, form="vp9_opus", frames=48), 0.97), "video", "truncated"),
+    (lambda f: cut(make_clip(f, form="mjpeg_mp3", frames=48), 0.97), "video", "truncated"),
+    (lambda f: cut(make_audio(f / "a.wav"), 0.6), "audio", "truncated"),
+    (lambda f: cut(make_audio(f / "a.ogg", seconds=60, channels=2), 0.9), "audio", "truncated"),
+    (lambda f: cut(mux(f / "a.opus", tone(2.0, rate=48_000), rate=48_000), 0.6), "audio", "truncated"),
+    (lambda f: cut(mux(f / "a.mp3", tone(2.0)), 0.6), "audio", "truncated"),
+    (lambda f: without(mux(f / "a.opus", tone(4.0, rate=48_000), rate=48_000), 0.4, 0.3), "audio", "damaged"),
+    (lambda f: wav(f / "a.wav", np.array([0.1, np.nan] * 800), subtype="FLOAT"), "audio", "damaged"),
+    (lambda f: patched(make_audio(f / "a.wav"), b"fmt ", 12, bytes([1, 0, 0, 0])), "audio", "size"),
+    (lambda f: write_film(f / "a.mp4", matrix=(-1, 0, 0, 1)), "video", "mirrored"),
+    (lambda f: write_film(f / "a.mkv", aspect=Fraction(4, 3)), "video", "anamorphic"),
+    (lambda f: deep_picture(f), "image", "mode"),
 ])  # fmt: skip
 def test_damage_is_refused_with_its_reason(handle, make, kind, reason):
     path = make(handle.folder)
@@ -209,7 +228,7 @@ def test_sounds_become_flac(handle, name):
     wave = decode_audio(path)
     assert len(wave) == media["audio_samples"] and abs(len(wave) - (48_000 if name[0] == "d" else 32_000)) < 1_200
     assert np.abs(np.fft.rfft(wave)).argmax() * 16_000 / len(wave) == pytest.approx(440, abs=2)
-    assert os.path.samefile(path, handle.folder / name) == (name == "c.flac")
+    assert (path.read_bytes() == (handle.folder / name).read_bytes()) == (name == "c.flac")
 
 
 @pytest.mark.parametrize("codec", ["h264", "vp9"])
@@ -237,8 +256,146 @@ def test_encoding_anew_keeps_varying_times_and_turns_upright(handle):
     path = turned(handle.folder)
     media = handle(path.name, codec="h264")["media"]
     assert (media["height"], media["width"]) == (112, 84)
-    before, after = (decode_frames(p, np.array([0]), "pyav")[0].astype(int) for p in (path, handle.out / media["path"]))
+    with av.open(str(path)) as container:
+        before = next(container.decode(video=0)).to_ndarray(format="rgb24").astype(int)
+    after = decode_frames(handle.out / media["path"], np.array([0]), "pyav")[0].astype(int)
     assert np.abs(np.rot90(before, -1) - after).mean() < 6  # the matrix turns clockwise
+
+
+@pytest.mark.parametrize("matrix", TURNS)
+def test_clips_that_need_it_are_shown_upright_with_square_pixels(handle, matrix):
+    path = write_film(handle.folder / "a.mp4", matrix=matrix, aspect=Fraction(2), cover="attached")
+    card = handle(path.name)
+    assert card["refused"] in ("rotated", "mirrored", "anamorphic") and "transcode=needed" in card["detail"]
+    shutil.rmtree(handle.out / "media")
+    media = handle(path.name, codec="needed")["media"]
+    wide = np.repeat(corners(), 2, axis=1)  # pixels are twice as wide as high
+    wanted = upright_by_hand(wide, matrix).astype(int)
+    assert (media["height"], media["width"], media["frame_count"]) == (*wanted.shape[:2], 12)
+    assert np.abs(decode_frames(handle.out / media["path"], np.array([5]))[0] - wanted).mean() < 12
+
+
+def test_clips_that_are_plain_are_not_encoded_anew_where_needed(handle):
+    plain, odd = make_clip(handle.folder), make_clip(handle.folder, "odd", form="mpeg2_mp3")
+    media = handle(plain.name, codec="needed")["media"]
+    assert (handle.out / media["path"]).read_bytes() == plain.read_bytes()
+    media = handle(odd.name, codec="needed")["media"]  # DALI doesn't know MPEG-2
+    assert media["path"].endswith(".mp4") and media["frame_count"] == 24
+
+
+def test_no_matrix_that_encoding_cannot_undo_passes(handle):
+    write_film(handle.folder / "a.mp4", matrix=(0.8, 0.6, -0.6, 0.8))
+    for codec in ("none", "needed", "h264"):
+        card = handle("a.mp4", codec=codec)
+        assert card["refused"] == "rotated" and "turned by 37 degrees or sheared" in card["detail"]
+        shutil.rmtree(handle.out / "media")
+
+
+def test_a_clip_that_was_trimmed_in_place_is_whole(handle):
+    """Phones shorten the edit list and leave the frames; a file that is cut after that is still found out."""
+    path = make_clip(handle.folder, frames=48, options=GOP)
+    data = bytearray(path.read_bytes())
+    place = data.index(b"elst")
+    while place >= 0:
+        length = int.from_bytes(data[place + 12 : place + 16], "big")
+        data[place + 12 : place + 16] = (length // 2).to_bytes(4, "big")
+        place = data.find(b"elst", place + 1)
+    path.write_bytes(data)
+    media = handle(path.name)["media"]
+    assert media["frame_count"] == 24 and abs(media["audio_samples"] - 48_000) < 1_200
+    assert len(decode_frames(handle.out / media["path"], np.arange(24))) == 24
+
+
+def test_appending_to_the_input_leaves_what_is_stored(handle):
+    for path, kind in ((make_clip(handle.folder), "video"), (make_audio(handle.folder / "a.flac"), "audio")):
+        stored = handle.out / handle(path.name, kind)["media"]["path"]
+        content = stored.read_bytes()
+        with open(path, "ab") as file:
+            file.write(b"more")
+        assert stored.read_bytes() == content
+
+
+def test_a_file_that_grows_while_it_is_read_stops_the_work(handle, monkeypatch):
+    path = make_clip(handle.folder)
+
+    def slow(*args, **options):
+        with open(path, "ab") as file:
+            file.write(b"more")
+        return measure_video(*args, **options)
+
+    monkeypatch.setattr(stores.measure, "measure_video", slow)
+    with pytest.raises(OSError, match="was changed while it was read; the same command reads it again"):
+        handle(path.name)
+    monkeypatch.undo()
+    assert handle(path.name)["media"]["frame_count"] == 24
+
+
+def test_silent_tracks_are_named_and_cancelled_ones_refused(handle):
+    silent, opposite = np.zeros((2, 32_000), np.float32), np.stack([tone(2.0), -tone(2.0)])
+    film = np.arange(20) / 10
+    mux(handle.folder / "a.mkv", silent, codec="flac", film=film)
+    mux(handle.folder / "b.mkv", opposite, codec="flac", film=film)
+    assert handle("a.mkv")["facts"]["silent"] and handle("a.mkv", "audio")["facts"]["silent"]
+    assert not handle(make_clip(handle.folder).name)["facts"]["silent"]
+    for kind in ("video", "audio"):
+        card = handle("b.mkv", kind)
+        assert card["refused"] == "cancelled" and "keep one of its channels" in card["detail"]
+
+
+def test_sound_lies_where_its_times_say(handle):
+    """A hole in a clip's track, and a track of a second language in front of the default one."""
+    times = [*np.arange(10) / 10, *(2.0 + np.arange(10) / 10)]
+    path = mux(handle.folder / "a.mkv", tone(2.0), codec="pcm_s16le", times=times, film=np.arange(30) / 10)
+    media = handle(path.name)["media"]
+    wave = decode_audio(handle.out / media["audio_path"])
+    assert media["audio_samples"] == len(wave) == pytest.approx(48_000, abs=32)
+    assert not wave[16_100:31_900].any() and min(np.abs(w).max() for w in (wave[:16_000], wave[32_100:])) > 0.2
+    mux(handle.folder / "b.mkv", tone(1.0, 300), tone(1.0, 900), codec="flac", film=np.arange(10) / 10, default=1)
+    wave = decode_audio(handle.out / handle("b.mkv")["media"]["audio_path"])
+    assert np.abs(np.fft.rfft(wave)).argmax() == pytest.approx(900, abs=2)
+
+
+def test_only_tracks_that_no_decoder_knows_are_refused(handle):
+    path = mux(handle.folder / "a.mkv", tone(1.0), codec="flac", film=np.arange(10) / 10)
+    path.write_bytes(path.read_bytes().replace(b"A_FLAC", b"A_FLOC"))
+    card = handle("a.mkv")
+    assert card["refused"] == "codec" and "no decoder knows the codec of its sound" in card["detail"]
+
+
+@pytest.mark.parametrize(("name", "kind", "options"), [
+    ("clip.mp4", "video", {}), ("noise.wav", "audio", {}), ("noise.flac", "audio", {}), ("noise.png", "image", {}),
+    ("clip.mp4", "video", {"codec": "h264"}), ("clip.mp4", "video", {"codec": "vp9"}), ("text.mp4", "video", {}),
+])  # fmt: skip
+def test_a_disk_without_room_is_not_blamed_on_the_medium(handle, tmp_path, name, kind, options):
+    """Wherever the writing stops, the work stops, and the same call ends later as one that was not disturbed."""
+    rng = np.random.default_rng(0)
+    make_clip(handle.folder, "clip", size=(120, 160), options={"crf": "0"})
+    soundfile.write(handle.folder / "noise.wav", rng.normal(0, 0.2, 32_000), 44_100)
+    soundfile.write(handle.folder / "noise.flac", rng.normal(0, 0.2, 32_000), 16_000)
+    Image.fromarray(rng.integers(0, 255, (120, 120, 3), dtype=np.uint8)).save(handle.folder / "noise.png")
+    text(handle.folder)
+
+    def tree(folder):
+        return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+    handle(name, kind, **options)
+    wanted = tree(handle.out)
+    shutil.rmtree(handle.out / "media")
+    largest = max(map(len, wanted.values()))
+    for size in {10, largest // 3, largest - 10}:
+        with room_for(size), pytest.raises(OSError, match="File too large"):
+            handle(name, kind, **options)
+        assert not list(handle.out.rglob("*.json"))
+    handle(name, kind, **options)
+    assert tree(handle.out) == wanted
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_an_error_of_the_system(handle):
+    path = make_audio(handle.folder / "a.wav")
+    with pytest.raises(OSError, match="No space left") as full:
+        extract_sound(path, Path("/dev/full"))
+    assert full.value.errno == errno.ENOSPC
 
 
 def test_sizes_are_even():
