@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import soundfile
 from PIL import Image
 
@@ -21,6 +22,7 @@ from data_tools.prepare.damage import Refused
 from data_tools.prepare.store import Handling, Source, read_card, store
 from eval.run import fitting
 from megatron_avatar.config import Config
+from megatron_avatar.data.picture import to_rgb
 from megatron_avatar.data.prompt import MEDIUM
 from megatron_avatar.records import Media, Sample
 from megatron_avatar.rl.rewards.format import parse
@@ -45,7 +47,10 @@ def source(visual: Any) -> Source:
     """What a task calls a visual: a picture, decoded sound, or the path of a picture, sound or video."""
     if isinstance(visual, Image.Image):
         written = io.BytesIO()
-        visual.convert("RGB").save(written, "PNG")
+        try:
+            to_rgb(visual).save(written, "PNG")
+        except (OSError, ValueError) as error:
+            raise Refused("not_media", f"a picture that can't be read: {error}") from None
         return Source("image", data=written.getvalue())
     if isinstance(visual, str | os.PathLike):
         path = Path(visual).expanduser().absolute()
@@ -56,7 +61,10 @@ def source(visual: Any) -> Source:
     except (TypeError, KeyError, ValueError):
         raise Refused("not_media", f"{type(visual).__name__} is no picture, sound or path") from None
     written = io.BytesIO()
-    soundfile.write(written, samples.T, int(rate), format="WAV", subtype="FLOAT")
+    try:
+        soundfile.write(written, np.asarray(samples).T, int(rate), format="WAV", subtype="FLOAT")
+    except (TypeError, ValueError, IndexError, RuntimeError) as error:
+        raise Refused("not_media", f"sound that can't be read: {error}") from None
     return Source("audio", data=written.getvalue())
 
 
@@ -112,7 +120,7 @@ class Responder:
         if not media:
             mine = self.stack.enter_context(tempfile.TemporaryDirectory()) if self.backend.rank == 0 else ""
             media = self.backend.broadcast_object(mine)
-        self.handling = Handling("/", media, str(Path(media) / "scratch"))
+        self.handling = Handling("/", media, str(Path(media) / "scratch"), codec="needed")
         Path(self.handling.scratch).mkdir(parents=True, exist_ok=True)
         tokenizer = load_tokenizer(config.model.path)
         self.policy = build_policy(config.model.path, self.backend, config.model, config.parallel)

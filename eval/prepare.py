@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import json
@@ -27,7 +26,7 @@ from pebble import ProcessExpired, ProcessFuture, ProcessPool
 from rich.console import Console
 from rich.progress import track
 
-from data_tools.prepare.damage import Refused
+from data_tools.prepare.damage import Refused, refusal
 from data_tools.prepare.store import Handling, ignore_signals, read_card, store
 from eval.asking.benchmark import Benchmark, load_benchmark
 from eval.asking.clips import cut, from_frames
@@ -36,7 +35,6 @@ from megatron_avatar.data.manifest import load_manifest
 from megatron_avatar.records import Media, Sample
 
 DEADLINE_S = 600.0  # for one medium
-MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENOMEM, errno.EMFILE)  # errors that are no medium's fault
 PROBLEM_KINDS = {"multiple_choice": "choice", "numerical": "number", "math": "math"}
 
 
@@ -75,7 +73,8 @@ def _prepare(benchmark: Benchmark, data: str, folder: Path, revision: str, proce
             )
         return read_prepared(folder)
     root = "" if not Path(data).exists() else str(Path(data) if Path(data).is_dir() else Path(data).parent)
-    handling = Handling(root or f"hf://datasets/{data}@{revision}", str(folder), str(folder / "scratch"))
+    where = root or f"hf://datasets/{data}@{revision}"
+    handling = Handling(where, str(folder), str(folder / "scratch"), codec="needed")
     items = _measured(rows, handling, processes, benchmark.title)
     aside = folder / "items.tmp"
     with open(aside, "w", encoding="utf-8") as file:
@@ -166,12 +165,8 @@ def place(wanted: Wanted, handling: Handling) -> str:
             from_frames(path, made, wanted.fps or 1.0, wanted.start, wanted.end)
         else:
             cut(path, made, wanted.start or 0.0, wanted.end)
-    except (Refused, MemoryError):
-        raise
-    except Exception as error:  # whatever a foreign decoder raises on damaged bytes
-        if getattr(error, "errno", None) in MACHINE:
-            raise
-        raise Refused("damaged", f"{type(error).__name__}: {error}") from None
+    except Exception as error:
+        raise refusal(error) from None
     return store(replace(wanted.source, path=name), replace(handling, root=handling.scratch))
 
 

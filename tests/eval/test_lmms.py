@@ -5,6 +5,8 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -18,8 +20,10 @@ from eval.lmms import main
 from eval.lmms_engine import NO_ANSWER, Responder, final_answer, question, source
 from megatron_avatar.config import load_config
 from megatron_avatar.config.schema import SamplingConfig
+from megatron_avatar.data.decode import decode_image
 from megatron_avatar.data.manifest import load_manifest
 from megatron_avatar.data.prompt import MEDIUM
+from tests.data.films import write_film
 from tests.data.media import make_audio
 from tests.data_tools.clips import make_clip
 from tests.training.small import ROOT
@@ -102,6 +106,23 @@ def test_a_medium_that_cannot_be_used_is_named(tmp_path, handling):
     assert "is no picture, sound or path" in question("t/0", "What?", [7], {}, handling).trouble
     with pytest.raises(Refused):
         source({"array": np.zeros(3)})
+    sounds = {"not finite": [0.1, np.nan] * 400, "one is the other's opposite": np.outer([1, -1], np.ones(800)),
+              "can't be read": "no samples", "claims 1 samples": np.ones(800)}  # fmt: skip
+    for said, samples in sounds.items():
+        sound = {"array": samples, "sampling_rate": 1 if "claims" in said else 16_000}
+        assert said in question("t/0", "What?", [sound], {}, handling).trouble
+    assert "32-bit numbers" in question("t/0", "What?", [Image.new("F", (40, 40))], {}, handling).trouble
+
+
+def test_pictures_are_laid_on_white_and_clips_shown_upright(tmp_path, handling):
+    deep = Image.fromarray(np.full((40, 60), 65535, np.uint16))
+    turned = write_film(tmp_path / "a.mp4", matrix=(0, 1, -1, 0), aspect=Fraction(2))
+    visuals = [Image.new("RGBA", (60, 40)), Image.new("LA", (60, 40)), deep, str(turned)]
+    asked = question("t/0", "What?", visuals, {}, replace(handling, codec="needed"))
+    assert asked.trouble == ""
+    *pictures, film = asked.sample.media
+    assert all(decode_image(tmp_path / picture.path).min() == 255 for picture in pictures)
+    assert (film.height, film.width) == (128, 48)
 
 
 def test_main_says_how_it_is_called_and_what_is_missing(capsys, monkeypatch):

@@ -12,6 +12,8 @@ from data_tools.prepare.measure import measure_video
 from eval.asking.clips import cut, from_frames
 from eval.fixture import write_medium
 from megatron_avatar.data.decode import decode_audio, decode_frames
+from tests.data.films import corners, upright_by_hand, write_film
+from tests.data.tracks import mux, room_for, tone
 
 RATE = 10
 
@@ -91,6 +93,54 @@ def test_frames_of_a_varying_rate_keep_their_times(tmp_path):
     np.testing.assert_allclose(measured.pts, [0, 0.1, 1.0, 1.1, 1.2], atol=0.002)
 
 
+@pytest.mark.parametrize(("start", "end"), [(0.0, None), (0.0, 2.0), (0.5, 2.0), (1.3, 2.6)])
+def test_the_sound_of_a_part_lies_where_its_track_has_it(tmp_path, start, end):
+    """A track that begins 0.7 s behind the picture, and its hole from 1.7 to 2.2 s."""
+    times = [*(0.7 + np.arange(10) / 10), *(2.2 + np.arange(8) / 10)]
+    path = mux(tmp_path / "late.mkv", tone(1.8), codec="pcm_s16le", times=times, film=np.arange(30) / 10)
+    cut(path, tmp_path / "part.mkv", start, end)
+    sound = decode_audio(tmp_path / "part.mkv", in_video=True)
+    assert len(sound) == pytest.approx(((end or 3.0) - start) * 16_000, abs=32)
+    seconds = start + np.arange(len(sound)) / 16_000
+    due = (seconds > 0.7) & ~((seconds > 1.7) & (seconds < 2.2))
+    near = np.abs(np.subtract.outer(seconds, [0.7, 1.7, 2.2])).min(axis=1) < 0.003
+    loud = np.abs(sound) > 0
+    assert not (loud & ~due & ~near).any() and loud[due & ~near].mean() > 0.98
+
+
+@pytest.mark.parametrize("matrix", [(0, 1, -1, 0), (-1, 0, 0, 1), (0, -1, -1, 0)])
+def test_a_part_is_upright_with_square_pixels(tmp_path, matrix):
+    path = write_film(tmp_path / "a.mp4", matrix=matrix, aspect=Fraction(2), cover="attached")
+    cut(path, tmp_path / "part.mkv", 0.5, 1.0)
+    wanted = upright_by_hand(np.repeat(corners(), 2, axis=1), matrix).astype(int)
+    frame = decode_frames(tmp_path / "part.mkv", np.array([1]))[0]
+    assert frame.shape == wanted.shape and np.abs(frame - wanted).mean() < 12
+
+
+def test_a_part_of_the_default_track(tmp_path):
+    path = mux(tmp_path / "a.mkv", tone(2.0, 300), tone(2.0, 900), codec="flac", film=np.arange(20) / 10, default=1)
+    cut(path, tmp_path / "part.mkv", 0.5, 1.5)
+    assert np.abs(np.fft.rfft(decode_audio(tmp_path / "part.mkv"))).argmax() == pytest.approx(900, abs=2)
+
+
+def test_a_part_of_a_cut_clip_is_refused_and_a_full_disk_is_not_blamed_on_it(clip, tmp_path):
+    (tmp_path / "cut.mkv").write_bytes(clip.read_bytes()[: clip.stat().st_size * 3 // 4])
+    with pytest.raises(Refused, match="truncated"):
+        cut(tmp_path / "cut.mkv", tmp_path / "part.mkv", 0.0, 1.0)
+    write_pictures(tmp_path / "frames", 12, (640, 480))
+    with room_for(2_000):
+        with pytest.raises(OSError, match="File too large"):
+            cut(clip, tmp_path / "part.mkv", 0.0, 2.0)
+        with pytest.raises(OSError, match="File too large"):
+            from_frames(tmp_path / "frames", tmp_path / "made.mkv", 3.0, None, None)
+
+
+def test_the_same_part_has_the_same_bytes(clip, tmp_path):
+    for name in ("a.mkv", "b.mkv"):
+        cut(clip, tmp_path / name, 1.0, 2.0)
+    assert (tmp_path / "a.mkv").read_bytes() == (tmp_path / "b.mkv").read_bytes()
+
+
 def test_no_frame_in_the_time_is_refused(clip, tmp_path):
     with pytest.raises(Refused) as refused:
         cut(clip, tmp_path / "part.mkv", 10, 12)
@@ -101,7 +151,7 @@ def test_a_sound_has_no_part(tmp_path):
     write_medium(tmp_path / "a.wav", "audio")
     with pytest.raises(Refused) as refused:
         cut(tmp_path / "a.wav", tmp_path / "part.mkv", 0, 1)
-    assert refused.value.detail == "holds no video track"
+    assert refused.value.detail == "holds no video stream"
 
 
 def write_pictures(folder, count, side=(65, 49)):
@@ -121,6 +171,19 @@ def test_a_folder_of_frames_is_a_clip_of_its_rate(tmp_path, start, end, numbers)
     assert (measured.frame_count, measured.fps) == (len(numbers), pytest.approx(3))
     assert (measured.height, measured.width) == (48, 64)
     np.testing.assert_allclose(grey, [10 * number for number in numbers], atol=2.5)  # 10 comes behind 9
+
+
+def test_pictures_of_a_folder_are_opaque_upright_and_of_one_size(tmp_path):
+    write_pictures(tmp_path / "frames", 2, (64, 48))
+    Image.new("RGBA", (64, 48), (0, 0, 0, 0)).save(tmp_path / "frames" / "3.png")
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.new("RGB", (48, 64), (90, 90, 90)).save(tmp_path / "frames" / "4.png", exif=turned)
+    from_frames(tmp_path / "frames", tmp_path / "made.mkv", 2.0, None, None)
+    np.testing.assert_allclose(greys(tmp_path / "made.mkv")[1], [10, 20, 255, 90], atol=2.5)
+    Image.new("RGB", (32, 48)).save(tmp_path / "frames" / "5.png")
+    with pytest.raises(Refused, match="5.png is 32x48 pixels, the folder's first picture 64x48"):
+        from_frames(tmp_path / "frames", tmp_path / "made.mkv", 2.0, None, None)
 
 
 def test_a_folder_without_pictures_in_that_time_is_refused(tmp_path):
