@@ -28,7 +28,8 @@ from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 
 from megatron_avatar.config.schema import DataConfig
-from megatron_avatar.data.decode import Fit, decode_audio, decode_frames, decode_image, plan_frames
+from megatron_avatar.data.container import Fit
+from megatron_avatar.data.decode import decode_audio, decode_frames, decode_image, plan_frames
 from megatron_avatar.data.features import SAMPLE_RATE
 from megatron_avatar.data.manifest import sample_from_dict, sample_to_dict
 from megatron_avatar.endpoint import Endpoint, Messages, Replies

@@ -23,6 +23,7 @@ NO_PICTURE = Disposition.attached_pic | Disposition.timed_thumbnails
 LOOKED_AT = 500  # packets
 SQUARE = 0.02  # pixels so near to square are taken as such: the resize to multiples of 28 bends more
 UPRIGHT = "prepare it with transcode=needed, which shows it upright with square pixels"
+STALE = "measure it again, or restore the file that the manifest was made from"
 # A matrix (a, b, c, d) takes the point (x, y) of a decoded frame to (ax + cy, bx + dy), y downwards: FFmpeg's filters
 # for each of those that only turn by quarters and mirror, and what to call them.
 TURNS: dict[tuple[int, ...], tuple[str, tuple[tuple[str, str], ...]]] = {
@@ -80,6 +81,20 @@ class Posture:
         wide = max(height, round(height / self.aspect)), max(width, round(width * self.aspect))
         height, width = (height, width) if self.is_square else wide
         return (height, width) if self.turn[0] else (width, height)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What frames are made into: of `source` (height, width), as the manifest says, to `size`."""
+
+    source: tuple[int, int]
+    size: tuple[int, int]
+
+    def check(self, path: Path, found: tuple[int, int]) -> None:
+        """MediaError for frames of another size than the manifest's."""
+        if found != self.source:
+            (height, width), (h, w) = found, self.source
+            raise MediaError(path, f"is {width}x{height} pixels, the manifest says {w}x{h}", STALE)
 
 
 def clip_stream(container: av.container.InputContainer) -> av.VideoStream | None:

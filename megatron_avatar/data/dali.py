@@ -10,20 +10,18 @@ import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
+from megatron_avatar.data.container import Fit
 from megatron_avatar.data.features import resize
-
-if TYPE_CHECKING:
-    from megatron_avatar.data.decode import Fit
 
 CPU_CODECS = ("vp8", "vp9", "mjpeg")
 GPU_CODECS = ("h264", "hevc", "av1", "mpeg4")
 PIECE_BYTES = 2**27  # of frames at full size
-Item = tuple[str, tuple[int, ...], "Fit | None"]  # a file, the frames that are wanted of it, what they are made into
+Item = tuple[str, tuple[int, ...], Fit | None]  # a file, the frames that are wanted of it, what they are made into
 
 
 @cache

@@ -6,7 +6,6 @@ whatever the stream's tag says, so PyAV is told to do the same.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import av
@@ -17,7 +16,7 @@ from PIL import Image
 
 from megatron_avatar.config.schema import DataConfig
 from megatron_avatar.data import dali, packets
-from megatron_avatar.data.container import MediaError, clip_stream, picture_start, require_upright
+from megatron_avatar.data.container import STALE, Fit, MediaError, clip_stream, picture_start, require_upright
 from megatron_avatar.data.features import TEMPORAL_PATCH, resize
 from megatron_avatar.data.picture import to_rgb
 from megatron_avatar.data.sound import MUTE, SAMPLE_RATE, Mix, read_track, require_length, require_rate
@@ -27,25 +26,10 @@ from megatron_avatar.records import Media
 MAX_FRAME_PIXELS = 2**27  # a header that claims more is damaged, or meant to fill the memory
 RESIZED_AT_ONCE = 4  # frames: with three planes each they fill the resize's pictures of four
 UNKNOWN = 2**40  # samples; FLAC that was written into a pipe says none, which libsndfile reads as more than this
-STALE = "measure it again, or restore the file that the manifest was made from"
 TO_RGB = (
     ("scale", "flags=bilinear+full_chroma_int+accurate_rnd:in_color_matrix=bt601"),
     ("format", "gbrp"),  # planes: the same bytes as rgb24 in less than half of the time
 )
-
-
-@dataclass(frozen=True)
-class Fit:
-    """What frames are made into: of `source` (height, width), as the manifest says, to `size`."""
-
-    source: tuple[int, int]
-    size: tuple[int, int]
-
-    def check(self, path: Path, found: tuple[int, int]) -> None:
-        """MediaError for frames of another size than the manifest's."""
-        if found != self.source:
-            (height, width), (h, w) = found, self.source
-            raise MediaError(path, f"is {width}x{height} pixels, the manifest says {w}x{h}", STALE)
 
 
 def clip_seconds(media: Media) -> float:

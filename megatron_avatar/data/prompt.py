@@ -19,10 +19,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from megatron_avatar.config.schema import DataConfig
 from megatron_avatar.data import dali, features
+from megatron_avatar.data.container import STALE, Fit, MediaError
 from megatron_avatar.data.decode import (
-    STALE,
-    Fit,
-    MediaError,
     clip_seconds,
     decode_audio,
     decode_frames,

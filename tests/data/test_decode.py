@@ -15,9 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from megatron_avatar.config.schema import DataConfig
+from megatron_avatar.data.container import Fit, MediaError
 from megatron_avatar.data.decode import (
-    Fit,
-    MediaError,
     clip_seconds,
     decode_audio,
     decode_frames,
