@@ -362,7 +362,7 @@ def test_a_checkpoint_without_main_weights_is_named_before_anything_is_loaded(ba
 def test_two_ranks_reshard_and_agree(tmp_path):
     """Tensor parallel -> pipeline and data parallel with equal bits; one verdict on damage and on stopping."""
     tiny_thinker(tiny_config(layers=2)).save_pretrained(tmp_path / "hf")
-    from tests.training import two_ranks  # it needs the Trainer of this file
+    from tests.resilience import two_ranks  # it needs the Trainer of this file
 
     launch(two_ranks.main, 2, tmp_path)
     checks, other = (json.loads((tmp_path / f"rank_{rank}.json").read_text()) for rank in range(2))
