@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+from megatron_avatar.config.urls import mask
 from megatron_avatar.data.container import MediaError
+from megatron_avatar.files import repaired
+
+MOST = 300  # characters of a row that a reason quotes
 
 
 class Refused(Exception):
     """A row or a file that cannot be used: `kind` is counted in the report, `detail` says what was found."""
 
     def __init__(self, kind: str, detail: str):
-        super().__init__(kind, detail)
-        self.kind, self.detail = kind, detail
+        self.kind, self.detail = kind, shown(detail)
+        super().__init__(kind, self.detail)
 
     def __str__(self) -> str:
         return f"{self.kind}: {self.detail}"
+
+
+def shown(text: str) -> str:
+    """Foreign text for a journal or a message: secrets of addresses hidden, what UTF-8 can't hold replaced, a long one
+    (a picture in place of a path) without its middle."""
+    text = repaired(mask(text))
+    return text if len(text) <= MOST else f"{text[: MOST // 2]}[...]{text[-MOST // 2 :]}"
 
 
 def refusal(error: Exception) -> Refused:

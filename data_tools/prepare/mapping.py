@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import string
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +10,16 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from data_tools.prepare.damage import Refused
-from data_tools.prepare.sources import (
-    Dataset,
-    Draft,
+from data_tools.prepare.cells import (
     Row,
     bare_answer,
     bare_choices,
+    columns_of,
+    filled,
     media_of,
-    problem_type,
-    text_of,
     without_placeholders,
 )
+from data_tools.prepare.sources import Dataset, Draft, problem_type
 
 MEDIA = {"videos": "video", "images": "image", "audios": "audio"}
 TEXTS = ("id", "question", "answer", "problem_type", "stage", "family", "trace", "hint", "audio_caption")
@@ -49,7 +46,7 @@ def load_mapping(path: str) -> Dataset:
     wanted = {name for value in columns.values() for name in columns_of(str(value))}
 
     def draft(row: Row, origin: str, stage: str) -> Draft:
-        values = {name: _text(row, str(columns[name])) for name in TEXTS if name in columns} | {
+        values = {name: filled(row, str(columns[name])) for name in TEXTS if name in columns} | {
             name: str(value) for name, value in constants.items()
         }
         kind = values.get("problem_type", "")
@@ -80,20 +77,5 @@ def _known(where: str, keys: dict[Any, Any], names: tuple[str, ...]) -> None:
             raise ValueError(f"{where}: unknown key `{key}`; use {f'`{near[0]}`' if near else ', '.join(names)}")
 
 
-def columns_of(value: str) -> list[str]:
-    """The columns that a template names, or the one that `value` is."""
-    names = [name for _, name, _, _ in string.Formatter().parse(value) if name is not None] if "{" in value else [value]
-    return [name.partition("[")[0].partition(".")[0] for name in names]
-
-
-def _text(row: Row, value: str) -> str:
-    if "{" not in value:
-        return text_of(row, value)
-    try:
-        return value.format_map(row).strip()
-    except (KeyError, IndexError, AttributeError) as error:
-        raise Refused("column", f"the template {value!r} finds no {error}") from None
-
-
 def _media(row: Row, value: str, kind: str) -> tuple[Any, ...]:
-    return media_of(_text(row, value) if "{" in value else row.get(value), kind)
+    return media_of(filled(row, value) if "{" in value else row.get(value), kind)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import heapq
 import json
 import os
@@ -15,6 +14,8 @@ from typing import Any
 from data_tools.prepare.report import Report
 from data_tools.prepare.shard import is_done, journal_path, lines_of
 from megatron_avatar.data.manifest import sample_from_dict, write_manifest
+from megatron_avatar.files import replacing
+from megatron_avatar.locks import held
 from megatron_avatar.records import Sample
 
 
@@ -46,17 +47,22 @@ def missing_shards(out: Path, shards: int) -> list[int]:
 
 
 def merge(out: Path, shards: int, context: int) -> Report | None:
-    """Writes manifest.jsonl, rejected.jsonl and the report of complete shards; None where another task has done so."""
-    with open(out / "shards" / "merge.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # two tasks of an array may finish at the same time
+    """Writes manifest.jsonl, rejected.jsonl and the report of complete shards; None where another task has done so.
+
+    Two tasks of an array may finish at the same time: one waits for the other.
+    """
+    with held(out / "shards" / "merge.lock", "a merge", wait=True):
         if (out / "manifest.jsonl").exists():
             return None
         journals = [lines_of(journal_path(out, k, shards)) for k in range(shards)]
-        entries = heapq.merge(*map(_rows, journals), key=lambda entry: entry["row"])
+        entries = _all_once(heapq.merge(*map(_rows, journals), key=lambda entry: entry["row"]), out)
         report, rejected = Report(context), out / "shards" / "rejected.tmp"
-        with closing(Seen(out / "shards" / "seen.sqlite")) as seen, open(rejected, "w", encoding="utf-8") as file:
-            made = out / "shards" / "manifest.jsonl"
-            write_manifest(made, _kept(entries, seen, report, file))
+        made, names = out / "shards" / "manifest.jsonl", out / "shards" / "seen.sqlite"
+        try:
+            with closing(Seen(names)) as seen, replacing(rejected) as file:
+                write_manifest(made, _kept(entries, seen, report, file))
+        except sqlite3.Error as error:
+            raise OSError(f"{names}: {error}") from None
         if not report.samples:
             reasons = f"no row is left, mostly because of {report.worst()}"
             raise ValueError(f"{rejected}: {reasons}; correct that, and prepare into another out=")
@@ -68,6 +74,17 @@ def merge(out: Path, shards: int, context: int) -> Report | None:
 
 def _rows(lines: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     return (entry for entry in lines if "row" in entry)
+
+
+def _all_once(entries: Iterator[dict[str, Any]], out: Path) -> Iterator[dict[str, Any]]:
+    """The rows' entries; ValueError where one is there twice or not at all."""
+    for row, entry in enumerate(entries):
+        if entry["row"] != row:
+            found = "is there twice" if entry["row"] < row else "is missing"
+            row = min(row, entry["row"])
+            raise ValueError(f"{out / 'shards'}: row {row} {found} in the journals, which something else has written "
+                             "or cut; delete them, and run the same command again")  # fmt: skip
+        yield entry
 
 
 def _kept(entries: Iterator[dict[str, Any]], seen: Seen, report: Report, rejected: Any) -> Iterator[Sample]:

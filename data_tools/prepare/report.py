@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from megatron_avatar.files import replacing
 from megatron_avatar.records import Sample
 
 BINS = 64  # of token lengths up to the context
@@ -66,7 +67,8 @@ class Report:
             "## Prompts", f"The longest has {self.longest} tokens; the context is {self.context}.",
             "![tokens](tokens.png)", "![seconds](seconds.png)",
         ]  # fmt: skip
-        (out / "report.md").write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
+        with replacing(out / "report.md") as file:
+            file.write("\n\n".join(part for part in parts if part) + "\n")
         tokens = [(f"{k * self.width}", self.tokens[k]) for k in range(max(self.tokens, default=0) + 1)]
         _bars(out / "tokens.png", tokens, f"prompt tokens (context {self.context})", "samples")
         _bars(out / "seconds.png", _ordered(self.seconds, SECONDS, "s"), "length of clips and sounds", "media")

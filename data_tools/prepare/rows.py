@@ -5,18 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-import ijson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_tools.prepare.damage import Refused
+from data_tools.prepare.damage import Refused, shown
+from megatron_avatar.files import is_machines
 
+Values = dict[str, Any] | Refused | None  # None: not asked for
+Wanted = Callable[[int], bool]  # whether the row of this number in its file is
 FORMATS = (".jsonl", ".json", ".parquet")
+BLANK = b"\xef\xbb\xbf \t\r\n"  # and the mark of byte order
+_IN_TEXT, _OUTSIDE = re.compile(rb'["\\]'), re.compile(rb'["\[\]{},]')
 BATCH = 16  # parquet rows at a time: they may hold pictures
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -77,60 +81,99 @@ def read_rows(source: Input, shards: int, shard: int, start: int) -> Iterator[Ro
             yield Row(index, f"{source.hub[0]} row {index}", values if wanted(index) else None)
             index += 1
     for path in source.files:
-        reader = {".jsonl": _jsonl, ".json": _json, ".parquet": _parquet}[path.suffix]
-        for place, values in reader(path, index, wanted):
-            if isinstance(values, Refused):
-                yield Row(index, f"{path.name} {place}", None, values if wanted(index) else None)
-            else:
-                yield Row(index, f"{path.name} {place}", values)
+        first = index
+        for place, values in READERS[path.suffix](path, lambda number, first=first: wanted(first + number)):
+            origin = shown(f"{path.name} {place}")
+            refused = isinstance(values, Refused)
+            yield Row(index, origin, None, values) if refused else Row(index, origin, values)
             index += 1
 
 
-def _jsonl(path: Path, first: int, wanted: Any) -> Iterator[tuple[str, Any]]:
+def _jsonl(path: Path, wanted: Wanted) -> Iterator[tuple[str, Values]]:
     with open(path, "rb") as file:
-        index = first
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield f"line {number}", _parsed(line) if wanted(index) else None
-                index += 1
+        lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
+        for index, (number, line) in enumerate(lines):
+            yield f"line {number}", _parsed(line) if wanted(index) else None
 
 
-def _parsed(line: bytes) -> dict[str, Any] | Refused:
+def _parsed(text: bytes) -> dict[str, Any] | Refused:
     try:
-        values = json.loads(line)
-    except ValueError as error:
-        return Refused("not_json", str(error))
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return Refused("not_json", str(error) if isinstance(error, ValueError) else "lists or objects nested too deep")
     return values if isinstance(values, dict) else Refused("not_json", f"a {type(values).__name__}, not an object")
 
 
-def _json(path: Path, first: int, wanted: Any) -> Iterator[tuple[str, Any]]:
+def _json(path: Path, wanted: Wanted) -> Iterator[tuple[str, Values]]:
+    """The elements of one list, each read as a line of JSONL would be."""
     with open(path, "rb") as file:
-        opening = file.read(256).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
-        if opening != b"[":
+        if file.read(256).lstrip(BLANK)[:1] != b"[":
             raise ValueError(f"{path}: holds no list of rows; write input=FILE for the file that does")
         file.seek(0)
-        try:
-            for number, values in enumerate(ijson.items(file, "item", use_float=True)):
-                good = isinstance(values, dict)
-                refused = None if good else Refused("not_json", f"a {type(values).__name__}, not an object")
-                yield f"item {number}", refused or (values if wanted(first + number) else None)
-        except ijson.JSONError as error:
-            raise ValueError(f"{path}: breaks off after some rows ({error}); download it again") from None
+        for index, text in enumerate(_elements(file, path)):
+            yield f"item {index}", _parsed(text) if wanted(index) else None
 
 
-def _parquet(path: Path, first: int, wanted: Any) -> Iterator[tuple[str, Any]]:
+def _elements(file: BinaryIO, path: Path) -> Iterator[bytes]:
+    """The texts between the commas of a JSON list, which may be larger than memory."""
+    depth, quoted, found, parts = 0, False, 0, []
+    while chunk := file.read(1 << 16):
+        start, place = 0, 0
+        while match := (_IN_TEXT if quoted else _OUTSIDE).search(chunk, place):
+            sign, place = match[0], match.end()
+            if sign == b"\\":
+                if place == len(chunk):  # what it escapes is in the next
+                    chunk += file.read(1)
+                place += 1
+            elif sign == b'"':
+                quoted = not quoted
+            elif sign in b"[{":
+                depth += 1
+                start = place if depth == 1 else start
+            elif depth == 1:  # a comma, or the end of the list
+                parts.append(chunk[start : match.start()])
+                text, parts, start = b"".join(parts).strip(), [], place
+                if text or sign == b"," or found:
+                    found += 1
+                    yield text
+                if sign == b"]":
+                    return
+            elif sign in b"]}":
+                depth -= 1
+        parts.append(chunk[start:])
+    raise ValueError(f"{path}: breaks off after {found} rows; download it again")
+
+
+def _parquet(path: Path, wanted: Wanted) -> Iterator[tuple[str, Values]]:
+    number = 0
     try:
-        file = pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{path}: no parquet file, or a damaged one ({error}); download it again") from None
-    with file:
-        number = 0
-        for batch in file.iter_batches(BATCH):
-            chosen = [k for k in range(batch.num_rows) if wanted(first + number + k)]
-            rows = dict(zip(chosen, batch.take(chosen).to_pylist(), strict=True)) if chosen else {}
-            for k in range(batch.num_rows):
-                yield f"row {number + k}", rows.get(k)
-            number += batch.num_rows
+        with pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
+            for batch in file.iter_batches(BATCH):
+                chosen = [k for k in range(batch.num_rows) if wanted(number + k)]
+                rows = dict(zip(chosen, _pylist(batch.take(chosen)), strict=True)) if chosen else {}
+                for k in range(batch.num_rows):
+                    yield f"row {number + k}", rows.get(k)
+                number += batch.num_rows
+    except (pa.ArrowException, OSError) as error:
+        if is_machines(error):
+            raise
+        what = f"a damaged one after row {number}" if number else "a damaged one"
+        raise ValueError(f"{path}: no parquet file, or {what} ({error}); download it again") from None
+
+
+def _pylist(batch: pa.RecordBatch) -> list[Values]:
+    """Rows as Python's values; one that has none (a date beyond all calendars, bytes that are no text) is refused."""
+    try:
+        return batch.to_pylist()
+    except (ValueError, OverflowError) as error:
+        if batch.num_rows == 1:
+            return [Refused("not_read", f"{type(error).__name__}: {error}")]
+    return [row for k in range(batch.num_rows) for row in _pylist(batch.slice(k, 1))]
+
+
+READERS: dict[str, Callable[[Path, Wanted], Iterator[tuple[str, Values]]]] = {
+    ".jsonl": _jsonl, ".json": _json, ".parquet": _parquet,
+}  # fmt: skip
 
 
 def _hub_rows(name: str, configuration: str, split: str, revision: str) -> Iterator[dict[str, Any]]:

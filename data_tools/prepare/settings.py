@@ -18,6 +18,8 @@ from data_tools.prepare.rows import Input, find_input
 from data_tools.prepare.sources import DATASETS, Dataset
 from megatron_avatar.config import Config, load_config
 from megatron_avatar.config.paths import check_model, refuse
+from megatron_avatar.files import replacing
+from megatron_avatar.locks import held
 
 HOW = ("processes", "shard", "merge", "deadline_s")  # change how fast a result comes, not what it is
 ELSEWHERE = ("manifest", "decoder", "workers", "decode_deadline_s")  # of the recipe's data: matter in training alone
@@ -124,19 +126,18 @@ def claim(settings: Settings, config: Config, source: Input) -> Path:
     }
     del identity["out"], identity["recipe"], identity["media"]
     out = Path(settings.out)
-    (out / "shards").mkdir(parents=True, exist_ok=True)
     marker = out / "settings.json"
-    if marker.exists():
-        before = json.loads(marker.read_text(encoding="utf-8"))
-        changed = sorted(key for key in before.keys() | identity.keys() if before.get(key) != identity.get(key))
-        if changed:
-            raise ValueError(f"{marker}: out was begun with another {', '.join(changed)}; write another out=")
-        return out
-    if any(path.name not in ("shards", "settings.json") for path in out.iterdir()):
-        raise ValueError(f"out={out}: holds other files; write an empty folder")
-    temporary = out / f"shards/settings.{settings.shard}.tmp"
-    temporary.write_text(json.dumps(identity, indent=1), encoding="utf-8")
-    os.replace(temporary, marker)
+    if not marker.exists():
+        with held(out / "shards" / "settings.lock", "the start of a shard", wait=True):
+            if any(path.name not in ("shards", "settings.json") for path in out.iterdir()):
+                raise ValueError(f"out={out}: holds other files; write an empty folder")
+            if not marker.exists():
+                with replacing(marker) as file:
+                    file.write(json.dumps(identity, indent=1))
+    before = json.loads(marker.read_text(encoding="utf-8"))
+    changed = sorted(key for key in before.keys() | identity.keys() if before.get(key) != identity.get(key))
+    if changed:
+        raise ValueError(f"{marker}: out was begun with another {', '.join(changed)}; write another out=")
     return out
 
 

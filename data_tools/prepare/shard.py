@@ -12,21 +12,24 @@ import shutil
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import TimeoutError as Late
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
-from data_tools.prepare.damage import Refused
+from data_tools.prepare.damage import Refused, shown
 from data_tools.prepare.judge_row import RowJudge, row_key
 from data_tools.prepare.rows import Input, Row, read_rows
 from data_tools.prepare.sources import Dataset, Draft
 from data_tools.prepare.store import Handling, Source, ignore_signals, store
-from megatron_avatar.config.urls import mask
 from megatron_avatar.data.manifest import sample_to_dict
+from megatron_avatar.files import append
+from megatron_avatar.locks import held
 
 AHEAD = 8  # rows a worker that wait in memory
 REMEMBERED = 4096  # paths whose content is known
+FIRST = 8  # rows of another form at the beginning: it's another dataset
 
 
 def journal_path(out: Path, shard: int, shards: int) -> Path:
@@ -74,7 +77,13 @@ class Shard:
         self._stored: OrderedDict[Source, ProcessFuture] = OrderedDict()
 
     def run(self, progress: Callable[[bool], None]) -> None:
-        """`progress` is told of each row whether it was kept."""
+        """`progress` is told of each row whether it was kept. Raises ValueError for rows of another dataset, and where
+        another process works on this shard."""
+        with held(self.path.with_suffix(".lock"), f"the preparation of shard {self.number}"):
+            if not is_done(self.path):  # by whoever held it
+                self._run(progress)
+
+    def _run(self, progress: Callable[[bool], None]) -> None:
         scratch = Path(self.handling.scratch)
         shutil.rmtree(scratch, ignore_errors=True)  # what a killed attempt left
         scratch.mkdir(parents=True)
@@ -82,11 +91,11 @@ class Shard:
         context.set_forkserver_preload(["data_tools.prepare.store"])
         pool = ProcessPool(self.processes, initializer=ignore_signals, context=context)
         try:
-            with open(self.path, "ab") as journal:
-                total = self._all(pool, journal, progress)
-                journal.write(f'{{"rows": {total}}}\n'.encode())
-                journal.flush()
-                os.fsync(journal.fileno())
+            start = _continue(self.path)
+            with open(self.path, "ab", buffering=0) as journal:
+                total = self._all(pool, journal, start, progress)
+                os.fsync(journal.fileno())  # the rows are on the disk before their number
+                append(journal, f'{{"rows": {total}}}\n')
             pool.close()
         except BaseException:
             pool.stop()
@@ -95,38 +104,45 @@ class Shard:
             pool.join()
             shutil.rmtree(scratch, ignore_errors=True)
 
-    def _all(self, pool: ProcessPool, journal: Any, progress: Callable[[bool], None]) -> int:
-        total, waiting, checked = 0, deque(), False
+    def _all(self, pool: ProcessPool, journal: FileIO, start: int, progress: Callable[[bool], None]) -> int:
+        total, waiting = 0, deque()
+        strangers: list[str] | None = None if start else []  # the first rows, while all are another dataset's
 
         def write() -> None:
             entry = self._outcome(*waiting.popleft())
-            journal.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
-            journal.flush()
+            append(journal, json.dumps(entry, ensure_ascii=False) + "\n")
             progress("sample" in entry)
 
-        for row in read_rows(self.rows, self.shards, self.number, _continue(self.path)):
+        for row in read_rows(self.rows, self.shards, self.number, start):
             total = row.index + 1
             if row.values is None and not row.refused:
                 continue  # another shard's, or done
-            if row.values is not None and not checked:
-                self.dataset.check(row.values, row.origin)
-                checked = True
-            waiting.append((row, *self._begin(pool, row)))
-            while len(waiting) > AHEAD * self.processes or (waiting and all(f.done() for f in waiting[0][2])):
+            draft = self._draft(row)
+            if strangers is not None and row.values is not None:
+                stageless = isinstance(draft, Refused) and draft.kind == "stage"
+                strange = self.dataset.lacks(row.values) or (draft.detail if stageless else "")
+                strangers = [*strangers, f"{row.origin}: {strange}"] if strange else None
+                if strangers and len(strangers) == FIRST:
+                    raise ValueError(strangers[0])
+            media = () if isinstance(draft, Refused) else draft.media
+            waiting.append((row, draft, [self._store(pool, source) for source in media]))
+            while not strangers and (
+                len(waiting) > AHEAD * self.processes or (waiting and all(f.done() for f in waiting[0][2]))
+            ):
                 write()
+        if strangers:
+            raise ValueError(strangers[0])
         while waiting:
             write()
         return total
 
-    def _begin(self, pool: ProcessPool, row: Row) -> tuple[Draft | Refused, list[ProcessFuture]]:
-        """The row's draft, and the handling of its media, begun."""
+    def _draft(self, row: Row) -> Draft | Refused:
         if row.refused:
-            return row.refused, []
+            return row.refused
         try:
-            draft = self.dataset.draft(row.values, row.origin, self.stage)
+            return self.dataset.read(row.values, row.origin, self.stage)
         except Refused as refused:
-            return refused, []
-        return draft, [self._store(pool, source) for source in draft.media]
+            return refused
 
     def _store(self, pool: ProcessPool, source: Source) -> ProcessFuture:
         """A path that comes again soon is handled once; embedded bytes are known by their content alone."""
@@ -146,13 +162,17 @@ class Shard:
         try:
             if isinstance(draft, Refused):
                 raise draft
-            entry["id"] = draft.id
+            entry["id"] = shown(draft.id)
             contents = tuple(
                 self._content(source, future) for source, future in zip(draft.media, futures, strict=True)
             )
             judged = self.judge.judge(draft, contents)
         except Refused as refused:
-            return entry | {"refused": refused.kind, "detail": mask(refused.detail)}  # rows may hold signed URLs
+            return entry | {"refused": refused.kind, "detail": refused.detail}
+        except (OSError, MemoryError, ImportError, AssertionError):
+            raise  # this machine's fault, or this program's
+        except Exception as error:  # foreign parsers on foreign texts: no row ends the work on millions of others
+            return entry | {"refused": "fault", "detail": shown(f"{type(error).__name__}: {error}")}
         facts = list(judged.facts)
         return entry | {"key": row_key(draft, contents), "tokens": judged.tokens, "contents": list(contents),
                         "facts": facts, "sample": sample_to_dict(judged.sample)}  # fmt: skip

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import re
-import string
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from data_tools.prepare.cells import (
+    Row,
+    as_text,
+    bare_answer,
+    bare_choices,
+    media_of,
+    text_of,
+    without_placeholders,
+)
 from data_tools.prepare.damage import Refused
 from data_tools.prepare.store import Source
+from megatron_avatar.files import unwritable
 
-Row = Mapping[str, Any]
 PROBLEM_TYPES = {
     "multiple_choice": "multiple_choice", "multiplechoice": "multiple_choice", "mcq": "multiple_choice",
     "mc": "multiple_choice", "numerical": "numerical", "number": "numerical", "numeric": "numerical",
@@ -19,9 +27,6 @@ PROBLEM_TYPES = {
     "freeform": "free_form", "descriptive": "free_form", "open_ended": "free_form", "code": "code", "other": "other",
 }  # fmt: skip
 STAGES = ("sft", "visual", "audio_visual", "localisation")  # of AVATAR's stages 0 to 3
-_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-_PLACEHOLDER = re.compile(r"<(?:video|image|audio)>\s?")
-_LETTERED = re.compile(r"^\s*\(?([A-Z])\s*[.):]\s*", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -48,66 +53,29 @@ class Dataset:
     columns: tuple[tuple[str, ...], ...]
     draft: Callable[[Row, str, str], Draft]  # (row, origin, the stage that the user named)
 
-    def check(self, row: Row, origin: str) -> None:
-        """ValueError for a first row of another form."""
+    def lacks(self, row: Row) -> str:
+        """Why a row is one of another dataset; empty for one of this."""
         lacking = [" or ".join(group) for group in self.columns if not set(group) & set(row)]
-        if lacking:
-            raise ValueError(
-                f"{origin}: has the columns {', '.join(sorted(row))}, and lacks {'; '.join(lacking)}. Choose another "
-                "source=, or name the columns yourself with source=mapping mapping=FILE.yaml"
-            )
+        remedy = "Choose another source=, or name the columns yourself with source=mapping mapping=FILE.yaml"
+        return f"has the columns {', '.join(sorted(row))}, and lacks {'; '.join(lacking)}. {remedy}" if lacking else ""
 
-
-def text_of(row: Row, *names: str) -> str:
-    """The first of the columns that holds text or a number, as text; "" without one."""
-    for name in names:
-        value = row.get(name)
-        if isinstance(value, str | int | float) and not isinstance(value, bool) and str(value).strip():
-            return str(value).strip()
-    return ""
-
-
-def bare_answer(text: str) -> str:
-    """What stands between the last answer tags, or the text itself."""
-    found = _ANSWER.findall(text)
-    return (found[-1] if found else text).strip()
+    def read(self, row: Row, origin: str, stage: str) -> Draft:
+        """The row's draft. Refused with a reason for everything that a row can hold and a sample can't."""
+        try:
+            draft = self.draft(row, origin, stage)
+        except (LookupError, AttributeError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
+            raise Refused("form", f"the row has another form ({type(error).__name__}: {error})") from None
+        for name, value in vars(draft).items():
+            for text in value if isinstance(value, tuple) else (value,):
+                if isinstance(text, str) and (reason := unwritable(text)):
+                    raise Refused("text", f"{name} {text[:80]!r} can't be kept: {reason}")
+        return draft
 
 
 def problem_type(text: str) -> str:
     name = re.sub(r"[\s/-]+", "_", text.strip().lower())
     known = PROBLEM_TYPES.get(name) or PROBLEM_TYPES.get(name.partition("_")[0])
     return known or "other"  # scored by equality, as the released trainer does
-
-
-def bare_choices(options: Any) -> tuple[str, ...]:
-    """Choices without their letters, where they bring the right ones: the prompt puts them in front."""
-    if isinstance(options, Mapping):
-        options = [options[key] for key in sorted(options)]
-    if isinstance(options, str):
-        raise Refused("choices", f"the choices are a text, not a list: {options[:80]!r}")
-    texts = [str(option).strip() for option in (options if options is not None else [])]
-    letters = [match[1] if (match := _LETTERED.match(text)) else None for text in texts]
-    if texts and letters == list(string.ascii_uppercase[: len(texts)]):
-        texts = [_LETTERED.sub("", text, count=1) for text in texts]
-    return tuple(texts)
-
-
-def without_placeholders(text: str) -> str:
-    return _PLACEHOLDER.sub("", text).strip()
-
-
-def media_of(value: Any, kind: str) -> tuple[Source, ...]:
-    """Media of a column: a path, {"bytes", "path"}, or a list of these."""
-    if value is None or value == "":
-        return ()
-    if isinstance(value, list | tuple):
-        return tuple(source for item in value for source in media_of(item, kind))
-    if isinstance(value, Mapping) and value.get("bytes"):
-        return (Source(kind, str(value.get("path") or ""), value["bytes"]),)
-    path = value.get("path") if isinstance(value, Mapping) else value
-    if not isinstance(path, str) or not path:
-        raise Refused("media_column", f"a {kind} is {str(value)[:80]!r}, not a path or bytes")
-    return (Source(kind, path),)
 
 
 def all_media(row: Row) -> tuple[Source, ...]:
@@ -130,10 +98,13 @@ def as_trace(thinking: str, answer: str) -> str:
 
 
 def avatar_rl(row: Row, origin: str, stage: str) -> Draft:
-    turns = {turn.get("role"): str(turn.get("content") or "") for turn in row.get("messages") or []}
+    turns = _turns(row.get("messages"))
     solution = text_of(row, "solution") or turns.get("assistant", "")
-    stage = _avatar_stage(text_of(row, "stage"), origin, stage)
+    stage = _named_stage(row, origin) or stage
+    if not stage:
+        raise Refused("stage", f"neither row nor file names a stage; write stage= one of {', '.join(STAGES)}")
     hint = row.get("hint")
+    parts = hint if isinstance(hint, list) else [hint]
     trace = turns.get("assistant") or (solution if "<think>" in solution else None)
     return Draft(
         id=text_of(row, "prompt_id"),
@@ -145,18 +116,25 @@ def avatar_rl(row: Row, origin: str, stage: str) -> Draft:
         family="avatar_rl",
         media=all_media(row),
         trace=trace if stage == "sft" else None,
-        hint="\n".join(str(part).strip() for part in (hint if isinstance(hint, list) else [hint or ""])) or None,
+        hint="\n".join(as_text(part, "hint") for part in parts) or None,
         audio_caption=text_of(row, "audio_cues") or None,
     )
 
 
-def _avatar_stage(value: str, origin: str, given: str) -> str:
-    """By the row's own column, else by a file name that holds `stage2`, else as the user says."""
+def _turns(messages: Any) -> dict[str, str]:
+    """Role -> what it says, as text: the last turn of each."""
+    if messages is None:
+        return {}
+    if not isinstance(messages, list) or not all(isinstance(turn, Mapping) for turn in messages):
+        raise Refused("column", f"messages holds {str(messages)[:80]!r}, not a list of turns with role and content")
+    return {str(turn.get("role")): as_text(turn.get("content"), "messages") for turn in messages}
+
+
+def _named_stage(row: Row, origin: str) -> str:
+    """The stage by the row's own column, else by a file name that holds `stage2`; "" without either."""
+    value = text_of(row, "stage")
     named = re.search(r"stage[ _-]?([0-3])", f"stage{value}" if value.isdecimal() else value or origin)
-    stage = STAGES[int(named[1])] if named else value or given
-    if not stage:
-        raise ValueError(f"{origin}: neither row nor file names a stage; write stage= one of {', '.join(STAGES)}")
-    return stage
+    return STAGES[int(named[1])] if named else value
 
 
 def vision_r1_rl(row: Row, origin: str, stage: str) -> Draft:

@@ -23,9 +23,11 @@ from data_tools.prepare import convert, measure
 from data_tools.prepare.damage import Refused, refusal
 from megatron_avatar.data.container import sound_stream
 from megatron_avatar.data.sound import SAMPLE_RATE
+from megatron_avatar.files import is_machines
 
 MIN_SAMPLES = 321  # the manifest's least: less makes no audio token
 SILENT = 1e-4  # the loudest sample of a track in which nothing is heard
+NO_SUCH = (400, 404, 410, 414, 422)  # HTTP states that waiting doesn't change
 # By content, not by the given name: the manifest must not depend on which of two equal files came first.
 SUFFIXES = {"mov": ".mp4", "matroska": ".mkv", "avi": ".avi", "mpegts": ".ts", "flv": ".flv", "ogg": ".ogv"}
 
@@ -104,14 +106,30 @@ def _fetch(source: Source, handling: Handling, folder: Path) -> Path:
         path = folder / "fetched"
         _download(source.path, handling.root, path)
     else:
-        root = Path(handling.root).resolve()
-        path = (root / source.path).resolve()
-        if not path.is_relative_to(root):
-            raise Refused("outside", f"lies outside of {handling.root}; put it there, or widen media=FOLDER")
+        path = find(source.path, handling.root)
         if not path.is_file():
-            raise Refused("missing", f"there is no such file below {handling.root}; set media=FOLDER")
+            raise Refused("missing", f"is no file but a folder or a device below {handling.root}")
     if not path.stat().st_size:
         raise Refused("empty", "the file has 0 bytes")
+    return path
+
+
+def find(name: str, root: str) -> Path:
+    """What `name` means below the folder `root`; Refused where that is outside, not there, or not to be read."""
+    try:
+        base = Path(root).resolve()
+        path = (base / name).resolve()
+        if not path.is_relative_to(base):
+            raise Refused("outside", f"lies outside of {root}; put it there, or widen media=FOLDER")
+        if not path.exists():
+            raise Refused("missing", f"there is no such file below {root}; set media=FOLDER")
+        if not os.access(path, os.R_OK):
+            raise Refused("missing", "may not be read by this user")
+    except (OSError, ValueError, RuntimeError) as error:  # NUL, a text in place of a path, a loop of links
+        if is_machines(error):
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise Refused("missing", f"can't be the path of a file ({reason})") from None
     return path
 
 
@@ -125,7 +143,10 @@ def _download(name: str, root: str, target: Path) -> None:
             shutil.copyfileobj(remote, local, 1 << 20)
     except (FileNotFoundError, ValueError):
         raise Refused("missing", f"there is no {address}; download the dataset and write input=FOLDER") from None
-    except Exception as error:  # the network's fault, in classes that don't cross processes
+    except Exception as error:
+        if getattr(getattr(error, "response", None), "status_code", 500) in NO_SUCH:
+            raise Refused("missing", f"the server knows no {address}") from None
+        # Else the network's fault, in classes that don't cross processes.
         raise OSError(f"{address}: {type(error).__name__}: {error}; the same command continues") from None
 
 

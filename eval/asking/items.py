@@ -17,10 +17,9 @@ from typing import Any, get_args
 
 import pyarrow.parquet as pq
 
+from data_tools.prepare.cells import bare_answer, bare_choices, columns_of, media_of, text_of
 from data_tools.prepare.damage import Refused
-from data_tools.prepare.mapping import columns_of
 from data_tools.prepare.rows import find_input, read_rows
-from data_tools.prepare.sources import bare_answer, bare_choices, media_of, text_of
 from data_tools.prepare.store import Source
 from eval.asking.benchmark import MEDIA, Benchmark, Records
 from megatron_avatar.records import Media, ProblemType, Sample

@@ -12,6 +12,7 @@ from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any, get_args
 
+from megatron_avatar.files import replacing
 from megatron_avatar.records import Media, MediaKind, ProblemType, Sample
 
 MIN_AUDIO_SAMPLES = 321  # less makes no audio token
@@ -63,11 +64,8 @@ def sample_from_dict(entry: dict[str, Any]) -> Sample:
 
 def write_manifest(path: Path, samples: Iterable[Sample]) -> None:
     """Writes the manifest beside its final name and renames it, so that no reader meets half of it."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
+    with replacing(Path(path)) as file:
         file.writelines(json.dumps(sample_to_dict(sample), ensure_ascii=False) + "\n" for sample in samples)
-    os.replace(temporary, path)
 
 
 def load_manifest(

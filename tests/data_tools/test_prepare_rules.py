@@ -100,8 +100,8 @@ def test_stages_of_avatar(row, origin, given, stage):
 
 
 def test_a_row_without_a_stage_is_the_users_to_name():
-    with pytest.raises(ValueError, match="write stage= one of"):
-        DATASETS["avatar_rl"].draft({"question": "?", "solution": "3"}, "x.jsonl line 1", "")
+    with pytest.raises(Refused, match="write stage= one of"):
+        DATASETS["avatar_rl"].read({"question": "?", "solution": "3"}, "x.jsonl line 1", "")
 
 
 def test_rows_are_the_same_by_media_question_and_answer():

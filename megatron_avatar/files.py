@@ -1,0 +1,75 @@
+"""Files that are written whole or not at all, texts that they can hold, and errors that are this machine's."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from io import FileIO
+from pathlib import Path
+from typing import IO
+
+# Full disks and quotas, limits of file size and of open files, whichever library runs into them.
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EMFILE, errno.ENFILE})
+# Disks and mounts that fail; decoders name errors of a file's content so as well.
+FAILING = frozenset({errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EHOSTDOWN, errno.ETIMEDOUT})
+
+
+def is_machines(error: BaseException) -> bool:
+    """Whether an error says something of this machine: no input is to blame then, and the work has to stop."""
+    number = getattr(error, "errno", None)
+    own = type(error).__module__ == "builtins"
+    return isinstance(error, ImportError) or number in FULL or (own and number in FAILING)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[str]]:
+    """A text file that takes `path`'s place once all is written and on the disk; until then, and after an error, what
+    was there stays. One writer at a time (locks.py). Raises OSError that names `path`."""
+    aside = path.with_name(path.name + ".part")
+    try:
+        with open(aside, "w", encoding="utf-8", newline="\n") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException as error:
+        with suppress(OSError):  # room for others
+            aside.unlink()
+        if isinstance(error, OSError) and error.filename is None:
+            raise _unwritten(error, path) from error
+        raise
+
+
+def append(file: FileIO, text: str) -> None:
+    """Adds a text to a file opened with "ab" and no buffer: all of it or, where OSError is raised, nothing."""
+    content = memoryview(text.encode())
+    before = os.fstat(file.fileno()).st_size
+    try:
+        while content:
+            content = content[file.write(content) :]
+    except OSError as error:
+        with suppress(OSError):
+            file.truncate(before)
+        raise _unwritten(error, Path(file.name)) from error
+
+
+def _unwritten(error: OSError, path: Path) -> OSError:
+    """The error with the file's name and a remedy."""
+    what = f"cannot be written ({error.strerror}): make room, or raise the limit, and run the same command again"
+    return OSError(error.errno, what, str(path))
+
+
+def unwritable(text: str) -> str:
+    """Why UTF-8 can't hold a text: half of a surrogate pair, JSON's "\\ud83d" of a cut emoji. "": it can."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"its character {error.start} is {text[error.start]!a}, half of a character, which no file can hold"
+    return ""
+
+
+def repaired(text: str) -> str:
+    """The text with U+FFFD for what UTF-8 can't hold."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
