@@ -9,8 +9,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -26,12 +24,14 @@ from pebble import ProcessExpired, ProcessFuture, ProcessPool
 from rich.console import Console
 from rich.progress import track
 
-from data_tools.prepare.damage import Refused, refusal
-from data_tools.prepare.store import Handling, ignore_signals, read_card, store
+from data_tools.prepare.damage import Refused, refusal, shown
+from data_tools.prepare.store import Handling, find, ignore_signals, read_card, store
 from eval.asking.benchmark import Benchmark, load_benchmark
 from eval.asking.clips import cut, from_frames
-from eval.asking.items import Item, Prepared, Wanted, item_to_dict, make_item, read_prepared, read_records
+from eval.asking.items import Item, Prepared, Wanted, item_to_dict, make_items, read_prepared
 from megatron_avatar.data.manifest import load_manifest
+from megatron_avatar.files import replacing
+from megatron_avatar.locks import held
 from megatron_avatar.records import Media, Sample
 
 DEADLINE_S = 600.0  # for one medium
@@ -46,15 +46,12 @@ def prepare(
     Evaluations that begin at once wait for the first, which prepares. Raises ValueError for missing records, columns or
     ids that are not unique, and for a folder of other records.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as lock:
-        with contextlib.suppress(OSError):  # some shared file systems have no locks
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    with held(folder / "lock", "an evaluation's preparation", wait=True):
         return _prepare(benchmark, data, folder, revision, processes or len(os.sched_getaffinity(0)))
 
 
 def _prepare(benchmark: Benchmark, data: str, folder: Path, revision: str, processes: int) -> Prepared:
-    rows = [make_item(benchmark, row, where) for where, row in read_records(benchmark, data, revision)]
+    rows = make_items(benchmark, data, revision)
     fingerprint = hashlib.sha256(
         json.dumps([[item_to_dict(item), [_identity(w) for w in wanted]] for item, wanted in rows]).encode()
     ).hexdigest()[:16]
@@ -76,12 +73,10 @@ def _prepare(benchmark: Benchmark, data: str, folder: Path, revision: str, proce
     where = root or f"hf://datasets/{data}@{revision}"
     handling = Handling(where, str(folder), str(folder / "scratch"), codec="needed")
     items = _measured(rows, handling, processes, benchmark.title)
-    aside = folder / "items.tmp"
-    with open(aside, "w", encoding="utf-8") as file:
+    with replacing(folder / "items.jsonl") as file:
         file.writelines(json.dumps(item_to_dict(item), ensure_ascii=False) + "\n" for item in items)
-    aside.replace(folder / "items.jsonl")
-    aside.write_text(json.dumps(dataset, indent=1) + "\n")
-    aside.replace(marker)  # last: with it all is there
+    with replacing(marker) as file:  # last: with it all is there
+        file.write(json.dumps(dataset, indent=1) + "\n")
     return Prepared(folder, items, dataset)
 
 
@@ -149,15 +144,12 @@ def _measured(rows: list[tuple[Item, list[Wanted]]], handling: Handling, process
 
 def place(wanted: Wanted, handling: Handling) -> str:
     """The medium measured and stored, a part of a file or a folder of frames made a clip first; its content's name."""
-    root = Path(handling.root).resolve()
-    path = (root / wanted.source.path).resolve()
     whole = wanted.start is None and wanted.end is None
-    if whole and (wanted.fps is None or path.is_file()):
+    if whole and wanted.fps is None:
         return store(wanted.source, handling)
-    if not path.is_relative_to(root):
-        raise Refused("outside", f"lies outside of {handling.root}")
-    if not path.exists():
-        raise Refused("missing", f"there is no such file below {handling.root}")
+    path = find(wanted.source.path, handling.root)
+    if whole and path.is_file():
+        return store(wanted.source, handling)
     name = hashlib.sha256(json.dumps(_identity(wanted)).encode()).hexdigest()[:32] + ".mkv"
     made = Path(handling.scratch) / name
     try:
@@ -173,13 +165,17 @@ def place(wanted: Wanted, handling: Handling) -> str:
 def _with_media(item: Item, futures: list[ProcessFuture], wanted: list[Wanted], handling: Handling) -> Item:
     media, out = [], Path(handling.out)
     for one, future in zip(wanted, futures, strict=True):
-        what = one.source.path or f"embedded {one.source.kind}"
+        what = shown(one.source.path) or f"embedded {one.source.kind}"
         try:
             card = read_card(out, future.result(), one.source.kind)
         except Refused as refused:
             return replace(item, trouble=f"{what}: {refused.detail}")
         except (Late, ProcessExpired) as error:
             return replace(item, trouble=f"{what}: {type(error).__name__}, the decoder hung or crashed on it")
+        except (OSError, MemoryError, ImportError, AssertionError):
+            raise  # this machine's fault, or this program's
+        except Exception as error:  # what a foreign decoder meets
+            return replace(item, trouble=f"{what}: {shown(f'{type(error).__name__}: {error}')}")
         if "refused" in card:
             return replace(item, trouble=f"{what}: {card['detail']}")
         pts = card["media"].get("pts")
@@ -200,7 +196,7 @@ def main(arguments: list[str]) -> int:
         return 2
     unusable = [item for item in found.items if item.trouble]
     print(f"{benchmark.title}: {len(found.items)} items in {given['prepared']} (its owners count "
-          f"{benchmark.source.items}), {len(unusable)} without usable media")  # fmt: skip
+          f"{benchmark.source.items}), {len(unusable)} that can't be asked")  # fmt: skip
     for item in unusable:
         print(f"  {item.id}: {item.trouble}")
     return 0

@@ -64,7 +64,8 @@ def _empty(value: Any) -> bool:
 
 
 def _kind(value: Any) -> str:
-    return {list: "a list", tuple: "a list", dict: "an object", bytes: "bytes"}.get(type(value), type(value).__name__)
+    words = {str: "a text", list: "a list", tuple: "a list", dict: "an object"}
+    return words.get(type(value), type(value).__name__)
 
 
 class _Template(string.Formatter):
@@ -82,6 +83,14 @@ def filled(row: Row, value: str) -> str:
         return _Template().vformat(value, (), row).strip()
     except (LookupError, AttributeError, TypeError, ValueError) as error:
         raise Refused("column", f"the template {value!r} can't be filled ({type(error).__name__}: {error})") from None
+
+
+def cell(row: Row, value: str) -> Any:
+    """What stands in the column that `value` names, or in the part of a column that a template of one field does."""
+    if "{" not in value:
+        return row.get(value)
+    alone = re.fullmatch(r"\{([^{}!:]+)\}", value)
+    return string.Formatter().get_field(alone[1], (), row)[0] if alone else filled(row, value)
 
 
 def columns_of(value: str) -> list[str]:
@@ -110,7 +119,7 @@ def bare_choices(options: Any) -> tuple[str, ...]:
     if _empty(options) or options == "":
         return ()
     if not isinstance(options, list | tuple):
-        raise Refused("choices", f"the choices are {_kind(options)}, not a list: {str(options)[:80]!r}")
+        raise Refused("choices", f"the choices are {_kind(options)} and not a list: {str(options)[:80]!r}")
     texts = [as_text(option, "a choice") for option in options]
     while texts and not texts[-1]:
         texts.pop()

@@ -21,6 +21,7 @@ Wanted = Callable[[int], bool]  # whether the row of this number in its file is
 FORMATS = (".jsonl", ".json", ".parquet")
 BLANK = b"\xef\xbb\xbf \t\r\n"  # and the mark of byte order
 _IN_TEXT, _OUTSIDE = re.compile(rb'["\\]'), re.compile(rb'["\[\]{},]')
+FIRST = 8  # rows of another form at the beginning: it's another dataset
 BATCH = 16  # parquet rows at a time: they may hold pictures
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -100,7 +101,7 @@ def _parsed(text: bytes) -> dict[str, Any] | Refused:
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
-        return Refused("not_json", str(error) if isinstance(error, ValueError) else "lists or objects nested too deep")
+        return Refused("not_json", f"not JSON ({error if isinstance(error, ValueError) else 'nested too deep'})")
     return values if isinstance(values, dict) else Refused("not_json", f"a {type(values).__name__}, not an object")
 
 

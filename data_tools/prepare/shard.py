@@ -20,7 +20,7 @@ from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
 from data_tools.prepare.damage import Refused, shown
 from data_tools.prepare.judge_row import RowJudge, row_key
-from data_tools.prepare.rows import Input, Row, read_rows
+from data_tools.prepare.rows import FIRST, Input, Row, read_rows
 from data_tools.prepare.sources import Dataset, Draft
 from data_tools.prepare.store import Handling, Source, ignore_signals, store
 from megatron_avatar.data.manifest import sample_to_dict
@@ -29,7 +29,6 @@ from megatron_avatar.locks import held
 
 AHEAD = 8  # rows a worker that wait in memory
 REMEMBERED = 4096  # paths whose content is known
-FIRST = 8  # rows of another form at the beginning: it's another dataset
 
 
 def journal_path(out: Path, shard: int, shards: int) -> Path:

@@ -6,25 +6,21 @@ import ast
 import base64
 import binascii
 import contextlib
-import csv
 import json
 import re
 import string
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
-import pyarrow.parquet as pq
-
-from data_tools.prepare.cells import bare_answer, bare_choices, columns_of, media_of, text_of
-from data_tools.prepare.damage import Refused
-from data_tools.prepare.rows import find_input, read_rows
+from data_tools.prepare.cells import bare_answer, bare_choices, cell, filled, media_of
+from data_tools.prepare.damage import Refused, shown
 from data_tools.prepare.store import Source
-from eval.asking.benchmark import MEDIA, Benchmark, Records
+from eval.asking.benchmark import MEDIA, Benchmark, Records, kinds_of
+from eval.asking.records import Row, read_records
+from megatron_avatar.files import repaired, unwritable
 from megatron_avatar.records import Media, ProblemType, Sample
 
-Row = dict[str, Any]
 # The type by which an answer of each kind is read and compared.
 PROBLEM_TYPES: dict[str, ProblemType] = {
     "choice": "multiple_choice", "letters": "other", "yes_no": "other", "number": "numerical", "math": "math",
@@ -33,7 +29,6 @@ PROBLEM_TYPES: dict[str, ProblemType] = {
 _FIRST_LETTER = re.compile(r"\(?([A-Z])\b")
 _NUMBERED = re.compile(r"\A\(?[A-Z]\s*[.):]\s*")
 _BASE64 = re.compile(r"[A-Za-z0-9+/]{64,}={0,2}")  # a path has a full stop
-csv.field_size_limit(2**30)  # a picture in base64 is one field
 
 
 @dataclass(frozen=True)
@@ -105,151 +100,37 @@ def read_prepared(folder: Path) -> Prepared:
     return Prepared(folder, items, json.loads((folder / "dataset.json").read_text()))
 
 
-# ---- records ---------------------------------------------------------------------------------------------------
+def make_items(benchmark: Benchmark, data: str, revision: str = "") -> list[tuple[Item, list[Wanted]]]:
+    """The items of all records, and their media still to be found. A record that makes none counts as an item that
+    can't be asked, with its reason. Raises ValueError as `read_records` does, and where there is no other record."""
+    made: list[tuple[Item, list[Wanted]]] = []
+    odd: list[str] = []
+    for where, row in read_records(benchmark, data, revision):
+        try:
+            made.append(make_item(benchmark, row, where))
+        except ValueError as error:
+            odd.append(str(error))
+            made.append((Item(shown(where), kinds_of(benchmark)[0], "", "", trouble=odd[-1]), []))
+    if odd and len(odd) == len(made):
+        raise ValueError(odd[0])
+    return made
 
 
-def record_files(benchmark: Benchmark, data: Path) -> list[Path]:
-    """The owners' record files below `data`. ValueError naming folder, patterns and where to get them."""
-    source = benchmark.source
-    if data.is_file():
-        return [data]
-    for pattern in source.files:
-        if found := sorted(path for path in data.glob(pattern) if path.is_file()):
-            return found
-    raise ValueError(
-        f"data={data}: holds none of {', '.join(source.files)}; download {source.dataset} there"
-        + (f" ({source.note})" if source.note else "")
-    )
-
-
-def read_records(benchmark: Benchmark, data: str, revision: str = "") -> Iterator[tuple[str, Row]]:
-    """(where it stands, row) of all questions; `data` is a folder or file, or the hub's OWNER/NAME with its revision.
-
-    Raises ValueError for rows that lack a column that the benchmark maps, with the columns that there are.
-    """
-    checked = False
-    for origin, row in _rows(benchmark, data, revision):
-        for place, question in _unfold(benchmark, row, origin):
-            where = f"{origin}{place}"
-            if not checked:
-                _check_columns(benchmark, question, where)
-                checked = True
-            yield where, question
-
-
-def _rows(benchmark: Benchmark, data: str, revision: str) -> Iterator[tuple[str, Row]]:
-    if not Path(data).exists():
-        source = find_input(data, split=benchmark.source.split, media="", name="", revision=revision)
-        for number, row in enumerate(read_rows(source, 1, 0, 0)):
-            yield row.origin, {"_row": str(number), **(row.values or {})}
-        return
-    for path in record_files(benchmark, Path(data)):
-        if (reader := READERS.get(path.suffix)) is None:
-            raise ValueError(f"{path}: write the records as JSON, JSONL, parquet, TSV or CSV")
-        for number, row in enumerate(reader(path)):
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}: record {number} is {str(row)[:80]!r}, no object; download it again")
-            place = {"_file": path.stem, "_folder": path.parent.name, "_row": str(number)}
-            yield f"{path.name} {number}", {**place, **row}
-
-
-def _parquet(path: Path) -> Iterator[Row]:
-    for batch in pq.ParquetFile(path).iter_batches(16):  # rows may hold pictures
-        yield from batch.to_pylist()
-
-
-def _jsonl(path: Path) -> Iterator[Row]:
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    yield json.loads(line)
-                except ValueError as error:
-                    raise ValueError(f"{path}, line {number}: not JSON ({error}); download it again") from None
-
-
-def _json(path: Path) -> Iterator[Any]:
-    """A list of rows (in an object of its own or not), an object of rows by key, or an object of columns."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error}); download it again") from None
-    if isinstance(content, dict) and len(content) == 1 and isinstance(rows := next(iter(content.values())), list):
-        content = rows
-    if isinstance(content, list):
-        yield from content
-    elif all(isinstance(value, list) for value in content.values()):
-        if len({len(values) for values in content.values()}) > 1:
-            raise ValueError(f"{path}: its columns differ in length; download it again")
-        for values in zip(*content.values(), strict=True):
-            yield dict(zip(content, values, strict=True))
-    else:
-        for key, row in content.items():
-            yield {"_key": key, **row} if isinstance(row, dict) else row
-
-
-def _table(path: Path) -> Iterator[Row]:
-    with open(path, encoding="utf-8", newline="") as file:
-        yield from csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
-
-
-READERS: dict[str, Callable[[Path], Iterator[Any]]] = {
-    ".parquet": _parquet, ".jsonl": _jsonl, ".json": _json, ".tsv": _table, ".csv": _table,
-}  # fmt: skip
-
-
-def _unfold(benchmark: Benchmark, row: Row, where: str) -> Iterator[tuple[str, Row]]:
-    """The questions of a row: itself, one an element of a list, or one a column that matches /REGEX/."""
-    unfold = benchmark.records.unfold
-    if not unfold:
-        yield "", row
-        return
-    if unfold.startswith("/"):
-        parts = {name: value for name, value in row.items() if re.fullmatch(unfold.strip("/"), name)}
-    else:
-        _lacks(benchmark, {unfold} - row.keys(), row, where)
-        parts = {f"{unfold} {number}": part for number, part in enumerate(row[unfold])}
-    rest = {name: value for name, value in row.items() if name not in (*parts, unfold)}
-    for name, part in parts.items():
-        yield f" {name}", {**rest, "_part": name.rpartition(" ")[2], **part}
-
-
-def _check_columns(benchmark: Benchmark, row: Row, where: str) -> None:
-    records = benchmark.records
-    kind = [records.kind["column"]] if isinstance(records.kind, dict) else []
-    named = [records.id, records.question, records.answer, records.options, records.asked, *kind]
-    named += records.groups.values()
-    named += [value for medium in records.media for key, value in medium.items() if key != "fps"]
-    named += [made["column"] for made in records.columns.values()]
-    wanted = {name for value in named if value and not value.endswith("?") for name in columns_of(value)}
-    _lacks(benchmark, wanted - row.keys() - records.columns.keys(), row, where)
-
-
-def _lacks(benchmark: Benchmark, lacking: Collection[str], row: Row, where: str) -> None:
-    if lacking:
-        own = sorted(name for name in row if not name.startswith("_"))
-        raise ValueError(
-            f"{benchmark.name}, {where}: has the columns {', '.join(own)}, and lacks {', '.join(sorted(lacking))}; "
-            f"data= must hold {benchmark.source.dataset}, or a revision of it in that form"
-        )
-
-
-# ---- items -----------------------------------------------------------------------------------------------------
-
-
-def make_item(benchmark: Benchmark, row: Row, where: str) -> tuple[Item, list[Wanted]]:
+def make_item(benchmark: Benchmark, row: Row | Refused, where: str) -> tuple[Item, list[Wanted]]:
     """The item of a row, its media still to be found. ValueError naming the row for a question without a gold."""
     records = benchmark.records
     try:
+        if isinstance(row, Refused):
+            raise row
         row = {**row, **{name: _made(row, name, made) for name, made in records.columns.items()}}
         kind = _kind(records, row)
         optionless = not records.options or kind in ("number", "text", "yes_no")
         choices = () if optionless else bare_choices(_listed(row, records.options))
         letters = string.ascii_uppercase[: len(choices)] if choices else records.letters
-        question = _text(row, records.question)
+        question = filled(row, records.question)
         places, wanted = _media(records, row, "\n".join([question, *choices]))
         item = Item(
-            id=_text(row, records.id),
+            id=filled(row, records.id),
             kind=kind,
             question=question,
             gold=_gold(records, row, kind, choices),
@@ -264,15 +145,24 @@ def make_item(benchmark: Benchmark, row: Row, where: str) -> tuple[Item, list[Wa
             raise Refused("empty", "its id or question is empty")
         if kind == "choice" and item.gold not in tuple(letters):
             raise ValueError(f"its answer {item.gold!r} is none of {', '.join(letters)}")
-        return item, wanted
-    except (Refused, ValueError, KeyError, TypeError, IndexError) as error:
-        detail = error.detail if isinstance(error, Refused) else f"{type(error).__name__}: {error}"
-        raise ValueError(f"{benchmark.name}, {where}: {detail}; correct the record, or download it again") from None
+        return _writable(item), wanted
+    except (Refused, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+        detail = error.detail if isinstance(error, Refused) else shown(f"{type(error).__name__}: {error}")
+        remedy = "correct the record, or download it again"
+        raise ValueError(f"{benchmark.name}, {shown(where)}: {detail}; {remedy}") from None
+
+
+def _writable(item: Item) -> Item:
+    """The item; one with a text that no file can hold can't be asked, and has U+FFFD in that place."""
+    written = json.dumps(item_to_dict(item), ensure_ascii=False)
+    if not (reason := unwritable(written)):
+        return item
+    return replace(item_from_dict(json.loads(repaired(written))), trouble=f"of its texts {reason}")
 
 
 def _made(row: Row, name: str, made: dict[str, Any]) -> str:
     """A column that the benchmark's file makes of another one."""
-    theirs = _text(row, made["column"])
+    theirs = filled(row, made["column"])
     if "values" in made:
         for written, ours in made["values"].items():
             regex = re.fullmatch("/(.*)/", written)
@@ -285,32 +175,18 @@ def _made(row: Row, name: str, made: dict[str, Any]) -> str:
     return found[1]
 
 
-def _text(row: Row, value: str) -> str:
-    return value.format_map(row).strip() if "{" in value else text_of(row, value)
-
-
 def _kind(records: Records, row: Row) -> str:
     return _made(row, "kind", records.kind) if isinstance(records.kind, dict) else records.kind
 
 
 def _asked(records: Records, row: Row) -> Row:
-    return {"asked": _text(row, records.asked)} if records.asked else {}
+    return {"asked": filled(row, records.asked)} if records.asked else {}
 
 
 def _listed(row: Row, column: str) -> Any:
-    """A list or object of options, which some owners write as text; options that are empty in a table are none."""
+    """A list or object of options, which some owners write as text."""
     value = row.get(column)
-    if isinstance(value, str) and value.strip()[:1] in ("[", "{"):
-        value = _read(value)
-    if isinstance(value, dict):
-        value = [value[key] for key in sorted(value)]
-    if not isinstance(value, list | tuple):
-        return value
-    while value and value[-1] is None:
-        value = value[:-1]
-    if None in value:
-        raise ValueError(f"{column} has an empty option before others, whose letters would move")
-    return value
+    return _read(value) if isinstance(value, str) and value.strip()[:1] in ("[", "{") else value
 
 
 def _read(text: str) -> Any:
@@ -326,7 +202,7 @@ def _read(text: str) -> Any:
 
 
 def _gold(records: Records, row: Row, kind: str, choices: tuple[str, ...]) -> str:
-    value = row.get(records.answer) if "{" not in records.answer else _text(row, records.answer)
+    value = row.get(records.answer) if "{" not in records.answer else filled(row, records.answer)
     if kind != "choice" or records.answer_is == "as_is":
         value = ", ".join(map(str, value)) if isinstance(value, list) else value
         text = "" if value is None else bare_answer(str(value))
@@ -349,7 +225,7 @@ def _gold(records: Records, row: Row, kind: str, choices: tuple[str, ...]) -> st
 
 def _values(row: Row, value: str) -> tuple[str, ...]:
     """A breakdown's values; an item may belong to several: those of a list, or the keys of an object that are set."""
-    found = _text(row, value) if "{" in value else row.get(value.rstrip("?"))
+    found = cell(row, value.rstrip("?"))
     if isinstance(found, str) and found[:1] in ("[", "{"):
         with contextlib.suppress(ValueError):  # a text that begins with a bracket
             found = _read(found)
@@ -395,7 +271,7 @@ def _seconds(value: Any) -> float | None:
 
 def _sources(row: Row, value: str, kind: str) -> tuple[Source, ...]:
     if "{" in value:
-        return (Source(kind, _text(row, value)),)
+        return (Source(kind, filled(row, value)),)
     content = row.get(value)
     if isinstance(content, str) and (len(content) > 1024 or (kind == "image" and _BASE64.fullmatch(content))):
         try:

@@ -76,7 +76,7 @@ def test_words_of_the_owners():
     assert as_trace("so", "3") == "<think>so</think><answer>3</answer>"
     assert as_trace("<think>so</think>", "3") == "<think>so</think><answer>3</answer>"
     assert as_trace("<think>so</think><answer>3</answer>", "3").count("<answer>") == 1
-    with pytest.raises(Refused, match="not a list"):
+    with pytest.raises(Refused, match="a text and not a list"):
         bare_choices("A. x")
 
 

@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eval.asking.benchmark import Benchmark, Protocol, Records, Source, load_benchmark, names
-from eval.asking.items import Item, item_from_dict, item_to_dict, make_item, read_prepared, read_records
+from eval.asking.items import Item, item_from_dict, item_to_dict, make_item, make_items, read_prepared
 from eval.asking.prompts import as_sample, render
+from eval.asking.records import read_records
 from eval.fixture import picture, write_data, write_medium
 from eval.prepare import prepare
 from megatron_avatar.data.prompt import MEDIUM
@@ -33,7 +34,7 @@ def benchmark(records=RECORDS, files=("*.json*", "*.parquet", "*.tsv", "*.csv"))
 
 def items_of(folder, records=RECORDS):
     made = benchmark(records)
-    return [make_item(made, row, where) for where, row in read_records(made, str(folder))]
+    return make_items(made, str(folder))
 
 
 def item_of(records=RECORDS, **columns):
@@ -102,17 +103,59 @@ def test_missing_columns_are_refused_with_those_found_and_those_wanted(tmp_path)
 
 
 @pytest.mark.parametrize(("name", "content", "said"), [
-    ("r.json", "[1,", "r.json: not JSON .*download it again"),
-    ("r.json", "[1]", "r.json: record 0 is '1', no object"),
-    ("r.json", '{"a": 3, "b": 4}', "r.json: record 0 is '3', no object"),
+    ("r.json", "[1,", "r.json: breaks off .*download it again"),
+    ("r.json", "[1]", "r.json 0: a int, not an object"),
+    ("r.json", '{"a": 3, "b": 4}', "r.json 0: '3' is no object"),
     ("r.json", '{"q": ["x"], "qid": []}', "r.json: its columns differ in length"),
-    ("r.jsonl", json.dumps(ROWS[0]) + "\n{", "r.jsonl, line 2: not JSON"),
+    ("r.jsonl", "{", "r.jsonl 0: not JSON"), ("r.csv", "a\n\xff", "r.csv: no table in UTF-8"),
     ("r.csv.gz", "", "holds none of .*csv; download owner/set there \\(unpack it\\)"),
 ])  # fmt: skip
 def test_files_that_hold_no_records_are_refused(tmp_path, name, content, said):
-    (tmp_path / name).write_text(content)
+    (tmp_path / name).write_bytes(content.encode("latin-1"))
     with pytest.raises(ValueError, match=said):
         items_of(tmp_path)
+
+
+DEEP = '{"qid": "z", "q": ' + "[" * 5000 + "]" * 5000 + "}"
+ODD = ["[1]", DEEP, '{"qid": "z"', *(json.dumps({**ROWS[0], "qid": f"z{k}", **odd}) for k, odd in enumerate([
+    {"q": [3, {"x": 1}]}, {"gold": None}, {"opts": 5}, {"opts": ["Red", {"a": 1}]}, {"q": "cut \ud83d"}, {"topic": [[1]]},
+]))]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["r.jsonl", "r.json"])
+def test_an_odd_record_is_an_item_that_fails_and_ends_nothing(tmp_path, name):
+    lines = [*map(json.dumps, ROWS), *ODD]
+    if name == "r.json":  # there half of an object has no end
+        lines.remove('{"qid": "z"')
+    (tmp_path / name).write_text("\ufeff" + ("\n".join(lines) if name == "r.jsonl" else f"[{','.join(lines)}]"))
+    found = [item for item, _ in items_of(tmp_path)]
+    assert [item.id for item in found[:2]] == ["a", "b"] and len(found) == len(lines)
+    assert not any(item.trouble for item in found[:2])
+    troubled = {item.id: item.trouble for item in found[2:] if item.trouble}
+    assert len(troubled) == len(lines) - 3, found  # a list of a list is a breakdown's value
+    assert "half of a character" in troubled["z4"] and "correct the record" in troubled[f"{name} 2"]
+    for item in found:
+        json.dumps(item_to_dict(item), ensure_ascii=False).encode()
+        for benchmark_name in ("held_out", "mathvista", "omnibench"):
+            made = load_benchmark(benchmark_name)
+            for protocol in made.protocols.values():
+                assert as_sample(item, protocol, "made").id == item.id
+
+
+def test_a_record_of_any_json_shape_is_an_item_or_refused(tmp_path):
+    shapes = st.recursive(st.none() | st.booleans() | st.floats() | st.text(max_size=3), lambda inner: st.lists(
+        inner, max_size=3) | st.dictionaries(st.sampled_from(["type", "text", "bytes", "path", "A"]), inner, max_size=3))
+    records = replace(RECORDS, media=[{"video": "clip?"}], keep=["topic"])
+
+    @given(st.fixed_dictionaries({}, optional={key: shapes for key in ("qid", "q", "opts", "gold", "topic", "clip")}))
+    def check(odd):
+        try:
+            item, _ = make_item(benchmark(records), {**ROWS[0], **odd}, "here")
+            assert item_from_dict(json.loads(json.dumps(item_to_dict(item)))).id == item.id
+        except ValueError as error:
+            assert str(error).startswith("made, here: ")
+
+    check()
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path):
@@ -186,12 +229,12 @@ def test_options_in_every_form(options, choices):
 
 @pytest.mark.parametrize("options", [["Red", None, "Blue"], {"A": "Red", "B": None, "C": "Blue"}])
 def test_an_option_that_is_empty_moves_no_letter(options):
-    assert "opts has an empty option before others" in refusal(opts=options, gold="C")
+    assert "choice B is empty and others follow, whose letters would move" in refusal(opts=options, gold="C")
 
 
 def test_a_text_is_no_list_of_options():
     assert "is no list" in refusal(opts="[Red, or blue") and "is no list" in refusal(opts="[" * 5000)
-    assert "the choices are a text, not a list" in refusal(opts="Red or blue")
+    assert "the choices are a text and not a list" in refusal(opts="Red or blue")
 
 
 def test_options_inside_the_question_leave_the_letters_that_may_be_answered():
