@@ -14,6 +14,7 @@ from rich.progress import track
 from eval.asking.benchmark import Benchmark
 from eval.asking.items import Item
 from eval.scoring.predictions import Prediction, score_line
+from megatron_avatar.files import append
 from megatron_avatar.records import Sample
 
 Answers = Callable[[Sequence[Sample]], list[list[Any]]]
@@ -47,11 +48,19 @@ def predict(
         found = dict(zip([i.id for i, _ in asked], answers([s for _, s in asked]) if asked else [], strict=True))
         fresh = [_lines(benchmark, item, sample, protocol, settings, found.get(item.id)) for item, sample in part]
         known |= {item.id: lines for (item, _), lines in zip(part, fresh, strict=True)}
-        if rank == 0:
-            with open(out, "a", encoding="utf-8") as file:  # an item's completions in one write
-                for lines in fresh:
-                    file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        on_first(rank, share, lambda fresh=fresh: _write(out, fresh))
     return [line for item in items for line in known[item.id]]
+
+
+def lock_of(out: Path) -> Path:
+    """The lock file of whoever writes predictions to `out`."""
+    return out.with_suffix(".lock")
+
+
+def _write(out: Path, fresh: list[list[Prediction]]) -> None:
+    with open(out, "ab", buffering=0) as file:  # an item's completions in one write
+        for lines in fresh:
+            append(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
 def _lines(

@@ -51,13 +51,13 @@ def prepare(
 
 
 def _prepare(benchmark: Benchmark, data: str, folder: Path, revision: str, processes: int) -> Prepared:
-    rows = make_items(benchmark, data, revision)
+    rows, odd = make_items(benchmark, data, revision)
     fingerprint = hashlib.sha256(
         json.dumps([[item_to_dict(item), [_identity(w) for w in wanted]] for item, wanted in rows]).encode()
     ).hexdigest()[:16]
     dataset = {
         "name": benchmark.source.dataset, "revision": revision, "fingerprint": fingerprint, "items": len(rows),
-        "expected": benchmark.source.items,
+        "expected": benchmark.source.items, "unreadable": odd,
     }  # fmt: skip
     _unique(benchmark, [item.id for item, _ in rows])
     marker = folder / "dataset.json"
@@ -195,10 +195,11 @@ def main(arguments: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     unusable = [item for item in found.items if item.trouble]
+    odd = found.dataset.get("unreadable", [])
     print(f"{benchmark.title}: {len(found.items)} items in {given['prepared']} (its owners count "
-          f"{benchmark.source.items}), {len(unusable)} that can't be asked")  # fmt: skip
-    for item in unusable:
-        print(f"  {item.id}: {item.trouble}")
+          f"{benchmark.source.items}), {len(unusable)} without usable media; {len(odd)} records make none")  # fmt: skip
+    for line in [*(f"{item.id}: {item.trouble}" for item in unusable), *odd]:
+        print(f"  {line}")
     return 0
 
 

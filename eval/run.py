@@ -26,6 +26,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -38,7 +39,7 @@ from eval import fixture, prepare
 from eval.asking.benchmark import PROTOCOLS, Benchmark, load_benchmark
 from eval.asking.items import Prepared, read_prepared
 from eval.asking.prompts import as_sample
-from eval.predict import on_first, predict
+from eval.predict import lock_of, on_first, predict
 from eval.score import rescore
 from eval.scoring.ask import asker
 from eval.scoring.predictions import Prediction, check_names
@@ -46,6 +47,8 @@ from eval.scoring.summary import show, summarise
 from megatron_avatar.config import Config, load_config
 from megatron_avatar.config.paths import check_model, refuse
 from megatron_avatar.config.world import check_processes, world_size
+from megatron_avatar.files import replacing
+from megatron_avatar.locks import held
 from megatron_avatar.records import Sample
 
 BATCHES_A_WRITE = 4  # within one call the decoding of a batch overlaps with the answering of the one before
@@ -177,8 +180,13 @@ def _asked(benchmark: Benchmark, request: Request) -> list[Any]:
 def run(request: Request, config: Config, judge: list[str]) -> list[Prediction]:
     """Build the policy and predict the benchmark into `out`. Returns the predictions on rank 0, nothing on the others.
 
-    Raises ValueError for anything of the user's that can't be used.
+    Raises ValueError for anything of the user's that can't be used, and where another evaluation writes to `out`.
     """
+    with ExitStack() as alone:  # until the scores are written
+        return _run(request, config, judge, alone)
+
+
+def _run(request: Request, config: Config, judge: list[str], alone: ExitStack) -> list[Prediction]:
     from megatron_avatar.data.loader import MediaLoader
     from megatron_avatar.data.prompt import PromptBuilder, load_tokenizer
     from megatron_avatar.policy.backend import start, stop
@@ -196,6 +204,7 @@ def run(request: Request, config: Config, judge: list[str]) -> list[Prediction]:
     backend = start(config.parallel, seed=config.seed)
     try:
         prepared = _prepare(request, benchmark, backend)
+        on_first(backend.rank, backend.all_gather_object, lambda: alone.enter_context(held(lock_of(out), "eval.run")))
         tokenizer = load_tokenizer(config.model.path)
         policy = build_policy(config.model.path, backend, config.model, config.parallel)
         weights = Path(request.model)
@@ -261,7 +270,10 @@ def _prepare(request: Request, benchmark: Benchmark, backend: Any) -> Prepared:
         prepare.prepare(benchmark, request.data, folder, revision=request.revision)
 
     on_first(backend.rank, backend.all_gather_object, work)
-    return read_prepared(folder)
+    found = read_prepared(folder)
+    if (odd := found.dataset.get("unreadable")) and backend.rank == 0:
+        print(f"{len(odd)} records of {request.data} make no item, as {odd[0]}", file=sys.stderr)
+    return found
 
 
 def _score_anew(out: Path, asking: Any, predictions: list[Prediction]) -> list[Prediction]:
@@ -294,9 +306,8 @@ def _write_meta(
         "seconds": round(before.get("seconds", 0.0) + seconds, 1),
         "gpu_hours": round(before.get("gpu_hours", 0.0) + origin["gpus"] * seconds / 3600, 4),
     }  # fmt: skip
-    aside = path.with_suffix(".tmp")
-    aside.write_text(json.dumps(meta, indent=1) + "\n")
-    aside.replace(path)
+    with replacing(path) as file:
+        file.write(json.dumps(meta, indent=1) + "\n")
 
 
 def main(arguments: list[str]) -> int:

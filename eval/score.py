@@ -15,8 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from eval.asking.benchmark import load_benchmark
+from eval.predict import lock_of
 from eval.scoring.predictions import Prediction, check_names, read_predictions, score_line
 from eval.scoring.stats import estimates
+from megatron_avatar.files import replacing
+from megatron_avatar.locks import held
 
 
 def system_scores(predictions: list[Prediction]) -> dict[str, float]:
@@ -34,10 +37,8 @@ def rescore(path: Path, asking: Any = None) -> list[Prediction]:
         if asking is not None:
             predictions = asking(benchmark, predictions)
         predictions = [score_line(benchmark, line) for line in predictions]
-        aside = path.with_suffix(".tmp")
-        with open(aside, "w", encoding="utf-8") as file:
+        with replacing(path) as file:
             file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in predictions)
-        aside.replace(path)
     return predictions
 
 
@@ -45,12 +46,13 @@ def main(arguments: list[str]) -> int:
     from eval.scoring.ask import asker
     from eval.scoring.summary import show, summarise
 
-    files = [Path(item) for item in arguments if "=" not in item]
+    files, settings = [Path(item) for item in arguments if "=" not in item], [i for i in arguments if "=" in i]
     try:
         if not files:
             raise ValueError("usage: python -m eval.score FILE.jsonl ... [judge.endpoint=URL judge.model=NAME]")
         for path in files:
-            predictions = rescore(path, asker([item for item in arguments if "=" in item], path.parent / "asked"))
+            with held(lock_of(path), "eval.score"):
+                predictions = rescore(path, asker(settings, path.parent / "asked"))
             if predictions:
                 show(summarise(load_benchmark(predictions[0]["benchmark"]), predictions), str(path))
     except (ValueError, OSError) as error:

@@ -29,16 +29,14 @@ def replacing(path: Path) -> Iterator[IO[str]]:
     was there stays. One writer at a time (locks.py). Raises OSError that names `path`."""
     aside = path.with_name(path.name + ".part")
     try:
-        with open(aside, "w", encoding="utf-8", newline="\n") as file:
+        with writing(path), open(aside, "w", encoding="utf-8", newline="\n") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
-    except BaseException as error:
+    except BaseException:
         with suppress(OSError):  # room for others
             aside.unlink()
-        if isinstance(error, OSError) and error.filename is None:
-            raise _unwritten(error, path) from error
         raise
 
 
@@ -46,19 +44,26 @@ def append(file: FileIO, text: str) -> None:
     """Adds a text to a file opened with "ab" and no buffer: all of it or, where OSError is raised, nothing."""
     content = memoryview(text.encode())
     before = os.fstat(file.fileno()).st_size
+    with writing(Path(file.name)):
+        try:
+            while content:
+                content = content[file.write(content) :]
+        except OSError:
+            with suppress(OSError):
+                file.truncate(before)
+            raise
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """An error of writing `path`, which names no file of its own, with that name and a remedy."""
     try:
-        while content:
-            content = content[file.write(content) :]
+        yield
     except OSError as error:
-        with suppress(OSError):
-            file.truncate(before)
-        raise _unwritten(error, Path(file.name)) from error
-
-
-def _unwritten(error: OSError, path: Path) -> OSError:
-    """The error with the file's name and a remedy."""
-    what = f"cannot be written ({error.strerror}): make room, or raise the limit, and run the same command again"
-    return OSError(error.errno, what, str(path))
+        if error.filename is not None or error.errno is None:
+            raise
+        what = f"cannot be written ({error.strerror}): make room, or raise the limit, and run the same command again"
+        raise OSError(error.errno, what, str(path)) from error
 
 
 def unwritable(text: str) -> str:

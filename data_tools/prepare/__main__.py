@@ -29,7 +29,6 @@ def main(arguments: list[str]) -> int:
     from data_tools.prepare.settings import parse
     from data_tools.prepare.work import prepare
     from megatron_avatar.config.urls import mask
-    from megatron_avatar.files import is_machines
 
     signal.signal(signal.SIGTERM, _interrupt)
     signal.signal(signal.SIGUSR1, _interrupt)  # Slurm's notice before the end of a job's time
@@ -39,8 +38,7 @@ def main(arguments: list[str]) -> int:
         print("stopped; what is done is kept, the same command continues", file=sys.stderr)
         return 75
     except (ValueError, OSError) as error:
-        full = "; nothing is lost: the same command continues once there is room" if is_machines(error) else ""
-        print(f"error: {mask(str(error))}{full}", file=sys.stderr)
+        print(f"error: {mask(str(error))}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
     return 0
 

@@ -62,7 +62,7 @@ def merge(out: Path, shards: int, context: int) -> Report | None:
             with closing(Seen(names)) as seen, replacing(rejected) as file:
                 write_manifest(made, _kept(entries, seen, report, file))
         except sqlite3.Error as error:
-            raise OSError(f"{names}: {error}") from None
+            raise OSError(f"{names}: {error}; make room, and run the same command again") from None
         if not report.samples:
             reasons = f"no row is left, mostly because of {report.worst()}"
             raise ValueError(f"{rejected}: {reasons}; correct that, and prepare into another out=")

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from megatron_avatar.files import replacing
+from megatron_avatar.files import replacing, writing
 from megatron_avatar.records import Sample
 
 BINS = 64  # of token lengths up to the context
@@ -102,5 +102,6 @@ def _bars(path: Path, counts: list[tuple[str, int]], what: str, of: str) -> None
     step = max(1, len(counts) // 8)
     axes.set_xticks(range(0, len(counts), step), [name for name, _ in counts[::step]], rotation=20, ha="right")
     axes.set(xlabel=what, ylabel=of)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
+    with writing(path):
+        figure.savefig(path, dpi=110, metadata={"Software": None})
     pyplot.close(figure)

@@ -16,7 +16,7 @@ from typing import Any, get_args
 from data_tools.prepare.cells import bare_answer, bare_choices, cell, filled, media_of
 from data_tools.prepare.damage import Refused, shown
 from data_tools.prepare.store import Source
-from eval.asking.benchmark import MEDIA, Benchmark, Records, kinds_of
+from eval.asking.benchmark import MEDIA, Benchmark, Records
 from eval.asking.records import Row, read_records
 from megatron_avatar.files import repaired, unwritable
 from megatron_avatar.records import Media, ProblemType, Sample
@@ -100,20 +100,20 @@ def read_prepared(folder: Path) -> Prepared:
     return Prepared(folder, items, json.loads((folder / "dataset.json").read_text()))
 
 
-def make_items(benchmark: Benchmark, data: str, revision: str = "") -> list[tuple[Item, list[Wanted]]]:
-    """The items of all records, and their media still to be found. A record that makes none counts as an item that
-    can't be asked, with its reason. Raises ValueError as `read_records` does, and where there is no other record."""
-    made: list[tuple[Item, list[Wanted]]] = []
-    odd: list[str] = []
+def make_items(
+    benchmark: Benchmark, data: str, revision: str = ""
+) -> tuple[list[tuple[Item, list[Wanted]]], list[str]]:
+    """The items of all records with their media still to be found, and why some records make none: these have no gold
+    that an answer could be scored by. Raises ValueError as `read_records` does, and where there is no other record."""
+    made, odd = [], []
     for where, row in read_records(benchmark, data, revision):
         try:
             made.append(make_item(benchmark, row, where))
         except ValueError as error:
             odd.append(str(error))
-            made.append((Item(shown(where), kinds_of(benchmark)[0], "", "", trouble=odd[-1]), []))
-    if odd and len(odd) == len(made):
+    if odd and not made:
         raise ValueError(odd[0])
-    return made
+    return made, odd
 
 
 def make_item(benchmark: Benchmark, row: Row | Refused, where: str) -> tuple[Item, list[Wanted]]:
@@ -145,6 +145,8 @@ def make_item(benchmark: Benchmark, row: Row | Refused, where: str) -> tuple[Ite
             raise Refused("empty", "its id or question is empty")
         if kind == "choice" and item.gold not in tuple(letters):
             raise ValueError(f"its answer {item.gold!r} is none of {', '.join(letters)}")
+        if kind == "number":
+            float(item.gold)  # as metrics read it
         return _writable(item), wanted
     except (Refused, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         detail = error.detail if isinstance(error, Refused) else shown(f"{type(error).__name__}: {error}")
