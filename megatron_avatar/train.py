@@ -8,20 +8,17 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
+
+from megatron_avatar.resilience.ended import FAILED, INTERRUPTED, REFUSED, leave_on_signals, tell
 
 if TYPE_CHECKING:
     from megatron_avatar.config import Config
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-INTERRUPTED = 75  # EX_TEMPFAIL: state is saved, run the same command again
-
 
 def main(arguments: list[str]) -> int:
-    """Train one configuration; returns the exit status."""
+    """Train one configuration; returns the exit status: 2 for a user's mistake, 75 where the same command continues."""
     if not arguments or "--help" in arguments:
         print(__doc__)
         return 0 if arguments else 2
@@ -39,8 +36,7 @@ def main(arguments: list[str]) -> int:
         refuse(check_inputs(config))
         check_start(config, "megatron_avatar.train", arguments)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return _refuse(error)
     from megatron_avatar.policy.backend import start, stop  # torch and Megatron only once the settings are sound
     from megatron_avatar.resilience.attempts import NoProgress
     from megatron_avatar.resilience.checkpoint import CheckpointError
@@ -52,8 +48,7 @@ def main(arguments: list[str]) -> int:
     try:
         backend = start(config.parallel, seed=config.seed)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return _refuse(error)
     try:
         if config.replay_step:
             return replay_step(config, backend)
@@ -61,33 +56,26 @@ def main(arguments: list[str]) -> int:
     except Interrupted:
         if backend.rank == 0:
             print(f"stopped; state saved in {config.output_dir}. The same command continues.", file=sys.stderr)
-        if marker := os.environ.get("AVATAR_STOPPED"):  # srun would kill the others at the first rank that returns 75
-            if backend.rank == 0:
-                Path(marker).touch()
-            return 0
-        return INTERRUPTED
-    except ValueError as error:  # the user's to mend: trying again would not help
+        return 0 if tell(INTERRUPTED) else INTERRUPTED  # a launcher kills the others at the first rank that returns 75
+    except (ValueError, NoProgress) as error:
+        return _refuse(error)
+    except (LogprobMismatch, NonFiniteUpdates, CheckpointError, JudgeSilent, FloatingPointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (LogprobMismatch, NonFiniteUpdates, CheckpointError, NoProgress, JudgeSilent, FloatingPointError,
-            OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        tell(FAILED)
+        return FAILED
+    except Exception:
+        tell(FAILED)
+        raise
     finally:
         stop()
     return 0
 
 
-def leave_on_signals() -> None:
-    """Until the training loop takes them over, stop signals end the process at once: there is nothing to save yet."""
-
-    def leave(*_: object) -> None:
-        if marker := os.environ.get("AVATAR_STOPPED"):
-            Path(marker).touch()
-        os._exit(INTERRUPTED)
-
-    for number in SIGNALS:
-        signal.signal(number, leave)
+def _refuse(error: Exception) -> int:
+    """A user's mistake, in words: to try again would change nothing."""
+    print(f"error: {error}", file=sys.stderr)
+    tell(REFUSED)
+    return REFUSED
 
 
 def _plan(config: Config) -> int:

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 import signal
-import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from submitit import LocalExecutor, SlurmExecutor
+from submitit.core.utils import FailedJobError
 
 from megatron_avatar.config import Config, save_config
+from megatron_avatar.resilience import queue
 from slurm import pool
 from slurm.tasks import Task
 
 MOST_WAITS = 40  # jobs named in one dependency
-STATES = "PENDING REQUEUED RUNNING COMPLETING CONFIGURING SUSPENDED STOPPED SIGNALING STAGE_OUT RESIZING".split()
+ASK_EVERY_S = 60.0  # squeue is asked no more often: a controller has other users too
+PATIENCE_S = 300.0  # with a controller that is out of reach, while a person waits
 
 
 class Board:
@@ -26,13 +32,17 @@ class Board:
         self.folder, self.tasks, self.local = folder, {task.name: task for task in tasks}, local
         self._path = folder / "jobs.json"
         self.jobs: dict[str, str] = json.loads(self._path.read_text()) if self._path.exists() else {}
+        self._alive: dict[str, str] | None = None  # task -> state, as squeue last said
+        self._asked = -math.inf
+        self.silence = ""  # why there is no newer answer
 
     def states(self) -> dict[str, str]:
-        """Task name -> done, a state of Slurm's (RUNNING, PENDING ...), failed, or empty: never submitted."""
-        if self.local:
-            alive = pool.states(self.folder, self.jobs)
-        else:
-            alive = _slurm_states(self.jobs)
+        """Task name -> done, a state of Slurm's (RUNNING, PENDING ...), failed, or empty: never submitted.
+
+        Slurm's part is up to a minute old, older while Slurm gives no answer, which `silence` says; SlurmSilent where
+        there has been none yet.
+        """
+        alive = pool.states(self.folder, self.jobs) if self.local else self._ask()
         found = {}
         for name, task in self.tasks.items():
             if task.done.exists():
@@ -40,6 +50,18 @@ class Board:
             else:
                 found[name] = alive.get(name) or ("failed" if name in self.jobs else "")
         return found
+
+    def _ask(self) -> dict[str, str]:
+        if time.monotonic() - self._asked >= ASK_EVERY_S:
+            try:
+                self._alive = _slurm_states(self.jobs, PATIENCE_S if self._alive is None else 0)
+                self.silence = ""
+            except queue.SlurmSilent as error:
+                if self._alive is None:
+                    raise
+                self.silence = str(error)
+            self._asked = time.monotonic()
+        return self._alive
 
     def submit(self, code: Path, concurrency: int) -> list[str]:
         """Submit what is neither done nor queued, `concurrency` tasks at a time: on Slurm as job arrays that wait for
@@ -76,45 +98,68 @@ class Board:
         aside = self._path.with_suffix(".tmp")
         aside.write_text(json.dumps(self.jobs, indent=1) + "\n")
         aside.replace(self._path)
+        if self._alive is not None:
+            self._alive |= dict.fromkeys(jobs, "PENDING")  # until squeue is asked again
 
     def _submit_to_slurm(self, group: list[Task], code: Path, concurrency: int, more: dict[str, str]) -> list[str]:
         config = group[0].config()
-        executor = SlurmExecutor(self.folder / "submitit")
         setup = [f"export PYTHONPATH={shlex.quote(str(code))} PYTHONSAFEPATH=1"]
-        executor.update_parameters(
+        parameters = dict(
             **slurm_parameters(config, group[0].layout()), job_name=f"{config.name}-{group[0].name}"[:60],
             array_parallelism=concurrency, setup=setup, use_srun=False, stderr_to_stdout=True,
             signal_delay_s=config.cluster.signal_s,
             additional_parameters={"requeue": True, **more, **({"kill-on-invalid-dep": "yes"} if more else {})},
         )  # fmt: skip
-        jobs = []
-        with executor.batch():  # one array, unless it is a single job
-            for task in group:
-                jobs.append(executor.submit(task))
-        return [job.job_id for job in jobs]
+        end, pause = time.monotonic() + PATIENCE_S, 5.0
+        while True:
+            executor, jobs = SlurmExecutor(self.folder / "submitit"), []
+            executor.update_parameters(**parameters)
+            try:
+                with _environment(queue.outside()), executor.batch():  # one array, unless it is a single job
+                    for task in group:
+                        jobs.append(executor.submit(task))
+                return [job.job_id for job in jobs]
+            except FailedJobError as error:
+                reason = (str(error).strip().splitlines() or ["sbatch failed without a reason"])[-1]
+                if not queue.OUT_OF_REACH.search(str(error)) or time.monotonic() + pause > end:
+                    names = f"{', '.join(task.name for task in group[:5])}{' ...' if len(group) > 5 else ''}"
+                    raise ValueError(f"Slurm didn't queue {names}: {reason}. What it did is noted: the same command "
+                                     "goes on with the rest") from None  # fmt: skip
+                time.sleep(pause)
+                pause = min(2 * pause, 60.0)
 
     def _submit_locally(self, missing: list[Task], concurrency: int) -> None:
         if not missing:
             return
         executor = LocalExecutor(self.folder / "submitit")
         executor.update_parameters(timeout_min=60 * 24 * 365, signal_delay_s=0, stderr_to_stdout=True)
-        before, handler = dict(os.environ), signal.signal(signal.SIGINT, signal.SIG_IGN)
-        os.environ.update(PYTHONSAFEPATH="1", PYTHONPATH=missing[0].code)
+        names, handler = [task.name for task in missing], signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:  # the pool outlives this command: a Ctrl-C of its terminal is not meant for it
-            names = [task.name for task in missing]
-            job = executor.submit(pool.Pool(list(self.tasks.values()), names, self.folder, concurrency))
+            with _environment({**os.environ, "PYTHONSAFEPATH": "1", "PYTHONPATH": missing[0].code}):
+                job = executor.submit(pool.Pool(list(self.tasks.values()), names, self.folder, concurrency))
         finally:
-            os.environ.clear()
-            os.environ.update(before)
             signal.signal(signal.SIGINT, handler)
         self._note({task.name: job.job_id for task in missing})
+
+
+@contextmanager
+def _environment(wanted: dict[str, str]) -> Iterator[None]:
+    """What submitit's commands find in their environment; this process gets its own back."""
+    before = dict(os.environ)
+    os.environ.clear()
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def slurm_parameters(config: Config, layout: tuple[int, int]) -> dict[str, object]:
     """submitit's parameters of a job of `layout` nodes and tasks a node."""
     cluster, (nodes, tasks) = config.cluster, layout
     named = {name: getattr(cluster, name) for name in ("partition", "account", "qos") if getattr(cluster, name)}
-    gpus = {} if cluster.gpu == "cpu" else {"gpus_per_node": tasks}
+    gpus = {} if cluster.gpu == "cpu" or not cluster.gres else {"gres": cluster.gres.replace("{n}", str(tasks))}
     return {"nodes": nodes, "ntasks_per_node": tasks, "cpus_per_task": cluster.cpus_per_task, "time": cluster.minutes,
             **named, **gpus}  # fmt: skip
 
@@ -124,14 +169,17 @@ def sbatch_options(config: Config, layout: tuple[int, int]) -> list[str]:
     return [f"--{name.replace('_', '-')}={value}" for name, value in slurm_parameters(config, layout).items()]
 
 
-def _slurm_states(jobs: dict[str, str]) -> dict[str, str]:
-    """States of the jobs that Slurm still has in its queue."""
+def _slurm_states(jobs: dict[str, str], patience_s: float) -> dict[str, str]:
+    """Task -> state, of those whose jobs Slurm still has in its queue."""
     if not jobs:
         return {}
     ids = ",".join(sorted({job.split("_")[0] for job in jobs.values()}))
-    command = ["squeue", "--noheader", "--array", "--states=all", "--format=%i|%T", f"--jobs={ids}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    if done.returncode and "Invalid job id" not in done.stderr:
-        raise OSError(f"squeue: {done.stderr.strip()}")
-    states = dict(line.split("|") for line in done.stdout.splitlines() if "|" in line)
-    return {name: states[job] for name, job in jobs.items() if states.get(job) in STATES}
+    try:
+        found = queue.ask("squeue", "--noheader", "--array", "--states=all", "--format=%i|%T", f"--jobs={ids}",
+                          patience_s=patience_s)  # fmt: skip
+    except queue.SlurmRefused as error:
+        if "invalid job id" not in str(error).lower():
+            raise
+        found = ""
+    states = dict(line.split("|") for line in found.splitlines() if "|" in line)
+    return {name: states[job] for name, job in jobs.items() if states.get(job) in queue.ALIVE}

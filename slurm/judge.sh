@@ -2,7 +2,7 @@
 #SBATCH --job-name=avatar-judge
 #SBATCH --nodes=1
 #SBATCH --ntasks=1
-#SBATCH --gpus-per-node=1
+#SBATCH --gres=gpu:1
 #SBATCH --cpus-per-task=12
 #SBATCH --mem=64G
 #SBATCH --time=24:00:00
@@ -33,7 +33,14 @@ leave() { # the file goes first: nobody is sent to a server that ends
   [[ -z "$server" ]] || kill "$server" 2>/dev/null || true
 }
 trap leave EXIT
-trap 'leave; server=; scontrol requeue "$SLURM_JOB_ID" || true; exit 0' USR1
+again() { # into the queue, also where the controller is out of reach for some minutes
+  for _ in {1..20}; do
+    scontrol requeue "$SLURM_JOB_ID" && exit 75
+    sleep 15
+  done
+  exit 75
+}
+trap 'leave; server=; again' USR1
 trap 'exit 143' TERM
 
 export VLLM_API_KEY="${AVATAR_ENDPOINT_KEY:-}" # by the environment, where no process list shows it

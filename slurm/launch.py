@@ -1,34 +1,19 @@
-"""From settings to a job's command: what is checked first, and how training starts on a node.
-
-common.sh calls this in a job's batch shell and evaluates what it prints:
-
-    python slurm/launch.py [key=value ...]
-
-Needs hydra-core, neither torch nor Megatron. Exit status 2 with one line where something is wrong.
-"""
+"""From settings to a job's command: what is checked first, and how training starts on a node."""
 
 from __future__ import annotations
 
-import json
-import os
 import shlex
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-if __name__ == "__main__":
-    sys.path[0] = str(ROOT)
+from megatron_avatar.config import Config, check_world
+from megatron_avatar.config.checks import check_folder, check_same_model, check_same_run, check_space
+from megatron_avatar.config.paths import check_inputs, refuse
+from megatron_avatar.resilience import queue
 
-from megatron_avatar.config import Config, check_world, load_config  # noqa: E402
-from megatron_avatar.config.checks import check_folder, check_same_model, check_same_run, check_space  # noqa: E402
-from megatron_avatar.config.paths import check_inputs, refuse  # noqa: E402
-from megatron_avatar.resilience import attempts  # noqa: E402
-from slurm.snapshot import snapshot  # noqa: E402
-
-REFUSAL_S = 60
+REFUSAL_S = 300.0  # for Slurm's opinion of a job, while a person waits
 
 
 def layout(config: Config) -> tuple[int, int]:
@@ -52,12 +37,6 @@ def check(config: Config, *, nodes: int, tasks_per_node: int, submit: list[str] 
     """
     cluster = config.cluster
     check_world(config, nodes * tasks_per_node)
-    granted = os.environ.get("SLURM_GPUS_ON_NODE")
-    if cluster.gpu != "cpu" and submit is None and int(granted or 0) < tasks_per_node and "SLURM_JOB_ID" in os.environ:
-        raise ValueError(
-            f"the job has {granted or 'no'} GPUs on this node for {tasks_per_node} processes, one each: submit with "
-            f"--gpus-per-node={tasks_per_node}, or with fewer --ntasks-per-node (cluster.gpu=cpu trains without)"
-        )
     refuse(check_inputs(config))
     image = cluster.container
     if image and (image.startswith(("/", ".")) or image.endswith((".sif", ".sqsh"))) and not Path(image).exists():
@@ -76,17 +55,16 @@ def check(config: Config, *, nodes: int, tasks_per_node: int, submit: list[str] 
 
 
 def try_submission(options: list[str]) -> None:
-    """ValueError with sbatch's own reason where it would refuse such a job."""
+    """ValueError with sbatch's own reason where it would refuse such a job; SlurmSilent where it says nothing."""
     if shutil.which("sbatch") is None:
         raise ValueError("sbatch is not on this machine: run this on a login node, or write cluster=local")
-    done = subprocess.run(["sbatch", "--test-only", *options], input="#!/bin/sh\n", capture_output=True, text=True,
-                          timeout=REFUSAL_S)  # fmt: skip
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+    try:
+        queue.ask("sbatch", "--test-only", *options, stdin="#!/bin/sh\n", patience_s=REFUSAL_S)
+    except queue.SlurmRefused as error:
         raise ValueError(
-            f"Slurm refuses such a job ({shlex.join(options)}): {reason}. Correct cluster.partition, cluster.account, "
-            "cluster.qos, cluster.gpus_per_node, cluster.cpus_per_task or cluster.minutes"
-        )
+            f"Slurm refuses such a job ({shlex.join(options)}): {error}. Correct cluster.partition, cluster.account, "
+            "cluster.qos, cluster.gres, cluster.gpus_per_node, cluster.cpus_per_task or cluster.minutes"
+        ) from None
 
 
 def environment(config: Config, code: Path) -> dict[str, str]:
@@ -128,57 +106,3 @@ def _mounts(config: Config) -> list[str]:
         if not any(path.absolute().is_relative_to(other) for other in seen):
             seen.append(path.absolute())
     return [*(f"{path}:{path}" for path in seen), *config.cluster.mounts]
-
-
-def _check_alone(run: Path, chain: str) -> None:
-    """ValueError where another running job works on the same run: both would write its checkpoints."""
-    path = run / "attempts.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    other = str(json.loads(lines[-1])["chain"]) if lines else chain
-    if other == chain or not other.isdecimal():
-        return
-    state = ["squeue", "--noheader", f"--jobs={other}", "--format=%T"]
-    if subprocess.run(state, capture_output=True, text=True).stdout.strip() == "RUNNING":
-        raise ValueError(f"{run}: job {other} works on this run: wait for its end, or choose another output_dir")
-
-
-def batch_shell(arguments: list[str]) -> str:
-    """Shell text for common.sh: refuses what is wrong, and takes the job's snapshot at its first start."""
-    config = load_config(arguments)
-    job = os.environ["SLURM_JOB_ID"]
-    nodes, tasks = (int(os.environ[name]) for name in ("SLURM_JOB_NUM_NODES", "SLURM_NTASKS_PER_NODE"))
-    changed = check(config, nodes=nodes, tasks_per_node=tasks)
-    run = Path(config.output_dir).absolute()
-    _check_alone(run, os.environ.get("AVATAR_CHAIN", job))
-    code = ROOT  # a requeued or resubmitted job: this file is the snapshot's
-    if not (ROOT / "snapshot.json").exists():
-        code = snapshot(run / "snapshots" / job, config, arguments)
-        link = Path(".jobs") / job  # by which the requeued job finds it
-        link.parent.mkdir(exist_ok=True)
-        link.unlink(missing_ok=True)
-        link.symlink_to(code)
-    logs = run / "logs" / f"{job}.{os.environ.get('SLURM_RESTART_COUNT', '0')}.log"
-    logs.parent.mkdir(parents=True, exist_ok=True)
-    saved = sorted(int(path.name.removeprefix("step_")) for path in run.glob("checkpoints/step_*"))
-    attempts.begin(run, saved[-1] if saved else 0, config.checkpoint.restarts, changed)  # before what may fail at once
-    modules = config.cluster.modules
-    lines = [f"module load {shlex.join(modules)}"] if modules else []
-    lines += [f"export {name}={shlex.quote(value)}" for name, value in environment(config, code).items()]
-    lines += [
-        "export AVATAR_ATTEMPT=noted",
-        f"export AVATAR_SNAPSHOT={shlex.quote(str(code))}",
-        f"command=({shlex.join(command(config))})",
-        f"srun_options=({shlex.join(srun_options(config))})",
-        f"run={shlex.quote(str(run))}",
-        f"log={shlex.quote(str(logs))}",
-        f"gpus={0 if config.cluster.gpu == 'cpu' else os.environ['SLURM_NTASKS_PER_NODE']}",
-    ]
-    return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    try:
-        print(batch_shell(sys.argv[1:]))
-    except (ValueError, OSError, attempts.NoProgress) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)

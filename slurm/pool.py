@@ -18,8 +18,10 @@ from pathlib import Path
 
 import psutil
 
+from megatron_avatar.resilience import ended, queue
+from megatron_avatar.resilience.ended import FAILED, HUNG, INTERRUPTED, REFUSED, SIGNALS
 from slurm import launch
-from slurm.tasks import HUNG, INTERRUPTED, REFUSED, SIGNALS, Task, TaskFailed
+from slurm.tasks import Task, TaskFailed
 
 POLL_S = 0.2
 
@@ -87,8 +89,9 @@ class Pool:
             if os.getppid() != parent:
                 os._exit(1)
 
-        environment = {"AVATAR_CHAIN": f"local-{parent}", "OMP_WAIT_POLICY": "PASSIVE", **os.environ,
-                       **launch.environment(config, Path(task.code))}  # fmt: skip
+        ended.forget(_ended(task))
+        environment = {"AVATAR_CHAIN": f"local-{parent}", "OMP_WAIT_POLICY": "PASSIVE", **queue.outside(),
+                       **launch.environment(config, Path(task.code)), "AVATAR_ENDED": _ended(task)}  # fmt: skip
         with task.opened_log() as log:
             print(f"$ {shlex.join(command)}", file=log, flush=True)
             return subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment,
@@ -103,6 +106,10 @@ class Pool:
             del self.children[name]
             self._mark("running", name, False)
             task = by_name[name]
+            if not task.module:
+                status = ended.told(_ended(task), status)
+                ended.forget(_ended(task))
+                status = status or (0 if task.done.exists() else FAILED)
             if status == 0:
                 task.mark_done()
             elif status in (INTERRUPTED, HUNG) or stopped or (status != REFUSED and task.may_retry(status)):
@@ -114,6 +121,10 @@ class Pool:
         path = self.folder / kind / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch() if there else path.unlink(missing_ok=True)
+
+
+def _ended(task: Task) -> str:
+    return str(task.folder.absolute() / f".ended-{task.name}")
 
 
 def states(folder: Path, jobs: dict[str, str]) -> dict[str, str]:

@@ -18,7 +18,7 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
-from megatron_avatar.train import leave_on_signals
+from megatron_avatar.resilience.ended import leave_on_signals
 
 DEADLINE_S = 40
 SKEW_S = 5.0

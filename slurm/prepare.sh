@@ -16,14 +16,16 @@
 # PYTHON in the environment names another interpreter than the repository's .venv.
 set -euo pipefail
 cd "$SLURM_SUBMIT_DIR"
-python=${PYTHON:-.venv/bin/python} status=0
+# Slurm runs a copy of this file; the checkout is where it was submitted from.
+code=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's|^ *Command=\(.*\)/slurm/[^/]*\.sh.*|\1|p' | head -n 1)
+code=${code:-$PWD}
+python=${PYTHON:-$code/.venv/bin/python} status=0
 command -v "$python" >/dev/null || {
-  echo "error: $python is missing in $SLURM_SUBMIT_DIR: run 'make doctor' there, or export PYTHON=FILE" >&2
+  echo "error: $python is missing on $(uname -n): run 'make doctor' in the checkout, or export PYTHON=FILE" >&2
   exit 2
 }
-export OMP_NUM_THREADS=1 SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"
+export OMP_NUM_THREADS=1 SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}" SLURM_EXPORT_ENV=ALL PYTHONPATH="$code"
 srun "$python" -m data_tools.prepare "$@" || status=$?
-# 75: stopped by Slurm's notice with what is done kept; a job that was cancelled stays so.
-[[ "$status" != 75 || $(squeue --noheader --jobs="${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" --format=%T) != RUNNING ]] ||
-  scontrol requeue "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" || true
+# 75: stopped by Slurm's notice with what is done kept.
+[[ "$status" != 75 ]] || "$python" -m megatron_avatar.resilience.queue || true
 exit "$status"

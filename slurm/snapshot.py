@@ -36,6 +36,8 @@ def snapshot(folder: Path, config: Config | None = None, arguments: list[str] | 
             shutil.copytree(ROOT / name, aside / name, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
         for name in FILES:
             shutil.copy(ROOT / name, aside / name)
+        if (ROOT / ".venv").exists():  # the interpreter of a requeued job's checks
+            (aside / ".venv").symlink_to(ROOT / ".venv")
         if config is not None:
             save_config(config, aside / "config.yaml")
         about = {"commit": _git("rev-parse", "HEAD"), "changed": _git("status", "--porcelain"), "arguments": arguments}

@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import IO
 
 from megatron_avatar.config import Config, load_config
+from megatron_avatar.resilience import queue
+from megatron_avatar.resilience.ended import INTERRUPTED, REFUSED, SIGNALS
 from slurm import launch
-
-REFUSED, INTERRUPTED, HUNG = 2, 75, 76  # exit statuses of training
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class TaskFailed(RuntimeError):
@@ -65,11 +64,15 @@ class Task:
         status = self._run_on_slurm()
         if status == 0:
             return
-        state = ["squeue", "--noheader", "--format=%T", f"--jobs={os.environ['SLURM_JOB_ID']}"]
-        running = subprocess.run(state, capture_output=True, text=True).stdout.strip() == "RUNNING"  # not cancelled
-        if running and status != REFUSED and self.may_retry(status):
-            subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
-            time.sleep(600)  # Slurm ends this process
+        try:
+            if status == INTERRUPTED and not self.module:
+                _await_the_end()  # common.sh has put the job into the queue again
+            elif status != REFUSED and queue.state(queue.own_job()) == "RUNNING":  # else the failure isn't its own
+                if (status == INTERRUPTED or self.may_retry(status)) and queue.requeue(queue.own_job()):
+                    _await_the_end()
+        except (queue.SlurmRefused, queue.SlurmSilent) as error:
+            raise TaskFailed(f"{self.name} ended with status {status} and can't be queued again ({error}): see "
+                             f"{self.log}, and run the same command again") from None  # fmt: skip
         raise TaskFailed(f"{self.name} ended with status {status}: see {self.log}")
 
     def _run_on_slurm(self) -> int:
@@ -83,7 +86,8 @@ class Task:
         if config.cluster.modules:
             command = ["bash", "-c", f'module load {shlex.join(config.cluster.modules)} && exec "$@"', "bash", *command]
         cores = os.environ.get("SLURM_CPUS_PER_TASK", "1")  # srun no longer inherits them
-        environment = {**os.environ, "SRUN_CPUS_PER_TASK": cores, **launch.environment(config, Path(self.code))}
+        environment = {"SLURM_WAIT": "300", **os.environ, "SRUN_CPUS_PER_TASK": cores, "SLURM_EXPORT_ENV": "ALL",
+                       **launch.environment(config, Path(self.code))}  # fmt: skip
         with self.opened_log() as log:
             print(f"$ {shlex.join(command)}", file=log, flush=True)
             status = subprocess.run(command, env=environment, stdout=log, stderr=log).returncode
@@ -110,6 +114,12 @@ class Task:
             record = {"status": status, "time": time.time(), "job": os.environ.get("SLURM_JOB_ID", os.getpid())}
             file.write(json.dumps(record) + "\n")
         return failures(self) <= self.retries
+
+
+def _await_the_end() -> None:
+    """A requeued job's processes are ended by Slurm; where it isn't, this one goes on after two minutes."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(120)
 
 
 def failures(task: Task) -> int:

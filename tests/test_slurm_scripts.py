@@ -14,15 +14,25 @@ from omegaconf import OmegaConf
 
 from megatron_avatar.config import Config, check_world, load_config
 from megatron_avatar.config.load import CONFIG_DIR
+from slurm import starting
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(path for path in (ROOT / "slurm").glob("*.sh") if "/common.sh" in path.read_text())
 FAKE_SRUN = """#!/bin/bash
-{ printf '%s\\n' "$@"; echo "cwd=$PWD"; env | grep -E '^(MASTER_|SRUN_|HDF5_|AVATAR_|NCCL_|PYTHON)'; } >> "$RECORD"
+names='^(MASTER_|SRUN_|HDF5_|AVATAR_|NCCL_|PYTHON|SLURM_EXPORT|SLURM_WAIT)'
+{ printf '%s\\n' "$@"; echo "cwd=$PWD"; env | grep -E "$names"; } >> "$RECORD"
 [[ "$*" == *preflight* ]] && exit "${PREFLIGHT_STATUS:-0}"
+[[ -n "${SRUN_STATUS:-}" ]] || touch "${AVATAR_ENDED%/*}/done.json"
 exit "${SRUN_STATUS:-0}"
 """
-FAKE_SCONTROL = "#!/bin/bash\n[[ $1 == show ]] && printf 'localhost\\nnode2\\n' || echo \"$*\" >> \"$RECORD\"\n"
+STOPS = '#!/bin/bash\n[[ "$*" == *preflight* ]] || touch "$AVATAR_ENDED-75"\n'
+FAKE_SCONTROL = """#!/bin/bash
+case "$1 $2" in
+  "show hostnames") printf 'localhost\\nnode2\\n' ;;
+  "show job") echo "   Command=$SCRIPT a b" ;;
+  *) echo "$*" >> "$RECORD" ;;
+esac
+"""
 
 
 def directives(script: Path) -> dict[str, str]:
@@ -53,12 +63,13 @@ def submit(tmp_path):
             "PYTHON": sys.executable,
             "RECORD": str(record),
             "SLURM_CPUS_PER_TASK": options["cpus-per-task"],
-            "SLURM_GPUS_ON_NODE": options.get("gpus-per-node", "0"),
+            "SLURM_GPUS_ON_NODE": options.get("gres", "gpu:0").removeprefix("gpu:"),
             "SLURM_JOB_ID": "123456",
             "SLURM_JOB_NODELIST": "node[1-2]",
             "SLURM_JOB_NUM_NODES": options["nodes"],
-            "SLURM_NTASKS_PER_NODE": options["ntasks-per-node"],
+            "SLURM_NTASKS_PER_NODE": options.get("ntasks-per-node", "1"),
             "SLURM_SUBMIT_DIR": str(ROOT),
+            "SCRIPT": str(script),
             **environment,
         }
         settings = [f"model.path={folder}", f"data.manifest={tmp_path / 'manifest.jsonl'}",
@@ -71,6 +82,12 @@ def submit(tmp_path):
     for link in (ROOT / ".jobs").glob("*"):
         if not link.exists() or str(tmp_path) in str(link.resolve()):
             link.unlink()
+
+
+@pytest.fixture
+def stopping(tmp_path):
+    """Training is told to stop, and saves its state."""
+    (tmp_path / "bin" / "srun").write_text(STOPS)
 
 
 @pytest.mark.parametrize("script", SCRIPTS[::4], ids=lambda path: path.stem)
@@ -100,7 +117,7 @@ def test_asks_for_what_the_recipe_needs(script):
     options = directives(script)
     config = load_config([f"recipe={options['job-name']}", "model.path=m", "data.manifest=d"])
     assert check_world(config, int(options["nodes"]) * int(options["ntasks-per-node"])) >= 1
-    assert options.get("gpus-per-node", options["ntasks-per-node"]) == options["ntasks-per-node"]
+    assert options.get("gres", f"gpu:{options['ntasks-per-node']}") == f"gpu:{options['ntasks-per-node']}"
     assert options["open-mode"] == "append" and {"requeue", "signal"} <= options.keys()
 
 
@@ -109,12 +126,12 @@ def test_two_jobs_take_different_ports(submit, tmp_path):
     assert len({line for line in seen if "MASTER_PORT" in line}) == 2
 
 
-def test_two_jobs_do_not_write_the_same_run(submit):
-    assert submit(SCRIPTS[0], SLURM_JOB_ID="7")[0].returncode == 0
-    assert submit(SCRIPTS[0], SLURM_JOB_ID="7", SLURM_RESTART_COUNT="1")[0].returncode == 0
-    assert submit(SCRIPTS[0], SLURM_JOB_ID="8", AVATAR_CHAIN="7")[0].returncode == 0, "it takes the other's place"
+def test_two_jobs_do_not_write_the_same_run(submit, stopping):
+    assert submit(SCRIPTS[0], SLURM_JOB_ID="7")[0].returncode == 75
+    assert submit(SCRIPTS[0], SLURM_JOB_ID="7", SLURM_RESTART_COUNT="1")[0].returncode == 75
+    assert submit(SCRIPTS[0], SLURM_JOB_ID="8", AVATAR_CHAIN="7", AVATAR_AFTER="7")[0].returncode == 75
     done, _ = submit(SCRIPTS[0], SLURM_JOB_ID="9")
-    assert done.returncode == 2 and "job 7 works on this run" in done.stderr
+    assert done.returncode == 2 and "job 8 works on this run" in done.stderr
 
 
 def test_failures_end_the_job_with_a_reason(submit):
@@ -163,38 +180,176 @@ def test_a_containers_and_modules_settings_reach_the_command(submit, tmp_path):
     assert "python" in seen
 
 
-def test_a_requeued_job_runs_its_snapshot(submit, tmp_path):
-    submit(SCRIPTS[0])
+def test_a_requeued_job_runs_its_snapshot(submit, stopping, tmp_path):
+    done, seen = submit(SCRIPTS[0])
+    assert done.returncode == 75 and seen == ["requeue 123456"], done.stderr
     snapshot = tmp_path / "run" / "snapshots" / "123456"
     marker = snapshot / "slurm" / "common.sh"
     marker.write_text(marker.read_text() + "\necho from the snapshot\n")
-    done, seen = submit(SCRIPTS[0], SLURM_RESTART_COUNT="1")
+    (tmp_path / "bin" / "srun").write_text(FAKE_SRUN)
+    done, _ = submit(SCRIPTS[0], SLURM_RESTART_COUNT="1")
     assert done.returncode == 0 and "from the snapshot" in done.stdout, done.stderr
     assert sorted(path.name for path in (tmp_path / "run" / "logs").iterdir()) == ["123456.0.log", "123456.1.log"]
+    assert not (ROOT / ".jobs" / "123456").is_symlink(), "the job is over"
 
 
-def test_a_stopped_job_goes_back_into_the_queue(submit, tmp_path):
-    (tmp_path / "bin" / "srun").write_text('#!/bin/bash\n[[ "$*" == *preflight* ]] || touch "$AVATAR_STOPPED"\n')
-    done, seen = submit(SCRIPTS[0])
-    assert done.returncode == 0 and seen == ["requeue 123456"]
+SHOWN = """JobId=123456 JobName=avatar_3b
+   UserId=me(7) GroupId=me(7) MCS_label=N/A
+   Priority=1 Nice=5 Account=me QOS=(null)
+   JobState=RUNNING Reason=None Dependency=(null)
+   Requeue=0 Restarts=0 BatchFlag=1 Reboot=0 ExitCode=0:0
+   RunTime=00:00:00 TimeLimit=2:00:00 TimeMin=N/A
+   Partition=gpu AllocNode:Sid=login:2882
+   ReqNodeList=(null) ExcNodeList=nid[001-003]
+   NumNodes=1 NumCPUs=2 NumTasks=2 CPUs/Task=1 ReqB:S:C:T=0:0:*:*
+   Socks/Node=* NtasksPerN:B:S:C=2:0:*:* CoreSpec=*
+   MinCPUsNode=2 MinMemoryNode=500M MinTmpDiskNode=0
+   Features=a100-80&nvlink DelayBoot=00:00:00
+   OverSubscribe=NO Contiguous=0 Licenses=(null) Network=(null)
+   Command=/data/me/code/slurm/avatar_3b.sh a b
+   WorkDir=/data/me
+   Comment=the second, Nice=9 a=b
+   StdErr=/runs/run 123456/50%/err-123456.txt
+   StdIn=/dev/null
+   StdOut=/runs/run 123456/50%/out-123456.txt
+   Power=
+   TresPerNode=gres:gpu:a100:4
+   MailUser=me@x MailType=END,FAIL
+"""
 
 
 def test_where_requeueing_is_refused_the_script_is_submitted_again_with_its_options(submit, tmp_path):
+    (tmp_path / "shown").write_text(SHOWN.replace("/data/me/code", str(ROOT)))
+    line = "sbatch --signal=USR1@900 -x nid[001-003] slurm/avatar_3b.sh"
+    waiting = "88|afterok:123456(unfulfilled),afterany:5(unfulfilled)\\n89_[0-3]|afterok:123456\\n90|afterok:1234567\\n"
     programs = {
-        "srun": '#!/bin/bash\n[[ "$*" == *preflight* ]] || touch "$AVATAR_STOPPED"\n',
-        "scontrol": "#!/bin/bash\n[[ $1 == show ]] && echo localhost\n[[ $1 != requeue ]]\n",
-        "sbatch": '#!/bin/bash\n{ printf "%s\\n" "$@"; env | grep "^AVATAR_"; } > "$RECORD"; echo 77\n',
-        "squeue": "#!/bin/bash\ncase $* in *%T*) echo RUNNING ;; *%l*) echo 2:00:00 ;; *) echo '(null)' ;; esac\n",
+        "srun": STOPS,
+        "scontrol": f"""#!/bin/bash
+case "$1 $2" in
+  "show hostnames") echo localhost ;;
+  "show job") cat {tmp_path}/shown ;;
+  requeue*) echo "Requested operation is presently disabled" >&2; exit 1 ;;
+  update*) echo "$*" >> "$RECORD" ;;
+esac
+""",
+        "sbatch": '#!/bin/bash\n{ printf "%s\\n" "$@"; env | grep -E "^(AVATAR|SLURM)_"; } > "$RECORD"; echo 77\n',
+        "squeue": f"#!/bin/bash\ncase $* in *%T*) echo RUNNING ;; *%E*) printf '{waiting}' ;; *) echo 9:00 ;; esac\n",
+        "sacct": f"#!/bin/bash\necho '{line}'\n",
     }
     for name, text in programs.items():
         (tmp_path / "bin" / name).write_text(text)
         (tmp_path / "bin" / name).chmod(0o755)
-    job = {"SLURM_JOB_NAME": "avatar_3b", "SLURM_JOB_PARTITION": "gpu", "SLURM_JOB_ACCOUNT": "me",
-           "SLURM_GPUS_PER_NODE": "4", "SLURM_MEM_PER_NODE": "9000"}  # fmt: skip
+    job = {"SLURM_JOB_NAME": "avatar_3b", "SLURM_MEM_PER_NODE": "9000", "SLURM_OPEN_MODE": "a", "SBATCH_ACCOUNT": "me"}
     done, seen = submit(SCRIPTS[0], "seed=3", **job)
-    assert done.returncode == 0 and "job 123456 may not be requeued: job 77 continues it" in done.stdout, done.stderr
-    for option in ("--partition=gpu", "--account=me", "--time=2:00:00", "--gpus-per-node=4", "--mem=9000", "seed=3",
-                   "AVATAR_CHAIN=123456", f"AVATAR_SNAPSHOT={tmp_path / 'run' / 'snapshots' / '123456'}"):
+    assert done.returncode == 75 and "job 123456 may not be requeued: job 77 continues it" in done.stderr, done.stderr
+    for option in (
+        "--parsable", "--partition=gpu", "--account=me", "--time=2:00:00", "--gres=gpu:a100:4", "--mem=9000",
+        "--nice=5", "--exclude=nid[001-003]", "--constraint=a100-80&nvlink", "--comment=the second, Nice=9 a=b",
+        "--exclusive",
+        "--output=/runs/run 123456/50%%/out-%j.txt", "--error=/runs/run 123456/50%%/err-%j.txt", "--no-requeue",
+        "--signal=USR1@900", "--mail-user=me@x", "--mail-type=END,FAIL", "--open-mode=append", "--export=ALL",
+        "--chdir=/data/me", "seed=3", "AVATAR_CHAIN=123456", "AVATAR_AFTER=123456",
+        f"AVATAR_SNAPSHOT={tmp_path / 'run' / 'snapshots' / '123456'}",
+        "update JobId=88 Dependency=afterok:77,afterany:5", "update JobId=89 Dependency=afterok:77",
+    ):  # fmt: skip
         assert option in seen, option
-    done, _ = submit(SCRIPTS[0], **job, SUBMITIT_EXECUTOR="slurm")
-    assert done.returncode == 75 and "run sweep.py or reproduce.py again" in done.stderr
+    absent = ("SLURM_", "--qos", "--nodelist", "--input", "update JobId=90")
+    assert not [line for line in seen if line.startswith(absent)]
+    done, _ = submit(SCRIPTS[0], SLURM_JOB_ID="9")
+    assert done.returncode == 2 and "job 77" in done.stderr, "the run is the new job's already"
+    done, _ = submit(SCRIPTS[0], f"output_dir={tmp_path / 'other'}", **job, SUBMITIT_EXECUTOR="slurm")
+    assert done.returncode == 75 and "run sweep.py or reproduce.py again" in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS[:1], ROOT / "slurm" / "prepare.sh"], ids=lambda path: path.stem)
+def test_scripts_are_submitted_from_any_folder(submit, tmp_path, script):
+    elsewhere = tmp_path / "ü elsewhere"
+    elsewhere.mkdir()
+    job = {"SLURM_SUBMIT_DIR": str(elsewhere), "SLURM_NTASKS_PER_NODE": "", "SLURM_TASKS_PER_NODE": "2(x1)"}
+    python = job if script.stem == "prepare" else job | {"PYTHON": ""}  # the checkout's own .venv
+    done, seen = submit(script, **python)
+    assert done.returncode == 0, done.stderr
+    assert f"cwd={elsewhere}" in seen
+    if script.stem == "prepare":
+        assert f"PYTHONPATH={ROOT}" in seen
+        return
+    assert "--ntasks-per-node=2" in seen
+    done, _ = submit(script, **python | {"SLURM_TASKS_PER_NODE": "4,2"})
+    assert done.returncode == 2 and "its nodes have 4,2 tasks" in done.stderr
+    done, _ = submit(script, **job | {"SCRIPT": str(tmp_path / "copy.sh")})
+    assert done.returncode == 2 and f"{elsewhere} is no checkout" in done.stderr
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can take root's rights from itself")
+def test_a_folder_that_cannot_be_written_is_one_to_submit_from(submit, tmp_path):
+    locked = tmp_path / "locked"
+    locked.mkdir()
+    (locked / ".jobs").write_text("")  # for root too
+    done, seen = submit(SCRIPTS[0], SLURM_SUBMIT_DIR=str(locked))
+    assert done.returncode == 0 and f"warning: {locked} can't be written" in done.stderr, done.stderr
+
+
+def test_links_of_jobs_that_are_over_are_removed(submit, stopping, tmp_path):
+    links = tmp_path / "home" / ".jobs"
+    gone, complete, other = links / "1", links / "2", links / "3"
+    links.mkdir(parents=True)
+    for path, run in ((gone, "gone"), (complete, "complete"), (other, "other")):
+        path.symlink_to(tmp_path / run / "snapshots" / "1")
+    for run in ("complete", "other"):
+        (tmp_path / run / "snapshots" / "1").mkdir(parents=True)
+    (tmp_path / "complete" / "done.json").touch()
+    assert submit(SCRIPTS[0], SLURM_SUBMIT_DIR=str(links.parent))[0].returncode == 75
+    assert sorted(path.name for path in links.iterdir()) == ["123456", "3"]
+
+
+def test_status_0_means_that_the_run_is_done(submit, tmp_path):
+    (tmp_path / "bin" / "srun").write_text("#!/bin/bash\n")
+    done, _ = submit(SCRIPTS[0])
+    assert done.returncode == 1 and "done.json is not there" in done.stderr
+    (tmp_path / "bin" / "srun").write_text(FAKE_SRUN.replace("[[ -n", "false && [[ -n"))
+    done, _ = submit(SCRIPTS[0], SRUN_STATUS="137")
+    assert done.returncode == 0 and "on its way out something ended with status 137" in done.stderr
+
+
+@pytest.mark.parametrize(("command", "fails"), [("squeue", 2), ("scontrol", 1)])
+def test_a_controller_that_answers_late_loses_no_run(submit, stopping, tmp_path, command, fails):
+    program = tmp_path / "bin" / command
+    real = program.rename(tmp_path / f"real-{command}")
+    program.write_text(f"""#!/bin/bash
+[[ "$*" == *%L* || $1 == show ]] && exec {real} "$@"
+echo . >> {tmp_path}/tries
+(($(wc -l < {tmp_path}/tries) > {fails})) && exec {real} "$@"
+echo "slurm_load_jobs error: Socket timed out on send/recv operation" >&2
+exit 1
+""")
+    program.chmod(0o755)
+    done, seen = submit(SCRIPTS[0])
+    assert done.returncode == 75 and seen == ["requeue 123456"], done.stderr
+    assert "asked again for up to 30 minutes" in done.stderr
+
+
+def test_what_the_site_calls_the_first_node(submit):
+    _, seen = submit(SCRIPTS[0], 'cluster.master="{node}i.site"')
+    assert "MASTER_ADDR=localhosti.site" in seen and "SLURM_EXPORT_ENV=ALL" in seen and "SLURM_WAIT=300" in seen
+
+
+@pytest.mark.parametrize(
+    ("environment", "says"),
+    [
+        ({"SLURM_GPUS_ON_NODE": "4", "SLURM_GPUS_PER_TASK": "1"}, ""),
+        ({"SLURM_GPUS_ON_NODE": "8"}, ""),
+        ({}, ""),  # a site without GRES
+        ({"SLURM_GPUS_ON_NODE": "2"}, "the job has 2 GPUs on this node for 4 processes"),
+        ({"SLURM_GPUS_ON_NODE": "1", "SLURM_GPUS_PER_NODE": "a100:4"}, "write --gres=gpu:a100:4 alone"),
+    ],
+)  # fmt: skip
+def test_gpus_however_they_are_asked_for(environment, says, monkeypatch):
+    for name in ("SLURM_GPUS_ON_NODE", "SLURM_GPUS_PER_NODE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    if says:
+        with pytest.raises(ValueError, match=re.escape(says)):
+            starting.check_gpus(4)
+    else:
+        starting.check_gpus(4)

@@ -17,7 +17,7 @@ from eval.asking.benchmark import names
 from eval.paper import spec
 from megatron_avatar.config import load_config, save_config
 from slurm import launch, reproduce, sweep
-from slurm.jobs import Board, slurm_parameters
+from slurm.jobs import Board, sbatch_options, slurm_parameters
 from slurm.pool import Pool
 from slurm.tasks import Task, TaskFailed
 from tests.training import small
@@ -95,8 +95,12 @@ def test_sites_become_slurms_parameters(monkeypatch):
     config = load_config([*settings, "parallel=a100_40g", "model.path=m", "data.manifest=d"])
     assert slurm_parameters(config, launch.layout(config)) == {
         "nodes": 2, "ntasks_per_node": 4, "cpus_per_task": 12, "time": 1440, "partition": "gpu",
-        "account": "my_project", "gpus_per_node": 4,
+        "account": "my_project", "gres": "gpu:4",
     }  # fmt: skip
+    config.cluster.gres = "gpu:a100:{n}"
+    assert "--gres=gpu:a100:4" in sbatch_options(config, launch.layout(config))
+    config.cluster.gres = ""
+    assert not [option for option in sbatch_options(config, launch.layout(config)) if option.startswith("--g")]
 
 
 # ---- the paper's graph ---------------------------------------------------------------------------------------------

@@ -103,8 +103,13 @@ def _for_shape(shape: str, layouts: DictConfig) -> Any:
 
 
 def save_config(config: Config, path: Path) -> None:
-    """Write the resolved configuration as YAML, every key named."""
-    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
+    """Write the resolved configuration as YAML, every key named; a full disk leaves what was there."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        aside.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def differences(path: Path, config: Config) -> dict[str, tuple[Any, Any]]:

@@ -67,6 +67,9 @@ class ClusterConfig:
     runtime: str = "pyxis"  # pyxis | apptainer
     mounts: list[str] = field(default_factory=list)  # FROM:TO, beside the working directory
     paths: dict[str, str] = field(default_factory=dict)  # of models and data, by the names in config/paths.py
+    gres: str = "gpu:{n}"  # sbatch's --gres for n tasks a node, of a type gpu:a100:{n}; empty: a site without GRES
+    tmp_gib: float = 1.0  # that a node's temporary folder must have free; 0: not looked at
+    master: str = "{node}"  # MASTER_ADDR: the first node's name as the others reach it
     python: str = ""  # interpreter of training; empty: the one that checks, or the image's python3
     env: dict[str, str] = field(default_factory=dict)  # of every rank: NCCL and fabric settings go here
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -186,6 +187,20 @@ def _export(
         raise OSError(outcome[0])
 
 
+def put_away(folder: Path) -> OSError | None:
+    """Take a folder out of sight under a name of its own, then delete it: half of it is never found.
+
+    Returns why it couldn't be deleted: a file that another node has open (NFS) is no reason to end a run.
+    """
+    hidden = folder.with_name(f".unfinished_{folder.name.lstrip('.')}.{secrets.token_hex(4)}")
+    folder.rename(hidden)
+    try:
+        shutil.rmtree(hidden)
+    except OSError as error:
+        return error
+    return None
+
+
 @contextmanager
 def _replacing(folder: Path) -> Iterator[Path]:
     """A new folder beside `folder` that takes its place when the block has gone well. At every moment one whole copy
@@ -194,7 +209,8 @@ def _replacing(folder: Path) -> Iterator[Path]:
     if old.exists() and not folder.exists():
         old.rename(folder)
     for leftover in (aside, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+        if leftover.exists():
+            put_away(leftover)
     aside.mkdir(parents=True)
     try:
         yield aside

@@ -18,16 +18,17 @@ def begin(folder: Path, step: int, limit: int, changed: dict[str, Any] | None = 
     """Note an attempt that starts at global step `step`, and which settings `changed`; called by rank 0 alone.
 
     Raises NoProgress where `limit` attempts of the same chain of automatic restarts (AVATAR_CHAIN, else the Slurm job)
-    in a row have started at this step already. What a user starts again by hand is never refused.
+    in a row have started at this step already; those that are excused don't count. What a user starts again by hand is
+    never refused.
     """
-    path = folder / "attempts.jsonl"
-    earlier = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    records = read(folder)
+    earlier, excused = [r for r in records if "step" in r], {r.get("excused") for r in records}
     chain = os.environ.get("AVATAR_CHAIN") or os.environ.get("SLURM_JOB_ID")
     stalled = 0
     for attempt in reversed(earlier):
         if chain is None or (attempt["chain"], attempt["step"]) != (chain, step):
             break
-        stalled += 1
+        stalled += attempt["attempt"] not in excused
     if stalled >= limit:
         raise NoProgress(
             f"job {chain} was started {stalled} times at step {step} of {folder} and never saved a later one. Its logs "
@@ -36,5 +37,33 @@ def begin(folder: Path, step: int, limit: int, changed: dict[str, Any] | None = 
         )
     record = {"attempt": len(earlier) + 1, "step": step, "chain": chain, "host": socket.gethostname(),
               "time": round(time.time(), 3), **({"changed": changed} if changed else {})}  # fmt: skip
-    with open(path, "a") as file:
-        file.write(json.dumps(record) + "\n")
+    _append(folder, record)
+
+
+def excuse(folder: Path, why: str) -> None:
+    """Note that the latest attempt was ended from outside (`why`), so that it is no sign of a run that gets nowhere."""
+    if earlier := [r for r in read(folder) if "step" in r]:
+        _append(folder, {"excused": earlier[-1]["attempt"], "why": why, "time": round(time.time(), 3)})
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    """The whole records; a line that a crash or a full disk cut off is passed over."""
+    path, records = folder / "attempts.jsonl", []
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and ({"attempt", "step", "chain"} <= record.keys() or "excused" in record):
+            records.append(record)
+    return records
+
+
+def _append(folder: Path, record: dict[str, Any]) -> None:
+    with open(folder / "attempts.jsonl", "a+b") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            torn = file.read(1) != b"\n"
+        else:
+            torn = False
+        file.write(b"\n" * torn + json.dumps(record).encode() + b"\n")

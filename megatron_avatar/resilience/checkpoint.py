@@ -40,6 +40,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_avatar.policy.backend import Backend
+from megatron_avatar.policy.weights import put_away
 from megatron_avatar.resilience.index import read_index
 
 FORMAT = 3
@@ -140,7 +141,9 @@ def write(
     def prepare() -> None:
         if backend.rank == 0:
             for leftover in root.glob(f"{HIDDEN}*"):
-                shutil.rmtree(leftover)
+                shutil.rmtree(leftover, ignore_errors=True)
+            if working.exists():
+                put_away(working)
             (working / WEIGHTS).mkdir(parents=True)
             _write(working / STATE, json.dumps(snapshot.state).encode())
             _write(working / GENERATORS, _serialise(generators))
@@ -255,14 +258,17 @@ def _prune(root: Path, step: int, keep: int, milestones: Collection[int]) -> Non
     kept = {*[s for s in sorted(steps) if s <= step][-keep:], *(s for s in milestones if s <= step)}
     for number, path in steps.items():
         if number not in kept:
-            _discard(path)
+            try:
+                _discard(path)
+            except OSError as error:
+                _say(f"warning: the old checkpoint {path} can't be removed ({error.strerror}): it takes up space")
 
 
 def _discard(path: Path) -> None:
-    """Take the checkpoint out of sight before deleting it, so that a half-deleted one is never found."""
-    hidden = path.with_name(f"{HIDDEN}{path.name}.old")
-    path.rename(hidden)
-    shutil.rmtree(hidden)
+    """Remove a checkpoint; where the file system keeps a part of it, that stays hidden and is said."""
+    if problem := put_away(path):
+        _say(f"warning: of the old checkpoint {path} something can't be removed ({problem.strerror}) and takes up "
+             f"space in {path.parent}, under a hidden name")  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------------

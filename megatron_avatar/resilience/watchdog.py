@@ -22,9 +22,9 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_avatar.policy.backend import Backend
+from megatron_avatar.resilience.ended import HUNG, tell
 from megatron_avatar.resilience.stopping import StopSignal
 
-HUNG = 76  # exit status: to be started again, as after a stop signal
 TICK_S = 2.0
 DUMP_S = 10.0  # the others' time to write their stacks, before the first exit makes the launcher kill them
 MARGIN_S = 60.0  # after the deadline, where no Python thread runs any more
@@ -106,8 +106,7 @@ class Watchdog:
             missing = [r for r in range(self._backend.world) if not self._has(f"words {r}")]
             print(f"the job ends with status {HUNG}, to be continued from its checkpoint"
                   f"{f'; ranks {missing} gave no answer at all' if missing else ''}", file=sys.stderr, flush=True)
-        if marker := os.environ.get("AVATAR_STOPPED"):
-            Path(marker).touch()
+        tell(HUNG)
         os._exit(HUNG)
 
     def _stamp(self) -> str:

@@ -25,7 +25,7 @@ from megatron_avatar.policy.generate import GenerationStopped, generate
 from megatron_avatar.policy.sampling import truncates
 from megatron_avatar.policy.weights import export_hf, load_hf
 from megatron_avatar.records import Group, Prompt, Sample, Trajectory, Variant
-from megatron_avatar.resilience import attempts, checkpoint
+from megatron_avatar.resilience import attempts, checkpoint, lock
 from megatron_avatar.resilience.replay_shards import ReplayShards
 from megatron_avatar.resilience.saver import Saver
 from megatron_avatar.resilience.stopping import StopSignal
@@ -420,6 +420,21 @@ class Run:
         return {"eval/overall": float(np.mean(correct))}
 
 
+def take_run(folder: Path, backend: Backend) -> lock.Owner | None:
+    """Rank 0's process as the one that works on the run, unless the job's launcher holds it for all; ValueError on all
+    ranks where another does."""
+    owner = lock.process_owner() if backend.rank == 0 and "AVATAR_ATTEMPT" not in os.environ else None
+    reason = ""
+    try:
+        if owner is not None:
+            lock.take(folder, owner)
+    except (ValueError, OSError) as error:
+        reason = str(error)
+    if reason := backend.broadcast_object(reason):
+        raise ValueError(reason)
+    return owner
+
+
 def train(config: Config, backend: Backend) -> None:
     """Run all stages of a configuration, continuing where an earlier attempt stopped.
 
@@ -433,6 +448,7 @@ def train(config: Config, backend: Backend) -> None:
         return
     check_folder(folder)
     check_same_model(config)
+    owner = take_run(folder, backend)
     run = Run(config, backend)
     if backend.rank == 0:  # once the settings, the data and the weights have proved usable
         folder.mkdir(parents=True, exist_ok=True)
@@ -470,3 +486,5 @@ def train(config: Config, backend: Backend) -> None:
         run.scoring.close()
         run.loader.close()
         run.telemetry.close()
+        if owner is not None:
+            lock.release(folder, owner)

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from megatron_avatar.resilience.attempts import NoProgress, begin
+from megatron_avatar.resilience.attempts import NoProgress, begin, excuse, read
 
 
 @pytest.fixture
@@ -44,3 +44,27 @@ def test_starts_by_hand_are_never_refused(job, tmp_path):
     for _ in range(9):
         begin(tmp_path, 0, limit=1, changed={"seed": (0, 1)})
     assert json.loads((tmp_path / "attempts.jsonl").read_text().splitlines()[-1])["changed"] == {"seed": [0, 1]}
+
+
+def test_what_ended_a_run_from_outside_is_no_lack_of_progress(job, tmp_path):
+    for _ in range(5):
+        begin(tmp_path, 4, limit=3)
+        excuse(tmp_path, "told to stop 40000 s before its time limit")
+    for _ in range(3):
+        begin(tmp_path, 4, limit=3)
+    with pytest.raises(NoProgress, match="was started 3 times at step 4"):
+        begin(tmp_path, 4, limit=3)
+    assert [r["attempt"] for r in read(tmp_path) if "step" in r] == list(range(1, 9))
+
+
+TORN = [b'{"attempt": 2, "st', b'{"attempt": 2, "step": 0, "chain": "41"}', b"\xff\x00", b"7\n"]
+
+
+@pytest.mark.parametrize("torn", TORN)
+def test_a_torn_line_blocks_nothing(job, tmp_path, torn):
+    begin(tmp_path, 0, limit=3)
+    with open(tmp_path / "attempts.jsonl", "ab") as file:
+        file.write(torn)
+    begin(tmp_path, 5, limit=3)
+    assert [r["step"] for r in read(tmp_path)][-1] == 5 and read(tmp_path)[0]["step"] == 0
+    assert len(read(tmp_path)) == 2 + torn.endswith(b"}")

@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -356,6 +357,37 @@ def test_a_checkpoint_without_main_weights_is_named_before_anything_is_loaded(ba
 
 
 # ---- layouts -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("refused", ["rmtree", "rename"])
+def test_an_old_checkpoint_that_stays_is_a_warning(trainer, backend, tmp_path, monkeypatch, capsys, refused):
+    """As on NFS, where a file that another node has open leaves one behind in its folder."""
+    trainer.save(tmp_path, 1, keep=1)
+    with monkeypatch.context() as patch:
+        remove, rename = shutil.rmtree, Path.rename
+
+        def keeps_a_file(path, ignore_errors=False, **more):
+            remove(path, ignore_errors=ignore_errors, **more)
+            path.mkdir(parents=True)
+            (path / ".nfs0001").touch()
+            if not ignore_errors:
+                raise OSError(39, "Directory not empty")
+
+        def stays(path, target):
+            if path.name == "step_00000001":
+                raise OSError(16, "Device or resource busy")
+            return rename(path, target)
+
+        patch.setattr(shutil, "rmtree", keeps_a_file) if refused == "rmtree" else patch.setattr(Path, "rename", stays)
+        for step in (2, 3, 3):
+            trainer.save(tmp_path, step, keep=1)
+    said = capsys.readouterr().err
+    assert "warning: " in said and ("Directory not empty" if refused == "rmtree" else "resource busy") in said
+    assert checkpoint.latest(tmp_path, backend).name == "step_00000003"
+    shown = [path.name for path in (tmp_path / "checkpoints").glob("step_*")]
+    assert set(shown) == {"step_00000003"} | ({"step_00000001"} if refused == "rename" else set())
+    trainer.save(tmp_path, 4, keep=1)
+    assert visible(tmp_path) == ["step_00000004"]
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import re
 import pytest
 
 from megatron_avatar.data.manifest import load_manifest
+from megatron_avatar.resilience.ended import told
 from tests.training.small import arguments, train
 
 
@@ -15,10 +16,10 @@ from tests.training.small import arguments, train
 def test_a_hung_rank_ends_all_with_stacks_and_last_words(world, tmp_path, ranks):
     out = tmp_path / "run"
     settings = arguments(world, out, "data.decode_deadline_s=5", "log.watchdog_s=12", steps=1)
-    done = train(*settings, disturbed="hang", ranks=ranks, timeout=120, AVATAR_STOPPED=str(tmp_path / "stopped"))
+    done = train(*settings, disturbed="hang", ranks=ranks, timeout=120, AVATAR_ENDED=str(tmp_path / "stopped"))
     texts = done.said
     assert done.codes == [76] * ranks, texts
-    assert (tmp_path / "stopped").exists()
+    assert told(str(tmp_path / "stopped"), 1) == 76, "whatever status a launcher makes of it"
     stacks = sorted((out / "stacks").iterdir())
     assert [path.name.rpartition("-")[2] for path in stacks] == [f"rank_{rank:05d}.txt" for rank in range(ranks)]
     assert "in hang" in stacks[0].read_text() and "hang" in stacks[0].read_text()
@@ -33,6 +34,6 @@ def test_a_stop_signal_of_one_rank_ends_the_others_generation(world, tmp_path):
     """Rank 0 would generate for minutes: twelve tokens, half a second each, in nine steps."""
     settings = arguments(world, tmp_path / "run", "rl.sampling.max_new_tokens=300", "model.context=1024", steps=3)
     done = train(*settings, disturbed="terminate_rank_1", ranks=2, timeout=120,
-                 AVATAR_STOPPED=str(tmp_path / "stopped"))  # fmt: skip
-    assert done.codes == [0, 0] and (tmp_path / "stopped").exists(), done.said
+                 AVATAR_ENDED=str(tmp_path / "stopped"))  # fmt: skip
+    assert done.codes == [0, 0] and told(str(tmp_path / "stopped"), 0) == 75, done.said
     assert not (tmp_path / "run" / "metrics.jsonl").exists(), "the step was dropped"

@@ -148,8 +148,9 @@ def test_time_limit(slurm, world, tmp_path):
 
 
 def test_a_job_that_never_gets_to_a_step_gives_up(slurm, run):
-    """Stopped again and again before its first step is done: requeued three times, then no more."""
-    run.submit()
+    """Stopped again and again near its time limit, before its first step is done: requeued three times, then no
+    more."""
+    run.submit("--time=5")
     for attempt in (1, 2, 3):
         until(lambda n=attempt: run.text().count("kernels:") == n, 90, run.text)
         slurm.run("scancel", "--signal=USR1", run.job)

@@ -109,11 +109,15 @@ def collect_garbage(folder: Path, kept_indices: Iterable[Index]) -> list[str]:
     To be called while nothing writes to `folder`. Damaged shards stay, for the user to look at.
     """
     kept = {name for index in kept_indices for name in index}
-    removed = [path for path in sorted(folder.glob("shard-*.h5")) if path.name not in kept]
-    removed += sorted(folder.glob(".shard-*.tmp"))
-    for path in removed:
-        path.unlink(missing_ok=True)
-    return [path.name for path in removed]
+    unwanted = [path for path in sorted(folder.glob("shard-*.h5")) if path.name not in kept]
+    removed = []
+    for path in (*unwanted, *sorted(folder.glob(".shard-*.tmp"))):
+        try:
+            path.unlink(missing_ok=True)
+            removed.append(path.name)
+        except OSError as error:
+            log.warning("%s can't be removed (%s): it takes up space", path, error.strerror)
+    return removed
 
 
 def _mark(serial: int, trajectory: Trajectory) -> str:

@@ -133,7 +133,7 @@ def test_a_shard_can_be_checked_by_its_name(tmp_path: Path) -> None:
     assert "No such file" in store.damage(tmp_path / "shard-0.h5", "0")
 
 
-def test_only_new_trajectories_are_written(tmp_path: Path) -> None:
+def test_only_new_trajectories_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = write_shards(tmp_path, make(10), known={})
     (old,) = files(tmp_path)
     stamp = (tmp_path / old).stat()
@@ -148,6 +148,9 @@ def test_only_new_trajectories_are_written(tmp_path: Path) -> None:
     assert old not in third and old in files(tmp_path)
     assert_same(read_shards(tmp_path, third)[0], make(5, 8))
     assert_same(read_shards(tmp_path, second)[0], make(13))
+    with monkeypatch.context() as patch:  # another node has it open
+        patch.setattr(Path, "unlink", lambda path, missing_ok=False: (_ for _ in ()).throw(OSError(16, "busy")))
+        assert collect_garbage(tmp_path, [third]) == []
     assert collect_garbage(tmp_path, [third]) == [old]
 
 

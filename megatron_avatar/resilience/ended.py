@@ -1,0 +1,56 @@
+"""How a run's processes ended, told to what started them by files: launchers lose exit statuses.
+
+srun returns the status of the rank that it killed, torchrun always 1. AVATAR_ENDED names the beginning of the files'
+names; the number behind it is a status.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+FAILED = 1
+REFUSED = 2  # a user's mistake: trying again changes nothing
+LEFT = 74  # told to stop before there was anything to save
+INTERRUPTED = 75  # EX_TEMPFAIL: state is saved, the same command continues
+HUNG = 76  # no sign of life: the same command continues
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+
+def tell(status: int) -> bool:
+    """Note `status` for the launcher; whether there is one that looks."""
+    if not (prefix := os.environ.get("AVATAR_ENDED")):
+        return False
+    try:
+        Path(f"{prefix}-{status}").touch()
+    except OSError:
+        return False
+    return True
+
+
+def told(prefix: str, status: int) -> int:
+    """What a run's end means whose launcher returned `status`.
+
+    A mistake counts before what came of it; a rank may still fail on its way out with the state saved; and where one
+    failed early, the others left because the launcher told them to.
+    """
+    meanings = {REFUSED: REFUSED, INTERRUPTED: INTERRUPTED, HUNG: HUNG, FAILED: status or FAILED, LEFT: INTERRUPTED}
+    return next((means for number, means in meanings.items() if Path(f"{prefix}-{number}").exists()), status)
+
+
+def forget(prefix: str) -> None:
+    """Remove the files, before another start and behind it."""
+    for number in (FAILED, REFUSED, LEFT, INTERRUPTED, HUNG):
+        Path(f"{prefix}-{number}").unlink(missing_ok=True)
+
+
+def leave_on_signals() -> None:
+    """Until the training loop takes them over, stop signals end the process at once: there is nothing to save yet."""
+
+    def leave(*_: object) -> None:
+        tell(LEFT)
+        os._exit(INTERRUPTED)
+
+    for number in SIGNALS:
+        signal.signal(number, leave)

@@ -1,0 +1,107 @@
+"""A job's start: settings checked, the run taken, code copied, and what the batch shell needs to know.
+
+common.sh calls this and evaluates what it prints:
+
+    python slurm/starting.py [key=value ...]
+
+Needs hydra-core, neither torch nor Megatron. Exit status 2 with one line where something is wrong.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)
+
+from megatron_avatar.config import load_config  # noqa: E402
+from megatron_avatar.resilience import attempts, lock, queue  # noqa: E402
+from slurm import launch  # noqa: E402
+from slurm.snapshot import snapshot  # noqa: E402
+
+LINKS = Path(".jobs")  # where a job was submitted: JOB -> its snapshot
+ASK_S = 20.0  # for the time limit, while the job's nodes wait
+EARLY_S = 120.0  # Slurm sends its notice up to a minute before its time, and the run takes some to end
+
+
+def batch_shell(arguments: list[str]) -> str:
+    """Shell text for common.sh: refuses what is wrong, and takes the job's snapshot at its first start."""
+    config = load_config(arguments)
+    nodes, tasks = int(os.environ["SLURM_JOB_NUM_NODES"]), queue.tasks_per_node()
+    changed = launch.check(config, nodes=nodes, tasks_per_node=tasks)
+    if config.cluster.gpu != "cpu":
+        check_gpus(tasks)
+    run = Path(config.output_dir).absolute()
+    lock.take(run, lock.job_owner(), predecessor=os.environ.get("AVATAR_AFTER", ""))
+    job, code = os.environ["SLURM_JOB_ID"], ROOT  # a requeued or resubmitted job: this file is the snapshot's
+    if not (ROOT / "snapshot.json").exists():
+        code = snapshot(run / "snapshots" / job, config, arguments)
+        remember(job, code)
+    logs = run / "logs" / f"{job}.{os.environ.get('SLURM_RESTART_COUNT', '0')}.log"
+    logs.parent.mkdir(parents=True, exist_ok=True)
+    saved = sorted(int(path.name.removeprefix("step_")) for path in run.glob("checkpoints/step_*"))
+    attempts.begin(run, saved[-1] if saved else 0, config.checkpoint.restarts, changed)  # before what may fail at once
+    modules = config.cluster.modules
+    lines = [f"module load {shlex.join(modules)}"] if modules else []
+    lines += [f"export {name}={shlex.quote(value)}" for name, value in launch.environment(config, code).items()]
+    lines += [
+        "export AVATAR_ATTEMPT=noted",
+        f"export AVATAR_SNAPSHOT={shlex.quote(str(code))}",
+        f"export AVATAR_UNTIL={_until(config.cluster.signal_s)}",
+        f"export SLURM_NTASKS_PER_NODE={tasks}",
+        f"command=({shlex.join(launch.command(config))})",
+        f"srun_options=({shlex.join(launch.srun_options(config))})",
+        f"master={shlex.quote(config.cluster.master)}",
+        f"run={shlex.quote(str(run))}",
+        f"log={shlex.quote(str(logs))}",
+        f"gpus={0 if config.cluster.gpu == 'cpu' else tasks}",
+    ]
+    return "\n".join(lines)
+
+
+def check_gpus(tasks: int) -> None:
+    """ValueError where Slurm granted fewer GPUs than a node's `tasks`. Where a site keeps no account of them (no GRES),
+    the pre-flight looks at what there is."""
+    granted, asked = os.environ.get("SLURM_GPUS_ON_NODE"), os.environ.get("SLURM_GPUS_PER_NODE", "")
+    if granted is None or int(granted) >= tasks:
+        return
+    both = (f" (--gpus-per-node={asked} beside the script's --gres: write --gres=gpu:{asked} alone)"
+            if asked.rpartition(":")[2] not in ("", granted) else "")  # fmt: skip
+    raise ValueError(
+        f"the job has {granted} GPUs on this node for {tasks} processes, one each{both}: submit with "
+        f"--gres=gpu:{tasks} (of a type: --gres=gpu:a100:{tasks}), or with fewer --ntasks-per-node (cluster.gpu=cpu "
+        "trains without)"
+    )
+
+
+def remember(job: str, code: Path) -> None:
+    """Leave a link by which the requeued job finds its snapshot; where the folder can't be written it runs the
+    checkout's scripts again. Links of jobs that are over are removed."""
+    try:
+        LINKS.mkdir(exist_ok=True)
+        for link in LINKS.iterdir():
+            if link.is_symlink() and (link.name == job or not link.exists() or (link / "../../done.json").exists()):
+                link.unlink(missing_ok=True)
+        (LINKS / job).symlink_to(code)
+    except OSError as error:
+        print(f"warning: {Path.cwd()} can't be written ({error.strerror}): should this job be requeued, its first "
+              "checks are those of the checkout as it is then", file=sys.stderr)  # fmt: skip
+
+
+def _until(signal_s: int) -> float:
+    """The moment, in Unix seconds, from which a stop may be the time limit's; 0 where Slurm doesn't say."""
+    left = queue.seconds_left(queue.own_job(), patience_s=ASK_S)
+    return 0.0 if left is None else time.time() + left - signal_s - EARLY_S
+
+
+if __name__ == "__main__":
+    try:
+        print(batch_shell(sys.argv[1:]))
+    except (ValueError, OSError, attempts.NoProgress) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
