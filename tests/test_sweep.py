@@ -298,3 +298,13 @@ def test_a_pool_runs_what_is_ready_and_what_a_failure_leaves(tmp_path, monkeypat
     assert len((tmp_path / "tasks" / "failures-bad.jsonl").read_text().splitlines()) == 3, "the first and two retries"
     assert {path.name for path in (tmp_path / "failed").iterdir()} == {"bad", "behind"}
     assert not list((tmp_path / "running").iterdir())
+
+
+def test_a_stopped_or_hung_training_takes_nothing_from_the_retries_of_a_local_pool(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    script = f"import pathlib\nruns = pathlib.Path({str(tmp_path / 'runs')!r})\n"
+    script += "runs.open('a').write('.')\nraise SystemExit([75, 76, 1, 76, 0][len(runs.read_text()) - 1])"
+    task = command("a", script, tmp_path, retries=1)
+    Pool([task], ["a"], tmp_path, 1)()
+    assert task.done.exists() and (tmp_path / "runs").read_text() == "....."
+    assert len((tmp_path / "tasks" / "failures-a.jsonl").read_text().splitlines()) == 1, "status 1 alone"

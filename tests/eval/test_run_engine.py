@@ -68,3 +68,7 @@ def test_drawn_completions_repeat_with_their_seed(world, tmp_path):
     assert main([*drawn, f"out={tmp_path / 'b'}", "batch=1"]) == 0
     again = read_predictions(tmp_path / "b" / "held_out.ours-g4.jsonl")
     assert [p["text"] for p in again] == [p["text"] for p in found]
+    assert main([*drawn, f"out={tmp_path / 'c'}", "seed=4"]) == 0
+    other = read_predictions(tmp_path / "c" / "held_out.ours-g4.jsonl")
+    assert [p["id"] for p in other] == [p["id"] for p in found]
+    assert sum(p["text"] != q["text"] for p, q in zip(other, found, strict=True)) > 8

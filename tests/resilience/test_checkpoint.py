@@ -23,7 +23,7 @@ from megatron_avatar.config.schema import OptimConfig, ParallelConfig
 from megatron_avatar.policy.backend import Backend
 from megatron_avatar.resilience import checkpoint, index
 from megatron_avatar.training.optim import build_optimizer
-from tests.policy.tiny import tiny_config, tiny_thinker
+from tests.policy.tiny import thinker_logits, tiny_completions, tiny_config, tiny_prompts, tiny_thinker
 from tests.ranks import launch
 from tests.training.gpt import build_gpt, train_step
 
@@ -93,12 +93,19 @@ def trainer(backend) -> Trainer:
     return trainer
 
 
+def skip_update(trainer: Trainer) -> None:
+    trainer.optimization.zero_grad()
+    next(trainer.policy.parameters()).main_grad.fill_(float("nan"))
+    assert trainer.optimization.step()[1]
+
+
 @pytest.mark.parametrize("distributed", [False, True])
 @pytest.mark.parametrize(("updates", "dtype"), [(0, torch.float32), (3, torch.float32), (3, torch.bfloat16)])
 def test_restored_run_continues_bit_for_bit(backend, tmp_path, updates, dtype, distributed):
     parallel = ParallelConfig(distributed_optimizer=distributed)
     one = Trainer(backend, dtype=dtype, parallel=parallel)
     one.train(0, updates)
+    skip_update(one)  # Adam's own count goes on without it
     state = {"loader": [3, 1, 2], "rate": 0.1, "nothing": None, "nested": {"a": [1e-300, 2**60]}}
     path = one.save(tmp_path, updates, **state)
     at_save = one.tensors()
@@ -140,9 +147,7 @@ def test_a_checkpoint_fits_with_and_without_the_distributed_optimizer(backend, t
 
 def test_skipped_updates_survive_and_settings_are_those_of_today(trainer, backend, tmp_path):
     for _ in range(2):
-        trainer.optimization.zero_grad()
-        next(trainer.policy.parameters()).main_grad.fill_(float("nan"))
-        trainer.optimization.step()
+        skip_update(trainer)
     path = trainer.save(tmp_path, 2)
     settings = OptimConfig(warmup_fraction=0.0, schedule="constant", beta1=0.5)
     other = Trainer(backend, optim=settings, lr=3e-3)
@@ -241,6 +246,29 @@ def test_full_disk_at_any_moment_leaves_the_previous_checkpoint(trainer, backend
     disk.full_at = None
     second = trainer.save(tmp_path, 2)
     assert checkpoint.latest(tmp_path, backend) == second
+
+
+def test_all_is_on_the_disk_before_it_has_its_name(trainer, tmp_path, monkeypatch):
+    """A name that outlives a power failure without its content would be the newest checkpoint."""
+    events, fsync, rename = [], os.fsync, Path.rename
+
+    def flushed(descriptor: int) -> None:
+        events.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    def renamed(path: Path, target: Path) -> Path:
+        events.append(target)
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    monkeypatch.setattr(Path, "rename", renamed)
+    final = trainer.save(tmp_path, 1)
+    named = events.index(final)
+    working = final.with_name(f".unfinished_{final.name}")
+    inside = {working, *(working / path.relative_to(final) for path in final.rglob("*"))}
+    assert inside <= set(events[:named])
+    assert events.index(working / "weights") > max(events.index(p) for p in inside if p.parent.name == "weights")
+    assert final.parent in events[named:], "the name itself"
 
 
 # ---- damage ------------------------------------------------------------------------------------
@@ -390,10 +418,30 @@ def test_an_old_checkpoint_that_stays_is_a_warning(trainer, backend, tmp_path, m
     assert visible(tmp_path) == ["step_00000004"]
 
 
+def norms_of_transformers(model) -> list[float]:
+    """Gradient norms of the first four updates of two_ranks.py, by transformers' forward pass and torch's AdamW."""
+    prompt, norms = tiny_prompts(model.config)["audio_in_video"], []
+    adamw = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
+    for rate in (1e-3, 0.95e-3, 0.9e-3, 0.85e-3):  # linear over 20 updates, the first of which warms up
+        adamw.zero_grad()
+        scores = []
+        for completion in tiny_completions():
+            logits = thinker_logits(model, prompt, completion)[len(prompt) - 1 : -1]
+            scores.append(logits.log_softmax(-1)[range(len(completion)), completion])
+        (-torch.cat(scores).mean()).backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)))
+        for group in adamw.param_groups:
+            group["lr"] = rate
+        adamw.step()
+    return norms
+
+
 @pytest.mark.slow
+@pytest.mark.core
 def test_two_ranks_reshard_and_agree(tmp_path):
     """Tensor parallel -> pipeline and data parallel with equal bits; one verdict on damage and on stopping."""
-    tiny_thinker(tiny_config(layers=2)).save_pretrained(tmp_path / "hf")
+    model = tiny_thinker(tiny_config(layers=2))
+    model.save_pretrained(tmp_path / "hf")
     from tests.resilience import two_ranks  # it needs the Trainer of this file
 
     launch(two_ranks.main, 2, tmp_path)
@@ -401,11 +449,12 @@ def test_two_ranks_reshard_and_agree(tmp_path):
     assert checks == other
     assert checks["equal"] == {"tp2 pp1 dp1": True, "tp1 pp2 dp1": True, "tp1 pp1 dp2": True, "bfloat16": True}
     assert checks["finer"] is True  # main weights hold more than bfloat16 does
-    assert checks["negative_control"] is False
+    assert checks["negative_control"] is False and checks["generators"] == [True, True]
+    assert checks["norms"][:4] == pytest.approx(norms_of_transformers(model), rel=1e-4)
     for part in ("exp_avg.towers.visual", "exp_avg_sq.towers.audio_tower", "step.", "reference.language_model",
                  "output_layer"):
         assert any(part in name for name in checks["tensors"]), part
-    assert checks["norms"] == pytest.approx([checks["norms"][0]] * 6, rel=1e-5)
+    assert checks["norms"][3:] == pytest.approx([checks["norms"][3]] * 6, rel=1e-5)
     assert checks["repeated"] == [True, True]  # with the distributed optimizer, bit for bit
     assert checks["fell_back_to"] == "step_00000003"
     assert checks["stop"] == [False, True]

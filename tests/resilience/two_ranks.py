@@ -95,10 +95,11 @@ def whole_tensors(trainer: OmniTrainer) -> dict[str, torch.Tensor]:
 def main(folder: Path) -> None:
     trainer = OmniTrainer(ParallelConfig(tp=2), folder)
     backend = trainer.backend
-    trainer.train(0, 3)
+    norms = trainer.train(0, 3)
+    torch.manual_seed(backend.rank)
     path = trainer.save(folder, 3, note="from tensor parallel")
-    expected = whole_tensors(trainer)
-    norms = trainer.train(3, 4)
+    expected, drawn = whole_tensors(trainer), torch.rand(3)
+    norms += trainer.train(3, 4)
     still_equal = same(whole_tensors(trainer), expected)
 
     damaged = trainer.save(folder, 4)
@@ -119,6 +120,8 @@ def main(folder: Path) -> None:
         trainer = OmniTrainer(layout, folder, blank=True)
         assert trainer.load(path) == {"note": "from tensor parallel"}
         backend = trainer.backend
+        if layout.tp == 2:  # that of the checkpoint
+            generators = backend.all_gather_object(torch.equal(torch.rand(3), drawn))
         equal[f"tp{backend.tp} pp{backend.pp} dp{backend.dp}"] = same(whole_tensors(trainer), expected)
         norms += trainer.train(3, 4)
         backends.stop()
@@ -153,7 +156,7 @@ def main(folder: Path) -> None:
     results = {
         "finer": finer, "tensors": sorted(expected), "equal": equal, "norms": norms, "negative_control": still_equal,
         "fell_back_to": fell_back_to.name, "stop": agreed,
-        "repeated": repeated,
+        "repeated": repeated, "generators": generators,
     }
     (folder / f"rank_{os.environ['RANK']}.json").write_text(json.dumps(results))
 

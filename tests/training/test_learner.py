@@ -10,6 +10,7 @@ import torch
 
 from megatron_avatar.config.schema import ModelConfig, OptimConfig, ParallelConfig, RLConfig, ShapingConfig
 from megatron_avatar.policy.build import build_policy
+from megatron_avatar.policy.generate import GenerationStopped
 from megatron_avatar.policy.weights import load_hf
 from megatron_avatar.records import Completion, Group, Trajectory
 from megatron_avatar.training import metrics
@@ -139,6 +140,25 @@ def test_a_number_that_is_not_finite_skips_the_update_and_three_in_a_row_end_the
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(policy).items())
     monkeypatch.undo()
     assert not update(ours, groups)["skipped"] and ours.optimization.skipped_in_row == 0
+
+
+@pytest.mark.parametrize("after", [0, 2])
+def test_a_stop_within_the_references_pass_gives_the_policy_its_own_weights_back(world, backend, after):
+    """Before its first micro-batch or between two of them; what is saved then is the policy."""
+    policy, groups = world
+    ours = learner(policy, backend, tokens_per_micro_batch=1)
+    update(ours, groups, check_logprobs=False)  # the policy has left its reference
+    polls = iter([False] * after + [True])
+
+    def poll() -> None:
+        if next(polls):
+            raise GenerationStopped
+
+    before, places = weights(policy), {name: p.data_ptr() for name, p in policy.named_parameters()}
+    with pytest.raises(GenerationStopped):
+        ours.reference_logprobs(groups, policy.embed_media([g.prompt for g in groups]), poll=poll)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(policy).items())
+    assert {name: p.data_ptr() for name, p in policy.named_parameters()} == places, "the optimizer's own tensors"
 
 
 def test_the_reference_keeps_its_own_encoders(world, backend):
