@@ -30,6 +30,7 @@ class ModelConfig:
     shape: str = ""  # the published model that the recipe is for; a dry run needs no folder: config/shapes/SHAPE
     context: int = 16384  # prompt + completion tokens; a longer prompt is refused
     dtype: str = "float32"  # float32 | bfloat16; bfloat16 keeps float32 main weights in the optimizer
+    residual: str = "float32"  # float32 | model: the stream that branches add to; the latter rounds it in every layer
     lora: LoraConfig = field(default_factory=LoraConfig)
 
 
@@ -41,7 +42,7 @@ class ParallelConfig:
     pp: int = 1
     first_stage_layers: int | None = None  # layers of the first stage, which carries the encoders; null: even stages
     sequence_parallel: bool = False
-    recompute: str = "none"  # none | selective (feed-forward) | full (every layer)
+    recompute: str = "none"  # none | light (norms, SwiGLU) | selective (feed-forward) | full (every layer)
     distributed_optimizer: bool = False  # main weights and moments sharded over the data-parallel ranks
     kernels: str = "auto"  # auto (Apex and Transformer Engine where importable) | torch
     threads: int = 1  # CPU threads a rank; pinned, so that sums are made in one order

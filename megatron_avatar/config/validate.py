@@ -22,7 +22,8 @@ REPLAY_SIGMAS = ("buffer", "batch")
 SELF_REWARDS = ("right", "majority")
 SCHEDULES = ("constant", "linear", "cosine")
 DTYPES = ("float32", "bfloat16")
-RECOMPUTE = ("none", "selective", "full")
+RECOMPUTE = ("none", "light", "selective", "full")
+RESIDUALS = ("float32", "model")
 KERNELS = ("auto", "torch")
 DECODERS = ("auto", "dali", "pyav")
 RATIO_LEVELS = ("token", "sequence")
@@ -82,6 +83,7 @@ def _check_inputs(config: Config) -> None:
     if not config.output_dir:
         raise ValueError("output_dir is empty: write output_dir=FOLDER, where the run keeps everything that it writes")
     _one_of("model.dtype", config.model.dtype, DTYPES)
+    _one_of("model.residual", config.model.residual, RESIDUALS)
     if config.model.shape:
         shapes = sorted(path.name for path in (Path(__file__).parent / "shapes").iterdir())
         _one_of("model.shape", config.model.shape, shapes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,21 @@ from megatron_avatar.config.validate import DTYPES
 from megatron_avatar.policy.fusions import choose_fusions
 from megatron_avatar.policy.shape import hears
 
-# parallel.recompute -> TransformerConfig. A feed-forward keeps three quarters of what a layer keeps; the core attention
-# keeps nothing that its neighbours don't, and recomputing norms needs Transformer Engine in Megatron-Core 0.16.
+# parallel.recompute -> LayerConfig. A feed-forward keeps three quarters of what a layer keeps; the core attention keeps
+# nothing that its neighbours don't. `light` computes norms and SwiGLU again, a third of what is kept, and no product.
 RECOMPUTE: dict[str, dict[str, Any]] = {
     "none": {},
+    "light": dict(recompute_light=True),
     "selective": dict(recompute_granularity="selective", recompute_modules=["mlp"]),
     "full": dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1),
 }
+
+
+@dataclass
+class LayerConfig(TransformerConfig):
+    """Megatron-Core's configuration, and what our layer adds to it."""
+
+    recompute_light: bool = False  # norms and SwiGLU are computed again in the backward pass
 
 
 # model_type of config.json -> the configuration's class.
@@ -75,7 +84,7 @@ def placeholder_ids(hf_config: PolicyConfig) -> tuple[int, ...]:
 
 def transformer_config(
     hf_config: PolicyConfig, model: ModelConfig, parallel: ParallelConfig, *, on_cpu: bool
-) -> TransformerConfig:
+) -> LayerConfig:
     """Megatron-Core's configuration of the language model, for a rank of a tp x pp layout.
 
     Raises ValueError where the model doesn't split into parallel.tp and parallel.pp, naming a layout that does.
@@ -91,7 +100,8 @@ def transformer_config(
     if model.dtype not in DTYPES:
         raise ValueError(f"model.dtype={model.dtype!r} is unknown: choose one of {', '.join(DTYPES)}")
     dtype = getattr(torch, model.dtype)
-    return TransformerConfig(
+    wide = model.residual == "float32" and dtype is not torch.float32
+    return LayerConfig(
         num_layers=text.num_hidden_layers,
         hidden_size=text.hidden_size,
         num_attention_heads=heads,
@@ -110,7 +120,8 @@ def transformer_config(
         pipeline_model_parallel_size=pp,
         sequence_parallel=parallel.sequence_parallel and tp > 1,
         params_dtype=dtype,
-        pipeline_dtype=dtype,
+        pipeline_dtype=torch.float32 if wide else dtype,
+        fp32_residual_connection=wide,
         bf16=dtype is torch.bfloat16,
         perform_initialization=False,
         use_cpu_initialization=on_cpu,

@@ -135,7 +135,7 @@ class GroupCoreAttention(MegatronModule):
 
     `forward` takes query [S, 1, heads, d], key and value [S, 1, kv heads, d] (heads of this tensor-parallel rank)
     and the segment table as `attention_mask`; it returns [S, 1, heads * d].
-    While `cache` is set, prompts leave their keys and values there and decode steps read them (see cache.py).
+    While `cache` is set, the prompts that are read leave their keys and values there (see cache.py).
     """
 
     def __init__(
@@ -167,10 +167,8 @@ class GroupCoreAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: None = None,
     ) -> Tensor:
-        """Attention of every segment to its prefix and itself; of decode rows to the cache when that is ready."""
+        """Attention of every segment to its prefix and itself."""
         assert attention_bias is None and packed_seq_params is None
-        if self.cache is not None and self.cache.ready:
-            return self.cache.attend(self.layer_number, query, key, value, self.softmax_scale)
         query, key, value = query[:, 0], key[:, 0], value[:, 0]
         if self.cache is not None:
             self.cache.store_prompts(self.layer_number, key, value)

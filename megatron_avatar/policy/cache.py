@@ -24,11 +24,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_avatar.policy.kernels.attend import Tables, attend
+from megatron_avatar.policy.kernels.device import runs_triton
+from megatron_avatar.policy.kernels.rope import decode_rope
+
 PAGE = 512  # tokens of a prompt that are worked on together
 FIRST_ROOM = 64  # own tokens there is room for at first; doubled when used up
 FEWEST_ROWS = 8  # of a static step: reading the weights takes the time, fewer rows would save none
 ALIGNED = 16  # masks of the attention kernels on GPUs have a length of this multiple
-FEW_QUERIES = 8  # below, FlashAttention for CPUs is slower than plain matrix products
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ class KeyValueCache:
         device: torch.device, *, static: bool = False,
     ) -> None:  # fmt: skip
         self.room, self.device, self.dtype, self.static = room, device, dtype, static
-        self.ready = False  # False while prompts are read, True while rows are decoded
+        self._most_own = -(-room.steps // ALIGNED) * ALIGNED
         self.prompts: list[int] = []  # prompt of each row
         self._pages_of: dict[int, list[int]] = {}  # of each prompt
         self._length_of: dict[int, int] = {}
@@ -79,9 +82,10 @@ class KeyValueCache:
             shape = (count, kv_heads, tokens, head_size)
             return {layer: [torch.zeros(shape, dtype=dtype, device=device) for _ in "kv"] for layer in layers}
 
-        self._pages, self._own = store(room.pages, room.page), store(room.rows, 0)
-        self._tables: dict[tuple[int, ...], tuple[Tensor | None, ...]] = {}  # by rows, pages, readers, parts
+        self._pages, self._own = store(room.pages, room.page), store(room.rows, self._most_own if static else 0)
+        self._tables: dict[tuple[int, ...], Tables] = {}  # by rows, pages, readers, parts
         self._layout: tuple[int, ...] | None = None  # whose tables are up to date
+        self._kernels = static and runs_triton(next(iter(self._own.values()))[0])
 
     # ------------------------------------------------------------------------------------------------------------
     # Prompts and rows come and go: host only, but for the moves
@@ -106,7 +110,6 @@ class KeyValueCache:
             pages = np.array(self._pages_of[prompt], np.int64)[token // self.room.page]
             places.append(np.stack([start + token, pages, token % self.room.page]))
         self._places = torch.from_numpy(np.concatenate(places, axis=1)).to(self.device)
-        self.ready = False
 
     def drop(self, prompt: int) -> None:
         """Free the pages of a prompt without rows; the last pages move there."""
@@ -162,13 +165,14 @@ class KeyValueCache:
         """Make ready for a step of all rows, which have stored `lengths` [R] own tokens; shape.rows >= R rows run."""
         longest = int(lengths.max()) + 1
         if longest > self._own_room:
-            self._own_room = min(-(-self.room.steps // ALIGNED) * ALIGNED, max(FIRST_ROOM, 2 * self._own_room))
-            for store in self._own.values():
+            self._own_room = min(self._most_own, max(FIRST_ROOM, 2 * self._own_room))
+            if self._kernels:  # they look at what there is, whatever the shape says
+                self._own_room = self._most_own
+            for store in self._own.values() if not self.static else ():
                 store[:] = [F.pad(tensor, (0, 0, 0, self._own_room - tensor.shape[2])) for tensor in store]
         if self._layout is None:
             self._layout = self._fill()
         self._even = not self.static and longest == lengths.min() + 1
-        self.ready = True
         return Shape(*self._layout, self._own_room if self.static else longest)
 
     def _fill(self) -> tuple[int, ...]:
@@ -184,89 +188,50 @@ class KeyValueCache:
         rows, pages, most_readers, most_parts = layout
         readers, empty = np.zeros((pages, most_readers), np.int64), np.zeros((pages, room.page), bool)
         parts, absent = np.zeros((rows, most_parts), np.int64), np.ones((rows, most_parts), bool)
+        read, tokens, ordinal = np.zeros((3, pages), np.int64)
+        own_pages = np.zeros(rows, np.int64)
         seen = Counter()
         for row, prompt in enumerate(self.prompts):
             own = self._pages_of[prompt]
             readers[own, seen[prompt]] = row
             parts[row, : len(own)] = np.array(own, np.int64) * most_readers + seen[prompt]
             absent[row, : len(own)] = False
+            own_pages[row] = len(own)
             seen[prompt] += 1
         for prompt, own in self._pages_of.items():
+            read[own], tokens[own], ordinal[own] = seen[prompt], room.page, np.arange(len(own))
             if own:
-                empty[own[-1], self._length_of[prompt] - (len(own) - 1) * room.page :] = True
+                tokens[own[-1]] = self._length_of[prompt] - (len(own) - 1) * room.page
+                empty[own[-1], tokens[own[-1]] :] = True
         mask = torch.zeros(empty.shape, dtype=self.dtype).masked_fill_(torch.from_numpy(empty), float("-inf"))
-        tables = [torch.from_numpy(readers), torch.from_numpy(parts), torch.from_numpy(absent), mask[:, None, None]]
+        arrays = (readers, read, tokens, ordinal, own_pages, parts, absent)
+        tables = Tables(*map(torch.from_numpy, arrays), mask[:, None, None])
         if self.static and layout in self._tables:
             for old, new in zip(self._tables[layout], tables, strict=True):
                 old.copy_(new)
             return layout
         if not self.static:  # what hides nothing need not be looked at
             self._tables.clear()
-            tables[2:] = [tables[2] if absent.any() else None, tables[3] if empty.any() else None]
-        self._tables[layout] = tuple(None if table is None else table.to(self.device) for table in tables)
+            tables = tables._replace(absent=tables.absent if absent.any() else None,
+                                     empty=tables.empty if empty.any() else None)  # fmt: skip
+        self._tables[layout] = Tables(*(None if table is None else table.to(self.device) for table in tables))
         return layout
 
     def begin(self, shape: Shape, lengths: Tensor) -> None:
         """Start a step on the device: own tokens [shape.rows] that the rows have stored."""
-        self._step, self._lengths = self._tables[shape[:4]], lengths
-        self._own_tokens = shape.own
-        self._row_numbers = torch.arange(shape.rows, device=self.device)
-        self._later = None
-        if not self._even:
+        self._step, self._lengths, self._own_tokens, self._later = self._tables[shape[:4]], lengths, shape.own, None
+        if not self._even and not self._kernels:
             later = torch.arange(shape.own, device=self.device) > lengths[:, None]
             self._later = torch.zeros(later.shape, dtype=self.dtype, device=self.device)
             self._later = self._later.masked_fill_(later, float("-inf"))[:, None, None]
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """Store the rows' new token and attend to their prompts and their own tokens, in one softmax.
-
-        query [R, 1, heads, d], key and value [R, 1, kv heads, d]; returns [R, 1, heads * d].
-        """
-        readers, parts, absent, empty = self._step
-        (rows, _, heads, size), kv_heads = query.shape, key.shape[2]
-        query = query.reshape(rows, kv_heads, heads // kv_heads, size)
+    def attend(self, layer: int, mixed: Tensor, angles: Tensor, scale: float) -> Tensor:
+        """Rotate the rows' new queries and keys, store keys and values, and attend to prompts and own tokens, in one
+        softmax: mixed [R, groups, share + 2, d] as the projection leaves it, angles [2, R, d] -> [R, heads * d]."""
         keys, values = self._own[layer]
-        keys[self._row_numbers, :, self._lengths] = key[:, 0]
-        values[self._row_numbers, :, self._lengths] = value[:, 0]
-        seen = slice(rows), slice(None), slice(self._own_tokens)
-        output, lse = attend_part(query, keys[seen], values[seen], self._later, scale)
-        if readers.numel():
-            keys, values = self._pages[layer]
-            seen = slice(len(readers))
-            # [U, n, kv heads, share, d]: a page's queries are those of all its rows and of the heads that share a key
-            queries = query[readers].transpose(1, 2)
-            page_output, page_lse = attend_part(queries.flatten(2, 3), keys[seen], values[seen], empty, scale)
-            page_output = page_output.view(queries.shape).transpose(1, 2).flatten(0, 1)[parts]  # [R, p, ...]
-            page_lse = page_lse.view(queries.shape[:-1]).transpose(1, 2).flatten(0, 1)[parts]
-            if absent is not None:
-                page_lse = page_lse.masked_fill(absent[:, :, None, None], float("-inf"))
-            shares = torch.cat([lse[:, None], page_lse], dim=1).softmax(dim=1)[..., None]
-            output = shares[:, 0] * output + (shares[:, 1:] * page_output).sum(dim=1)
-        return output.to(key.dtype).reshape(rows, 1, heads * size)
-
-
-def attend_part(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """Attention of query [B, heads, Q, d] to key and value [B, heads, K, d] under an additive mask [B, 1, 1, K].
-
-    Returns the output [B, heads, Q, d] and the log-sum-exp [B, heads, Q] of the scores.
-    """
-    if query.device.type != "cpu":
-        if mask is not None:
-            mask = mask.expand(*query.shape[:3], -1)
-        output, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
-            query, key, value, mask, True, 0.0, False, scale=scale
-        )
-        return output, lse[..., : query.shape[2]]  # the kernel pads the queries
-    if query.shape[2] >= FEW_QUERIES:
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, 0.0, False, attn_mask=mask, scale=scale
-        )
-    scores = (query.float() * scale) @ key.float().mT
-    scores = scores if mask is None else scores + mask
-    largest = scores.amax(-1, keepdim=True)
-    weights = (scores - largest).exp_()
-    total = weights.sum(-1, keepdim=True)
-    return (weights @ value.float()) / total, (largest + total.log())[..., 0]
+        query = decode_rope(mixed, angles, keys, values, self._lengths)
+        return attend(query, *self._pages[layer], keys, values, self._lengths, self._later, self._step,
+                      self._own_tokens, scale)  # fmt: skip
 
 
 def _round_up(count: int, steps: int) -> int:

@@ -57,9 +57,7 @@ class Decoder:
         """The work on the device, from tensors to a tensor of shapes that `shape` decides."""
         whole = inputs[: INPUTS - 1].long()
         self.cache.begin(shape, whole[4])
-        if received is not None:
-            self.policy.set_input_tensor(received)
-        hidden = self.policy.hidden(whole[None, 0], whole[1:4, None], None)
+        hidden = self.policy.decode(whole[0], whole[1:4], received, self.cache)
         if not self.policy.post_process:
             return hidden
         uniforms = None if self.greedy else inputs[-1]

@@ -8,9 +8,6 @@ been run with Transformer Engine.
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import shutil
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -25,6 +22,8 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_avatar.policy.attention import GroupCoreAttention
+from megatron_avatar.policy.kernels.norm import norm
+from megatron_avatar.policy.layer import OmniLayer
 
 TITLES = {"transformer_engine": "Transformer Engine", "apex": "Apex", "torch": "torch"}
 # Megatron-Core's record of where its Adam comes from: module, name, found here, value for torch's.
@@ -40,14 +39,15 @@ ADAM_FLAGS = [
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """torch's RMSNorm, with the mark that makes Megatron-Core sum its gradient under sequence parallelism.
-
-    torch has a fused kernel for it on a GPU, so Apex's is not needed.
-    """
+    """A norm whose input may be a float32 stream and whose output has the weight's dtype, with the mark that makes
+    Megatron-Core sum its gradient under sequence parallelism."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, stream: torch.Tensor) -> torch.Tensor:
+        return norm(stream, self.weight, self.eps)
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,6 @@ class Fusions:
     layers: str = "torch"  # transformer_engine | torch
     adam: str = "torch"  # transformer_engine | apex | torch
     weight_gradients: bool = False  # a layer's backward adds to the float32 buffer by itself (Apex's kernel)
-    swiglu: bool = False  # compiled; the backward pass needs its input only
     missing: tuple[str, ...] = ()
 
     def settings(self) -> dict[str, Any]:
@@ -65,19 +64,19 @@ class Fusions:
         return dict(
             transformer_impl="transformer_engine" if self.layers == "transformer_engine" else "local",
             gradient_accumulation_fusion=self.weight_gradients,
-            bias_activation_fusion=self.swiglu,
+            bias_activation_fusion=False,  # the layer's own kernels
             # Dropout is off, softmax is the core attention's, and torch's norm has no persistent kernel.
             bias_dropout_fusion=False,
             masked_softmax_fusion=False,
             persist_layer_norm=False,
-            apply_rope_fusion=False,  # Transformer Engine's kernel knows one position a token, mrope has three
+            apply_rope_fusion=False,
         )
 
     def __str__(self) -> str:
         """One line for the log."""
         names = {package: f"{title} {_version(package)}".strip() for package, title in TITLES.items()}
         parts = [f"layers of {names[self.layers]}", f"AdamW of {names[self.adam]}"]
-        parts += ["fused gradient accumulation"] * self.weight_gradients + ["fused SwiGLU"] * self.swiglu
+        parts += ["fused gradient accumulation"] * self.weight_gradients
         return ", ".join(parts) + (f"; not installed: {', '.join(self.missing)}" if self.missing else "")
 
 
@@ -93,7 +92,6 @@ def choose_fusions(kernels: str, *, on_cpu: bool) -> Fusions:
         layers="transformer_engine" if has_engine else "torch",
         adam="torch" if adam_of_torch else megatron_optimizer.Adam.__module__.split(".")[0],
         weight_gradients=can_accumulate,
-        swiglu=_can_compile(),
         missing=tuple(missing),
     )
 
@@ -108,20 +106,13 @@ def layer_spec(config: TransformerConfig) -> tuple[ModuleSpec, type]:
     """A decoder layer around our core attention, and the class of its norms, for config.transformer_impl."""
     layer = get_gpt_layer_local_spec(normalization="RMSNorm")
     attention, mlp = layer.submodules.self_attention.submodules, layer.submodules.mlp.submodules
+    layer.module = OmniLayer
     attention.core_attention = GroupCoreAttention
-    norm: type = RMSNorm
     if config.transformer_impl == "transformer_engine":
-        norm = transformer_engine.TENorm
         attention.linear_qkv = mlp.linear_fc1 = transformer_engine.TEColumnParallelLinear
         attention.linear_proj = mlp.linear_fc2 = transformer_engine.TERowParallelLinear
-    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = norm
-    return layer, norm
-
-
-def _can_compile() -> bool:
-    """Whether torch.compile can make kernels for a GPU: Triton builds their launchers with a C compiler."""
-    compilers = (os.environ.get("CC"), "gcc", "clang")
-    return importlib.util.find_spec("triton") is not None and any(shutil.which(name) for name in compilers if name)
+    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+    return layer, RMSNorm
 
 
 def _version(package: str) -> str:

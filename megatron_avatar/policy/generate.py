@@ -213,7 +213,7 @@ class Generation:
             else:
                 length = len(expected) // (self.backend.tp if config.sequence_parallel else 1)
             received = torch.empty(
-                length, 1, config.hidden_size, dtype=config.params_dtype, device=self.backend.device
+                length, 1, config.hidden_size, dtype=config.pipeline_dtype, device=self.backend.device
             )
             source = parallel_state.get_pipeline_model_parallel_prev_rank()
             transfers.append(dist.P2POp(dist.irecv, received, source, group))

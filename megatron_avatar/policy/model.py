@@ -20,8 +20,11 @@ from torch import Tensor
 
 from megatron_avatar.policy.architecture import PolicyConfig, placeholder_ids
 from megatron_avatar.policy.backend import Backend
+from megatron_avatar.policy.cache import KeyValueCache
 from megatron_avatar.policy.fusions import layer_spec
 from megatron_avatar.policy.groups import GroupBatch
+from megatron_avatar.policy.kernels.norm import add_norm
+from megatron_avatar.policy.layer import Angles
 from megatron_avatar.policy.logprobs import completion_logprobs, linear_float32
 from megatron_avatar.policy.towers import Towers
 from megatron_avatar.records import Prompt
@@ -35,7 +38,14 @@ SHARDED_AXIS = {
 
 
 class LanguageModel(GPTModel):
-    """GPTModel that ends at the last hidden state: the head is the policy's, and sees completion tokens only."""
+    """GPTModel that ends at the last hidden state: the head is the policy's, and sees completion tokens only. Angles
+    are made once a pass."""
+
+    def __init__(self, config: TransformerConfig, *args, **kwargs) -> None:
+        super().__init__(config, *args, **kwargs)
+        self.rotary_pos_emb = Angles(
+            kv_channels=config.kv_channels, rotary_percent=1.0, rotary_base=kwargs["rotary_base"]
+        )
 
     def _postprocess(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
         return hidden_states
@@ -101,14 +111,13 @@ class OmniPolicy(MegatronModule):
         self,
         token_ids: Tensor,
         positions: Tensor,
-        segments: Tensor | None,
+        segments: Tensor,
         media: Sequence[Tensor | None] | None = None,
         media_index: Tensor | None = None,
     ) -> Tensor:
         """Run this stage's layers on token_ids [1, S] at positions [3, 1, S].
 
-        `segments` is GroupBatch's table; the rows of a decode step (S rows, one token each) have none, and their
-        core attentions a ready cache. `media` are embed_media's tensors for the places media_index [M], which
+        `segments` is GroupBatch's table. `media` are embed_media's tensors for the places media_index [M], which
         the first stage alone looks at. Returns the hidden states: [S, 1, H] on the last stage, [S, 1, H] or with
         sequence parallelism [S / tp, 1, H] before.
         """
@@ -130,6 +139,21 @@ class OmniPolicy(MegatronModule):
             # The head sums its input's gradient over the ranks: each takes its own part of it.
             hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
         return hidden
+
+    def decode(self, token_ids: Tensor, positions: Tensor, received: Tensor | None, cache: KeyValueCache) -> Tensor:
+        """Run this stage's layers on one token a row, without gradient: token_ids [R], positions [3, R].
+
+        `received` [R, 1, H] is the stream of the stage before. Returns the stream [R, 1, H], normed on the last stage.
+        """
+        model = self.language_model
+        stream = model.embedding(token_ids[None], None)[:, 0] if self.pre_process else received[:, 0]
+        angles, branch = model.rotary_pos_emb(positions[:, None], self.config.mrope_section), None
+        for layer in model.decoder.layers:
+            branch, stream = layer.decode(branch, stream, angles, cache)
+        if not self.post_process:
+            return (stream + branch)[:, None]
+        final = model.decoder.final_layernorm
+        return add_norm(branch, stream, final.weight, final.eps)[1][:, None]
 
     def _set_recompute(self) -> bool:
         """Let layers recompute where a backward pass follows, and there alone; returns whether they do."""
@@ -196,7 +220,7 @@ class OmniPolicy(MegatronModule):
             share = self.backend.tp if self.config.sequence_parallel else 1
             received = torch.empty(
                 token_ids.shape[1] // share, 1, self.config.hidden_size,
-                dtype=self.config.params_dtype, device=self.backend.device,
+                dtype=self.config.pipeline_dtype, device=self.backend.device,
             )  # fmt: skip
             dist.recv(received, parallel_state.get_pipeline_model_parallel_prev_rank(), group)
             self.set_input_tensor(received)

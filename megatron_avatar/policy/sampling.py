@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_avatar.config.schema import SamplingConfig
 from megatron_avatar.keyed import keyed_rng
+from megatron_avatar.policy.kernels.draw import draw_tokens, find
 from megatron_avatar.policy.model import OmniPolicy
 
 CONTROL_TOKENS = (
@@ -37,35 +38,23 @@ def draw(
     that reach the share. Returns ids [R] int64, logprobs and shares [R] float32; for logits that are not finite
     some id, and NaN.
     """
+    if uniforms is None or not truncates(sampling):
+        ids, logprobs = draw_tokens(logits, uniforms, sampling.temperature, banned)
+        return ids, logprobs, torch.zeros_like(logprobs)
     logprobs = torch.log_softmax(logits.float() / sampling.temperature, dim=-1)
-    allowed = logprobs.masked_fill(banned, float("-inf"))
-    cut = torch.zeros_like(logprobs[:, 0])
-    if uniforms is None:
-        ids = allowed.argmax(dim=-1, keepdim=True)
-    else:
-        mass = allowed.double().exp()
-        whole = mass.sum(dim=-1)
-        if 0 < sampling.top_k < mass.shape[-1]:
-            least = mass.topk(sampling.top_k, dim=-1).values[:, -1:]
-            mass = mass.where(mass >= least, 0.0)
-        if sampling.top_p < 1:
-            ordered, order = mass.sort(dim=-1, descending=True, stable=True)
-            before = ordered.cumsum(dim=-1) - ordered
-            ordered = ordered.where(before < sampling.top_p * mass.sum(dim=-1, keepdim=True), 0.0)
-            mass = torch.zeros_like(mass).scatter(-1, order, ordered)
-        ids = _find(mass, mass.cumsum(dim=-1), uniforms[:, None])
-        if truncates(sampling):
-            cut = (1 - mass.sum(dim=-1) / whole).clamp(min=0).float()
+    mass = logprobs.masked_fill(banned, float("-inf")).double().exp()
+    whole = mass.sum(dim=-1)
+    if 0 < sampling.top_k < mass.shape[-1]:
+        least = mass.topk(sampling.top_k, dim=-1).values[:, -1:]
+        mass = mass.where(mass >= least, 0.0)
+    if sampling.top_p < 1:
+        ordered, order = mass.sort(dim=-1, descending=True, stable=True)
+        before = ordered.cumsum(dim=-1) - ordered
+        ordered = ordered.where(before < sampling.top_p * mass.sum(dim=-1, keepdim=True), 0.0)
+        mass = torch.zeros_like(mass).scatter(-1, order, ordered)
+    ids = find(mass, mass.cumsum(dim=-1), uniforms[:, None])
+    cut = (1 - mass.sum(dim=-1) / whole).clamp(min=0).float()
     return ids[:, 0], logprobs.gather(-1, ids)[:, 0], cut
-
-
-def _find(mass: Tensor, cdf: Tensor, uniforms: Tensor) -> Tensor:
-    """Tokens [R, 1] at the shares uniforms [R, 1] of the running sums cdf [R, V] of mass [R, V]; each has mass."""
-    total = cdf[:, -1:]
-    point = torch.minimum(uniforms * total, total.nextafter(torch.zeros_like(total)))  # below it even after rounding
-    ids = torch.searchsorted(cdf, point, right=True).clamp_(max=cdf.shape[-1] - 1)  # V, where logits are not a number
-    # Sums made in parallel may fall in places, and lead to a token without mass: never to a banned one.
-    return ids.where(mass.gather(-1, ids) > 0, mass.argmax(dim=-1, keepdim=True))
 
 
 def uniforms(key: str, completion: int, count: int) -> np.ndarray:

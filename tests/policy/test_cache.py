@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_avatar.policy import cache as caches
-from megatron_avatar.policy.cache import KeyValueCache, Room, attend_part
+from megatron_avatar.policy.cache import KeyValueCache, Room
+from megatron_avatar.policy.kernels.attend import FEW_QUERIES, attend_part
 
 HEADS, KV_HEADS, SIZE, LAYERS = 6, 2, 8, (3, 4)
 SCALE = SIZE**-0.5
@@ -39,7 +40,6 @@ class World:
             self.cache.admit(prompt, length)
             self.prompts[prompt] = {}
         self.cache.read(list(lengths), starts[:-1])
-        assert not self.cache.ready
         for layer in LAYERS:
             key, value = (self.random(int(starts[-1]) + 2, KV_HEADS) for _ in "kv")
             self.cache.store_prompts(layer, key, value)
@@ -63,18 +63,20 @@ class World:
 
     def step(self):
         shape = self.cache.prepare(np.array([len(row[LAYERS[0]][0]) for row in self.rows]))
-        assert self.cache.ready and shape.rows >= len(self.rows)
+        assert shape.rows >= len(self.rows)
         lengths = torch.zeros(shape.rows, dtype=torch.int64)
         lengths[: len(self.rows)] = torch.tensor([len(row[LAYERS[0]][0]) for row in self.rows])
         self.cache.begin(shape, lengths)
         for layer in LAYERS:
             query, key, value = (self.random(shape.rows, heads) for heads in (HEADS, KV_HEADS, KV_HEADS))
-            output = self.cache.attend(layer, query[:, None], key[:, None], value[:, None], SCALE)
-            assert output.shape == (shape.rows, 1, HEADS * SIZE) and output.isfinite().all()
+            mixed = torch.cat([query.unflatten(1, (KV_HEADS, -1)), key[:, :, None], value[:, :, None]], dim=2)
+            angles = torch.tensor([1.0, 0.0])[:, None, None].expand(2, shape.rows, SIZE)  # none: positions are rope's
+            output = self.cache.attend(layer, mixed, angles.contiguous(), SCALE)
+            assert output.shape == (shape.rows, HEADS * SIZE) and output.isfinite().all()
             for i, (row, prompt) in enumerate(zip(self.rows, self.owners, strict=True)):
                 row[layer] = tuple(torch.cat([row[layer][j], new[i : i + 1]]) for j, new in enumerate((key, value)))
                 seen = [torch.cat(parts) for parts in zip(self.prompts[prompt][layer], row[layer], strict=True)]
-                torch.testing.assert_close(output[i, 0].double(), textbook(query[i], *seen), atol=2e-6, rtol=0)
+                torch.testing.assert_close(output[i].double(), textbook(query[i], *seen), atol=2e-6, rtol=0)
 
 
 @pytest.mark.parametrize("static", [False, True])
@@ -140,7 +142,7 @@ def test_a_step_of_the_same_layout_keeps_its_tables_in_place():
     world.step()
 
 
-@pytest.mark.parametrize("queries", [1, caches.FEW_QUERIES])
+@pytest.mark.parametrize("queries", [1, FEW_QUERIES])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_parts_of_an_attention(queries, masked, dtype):

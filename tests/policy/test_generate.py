@@ -20,7 +20,8 @@ from megatron_avatar.policy.build import build_policy
 from megatron_avatar.policy.cache import KeyValueCache
 from megatron_avatar.policy.generate import GenerationStopped, generate
 from megatron_avatar.policy.groups import pack_groups
-from megatron_avatar.policy.sampling import _find, draw
+from megatron_avatar.policy.kernels.draw import find
+from megatron_avatar.policy.sampling import draw
 from megatron_avatar.policy.weights import load_hf
 from megatron_avatar.records import Prompt
 from tests.policy import generation_world, tiny
@@ -399,7 +400,7 @@ def test_sums_that_fall_never_lead_to_a_token_without_mass():
     cdf = torch.tensor([[0.0, 0.5, 0.5 + 1e-9, 0.5 - 1e-9, 1.0]], dtype=torch.float64)
     uniform = torch.tensor([[0.5 + 5e-10]], dtype=torch.float64)
     assert torch.searchsorted(cdf, uniform, right=True).item() in (2, 3), "the case shows nothing"
-    assert mass[0, _find(mass, cdf, uniform).item()] > 0
+    assert mass[0, find(mass, cdf, uniform).item()] > 0
 
 
 @pytest.mark.parametrize("sampling", [SamplingConfig(), SamplingConfig(top_k=3), SamplingConfig(top_p=0.5)])

@@ -37,13 +37,13 @@ def torch_draw(
     if greedy:
         ids = allowed.argmax(dim=-1, keepdim=True)
     else:
-        ids = find(allowed.double().exp(), uniforms[:, None])
+        mass = allowed.double().exp()
+        ids = find(mass, mass.cumsum(dim=-1), uniforms[:, None])
     return ids[:, 0], logprobs.gather(-1, ids)[:, 0]
 
 
-def find(mass: Tensor, uniforms: Tensor) -> Tensor:
-    """Tokens [R, 1] at the shares uniforms [R, 1] of the running sums of mass [R, V]; each has mass."""
-    cdf = mass.cumsum(dim=-1)
+def find(mass: Tensor, cdf: Tensor, uniforms: Tensor) -> Tensor:
+    """Tokens [R, 1] at the shares uniforms [R, 1] of the running sums cdf [R, V] of mass [R, V]; each has mass."""
     total = cdf[:, -1:]
     point = torch.minimum(uniforms * total, total.nextafter(torch.zeros_like(total)))  # below it even after rounding
     ids = torch.searchsorted(cdf, point, right=True).clamp_(max=cdf.shape[-1] - 1)  # V, where logits are not a number

@@ -18,8 +18,8 @@ from megatron_avatar.policy.kernels.device import next_power, runs_triton
 
 
 def split_rope(mixed: Tensor, angles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rotated queries [S, groups * share, d], rotated keys and values [S, groups, d] of mixed [S, groups, share + 2, d],
-    each in one piece. Differentiable in `mixed`."""
+    """Rotated queries [S, groups * share, d], rotated keys and values [S, groups, d] of [S, groups, share + 2, d], each
+    in one piece. Differentiable in `mixed`."""
     return _SplitRope.apply(mixed, angles)
 
 

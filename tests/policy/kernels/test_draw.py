@@ -37,7 +37,8 @@ def test_logits_that_are_no_numbers_give_a_token_in_range_and_no_number():
     for value in (float("nan"), float("inf")):
         logits = torch.zeros(1, 100)
         logits[0, 3] = value
-        ids, logprobs = triton_draw(logits, torch.tensor([0.5], dtype=torch.float64), 1.0, torch.zeros(100).bool(), False)
+        half, banned = torch.tensor([0.5], dtype=torch.float64), torch.zeros(100).bool()
+        ids, logprobs = triton_draw(logits, half, 1.0, banned, False)
         assert 0 <= int(ids) < 100 and logprobs.isnan().all()
 
 

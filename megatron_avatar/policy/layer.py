@@ -1,0 +1,136 @@
+"""A decoder layer around the kernels: packed groups in training and reading, one token a row in decoding.
+
+The residual stream keeps its dtype from the embedding to the last norm (float32 where model.residual says so);
+branches are computed in the model's. Parameters, their names and the four linear layers are Megatron-Core's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import tensor_parallel
+from megatron.core.models.common.embeddings.rotary_pos_embedding import MultimodalRotaryEmbedding
+from megatron.core.tensor_parallel.mappings import all_gather_last_dim_from_tensor_parallel_region
+from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor, nn
+
+from megatron_avatar.policy.cache import KeyValueCache
+from megatron_avatar.policy.kernels.norm import add_norm, norm
+from megatron_avatar.policy.kernels.rope import split_rope
+from megatron_avatar.policy.kernels.swiglu import swiglu
+
+PLAIN = (tensor_parallel.ColumnParallelLinear, tensor_parallel.RowParallelLinear)
+
+
+class Angles(MultimodalRotaryEmbedding):
+    """Cosines and sines [2, S, d] in float32 of positions [3, 1, S]: once a pass, for all layers."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        angles = super().forward(*args, **kwargs)[:, 0, 0]
+        return torch.stack([angles.cos(), angles.sin()])
+
+
+class OmniLayer(TransformerLayer):
+    """Norm, attention, norm, SwiGLU. Shapes: S packed tokens or R rows, H hidden size, d head size."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        context: None = None,
+        context_mask: None = None,
+        rotary_pos_emb: Tensor | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        """The stream [S, 1, H] behind this layer; attention_mask is the segment table, rotary_pos_emb the angles."""
+        recompute = self.config.recompute_light and torch.is_grad_enabled()
+        attention, keeper = self.self_attention, CheckpointWithoutOutput() if recompute else None
+        normed = self._norm(self.input_layernorm, hidden_states, keeper)
+        mixed = heads_of(attention, attention.linear_qkv(normed)[0])
+        if keeper is not None:
+            keeper.discard_output_and_register_recompute(mixed)
+        query, key, value = (x[:, None] for x in split_rope(mixed, rotary_pos_emb))
+        branch = attention.linear_proj(attention.core_attention(query, key, value, attention_mask))[0]
+        if self.recompute_mlp:
+            stream = hidden_states + branch
+            return stream + tensor_parallel.checkpoint(self._feed_forward, False, stream), None
+        if recompute:
+            stream = hidden_states + branch
+            return stream + self._light_feed_forward(stream), None
+        weight, eps = self.pre_mlp_layernorm.weight, self.config.layernorm_epsilon
+        stream, normed = add_norm(branch, hidden_states, weight, eps)
+        return stream + self.mlp.linear_fc2(swiglu(self.mlp.linear_fc1(normed)[0]))[0], None
+
+    def _norm(self, module: nn.Module, stream: Tensor, keeper: CheckpointWithoutOutput | None) -> Tensor:
+        eps = self.config.layernorm_epsilon
+        if keeper is None:
+            return norm(stream, module.weight, eps)
+        return keeper.checkpoint(norm, stream, module.weight, eps)
+
+    def _feed_forward(self, stream: Tensor) -> Tensor:
+        """The branch [S, 1, H], all of which is computed again in the backward pass."""
+        normed = norm(stream, self.pre_mlp_layernorm.weight, self.config.layernorm_epsilon)
+        return self.mlp.linear_fc2(swiglu(self.mlp.linear_fc1(normed)[0]))[0]
+
+    def _light_feed_forward(self, stream: Tensor) -> Tensor:
+        """The same, of which norm and SwiGLU are computed again, and no product."""
+        norms, gates = CheckpointWithoutOutput(), CheckpointWithoutOutput()
+        gated = self.mlp.linear_fc1(self._norm(self.pre_mlp_layernorm, stream, norms))[0]
+        norms.discard_output_and_register_recompute(gated)
+        branch = self.mlp.linear_fc2(gates.checkpoint(swiglu, gated))[0]
+        gates.discard_output_and_register_recompute(branch)
+        return branch
+
+    def decode(
+        self, branch: Tensor | None, stream: Tensor, angles: Tensor, cache: KeyValueCache
+    ) -> tuple[Tensor, Tensor]:
+        """One token a row: (what the feed-forward adds, the stream before that), both [R, H].
+
+        `branch` is what the layer before adds to the stream, None on a stage's first; angles [2, R, d].
+        """
+        attention, eps = self.self_attention, self.config.layernorm_epsilon
+        stream, normed = _added(branch, stream, self.input_layernorm.weight, eps)
+        mixed = heads_of(attention, project(attention.linear_qkv, normed)[:, None])
+        core = attention.core_attention
+        attended = cache.attend(core.layer_number, mixed, angles, core.softmax_scale)
+        stream, normed = add_norm(
+            project(attention.linear_proj, attended), stream, self.pre_mlp_layernorm.weight, eps
+        )
+        return project(self.mlp.linear_fc2, swiglu(project(self.mlp.linear_fc1, normed))), stream
+
+
+def _added(branch: Tensor | None, stream: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    if branch is None:
+        return stream, norm(stream, weight, eps)
+    return add_norm(branch, stream, weight, eps)
+
+
+def heads_of(attention: SelfAttention, mixed: Tensor) -> Tensor:
+    """The fused projection's output [S, 1, rows] as [S, groups, share + 2, d]: queries, key and value of each
+    key-value head of this rank. With more ranks than key-value heads, those are shared, and gathered here."""
+    size, groups = attention.hidden_size_per_attention_head, attention.num_query_groups_per_partition
+    total, ranks = attention.config.num_query_groups, attention.world_size
+    if total >= ranks:
+        return mixed.view(len(mixed), groups, -1, size)
+    sharing = ranks // total
+    rank = attention.pg_collection.tp.rank()
+    mixed = all_gather_last_dim_from_tensor_parallel_region(mixed).view(len(mixed), total, -1, size)
+    mixed = mixed[:, rank // sharing : rank // sharing + 1]
+    own = (mixed.shape[2] - 2) // sharing
+    first = rank % sharing * own
+    return torch.cat([mixed[:, :, first : first + own], mixed[:, :, -2:]], dim=2)
+
+
+def project(linear: nn.Module, x: Tensor) -> Tensor:
+    """A linear layer of x [R, columns] without gradient: one product, and the sum over tensor-parallel ranks where its
+    columns are split. Adapters and other packages' layers go their own way."""
+    if not isinstance(linear, PLAIN) or linear._forward_hooks:
+        return linear(x[:, None])[0][:, 0]
+    out = F.linear(x, linear.weight, linear.bias)
+    if isinstance(linear, tensor_parallel.RowParallelLinear):
+        out = tensor_parallel.reduce_from_tensor_model_parallel_region(out)
+    return out
