@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 
 from megatron_avatar.policy import cache as caches
 from megatron_avatar.policy.cache import KeyValueCache, Room
+from megatron_avatar.policy.kernels import attend as kernels
+from megatron_avatar.policy.kernels import rope
 from megatron_avatar.policy.kernels.attend import FEW_QUERIES, attend_part
 
 HEADS, KV_HEADS, SIZE, LAYERS = 6, 2, 8, (3, 4)
@@ -24,8 +26,8 @@ def textbook(query, key, value):
 class World:
     """A cache, and what each row should have seen: all keys and values, as lists by layer."""
 
-    def __init__(self, static, *, pages=7, rows=8):
-        room = Room(pages=pages, page=PAGE, rows=rows, steps=STEPS, rows_per_prompt=3, pages_per_prompt=3)
+    def __init__(self, static, *, pages=7, rows=8, steps=STEPS):
+        room = Room(pages=pages, page=PAGE, rows=rows, steps=steps, rows_per_prompt=3, pages_per_prompt=3)
         self.cache = KeyValueCache(room, LAYERS, KV_HEADS, SIZE, torch.float32, torch.device("cpu"), static=static)
         self.prompts, self.rows, self.owners = {}, [], []  # prompt -> keys, values; row -> its own; row -> prompt
         self.generator = torch.Generator().manual_seed(0)
@@ -115,6 +117,28 @@ def test_own_tokens_outgrow_their_first_room(static):
             world.leave({0})
             world.add_rows([2])
     assert STEPS > caches.FIRST_ROOM
+
+
+@pytest.mark.parametrize("size", [8, 24])
+def test_the_kernels_see_the_same(monkeypatch, size):
+    """Triton's kernels in the interpreter: pages that are full, half full and absent, rows of one token and of many,
+    more queries of a page than one program takes, stretches of own tokens."""
+    monkeypatch.setattr(kernels, "MOST_QUERIES", 16)
+    monkeypatch.setattr(kernels, "STRETCH", 4)
+    monkeypatch.setattr(kernels, "KEYS", 16)
+    monkeypatch.setitem(globals(), "SIZE", size)
+    for module in (caches, kernels, rope):
+        monkeypatch.setattr(module, "runs_triton", lambda tensor: True)
+    monkeypatch.setitem(globals(), "LAYERS", (3,))
+    world = World(True, pages=6, rows=6, steps=6)
+    world.read({0: 3 * PAGE, 1: 0, 2: PAGE + 5})
+    world.add_rows([0, 0, 0, 1, 2])
+    for step in range(6):
+        world.step()
+        if step == 2:
+            world.leave({1, 3})
+            world.add_rows([2])
+    assert max(len(row[LAYERS[0]][0]) for row in world.rows) > 4
 
 
 def test_room_is_bounded():
