@@ -6,6 +6,7 @@ branches are computed in the model's. Parameters, their names and the four linea
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ class OmniLayer(TransformerLayer):
     ) -> tuple[Tensor, None]:
         """The stream [S, 1, H] behind this layer; attention_mask is the segment table, rotary_pos_emb the angles."""
         recompute = self.config.recompute_light and torch.is_grad_enabled()
-        attention, keeper = self.self_attention, CheckpointWithoutOutput() if recompute else None
+        attention, keeper = self.self_attention, CheckpointWithoutOutput(fp8=None) if recompute else None
         normed = self._norm(self.input_layernorm, hidden_states, keeper)
         mixed = heads_of(attention, attention.linear_qkv(normed)[0])
         if keeper is not None:
@@ -69,7 +70,7 @@ class OmniLayer(TransformerLayer):
         eps = self.config.layernorm_epsilon
         if keeper is None:
             return norm(stream, module.weight, eps)
-        return keeper.checkpoint(norm, stream, module.weight, eps)
+        return keeper.checkpoint(partial(norm, eps=eps), stream, module.weight)
 
     def _feed_forward(self, stream: Tensor) -> Tensor:
         """The branch [S, 1, H], all of which is computed again in the backward pass."""
@@ -78,7 +79,7 @@ class OmniLayer(TransformerLayer):
 
     def _light_feed_forward(self, stream: Tensor) -> Tensor:
         """The same, of which norm and SwiGLU are computed again, and no product."""
-        norms, gates = CheckpointWithoutOutput(), CheckpointWithoutOutput()
+        norms, gates = CheckpointWithoutOutput(fp8=None), CheckpointWithoutOutput(fp8=None)
         gated = self.mlp.linear_fc1(self._norm(self.pre_mlp_layernorm, stream, norms))[0]
         norms.discard_output_and_register_recompute(gated)
         branch = self.mlp.linear_fc2(gates.checkpoint(swiglu, gated))[0]

@@ -118,26 +118,26 @@ def _parts_kernel(
     """A page with QUERIES of its readers' queries, or a stretch of a row's own tokens with the row's."""
     program, group = tl.program_id(0), tl.program_id(1).to(tl.int64)
     number = tl.arange(0, QUERIES)
+    stretch = tl.maximum(program - page_programs, 0) % own_slots
     if program < page_programs:
         unit = (program // QUERY_BLOCKS).to(tl.int64)
         number += (program % QUERY_BLOCKS) * QUERIES
-        count = tl.load(read + unit) * share
+        count = (tl.load(read + unit) * share).to(tl.int32)
         rows = tl.load(readers + unit * most_readers + number // share, number < count, 0)
-        last = tl.load(tokens + unit)
+        last = tl.load(tokens + unit).to(tl.int32)
         store = (unit * groups + group) * page * size
         key_rows, value_rows = page_keys + store, page_values + store
-        slot = tl.load(ordinal + unit)
-        start = 0
+        slot = tl.load(ordinal + unit).to(tl.int32)
+        start = stretch
     else:
         unit = ((program - page_programs) // own_slots).to(tl.int64)
-        stretch = (program - page_programs) % own_slots
-        count = share
+        count = stretch * 0 + share
         rows = number * 0 + unit
         start = stretch * STRETCH
-        last = tl.minimum(tl.load(lengths + unit) + 1, start + STRETCH)
+        last = tl.minimum(tl.load(lengths + unit).to(tl.int32) + 1, start + STRETCH)
         store = (unit * groups + group) * room * size
         key_rows, value_rows = keys + store, values + store
-        slot = (slots - own_slots + stretch).to(tl.int64)
+        slot = slots - own_slots + stretch
     asks = number < count
     if (last > start) & (tl.min(number, 0) < count):
         head = (rows.to(tl.int64) * groups + group) * share + number % share

@@ -44,7 +44,7 @@ def rotate(x: Tensor, angles: Tensor) -> Tensor:
 def torch_split_rope(mixed: Tensor, angles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The formula."""
     query = rotate(mixed[:, :, :-2], angles).flatten(1, 2)
-    return query, rotate(mixed[:, :, -2], angles), mixed[:, :, -1].contiguous()
+    return query, rotate(mixed[:, :, -2], angles), mixed[:, :, -1].clone(memory_format=torch.contiguous_format)
 
 
 def torch_split_rope_backward(query: Tensor, key: Tensor, value: Tensor, angles: Tensor) -> Tensor:

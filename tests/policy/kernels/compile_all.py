@@ -1,0 +1,48 @@
+"""Compile every kernel at 7B's and 3B's shapes for sm_80 and sm_90, without a GPU; prints their sizes as JSON."""
+
+import json
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from megatron_avatar.policy.kernels import attend, draw, norm, rope, swiglu
+
+HALF, FULL, INTS, LONGS, DOUBLES = "*bf16", "*fp32", "*i32", "*i64", "*fp64"
+
+
+def source(kernel, types, constants):
+    """`types` in the order of the kernel's arguments that are not constexpr."""
+    names = [name for name in kernel.arg_names if name not in constants]
+    assert len(names) == len(types), (kernel.fn.__name__, names)
+    signature = {name: "constexpr" if name in constants else types[names.index(name)] for name in kernel.arg_names}
+    return ASTSource(fn=kernel, signature=signature, constexprs={(kernel.arg_names.index(n),): v
+                                                                 for n, v in constants.items()})  # fmt: skip
+
+
+KERNELS = {
+    "norm": (norm._forward_kernel, [HALF, FULL, HALF, FULL, HALF, "i32", "fp32"], dict(ADDS=True, BLOCK=4096)),
+    "norm_backward": (norm._backward_kernel, [HALF, FULL, FULL, HALF, FULL, FULL, "i32", "i32", "fp32"],
+                      dict(ADDS=True, ROWS=64, BLOCK=4096)),
+    "swiglu": (swiglu._forward_kernel, [HALF, HALF, "i32"], dict(BLOCK=1024)),
+    "swiglu_backward": (swiglu._backward_kernel, [HALF, HALF, HALF, "i32"], dict(BLOCK=1024)),
+    "split_rope": (rope._split_kernel, [HALF, FULL, HALF, HALF, HALF, *["i32"] * 4], dict(BACK=False, BLOCK=64)),
+    "split_rope_backward": (rope._split_kernel, [HALF, FULL, HALF, HALF, HALF, *["i32"] * 4],
+                            dict(BACK=True, BLOCK=64)),
+    "decode_rope": (rope._decode_kernel, [HALF, FULL, HALF, HALF, HALF, LONGS, *["i32"] * 5], dict(BLOCK=64)),
+    "attend": (attend._parts_kernel, [*[HALF] * 5, *[LONGS] * 5, FULL, FULL, *["i32"] * 9, "fp32"],
+               dict(STRETCH=512, KEYS=64, QUERIES=64, QUERY_BLOCKS=1, SIZE=128)),
+    "merge": (attend._merge_kernel, [FULL, FULL, LONGS, LONGS, HALF, *["i32"] * 4], dict(STRETCH=512, SIZE=128)),
+    "draw_stats": (draw._stats_kernel, [FULL, "*i1", FULL, DOUBLES, DOUBLES, INTS, "i32", "fp32", "i32"],
+                   dict(BLOCK=2048)),
+    "draw_find": (draw._find_kernel, [FULL, "*i1", DOUBLES, FULL, DOUBLES, DOUBLES, INTS, LONGS, FULL, "i32", "fp32",
+                                      "i32"], dict(GREEDY=False, BLOCK=2048, BLOCKS=128)),
+}  # fmt: skip
+
+if __name__ == "__main__":
+    found = {}
+    for architecture in (80, 90):
+        for name, (kernel, types, constants) in KERNELS.items():
+            made = triton.compile(source(kernel, types, constants), target=GPUTarget("cuda", architecture, 32))
+            found[f"{name} sm_{architecture}"] = {"shared": made.metadata.shared, "cubin": len(made.asm["cubin"])}
+    print(json.dumps(found))
