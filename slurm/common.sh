@@ -17,7 +17,7 @@ train() {
     return 2
   }
   settings=$("$python" "$CODE/slurm/starting.py" "$@") || return 2
-  local command srun_options master run log gpus
+  local command srun_options master run log gpus tmp_gib
   eval "$settings"
 
   export SLURM_EXPORT_ENV=ALL # for srun; what --export=NONE kept from this job its tasks need from here
@@ -35,7 +35,7 @@ train() {
     ${srun_options[@]+"${srun_options[@]}"}) status=0
   {
     trap : USR1 USR2 TERM # a subshell has its own
-    "${srun[@]}" bash -c "$SEES_THE_RUN" pre-flight "${command[@]}" -m slurm.preflight "$run" "$gpus" &&
+    "${srun[@]}" bash -c "$SEES_THE_RUN" pre-flight "${command[@]}" -m slurm.preflight "$run" "$gpus" "$tmp_gib" &&
       "${srun[@]}" "${command[@]}" -m megatron_avatar.train "$@"
   } 2>&1 | (trap '' USR1 USR2 TERM && exec tee -a "$log") || status=$?
   "$python" "$CODE/slurm/ending.py" "$run" "$status" "$log" "$@" # done, over, or to be continued

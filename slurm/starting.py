@@ -59,6 +59,7 @@ def batch_shell(arguments: list[str]) -> str:
         f"master={shlex.quote(config.cluster.master)}",
         f"run={shlex.quote(str(run))}",
         f"log={shlex.quote(str(logs))}",
+        f"tmp_gib={config.cluster.tmp_gib}",
         f"gpus={0 if config.cluster.gpu == 'cpu' else tasks}",
     ]
     return "\n".join(lines)

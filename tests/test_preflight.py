@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import socket
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from slurm import preflight
+from megatron_avatar.policy import devices
+from slurm import meeting, preflight
 
 
 @pytest.fixture
@@ -17,38 +22,127 @@ def rank(monkeypatch):
         probe.bind(("", 0))
         port = probe.getsockname()[1]
     for name, value in {"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_NTASKS_PER_NODE": "1", "SLURM_LOCALID": "0",
-                        "AVATAR_NODES": "gold silver", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}.items():
+                        "SLURM_JOB_ID": "7", "AVATAR_NODES": "gold silver", "MASTER_ADDR": "localhost",
+                        "MASTER_PORT": str(port)}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(preflight, "leave_on_signals", lambda: None)
     return monkeypatch
 
 
 def test_one_sound_node_passes(rank, tmp_path, capfd):
-    assert preflight.main(tmp_path / "run", 0) == 0
-    assert "1 ranks, 0 GPUs a node, all-reduce good" in capfd.readouterr().err
+    assert preflight.main(tmp_path / "run", 0, 0.1) == 0
+    assert "1 ranks, 0 GPUs a node, all-reduce good over gloo" in capfd.readouterr().err
     assert not list((tmp_path / "run").iterdir())
 
 
-def test_a_node_that_never_answers_is_named(rank, tmp_path, capfd):
+def join(rank: int, port: int, work, monkeypatch_s: tuple[float, float], results) -> None:
+    """One rank of four, in a process of its own."""
+    meeting.JOIN_S, meeting.SAY_S = monkeypatch_s
+    began = time.monotonic()
+    try:
+        meeting.meet(rank, 4, "localhost", port, "7", work, lambda rank: f"rank {rank} on n{rank // 2}")
+        reason = ""
+    except meeting.Missing as error:
+        reason = str(error) or "told to leave"
+    results.put((rank, reason, began, time.monotonic()))
+
+
+def die() -> None:
+    os._exit(1)
+
+
+def all_join(works: dict, port: int, *, join_s: float = 20.0, say_s: float = 0.3) -> dict[int, tuple]:
+    """Rank -> why it didn't join, when it began and ended; without those that die."""
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    children = [context.Process(target=join, args=(rank, port, work, (join_s, say_s), results), daemon=True)
+                for rank, work in works.items()]  # fmt: skip
+    for child in children:
+        child.start()
+    found = {}
+    while len(found) < sum(work is not die for work in works.values()):
+        rank, *rest = results.get(timeout=30)
+        found[rank] = tuple(rest)
+    for child in children:
+        child.join(30)
+    return found
+
+
+@pytest.mark.parametrize("slow", [0, 3])
+def test_a_slow_import_is_waited_for_and_named_meanwhile(rank, capfd, slow):
+    """Far beyond the intervals at which it is spoken of, as 90 s on a cold file system are; also where it is the rank
+    that all others wait for."""
+    works = {k: (lambda k=k: time.sleep(2.0 if k == slow else 0.0)) for k in range(4)}
+    found = all_join(works, int(os.environ["MASTER_PORT"]))
+    assert {reason for reason, _, _ in found.values()} == {""}, found
+    assert all(ended >= found[slow][1] + 2.0 for _, _, ended in found.values()), "nobody goes on without it"
+    said = capfd.readouterr().err
+    assert f"pre-flight: waiting for rank {slow} on n{slow // 2}, importing torch for " in said, said
+
+
+def test_ranks_that_never_begin_or_die_are_named(rank, capfd):
+    port = int(os.environ["MASTER_PORT"])
+    found = all_join({0: lambda: None, 2: lambda: None}, port, join_s=1.0)
+    assert "still waits for rank 1 on n0, not begun; rank 3 on n1, not begun" in found[0][0]
+    assert found[2][0] == "told to leave"
+    found = all_join({0: lambda: None, 1: die, 2: lambda: None, 3: lambda: time.sleep(0.5)}, port)
+    assert "rank 1 on n0 ended while it imported torch" in found[0][0] and found[2][0] == found[3][0] == "told to leave"
+    found = all_join({2: lambda: None}, port, join_s=1.0, say_s=0.2)  # no rank 0
+    assert "can't be reached for 1 s" in found[2][0]
+    assert "its task may not have begun; a firewall looks the same" in capfd.readouterr().err
+
+
+def test_a_node_that_stops_answering_is_named(rank, tmp_path, capfd):
     rank.setenv("SLURM_NTASKS", "2")
     rank.setattr(preflight, "DEADLINE_S", 2)
     began = time.monotonic()
-    assert preflight.main(tmp_path, 0) == 2
+    assert preflight._together(tmp_path, 0, 0.1, 0, 2) == 2
     assert "no answer within 2 s from rank 1 on silver" in capfd.readouterr().err
     assert time.monotonic() - began < 10
 
 
+@pytest.mark.parametrize(
+    ("visible", "tasks", "own"),
+    [(4, 4, [0, 1, 2, 3]), (8, 4, [0, 1, 2, 3]), (1, 4, [0, 0, 0, 0]), (1, 1, [0]), (4, 0, [0, 1, 2, 3]),
+     (1, 0, [0, 0])],
+)
+def test_all_gpus_of_a_node_are_visible_or_a_ranks_own(monkeypatch, visible, tasks, own):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    assert [devices.own_device(k, tasks) for k in range(len(own))] == own
+
+
+@pytest.mark.parametrize(("visible", "tasks", "rank"), [(0, 4, 0), (2, 4, 0), (3, 4, 3), (2, 0, 2)])
+def test_too_few_gpus_are_refused(monkeypatch, visible, tasks, rank):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    with pytest.raises(ValueError, match=f"{visible} GPUs are visible to process {rank} of its node"):
+        devices.own_device(rank, tasks)
+
+
+def test_a_gpu_is_one_ranks_alone(monkeypatch):
+    gpus = iter([SimpleNamespace(name="A100", uuid=uuid) for uuid in ("a", "b", "a")])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: next(gpus))
+    store = torch.distributed.HashStore()
+    devices.claim(0, 0, store)
+    devices.claim(0, 1, store)
+    with pytest.raises(ValueError, match="rank 2 sees the GPU of another rank"):
+        devices.claim(0, 2, store)
+
+
 def test_missing_gpus_and_a_full_disk_are_named(rank, tmp_path, capfd):
     rank.setattr(preflight, "FREE_BYTES", 10**18)
-    assert preflight.main(tmp_path, 2) == 2
+    assert preflight.main(tmp_path, 2, 0.1) == 2
     said = capfd.readouterr().err
-    assert f"pre-flight on {socket.gethostname()}, rank 0: 0 GPUs are visible, 2 processes need one each" in said
-    assert "MiB free, below" in said
+    assert f"pre-flight on {socket.gethostname()}, rank 0: 0 GPUs are visible to process 0 of its" in said
+    assert "MiB free, below" in said and "TMPDIR" not in said
+    assert preflight.main(tmp_path, 0, 1e9) == 2
+    assert "set TMPDIR, or lower cluster.tmp_gib" in capfd.readouterr().err
+    rank.setattr(preflight, "FREE_BYTES", 0)
+    assert preflight.main(tmp_path, 0, 0) == 0
 
 
 def test_a_master_without_a_name_is_found_at_once(rank, tmp_path, capfd):
     rank.setenv("MASTER_ADDR", "no-such-node.invalid")
-    assert preflight.main(tmp_path, 0) == 2
+    assert preflight.main(tmp_path, 0, 0.1) == 2
     assert "no-such-node.invalid, doesn't resolve" in capfd.readouterr().err
 
 
@@ -57,7 +151,7 @@ def test_a_port_that_is_taken_is_named(rank, tmp_path, capfd):
         taken.bind(("", 0))
         taken.listen()
         rank.setenv("MASTER_PORT", str(taken.getsockname()[1]))
-        assert preflight.main(tmp_path, 0) == 2
+        assert preflight.main(tmp_path, 0, 0.1) == 2
     assert "can't be opened" in capfd.readouterr().err
 
 

@@ -22,6 +22,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import random as megatron_random
 
 from megatron_avatar.config.schema import ParallelConfig
+from megatron_avatar.policy.devices import claim, own_device
 
 # A rank that finished generation waits for the slowest one: longer than NCCL's default of 10 minutes.
 TIMEOUT = timedelta(minutes=60)
@@ -117,13 +118,8 @@ def start(parallel: ParallelConfig, *, seed: int = 0) -> Backend:
             "start a multiple of tp * pp processes, or change parallel.tp and parallel.pp"
         )
     if torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
-            raise ValueError(
-                f"rank {rank} is number {local_rank} on its node, which has {torch.cuda.device_count()} GPUs: "
-                "start one process a GPU"
-            )
-        torch.cuda.set_device(local_rank)
-        device = torch.device("cuda", local_rank)
+        device = torch.device("cuda", own_device(local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", 0))))
+        torch.cuda.set_device(device)
     else:
         redirect_cuda_to_cpu()
         device = torch.device("cpu")
@@ -135,6 +131,8 @@ def start(parallel: ParallelConfig, *, seed: int = 0) -> Backend:
         _check_master()
         store, _, _ = next(dist.rendezvous("env://", rank, world, timeout=TIMEOUT))
         store = dist.PrefixStore(f"start_{next(_starts)}", store)  # apart from the addresses of an earlier start
+        if device.type == "cuda":
+            claim(device.index, rank, store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tp,

@@ -97,7 +97,7 @@ def _write_configuration(root: Path, nodes: int, gpus: int, cpus: int) -> None:
     host = socket.gethostname()
     lines = "\n".join(
         f"NodeName=n{i} NodeHostname={f'n{i}' if own_names else host} NodeAddr=127.0.1.{i} Port={port} "
-        f"CPUs={cpus} RealMemory=16000 Gres=gpu:{gpus} State=UNKNOWN"
+        f"CPUs={cpus} RealMemory=16000 Gres=gpu:a100:{gpus} State=UNKNOWN"
         for i, port in enumerate(ports, 1)
     )
     (root / "slurm.conf").write_text(f"""# written by slurm/local/cluster.py
@@ -135,7 +135,7 @@ MailProg=/bin/true
     (root / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
     devices = ["/dev/null", "/dev/zero", "/dev/full", "/dev/random"]
     assert gpus <= len(devices), f"at most {len(devices)} make-believe GPUs a node"
-    (root / "gres.conf").write_text("".join(f"Name=gpu File={device}\n" for device in devices[:gpus]))
+    (root / "gres.conf").write_text("".join(f"Name=gpu Type=a100 File={device}\n" for device in devices[:gpus]))
     names = "".join(f"127.0.1.{i} n{i}\n" for i in range(1, nodes + 1))
     (root / "hosts").write_text(Path("/etc/hosts").read_text() + names)
     sacct = root / "bin" / "sacct"  # submitit asks sacct for the states of its jobs
