@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import re
 import string
-import unicodedata
 from functools import lru_cache
 
 from megatron_avatar.records import Sample
-from megatron_avatar.rl.rewards.accuracy import choice_letter, normalise
+from megatron_avatar.rl.rewards.choices import choice_letter, normalise
 from megatron_avatar.rl.rewards.http_judge import gold_text
-from megatron_avatar.rl.rewards.numbers import number_words, quantity
+from megatron_avatar.rl.rewards.numbers import number_words, quantity, values
+from megatron_avatar.rl.rewards.plain import compose, unwrap
 
 MAX_WORDS = 45
 PARAPHRASE = 0.6  # share of a long answer's content words that tells it
@@ -22,14 +23,16 @@ _TIMES = {
 }  # fmt: skip
 _ORDINALS = "zeroth first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth".split()
 _NAMED = re.compile(  # in brackets or quotes, or after `option`
-    r"[(\[\"'“‘]([A-Za-z])[)\]\"'”’]|\b(?:option|choice|answer|letter)s?\b[\s:=]*(?:is\b\s*)?[\"'(\[]?([A-Za-z])\b"
+    r"[(\[\"']([A-Za-z])[)\]\"']|(?:\b(?:option|choice|answer|letter)s?\b[\s:=]*(?:is\b\s*)?|答案[是为:]?|选项?)"
+    r"[\"'(\[]?([A-Za-z])(?![A-Za-z0-9_])"
 )
-_ALONE = re.compile(r"\b([A-Z])\b(?!')")
-_CLOSED = re.compile(r"\b([AI])(?=\s*(?:[.,;:!?)]|$))")  # followed by no word: neither article nor pronoun
+_ALONE = re.compile(r"(?<![A-Za-z0-9_])([A-Z])(?![A-Za-z0-9_'])")  # beside ideographs too
+_CLOSED = re.compile(r"(?<![A-Za-z0-9_])([AI])(?=\s*(?:[^\w\s']|$))")  # no word follows: neither article nor pronoun
 _CARDINALS = "|".join(map(number_words, range(1, 13)))
 _PLACED = re.compile(
     rf"\b(last|{'|'.join(_ORDINALS[1:])}|\d+(?:st|nd|rd|th))\s+(?:option|choice|answer|alternative)\b|"
-    rf"\b(?:option|choice|answer|alternative)\s+(?:number\s+|no\.?\s*|#\s*)?(\d+|{_CARDINALS})\b"
+    rf"\b(?:option|choice|answer|alternative)\s+(?:number\s+|no\.?\s*|#\s*)?(\d+|{_CARDINALS})\b|"
+    r"第([一二三四五六七八九十]|\d+)个?(?:选项|答案)"
 )
 _IN_TEXT = re.compile(r"(?:^|\s)\(?([A-Z])[.):]\s+(.*?)(?=\s+\(?[A-Z][.):]\s|\s*$)", re.DOTALL)
 
@@ -41,7 +44,7 @@ def leak(hint: str, sample: Sample) -> str | None:
     choice's letter or place; every choice but the correct one; a number's value in digits or words. Also more than one
     short sentence, and markup. Other words of the same meaning are left to the teacher's prompt.
     """
-    hint = unicodedata.normalize("NFKC", hint)
+    hint = compose(hint)
     words = hint.split()
     if not words:
         return "empty"
@@ -49,10 +52,11 @@ def leak(hint: str, sample: Sample) -> str | None:
         return "not one short sentence"
     if re.search(r"[<>{}|]|```", hint):
         return "markup"
+    hint = unwrap(hint)
     if sample.problem_type == "multiple_choice":
         return _names_choice(hint, sample)
     if sample.problem_type in ("numerical", "math") and (gold := quantity(sample.answer)) is not None:
-        return "names the number" if gold.value in _values(hint) or _spells(hint, gold.value) else None
+        return "names the number" if _named(gold.value, hint) or _spells(hint, gold.value) else None
     return "names the answer" if _tells(hint, sample.answer) else None
 
 
@@ -87,12 +91,12 @@ def _choices_in(question: str) -> tuple[str, ...]:
 def _placed(hint: str, count: int) -> set[str]:
     """Letters of the choices that a hint names by their place: `the second option`, `choice 2`."""
     places = set()
-    for ordinal, number in _PLACED.findall(hint.casefold()):
+    for ordinal, number, numeral in _PLACED.findall(hint.casefold()):
         if ordinal == "last":
             places.add(count)
         elif ordinal in _ORDINALS:
             places.add(_ORDINALS.index(ordinal))
-        elif found := quantity(number or ordinal[:-2]):
+        elif found := quantity(numeral or number or ordinal[:-2]):
             places.add(int(found.value))
     return {string.ascii_uppercase[place - 1] for place in places if 0 < place <= 26}
 
@@ -106,23 +110,28 @@ def _tells(hint: str, answer: str) -> bool:
     if any(re.search(rf"(?<!\w){re.escape(gold)}(?!\w)", text) for text in (said, letter_by_letter)):
         return True
     value = quantity(answer)
-    if value is not None and re.fullmatch(r"[\W\d]*|[a-z-]+", gold) and value.value in _values(hint):
+    if value is not None and re.fullmatch(r"[\W\d]*|[a-z-]+", gold) and _named(value.value, hint):
         return True
     content = {_stem(word) for word in re.findall(r"\w+", gold) if word not in _EMPTY}
     found = content & {_stem(word) for word in re.findall(r"\w+", said)}
     return bool(content) and len(found) >= (len(content) if len(content) < 3 else PARAPHRASE * len(content))
 
 
+def _named(value: float, hint: str) -> bool:
+    return any(math.isclose(value, named, rel_tol=1e-6) for named in _values(hint))
+
+
 def _values(hint: str) -> set[float]:
-    """Every number that the hint names: digits, number words, ordinals, `twice`."""
-    values = {float(value) for word, value in _TIMES.items() if re.search(rf"\b{word}\b", hint, re.IGNORECASE)}
-    values |= {float(k) for k, word in enumerate(_ORDINALS) if re.search(rf"\b{word}\b", hint, re.IGNORECASE)}
-    values |= {float(k) for k, pattern in enumerate(_number_patterns()) if pattern.search(hint)}
+    """Every number that the hint names: digits, number words (`two dozen`, `三个`), ordinals, `twice`."""
+    found = values(hint)
+    found |= {float(value) for word, value in _TIMES.items() if re.search(rf"\b{word}\b", hint, re.IGNORECASE)}
+    found |= {float(k) for k, word in enumerate(_ORDINALS) if re.search(rf"\b{word}\b", hint, re.IGNORECASE)}
+    found |= {float(k) for k, pattern in enumerate(_number_patterns()) if pattern.search(hint)}
     for token in re.findall(r"[-+]?\d[\d,./]*(?:\s?[x×]\s?10\^?-?\d+|e-?\d+)?%?|\d+(?:st|nd|rd|th)\b", hint):
-        found = quantity(re.sub(r"(?:st|nd|rd|th)$", "", token.rstrip(".,/")))
-        if found is not None:
-            values |= {found.value, found.value / 100} if found.unit == "%" else {found.value}
-    return values
+        named = quantity(re.sub(r"(?:st|nd|rd|th)$", "", token.rstrip(".,/")))
+        if named is not None:
+            found |= {named.value, named.value / 100} if named.unit == "%" else {named.value}
+    return found
 
 
 @lru_cache(maxsize=1)

@@ -12,10 +12,10 @@ _LEADS = (
     "identify ", "recognize ", "calculated as ", "counted as ", "measured as ", "observed as ", "concluded as ",
     "found to be ", "equals ", "determined to be ", "number of ", "value is ", "adds up to ", "have ", "has ",
 )  # fmt: skip
-_NUMBERS = (
+_NUMBERS = (  # the owners', each digit looked at once: a match begins and ends where its digits do
     r"-?\b\d{1,3}(?:,\d{3})+\b",
-    r"-?\d+(?:\.\d+)?[eE][+-]?\d+",
-    r"-?(?:\d+\.\d+|\.\d+|\d+\b)(?![eE][+-]?\d+)(?![,\d])",
+    r"-?(?<!\d)\d++(?:\.\d++)?[eE][+-]?\d++",
+    r"-?(?:(?<!\d)\d++\.\d++|\.\d++|(?<!\d)\d++\b)(?![eE][+-]?\d)(?![,\d])",
 )
 
 

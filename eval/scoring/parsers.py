@@ -10,9 +10,10 @@ from collections.abc import Callable
 from typing import Any
 
 from eval.asking.items import sample_of
-from megatron_avatar.rl.rewards.accuracy import normalise
+from megatron_avatar.rl.rewards.choices import choice_letter, normalise
 from megatron_avatar.rl.rewards.format import parse
 from megatron_avatar.rl.rewards.grade import read_answer
+from megatron_avatar.rl.rewards.plain import last_box
 
 Line = dict[str, Any]
 Parser = Callable[[str, Line], str | None]
@@ -20,8 +21,8 @@ _LEAD_IN = re.compile(
     r"[Tt]he answer is|The (?:(?:correct|best) )?(?:answer|option) is|(?:Best )?(?:[Aa]nswer|[Oo]ption):|The answer|"
     r"[Tt]he final answer is|### Final Answer:|\\boxed"
 )
-_LETTERS = re.compile(r"\W*+[a-z](?:(?:\W|\band\b)++[a-z])*+\W*+", re.IGNORECASE)
-_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
+_LETTERS = re.compile(r"(?<![A-Za-z])(?!and(?![A-Za-z]))[A-Za-z]+")
+_TAG = re.compile("<(/?)answer>", re.IGNORECASE)
 
 
 def tagged(text: str, line: Line) -> str | None:
@@ -29,8 +30,8 @@ def tagged(text: str, line: Line) -> str | None:
     reasoning. Where the options stand in the question alone, their texts aren't known: `B. It stops` is B."""
     answer = read_answer(text if "<answer>" in text else text.rpartition("</think>")[2], sample_of(line))
     if answer is not None and line["kind"] == "choice" and not line["choices"]:
-        lettered = re.match(r"\(?([A-Z])(?:[.:)]|\Z)", answer)
-        return lettered[1] if lettered and lettered[1] in line["letters"] else answer
+        letter = choice_letter(answer, ())
+        return letter if letter and letter in line["letters"] else answer
     return answer
 
 
@@ -40,24 +41,42 @@ def tagged_yes_no(text: str, line: Line) -> str | None:
 
 
 def tagged_letters(text: str, line: Line) -> str | None:
-    """The letters between the answer tags, sorted: `A,C`; of words between them the capitals that stand alone. Without
-    a tag, a reply that is nothing but letters."""
+    """The letters between the answer tags, sorted: `A,C`, side by side too (`AC`); of words between them the capitals
+    that stand alone. Without a tag, a reply that is nothing but letters, or states them: `The answers are A and C`."""
     inside = parse(text)[1] if "<answer>" in text else text.rpartition("</think>")[2]
     if inside is None:
         return None
-    if _LETTERS.fullmatch(inside):
-        inside = inside.upper()
-    elif "<answer>" not in text:
-        return None
-    said = {letter for letter in re.findall(r"\b[A-Z]\b", inside) if letter in line["letters"]}
-    return ",".join(sorted(said)) or None
+    inside = inside.translate({full + 0xFEE0: full for full in range(0x21, 0x7F)})  # full-width forms
+    inside = re.sub(r"\\[A-Za-z]+", " ", inside)  # \boxed, \text
+    *stated, behind = re.split(r"(?i)\banswers?\s(?:is|are)\b|\banswers?\s?:|答案[是为:]|选", inside)
+    said = only_letters(behind.partition("\n")[0] if stated else inside, line["letters"])
+    if said is None and "<answer>" in text:
+        said = set(re.findall(r"(?<![A-Za-z0-9_])[A-Z](?![A-Za-z0-9_])", inside)) & set(line["letters"])
+    return ",".join(sorted(said or ())) or None
+
+
+def only_letters(text: str, letters: str) -> set[str] | None:
+    """The letters of a text that is nothing but letters which may be answered, alone (any others are left out) or side
+    by side: capitals, or small ones in their order, which are no word; None for other words."""
+    said = set()
+    for run in _LETTERS.findall(text):
+        alike = run.isupper() or (run.islower() and list(run) == sorted(run))
+        if len(run) > 1 and not (alike and len(set(run)) == len(run) and set(run.upper()) <= set(letters)):
+            return None
+        said |= set(run.upper()) & set(letters)
+    return said
 
 
 def last_capital(text: str, line: Line) -> str | None:
     """Published scripts: what stands between answer tags, untouched; else the last stand-alone capital of A to Z, the
     first capital, or the first letter in range. In prose the article `A` and the pronoun `I` count."""
-    found = _ANSWER.findall(text)
-    return found[-1].strip() if found else last_capital_untagged(text, line)
+    opened, found = None, None
+    for tag in _TAG.finditer(text):
+        if not tag[1] and opened is None:
+            opened = tag.end()
+        elif tag[1] and opened is not None:
+            found, opened = text[opened : tag.start()], None
+    return found.strip() if found is not None else last_capital_untagged(text, line)
 
 
 def last_capital_untagged(text: str, line: Line) -> str | None:
@@ -102,13 +121,8 @@ def first_capital(text: str, line: Line) -> str | None:
 
 def boxed(text: str, line: Line) -> str | None:
     """What stands in the last \\boxed{}; without one, what the reply plainly says."""
-    _, box, rest = text.rpartition("\\boxed{")
-    depth = 1
-    for place, character in enumerate(rest if box else ""):
-        depth += {"{": 1, "}": -1}.get(character, 0)
-        if not depth:
-            return tagged(f"<answer>{rest[:place]}</answer>", line)
-    return tagged(text, line)
+    box = last_box(text)
+    return tagged(text if box is None else f"<answer>{box}</answer>", line)
 
 
 def first_token(text: str, line: Line) -> str | None:

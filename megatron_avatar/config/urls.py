@@ -8,14 +8,17 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 KEY = "AVATAR_ENDPOINT_KEY"  # the environment variable that holds the key of all endpoints
+# Both look at each character a fixed number of times: a text of any length costs no more than it is long.
+_QUERY = re.compile(r"((?<!\w)\w++://[^\s?#'\"]*+)(?:([?#])[^\s'\")]*+)?")
+_USER = re.compile(r"((?<!\w)\w++://)[^/\s]*@")  # up to the last @: a password may hold one
 
 
 def mask(text: str) -> str:
     """The text with user names, passwords, query strings and fragments of URLs hidden, and the endpoint's key."""
     if key := os.environ.get(KEY):
         text = text.replace(key, "***")
-    text = re.sub(r"(\w+://[^\s?#'\"]*)([?#])[^\s'\")]*", r"\1\2***", text)
-    return re.sub(r"(\w+://)[^/\s]*@", r"\1***@", text)  # up to the last @: a password may hold one
+    text = _QUERY.sub(lambda found: found[1] + (f"{found[2]}***" if found[2] else ""), text)
+    return _USER.sub(r"\1***@", text)
 
 
 def addresses(address: str) -> list[str]:

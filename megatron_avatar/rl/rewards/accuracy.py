@@ -10,19 +10,15 @@ from rapidfuzz.distance import Levenshtein
 from megatron_avatar.records import Sample
 from megatron_avatar.rl.rewards import algebra
 from megatron_avatar.rl.rewards.bounded import bounded
+from megatron_avatar.rl.rewards.choices import choice_letter, normalise
 from megatron_avatar.rl.rewards.numbers import quantity, readings
+from megatron_avatar.rl.rewards.plain import CJK
 from megatron_avatar.rl.rewards.symbolic import latex_equal, rouge
 
-_LETTER = re.compile(r"[(\[]?([A-Za-z])[)\]]?[.:)]?(?:\s+(.*))?", re.DOTALL)
-_WRAPPED = re.compile(
-    r"\\(?:boxed|text|mathrm|mathbf|textbf)\s*\{([^{}]*)\}|\*\*(.+?)\*\*|`([^`]+)`|\$([^$]+)\$", re.DOTALL
-)
-_LEAD = re.compile(
-    r"\A\s*(?:(?:so|thus|therefore|hence)\b[,:]?\s+)?(?:(?:i\s+(?:choose|pick|select)|it\s+is|it's)\s+|"
-    r"(?:the\s+|my\s+)?(?:(?:correct|right|final|best)\s+)*(?:answer|choice|option)\b(?:\s+is\b)?\s*[:=]?\s*)"
-    r"(?:(?:the\s+)?(?:option|choice|letter)\s+)?",
-    re.IGNORECASE,
-)
+# Of scripts without blanks (Chinese, Japanese, Thai, Lao, Burmese, Khmer) each character is a word, with its marks.
+_NO_BLANKS = f"{CJK}\u3001-\u3003\u3008-\u301f\u0e01-\u0eff\u1000-\u109f\u1780-\u17ff"
+_MARK = "\u0e31\u0e34-\u0e3a\u0e47-\u0e4e\u0eb1\u0eb4-\u0ebc\u0ec8-\u0ece\u102b-\u103e\u17b4-\u17d3\u3099\u309a"
+_WORD = re.compile(rf"[{_NO_BLANKS}][{_MARK}]*|[^\s{_NO_BLANKS}]+")
 _FENCE = re.compile(r"^\s*```[^\n]*\n(.*?)\n?```\s*$", re.DOTALL)
 
 
@@ -31,8 +27,9 @@ def accuracy_reward(answer: str | None, sample: Sample, *, numerical: str = "gra
 
     multiple_choice: the letter, case-folded. numerical: 1 - min(1, |x - gold| / |gold|), for gold 0 whether
     |x| < 1e-5, x in the gold's unit; with `numerical` "exact" (the released trainer's rule) 1 within a relative 1e-3,
-    else 0. math: equality as expressions, sets, intervals, matrices. ocr: 1 - word error rate, not below 0. free_form:
-    mean F1 of ROUGE-1, -2 and -L. code: equality after normalising. other: exact text.
+    else 0. math: equality as expressions, statements, sets, intervals, matrices. ocr: 1 - word error rate, not below 0
+    (each character is a word in scripts without blanks). free_form: mean F1 of ROUGE-1, -2 and -L. code: equality
+    after normalising. other: exact text.
     """
     if answer is None:
         return 0.0
@@ -41,11 +38,9 @@ def accuracy_reward(answer: str | None, sample: Sample, *, numerical: str = "gra
             closeness = _closeness(answer, sample.answer)
             return closeness if numerical == "graded" else float(closeness >= 1 - 1e-3)
         case "math":
-            same = answer.split() == sample.answer.split() or algebra.equal(answer, sample.answer)
-            short = max(len(answer), len(sample.answer)) <= algebra.MAX_LENGTH
-            return float(same or (short and bool(bounded(latex_equal, answer, sample.answer))))
+            return float(_same_mathematics(answer, sample.answer))
         case "ocr":
-            words, gold = (unicodedata.normalize("NFKC", text).split() for text in (answer, sample.answer))
+            words, gold = (_WORD.findall(unicodedata.normalize("NFKC", text)) for text in (answer, sample.answer))
             return max(0.0, 1.0 - Levenshtein.distance(words, gold) / len(gold)) if gold else float(not words)
         case "free_form":
             return bounded(rouge, answer, sample.answer) or 0.0
@@ -74,44 +69,17 @@ def canonical(answer: str, sample: Sample) -> str:
             return normalise(answer)
 
 
-def choice_letter(answer: str, choices: tuple[str, ...]) -> str | None:
-    r"""The capital letter of `B`, `(b)`, `B. second choice`, `The answer is **B**`, `\boxed{B}` or `second choice`;
-    None for anything else.
-
-    A lone letter that numbers a choice is that choice, even where another choice's text is this letter. One that
-    is followed by other words than its own choice's text, or by a second choice, names none.
-    """
-    answer = _WRAPPED.sub(lambda match: next(g for g in match.groups() if g is not None), answer).strip()
-    return _bare_letter(answer, choices) or _bare_letter(_LEAD.sub("", answer, count=1), choices)
-
-
-def _bare_letter(answer: str, choices: tuple[str, ...]) -> str | None:
-    texts = [normalise(choice) for choice in choices]
-    match = _LETTER.fullmatch(answer.strip().strip("*\"'"))
-    letter, text = (match.group(1).upper(), match.group(2)) if match else (None, None)
-    index = ord(letter) - ord("A") if letter else len(texts)
-    if letter and text is None and (index < len(texts) or not texts):
-        return letter
-    if normalise(answer) in texts:
-        return chr(ord("A") + texts.index(normalise(answer)))
-    if text is None or index >= len(texts):
-        return None
-    said, own = normalise(text), texts[index]
-    if said == own:
-        return letter
-    rest = said.removeprefix(own)
-    if not own or rest == said or re.match(r"\w", rest):  # `B. blue squares` is not `blue square`
-        return None
-    others = [other for k, other in enumerate(texts) if k != index and other]
-    named = [other for other in others if re.search(rf"(?<!\w){re.escape(other)}(?!\w)", rest)]
-    letters = {chr(ord("a") + k) for k in range(len(texts)) if k != index} - {"a", "i"}  # an article, a pronoun
-    return None if named or letters & set(re.findall(r"\b[a-z]\b", rest)) else letter
-
-
-def normalise(text: str) -> str:
-    """Case-folded, compatibility-composed, single-spaced, without punctuation at either end."""
-    text = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
-    return text.strip(" .,;:!?\"'`()[]*") or text
+def _same_mathematics(answer: str, gold: str) -> bool:
+    """By our own reading where both sides are understood, else by math-verify; words by their text."""
+    if answer.split() == gold.split():
+        return True
+    if max(len(answer), len(gold)) > algebra.MAX_LENGTH:
+        return False
+    said, wanted = normalise(answer), normalise(gold)
+    if said == wanted and wanted.replace(" ", "").isalpha():  # words, a choice's letter
+        return True
+    verdict = algebra.verdict(answer, gold)
+    return bool(bounded(latex_equal, answer, gold)) if verdict is None else verdict
 
 
 def _closeness(answer: str, gold: str) -> float:

@@ -6,14 +6,20 @@ import re
 from typing import Any
 
 from megatron_avatar.records import Sample
-from megatron_avatar.rl.rewards.accuracy import accuracy_reward, choice_letter, normalise
+from megatron_avatar.rl.rewards.accuracy import accuracy_reward
+from megatron_avatar.rl.rewards.choices import stated_letter
 from megatron_avatar.rl.rewards.format import format_reward, parse
 from megatron_avatar.rl.rewards.numbers import quantity
+from megatron_avatar.rl.rewards.plain import last_box
 
 # An answer that scores this much is correct. Graded numbers count when they are right to three digits.
 THRESHOLD = {"free_form": 0.5, "ocr": 0.5}
 _EXACT = 1 - 1e-3
-_NAMED_LETTER = re.compile(r"\(([A-Za-z])\)|(?:answer|option)(?: is)?:? ([A-Za-z])\b")
+_STATEMENT = re.compile(
+    r"(?:\b(?:answer|solution)(?:\s+(?:is|would\s+be|should\s+be|must\s+be)\b\s*+:?|\s*+[:=])|答案(?:应该?)?[是为:：])"
+    r"[\s*_]*+",
+    re.IGNORECASE,
+)
 
 
 def grade(sample: Sample, text: str) -> dict[str, Any]:
@@ -33,23 +39,28 @@ def is_right(accuracy: float, sample: Sample) -> bool:
 def read_answer(text: str, sample: Sample) -> str | None:
     """The answer between the tags; without an answer tag, what the reply plainly says.
 
-    Plainly: the only choice that it names, by text or as `(B)` or `answer is B`; the only number in it; for
-    the other types the whole reply. Rewards don't use this: in training the format has to be learnt.
+    Plainly: the last `\\boxed{}` or statement (`the answer is B`, `Answer: 3`), else the only choice that it names, by
+    text or as `(B)`; the only number in it; for the other types the whole reply. Rewards don't use this: in training
+    the format has to be learnt.
     """
     if "<answer>" in text:
         return parse(text)[1]
     text = text.strip()
     match sample.problem_type:
         case "multiple_choice":
-            named = {choice for choice in sample.choices if _says(text, choice)}
-            named |= {letter for groups in _NAMED_LETTER.findall(text) for letter in groups if letter}
-            letters = {choice_letter(name, sample.choices) for name in named}
-            return letters.pop() if len(letters) == 1 else choice_letter(text, sample.choices)
+            return stated_letter(text, sample.choices)
         case "numerical":
-            return text if quantity(text) is not None else None
+            return next((said for said in (*_stated(text), text) if quantity(said) is not None), None)
+        case "math" | "other":
+            return next((said for said in _stated(text) if said), text) or None
         case _:
             return text or None
 
 
-def _says(text: str, phrase: str) -> bool:
-    return re.search(rf"(?<!\w){re.escape(normalise(phrase))}(?!\w)", normalise(text)) is not None
+def _stated(text: str) -> list[str]:
+    """What stands in the last box, and behind the last statement that isn't denied."""
+    box = last_box(text)
+    ends = [found.end() for found in _STATEMENT.finditer(text)]
+    stated = text[ends[-1] :].partition("\n")[0].strip() if ends else ""
+    denied = re.match(r"(?:not|n't)\b", stated, re.IGNORECASE)
+    return ([] if box is None else [box.strip()]) + ([] if denied else [stated.rstrip(". ")])

@@ -4,34 +4,49 @@ from __future__ import annotations
 
 import math
 import re
-import unicodedata
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
 
-_SUPERSCRIPT = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
-_SUPERSCRIPTS = re.compile(r"[⁻⁺]?[⁰¹²³⁴⁵⁶⁷⁸⁹]+")
-_PLAIN = (  # LaTeX and typography as plain text, in this order
-    (re.compile(r"\\(?:text|mathrm|mathbf|boxed|operatorname)\s*\{([^{}]*)\}"), r"\1"),
-    (re.compile(r"\\(?:left|right|displaystyle|[,;!: ])|\$|\\?\{,\}"), ""),
-    (re.compile(r"\\[dt]?frac\s*\{\s*([^{}]*?)\s*\}\s*\{\s*([^{}]*?)\s*\}"), r" \1/\2"),
-    (re.compile(r"[−–‒](?=\s?[\d.])"), "-"),
-    (re.compile(r"\\times|\\cdot|×|·"), "x"),
-    (re.compile(r"(?<=\d),(?=\d{3}(?!\d))|(?<=\d)\s(?=\d{3}(?:\s\d{3})*(?![\d.]))"), ""),  # thousands
+from megatron_avatar.rl.rewards.plain import CJK, compose, unwrap
+from megatron_avatar.rl.rewards.units import in_unit, read_unit
+from megatron_avatar.rl.rewards.words import in_digits, number_words
+
+__all__ = ["Quantity", "number_words", "quantity", "readings", "values"]
+
+_ARGUMENT = r"\s?(?:\{\s?([^{}]{1,40}?)\s?\}|(\d))"
+_PLAIN = (  # LaTeX as plain text, in this order
+    (re.compile(r"\\(?:left|right|[,;!: ])|\$|\\?\{,\}"), ""),
+    (re.compile(rf"\\[dtc]?frac{_ARGUMENT}{_ARGUMENT}"), r" \1\2/\3\4 "),
+    (re.compile(r"\\times|\\cdot|×|·(?=\s?10)"), "x"),
     (re.compile(r"\\%"), "%"),
-    (re.compile(r"\\?\^?\s*\{?\\circ\}?"), "°"),
+    (re.compile(r"\\?\^?\s?\{?\\circ\}?"), "°"),
 )
+_SPACED = re.compile(r"(?<![\d.,])(?<!\d\s)(\d{1,3}(?:\s\d{3})++)(?![\d.]\d|\d|/)")  # 1 250
+_SEPARATED = re.compile(r"(?<![\d.,'_])\d{1,15}+(?:[.,'_]\d{1,15}+)++")
+_THOUSANDS = re.compile(r"[1-9]\d{0,2}(?:([,'_])\d{3})(?:\1\d{3})*(?:\.\d+)?")
+_INDIAN = re.compile(r"[1-9]\d?(?:,\d{2})+,\d{3}(?:\.\d+)?")
+_EUROPEAN = re.compile(r"[1-9]\d{0,2}(?:\.\d{3})+,\d+|[1-9]\d{0,2}(?:\.\d{3}){2,}")
+_DECIMAL_COMMA = re.compile(r"\d+,\d+")
+
 _DECIMAL = r"(?:\d++\.?\d*+|\.\d++)"  # without a way back, here and below: a long text costs no more than its length
 _NUMBER = re.compile(
-    rf"(?<![\w.])(?P<sign>[-+]?)\s?(?:(?P<whole>\d++)\s(?P<a>\d++)/(?P<b>\d++)"  # 1 1/2
+    rf"(?<![^\W{CJK}])(?<!\.)(?P<sign>[-+]?)\s?(?:(?P<whole>\d++)\s(?P<a>\d++)/(?P<b>\d++)"  # 1 1/2
     rf"|(?P<top>{_DECIMAL})\s?/\s?(?P<bottom>{_DECIMAL})"
     rf"|(?P<power>(?:(?P<mantissa>{_DECIMAL})\s?[x*]\s?)?10\s?(?:\^|\*\*)\s?\{{?\s?(?P<exponent>[-+]?\d++)\s?\}}?)"
     rf"|(?P<decimal>{_DECIMAL}(?:e[-+]?\d++)?))",
     re.IGNORECASE,
 )
-_UNIT = re.compile(r"\s?(?P<unit>%|°?\s?[A-Za-zµμΩ]+\d?(?:\s?[/x*]\s?[A-Za-zµμΩ]+(?:\^?-?\d)?)?|°|percent)(?![\w^])")
-MAX_UNIT = 32  # characters
-_NO_UNIT = {"x", "e", "and", "or", "to", "of", "in", "is", "as", "per", "times", "a", "the", "at", "on"}
+_NOT_IT = re.compile(  # a denied number, a bound, a part of an expression
+    r"(?:[√^_]|\\(?:sqrt|log|ln|sin|cos|tan)\s?\{?\s?|(?:\bnot|n't|\bnever|\bno|\bcannot)\s(?:be\s|exactly\s|equals?\s(?:to\s)?)?|"
+    r"\b(?:more|less|fewer|greater|larger|smaller|higher|lower|other)\sthan\s|\bat\s(?:least|most)\s|"
+    r"\b(?:over|under|above|below|up\sto)\s|[<>≤≥≠±]=?\s?|\\(?:le|leq|ge|geq|neq?|pm|[lg]t)\s?|"
+    r"(?:不是|没有|不到|不足|少于|多于|超过|至少|至多|大于|小于|不等于)\s?)\Z",
+    re.IGNORECASE,
+)
+_NOT_THIS = re.compile(  # behind it
+    r"\s?\+(?!\s?\d)|\s(?:or|and)\s(?:more|less|fewer|above|below|over)\b|\s?(?:π|\\?pi\b|√|\\sqrt|\^)",
+    re.IGNORECASE,
+)
+_SAME_AGAIN = re.compile(r"[^\d(]*\(([^()]{1,80})\)\D*")
 
 
 @dataclass(frozen=True)
@@ -42,72 +57,59 @@ class Quantity:
     unit: str = ""
 
 
-_SCALES = {"hundred": 100, "thousand": 1000, "million": 1_000_000}
-MAX_WORDS = 16  # of one number
-
-
-@lru_cache(maxsize=1)
-def _words() -> tuple[dict[str, int], re.Pattern[str]]:
-    """The words of the numbers below 20 and of the tens, and a pattern of the words that may be one number."""
-    values = {number_words(n): n for n in (*range(20), *range(20, 100, 10))}
-    word = "|".join(map(re.escape, sorted([*values, *_SCALES], key=len, reverse=True)))
-    joint = r"[\s-]|(?:(?<=hundred)|(?<=thousand)|(?<=million))\sand\s|(?:(?<=thousand)|(?<=million)),\s"
-    scale = "|".join(_SCALES)
-    return values, re.compile(rf"\b(?:a\s(?={scale}))?(?:{word})(?:(?:{joint})(?:{word})\b)*+\b", re.IGNORECASE)
-
-
-def _in_digits(match: re.Match[str]) -> str:
-    """The digits of words that spell one number, or each word's own: then they are several."""
-    values, _ = _words()
-    words = [word for word in re.split(r"[\s,-]+", match.group().casefold()) if word != "and"]
-    words = ["one" if word == "a" else word for word in words]
-    total = part = 0
-    for word in words[:MAX_WORDS]:
-        if word == "hundred":
-            part *= 100
-        elif word in _SCALES:
-            total, part = total + part * _SCALES[word], 0
-        else:
-            part += values[word]
-    spelt = [word for word in re.split(r"[\s,-]+", number_words(total + part)) if word != "and"]
-    if spelt == words:
-        return f" {total + part} "
-    if _SCALES.keys() & words:
-        return match.group()  # `nineteen hundred` is not 19
-    return f" {' '.join(str(values.get(word, word)) for word in words)} "
-
-
-def number_words(value: int) -> str:
-    """The English words of a whole number: 21 is `twenty-one`."""
-    from num2words import num2words
-
-    return num2words(value)
-
-
 def quantity(text: str) -> Quantity | None:
-    """The only number in a text, or None: a text with two numbers is no answer, nor is one that isn't finite.
+    """The only number in a text, or None: a text with two numbers is no answer, nor is one that isn't finite, one that
+    is denied (`not 7`) or a bound (`more than 7`).
 
-    Digits (thousands separated or not), fractions, mixed numbers, `3 x 10^5` and `3e5`, number words where there are no
-    digits (`three hundred and five`); LaTeX's forms of these.
+    Digits (thousands separated or not, decimal point or comma), fractions, mixed numbers, `3 x 10^5` and `3e5`, words
+    (`minus three hundred and five`, `two thirds`, `1.5 million`, `三个`); LaTeX's forms of these.
     """
-    text = _SUPERSCRIPTS.sub(lambda match: "^" + match.group().translate(_SUPERSCRIPT), text)
-    text = unicodedata.normalize("NFKC", text.replace("½", " 1/2").replace("¼", " 1/4").replace("¾", " 3/4"))
-    text = " ".join(text.split())  # the patterns below would take days for a long blank
-    for pattern, plain in _PLAIN:
-        text = pattern.sub(plain, text)
-    if not any(character.isdigit() for character in text):
-        text = _words()[1].sub(_in_digits, text)
+    text = _in_digits(text)
     found = _NUMBER.search(text)
-    value = _value(found) if found else None
+    value = _value(found, text) if found else None
     if found is None or value is None or not math.isfinite(value):
         return None
-    unit = _UNIT.match(text, found.end())  # its own digit, as in m/s^2, is no second number
-    if re.search(r"\d", text[: found.start()] + text[(unit or found).end() :]):
+    unit, length = read_unit(text[found.end() : found.end() + 60])
+    before, behind = text[: found.start()], text[found.end() + length :]
+    if _NOT_IT.search(before[-24:]) or _NOT_THIS.match(behind) or re.search(r"\d", before):
         return None
-    return Quantity(value, _unit(unit.group("unit")) if unit else "")
+    if re.search(r"\d", behind):  # `four (4)` is one number
+        again = _SAME_AGAIN.fullmatch(behind)
+        same = quantity(again[1]) if again else None
+        if same is None or same.value != value:
+            return None
+    return Quantity(value, unit)
 
 
-def _value(match: re.Match[str]) -> float | None:
+def values(text: str) -> set[float]:
+    """Every number in a text, without units."""
+    text = _in_digits(text)
+    found = (_value(match, text) for match in _NUMBER.finditer(text))
+    return {value for value in found if value is not None and math.isfinite(value)}
+
+
+def _in_digits(text: str) -> str:
+    """A text as plain ASCII, its numbers in digits with a decimal point and nothing between thousands."""
+    text = " ".join(unwrap(compose(text)).split())  # the patterns would take days for a long blank
+    for pattern, plain in _PLAIN:
+        text = pattern.sub(plain, text)
+    text = _SPACED.sub(lambda found: found[1].replace(" ", ""), " ".join(text.split()))
+    text = _SEPARATED.sub(lambda found: _separated(found, text), text)
+    return in_digits(text)
+
+
+def _separated(found: re.Match[str], text: str) -> str:
+    """`1,234,567`, `12,34,567`, `1'000` and `1.234.567` are whole, `1.234,5` and `3,5` have a decimal comma."""
+    number = found[0]
+    if (grouped := _THOUSANDS.fullmatch(number)) or _INDIAN.fullmatch(number):
+        return number.replace(grouped[1] if grouped else ",", "")
+    in_brackets = text[: found.start()].rstrip()[-1:] in ("(", "[", "{")  # (3,5) is a pair
+    if _EUROPEAN.fullmatch(number) or (_DECIMAL_COMMA.fullmatch(number) and not in_brackets):
+        return number.replace(".", "").replace(",", ".")
+    return number.replace(",", " , ")
+
+
+def _value(match: re.Match[str], text: str) -> float | None:
     groups = match.groupdict()
     try:
         if groups["whole"] is not None:
@@ -120,55 +122,10 @@ def _value(match: re.Match[str]) -> float | None:
             value = float(groups["decimal"])
     except (ArithmeticError, ValueError):  # ValueError: more digits than Python converts
         return None
-    return -value if groups["sign"] == "-" else value
-
-
-def _unit(text: str) -> str:
-    text = text.replace(" ", "")
-    if text.casefold() in ("%", "percent"):
-        return "%"
-    text = text.replace("°", "deg")
-    return "" if text.casefold() in _NO_UNIT else text
-
-
-@lru_cache(maxsize=1)
-def _registry() -> Any:
-    import pint  # half a second to import, and only numbers with units need it
-
-    return pint.UnitRegistry(case_sensitive=True)
-
-
-@lru_cache(maxsize=4096)
-def _known(unit: str) -> Any:
-    """pint's unit, or None. Names are short and their exponents one digit, so that parsing is cheap."""
-    if len(unit) > MAX_UNIT:
-        return None
-    name = re.sub(r"(?<=[A-Za-zµμΩ])(\d)$", r"^\1", unit)  # cm3
-    for spelling in (name, name.casefold()):
-        try:
-            return _registry().Unit(spelling)
-        except Exception:  # pint raises whatever its parser meets
-            continue
-    return None
+    dash = match.start() + 1 < len(text) and text[match.start() + 1] == " " and text[: match.start()].strip()[-1:]
+    return -value if groups["sign"] == "-" and (not dash or dash in "=(:") else value  # `beeps - 5` has no sign
 
 
 def readings(answer: Quantity, gold: Quantity) -> list[float]:
-    """The values of an answer in the gold's unit; none where their units exclude each other.
-
-    A unit that one side leaves out is the other's. A percentage beside a bare number may mean its hundredth too.
-    """
-    if answer.unit == gold.unit:
-        return [answer.value]
-    if answer.unit == "%" and not gold.unit:
-        return [answer.value, answer.value / 100]
-    if gold.unit == "%" and not answer.unit:
-        return [answer.value, answer.value * 100]
-    if not answer.unit or not gold.unit:
-        return [answer.value]
-    have, want = (_known(unit) if unit != "%" else None for unit in (answer.unit, gold.unit))
-    if have is None or want is None:  # `4 beeps` against `4 tones`: words, not units
-        return [answer.value] if "%" not in (answer.unit, gold.unit) else []
-    try:
-        return [float(_registry().Quantity(answer.value, have).to(want).magnitude)]
-    except Exception:  # units of other dimensions, as pint raises it
-        return []
+    """The values of an answer in the gold's unit, see in_unit; none where their units exclude each other."""
+    return in_unit(answer.value, answer.unit, gold.unit)
