@@ -40,7 +40,8 @@ def main(arguments: list[str]) -> int:
     from megatron_avatar.policy.backend import start, stop  # torch and Megatron only once the settings are sound
     from megatron_avatar.resilience.attempts import NoProgress
     from megatron_avatar.resilience.checkpoint import CheckpointError
-    from megatron_avatar.training.learner import LogprobMismatch, NonFiniteUpdates
+    from megatron_avatar.training.guard import LogprobMismatch
+    from megatron_avatar.training.learner import NonFiniteUpdates
     from megatron_avatar.training.loop import Interrupted, train
     from megatron_avatar.training.replay_step import replay_step
     from megatron_avatar.training.scoring import JudgeSilent

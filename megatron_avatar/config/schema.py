@@ -165,6 +165,18 @@ class HintConfig:
 
 
 @dataclass
+class GuardConfig:
+    """Limits of the error between generation and training: mean exp|difference of log-probabilities| of a step's, or a
+    completion's, fresh tokens; 1 where they agree. 0 switches a limit off."""
+
+    exact: float = 1.05  # in float32, where only a fault differs: a step above it ends the run at once
+    warn: float = 1.05  # a step above it is warned about, with the likely cause
+    mask: float = 2.0  # a completion above it takes no part in the update, and isn't replayed
+    stop: float = 1.3  # a step above it, masked ones left out, isn't applied ...
+    in_a_row: int = 3  # ... and after so many in a row the run ends
+
+
+@dataclass
 class RLConfig:
     n_on: int = 4
     n_off: int = 4
@@ -182,12 +194,12 @@ class RLConfig:
     vcrs: bool = True  # off-policy baseline R-bar; False: the off-policy batch mean
     vcrs_window: int = 20
     advantage_clip: float = 5.0
-    logprob_error_limit: float = 1.05
     tokens_per_micro_batch: int = 16384
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     shaping: ShapingConfig = field(default_factory=ShapingConfig)
     replay: ReplayConfig = field(default_factory=ReplayConfig)
     hints: HintConfig = field(default_factory=HintConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
 
 
 @dataclass

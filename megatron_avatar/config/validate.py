@@ -254,7 +254,10 @@ def _check_rl(config: Config) -> None:
     _at_least("rl.updates_per_rollout", rl.updates_per_rollout, 1)
     _at_least("rl.vcrs_window", rl.vcrs_window, 1)
     _above("rl.advantage_clip", rl.advantage_clip, 0)
-    _above("rl.logprob_error_limit", rl.logprob_error_limit, 1)
+    for key in ("exact", "warn", "mask", "stop"):
+        if not (getattr(rl.guard, key) == 0 or getattr(rl.guard, key) > 1):
+            raise ValueError(f"rl.guard.{key}={getattr(rl.guard, key)} must be above 1, or 0 to switch it off")
+    _at_least("rl.guard.in_a_row", rl.guard.in_a_row, 1)
 
     sampling = rl.sampling
     _at_least("rl.sampling.top_k", sampling.top_k, 0)

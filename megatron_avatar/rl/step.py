@@ -124,11 +124,12 @@ def draw_replay(
 
 def commit(
     visits: Sequence[Visit], by_visit: Mapping[int, list[Trajectory]], tracker: RewardTracker,
-    hints: HintPolicy | None, buffer: ReplayBuffer | None,
+    hints: HintPolicy | None, buffer: ReplayBuffer | None, masked: Collection[tuple[int, int]] = (),
 ) -> None:
     """Feed a step's own rewards to tracker, hints and buffer: each visit once, a revisit of a prompt too.
 
-    A visit without an entry in `by_visit` was set aside and doesn't count.
+    A visit without an entry in `by_visit` was set aside and doesn't count. `masked` names completions (visit, number in
+    it) whose log-probabilities are in doubt: they aren't replayed.
     """
     made = [(visits[k], by_visit[k]) for k in sorted(by_visit) if by_visit[k]]
     for visit, rows in made:
@@ -138,5 +139,6 @@ def commit(
         hints.update(visit.sample_id, visit.variant, kl=float(np.mean([t.kl_ref for t in rows])))
     if buffer is not None:
         # Of a step that was skipped as not finite, what is finite itself can be replayed.
-        fresh = [t for _, rows in made for t in rows if math.isfinite(t.kl_ref)]
+        fresh = [t for k in sorted(by_visit) for number, t in enumerate(by_visit[k])
+                 if math.isfinite(t.kl_ref) and (k, number) not in masked]  # fmt: skip
         buffer.append(fresh, tracker.tiers())

@@ -20,6 +20,7 @@ from megatron_avatar.records import Completion, Group, Prompt, Trajectory
 from megatron_avatar.rl.objective import policy_loss, token_weights
 from megatron_avatar.rl.shaping import between_tags, temporal_weights, token_places
 from megatron_avatar.training.balance import even_out, imbalance, packed_tokens
+from megatron_avatar.training.guard import Guard, StepError, error_stats, step_error
 from megatron_avatar.training.optim import Optimization
 
 POSITION_BINS = 20
@@ -27,10 +28,6 @@ OUTSIDE = -1.0  # the place of a token that the temporal weighting leaves out
 Pieces = Callable[[np.ndarray], list[str]]  # token ids [L] to the text of each
 Poll = Callable[[], None]  # called by all ranks together; raises to drop what is not applied yet
 SKIPS_IN_ROW = 3  # one bad batch is skipped; a run that skips on and on learns nothing
-
-
-class LogprobMismatch(RuntimeError):
-    """Generation and training disagree on the log-probabilities of the same tokens."""
 
 
 class NonFiniteUpdates(RuntimeError):
@@ -60,7 +57,7 @@ class Learner:
     """One optimizer step over groups of any mixture of fresh and replayed completions."""
 
     def __init__(self, policy: OmniPolicy, optimization: Optimization, backend: Backend, rl: RLConfig,
-                 *, train_towers: bool = False, pieces: Pieces | None = None) -> None:
+                 *, train_towers: bool = False, pieces: Pieces | None = None, guard: Guard | None = None) -> None:
         assert pieces is not None or rl.shaping.span == "completion", "tags are found in the tokens' texts"
         self.policy = policy
         self.optimization = optimization
@@ -68,6 +65,9 @@ class Learner:
         self.rl = rl
         self.train_towers = train_towers
         self.pieces = pieces
+        self.guard = guard or Guard(rl.guard, exact=policy.config.params_dtype is torch.float32)
+        self.masked: list[tuple[int, int]] = []  # of the latest rollout: (index of the group, of its trajectory)
+        self.error: StepError | None = None  # of its first update
         self.reference: dict[str, torch.Tensor] | None = None
 
     # ---- micro-batches -------------------------------------------------------------------------
@@ -186,7 +186,9 @@ class Learner:
         """One optimizer step on the paper's objective J = J_on + alpha J_off - beta KL.
 
         n_on and n_off count the completions of the whole step, over all ranks. Returns summed
-        statistics of the step; raises LogprobMismatch before anything is applied, and NonFiniteUpdates.
+        statistics of the step; raises LogprobMismatch before anything is applied, and NonFiniteUpdates. With
+        `check_logprobs`, in a rollout's first update, completions on which generation and training disagree are masked:
+        for its other updates too.
         """
         rl, shaping = self.rl, self.rl.shaping
         per_token: dict[str, list[list[np.ndarray]]] = {
@@ -221,40 +223,53 @@ class Learner:
             self._attach(micro, groups, per_token)
         scale = len(micros) * self.backend.dp  # the schedule averages over micro-batches, DDP over ranks
 
+        places = [(i, k) for i, group in enumerate(groups) for k in range(len(group.trajectories))]
+        self.masked = [] if check_logprobs else self.masked
+        known = torch.tensor([places.index(place) for place in self.masked], device=self.backend.device)
+        found: list[int] = []
+
         def loss(micro: MicroBatch, out: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
             logprobs, entropy = out
             t = micro.tensors
+            on = t["on"].bool()  # a filler isn't
+            error = (logprobs.detach() - t["old"]).abs().double().exp()
+            masked, means = self.guard.to_mask(error[on], t["completion"][on])
+            masked = torch.zeros_like(on).masked_scatter(on, masked)
+            if not check_logprobs:
+                masked = on & torch.isin(t["completion"], known)
+            found.extend(t["completion"][masked].unique().tolist())
+            surrogate_weight = t["surrogate_weight"].float().masked_fill(masked, 0)
             value, stats = policy_loss(
-                logprobs, t["old"], t["ref"], t["advantage"], t["surrogate_weight"].float(), t["kl_weight"].float(),
+                logprobs, t["old"], t["ref"], t["advantage"], surrogate_weight,
+                t["kl_weight"].float().masked_fill(masked, 0),
                 t["completion"] - t["completion"][0], clip_low=rl.clip_low, clip_high=rl.clip_high,
                 dual_clip=rl.dual_clip, ratio_level=rl.ratio_level, beta=rl.beta,
             )
-            on, real = t["on"].bool(), t["surrogate_weight"] > 0  # a filler has neither
+            real = surrogate_weight > 0
             placed = real & (t["position"] >= 0)
             bins = (t["position"] * POSITION_BINS).long().clamp(max=POSITION_BINS - 1)[placed]
             surrogate = stats.pop("per_token_surrogate").abs()
             stats = {k: v.detach().double() for k, v in stats.items()}
             stats["loss"] = value.detach().double().clone()
             stats["entropy_sum"] = entropy.detach()[real].double().sum()
-            stats["error_sum"] = (logprobs.detach() - t["old"]).abs().double().exp()[on].sum()
-            stats["on_tokens"] = on.sum().double()
+            stats |= error_stats(error, entropy.detach().double(), on, masked, means)
             stats["surrogate_bins"] = torch.bincount(bins, surrogate[placed], minlength=POSITION_BINS).double()
             stats["position_bins"] = torch.bincount(bins, minlength=POSITION_BINS).double()
             return value * scale, stats
 
         self.optimization.zero_grad()
         stats = self._reduce(self._run(micros, loss, forward_only=False, embed=self.train_towers, poll=poll))
-        error = float(stats["error_sum"] / max(stats["on_tokens"], 1.0))
-        if check_logprobs and rl.logprob_error_limit < error < math.inf:
-            raise LogprobMismatch(
-                f"mean exp|log-probability difference| between generation and training is {error:.3f}, above "
-                f"rl.logprob_error_limit={rl.logprob_error_limit}: the two forwards disagree (positions, weights or "
-                "precision). No update was applied; the last checkpoint is good."
-            )
-        stats["logprob_error"] = error
-        stats |= self._loads(micros)
+        self.masked = [places[serial] for serial in sorted(self.backend.broadcast_from_last_stage(found))]
+        stats["masked"] = sum(self.backend.all_gather_object_dp(len(self.masked)))
+        error = step_error(stats)
+        applied = True
+        if check_logprobs:
+            self.error = error
+            applied = self.guard.judge(error, speaks=self.backend.rank == 0)
+        stats |= (self.error or error).record() | self._loads(micros)
         # Where every prompt of the step was set aside, momentum alone must not move the weights.
-        stats["grad_norm"], stats["skipped"] = self._step(math.isfinite(error)) if n_on + n_off else (0.0, True)
+        applied = applied and n_on + n_off > 0
+        stats["grad_norm"], stats["skipped"] = self._step(math.isfinite(error.mean)) if applied else (0.0, True)
         return stats
 
     def _step(self, usable: bool) -> tuple[float, bool]:

@@ -45,6 +45,7 @@ from megatron_avatar.rl.tracker import RewardTracker
 from megatron_avatar.training import metrics
 from megatron_avatar.training.balance import deal, packed_tokens
 from megatron_avatar.training.evaluate import evaluate
+from megatron_avatar.training.guard import Guard
 from megatron_avatar.training.learner import Learner
 from megatron_avatar.training.optim import Optimization, build_optimizer
 from megatron_avatar.training.provenance import about
@@ -87,6 +88,7 @@ class Run:
         self.loader = MediaLoader(self.builder, manifest.parent, config.data.workers, config.data.decode_deadline_s)
         self.telemetry = Telemetry(self.folder, config, backend)
         self.saver, self.apart = Saver(), backend.apart()
+        self.guard = Guard(config.rl.guard, exact=config.model.dtype == "float32")
         self.optimization: Optimization | None = None
         self.buffer: ReplayBuffer | None = None  # the stage's
         self.shards = ReplayShards(self.folder, self.apart)
@@ -129,7 +131,7 @@ class Run:
             self.optimization.renew(config.optim, lr=lr, total_steps=updates)
         self.policy.set_train_towers(stage.train_towers)
         self.learner = Learner(self.policy, self.optimization, self.backend, config.rl,
-                               train_towers=stage.train_towers, pieces=self.builder.pieces)
+                               train_towers=stage.train_towers, pieces=self.builder.pieces, guard=self.guard)
         self.order = SampleOrder(sorted(self.pool), config.seed, name)
         if stage.kind == "sft":
             return
@@ -158,6 +160,7 @@ class Run:
                 "stage": self.stage_name, "stage_step": self.stage_step, "step": self.step,
                 "completions_generated": self.completions_generated, "order": self.order.state_dict(),
                 "quarantined": self.quarantined(), "unlogged": plain(unlogged), "model": model_sizes(self.config),
+                "guard": self.guard.state_dict(),
             }
             trajectories = None
             if self.stage.kind == "rl":
@@ -223,6 +226,7 @@ class Run:
         self.stage_step, self.step = state["stage_step"], state["step"]
         self.completions_generated = state["completions_generated"]
         self.order.load_state_dict(state["order"])
+        self.guard.load_state_dict(state["guard"])
         self.loader.quarantined.update(state["quarantined"])
         if self.stage.kind == "rl":
             self.tracker.load_state_dict(state["tracker"])
@@ -314,7 +318,9 @@ class Run:
                                             n_off=replayable, check_logprobs=first,
                                             poll=self.check_stop if first else None)
         with timer("replay"):
-            commit(visits, by_visit, self.tracker, self.hints, self.buffer)
+            masked = {place for part in backend.all_gather_object_dp([(mine[i], k) for i, k in self.learner.masked])
+                      for place in part}
+            commit(visits, by_visit, self.tracker, self.hints, self.buffer, masked)
         self.fresh = fresh
         self.completions_generated += len(fresh)
         return metrics.rl_record(

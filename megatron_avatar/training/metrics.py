@@ -85,7 +85,7 @@ def rl_record(
         "solvability/plain": len(tracker.solved_plain.intersection(pool)) / len(pool),
         "hints": in_use,
         "hints/visits": hinted,
-        "logprob_error": stats["logprob_error"],
+        **{name: stats[name] for name in stats if name.startswith("logprob_error")},
         "loss": float(stats["loss"]),
         "grad_norm": stats["grad_norm"],
         "skipped": stats["skipped"],

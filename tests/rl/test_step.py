@@ -96,6 +96,15 @@ def test_a_fresh_visit_and_a_revisit_in_one_step_both_count():
     assert tracker.streak("p0") == 0 and "p0" in tracker.solved_plain
 
 
+def test_what_was_masked_counts_and_is_not_replayed():
+    tracker, buffer = seen(), ReplayBuffer(ReplayConfig())
+    before = tracker.streak("p0")
+    rows = {2: [trajectory("p0", 0.0), trajectory("p0", 0.5), trajectory("p0", 0.25)]}
+    visits = [Visit(name, "plain", name, False) for name in ("p1", "p2", "p0")]
+    commit(visits, rows, tracker, None, buffer, {(2, 1), (1, 0)})
+    assert [t.reward for t in buffer.trajectories.values()] == [0.0, 0.25] and tracker.streak("p0") == before + 1
+
+
 def test_a_draw_takes_the_spread_that_the_setting_names():
     tracker = seen()
     for sigma, scale in (("batch", np.std([0.0, 1.0])), ("buffer", np.std([0.0, 1.0, 0.1, 0.1, 0.1, 0.1]))):

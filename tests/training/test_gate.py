@@ -1,4 +1,4 @@
-"""What stops a run before it learns from it: a shift by one position, and numbers that stay not finite."""
+"""What ends a run before it learns from it: a shift by one position, and numbers that stay not finite."""
 
 import dataclasses
 import json
@@ -13,6 +13,7 @@ from megatron_avatar.policy import backend as backends
 from megatron_avatar.policy.model import OmniPolicy
 from megatron_avatar.resilience import stopping
 from megatron_avatar.training import learner, loop
+from megatron_avatar.training.guard import LogprobMismatch
 from tests.training.small import ROOT, arguments
 
 
@@ -26,9 +27,15 @@ def backend():
         signal.signal(number, handler)
 
 
-def test_a_shift_by_one_position_stops_the_run(world, tmp_path: Path, backend, monkeypatch):
+@pytest.mark.parametrize(("dtype", "logged", "said"), [
+    ("float32", 0, "rl.guard.exact=1.05.* No update was applied"),
+    ("bfloat16", 2, "rl.guard.stop=1.1 in 3 steps in a row"),
+])  # fmt: skip
+def test_a_shift_by_one_position_stops_the_run(world, tmp_path: Path, backend, monkeypatch, dtype, logged, said):
+    """At once in float32, within three steps in half precision, where rounding alone stays below 1.02."""
     base = ROOT / "assets" / "tiny_base"
-    config = load_config([*arguments(world, tmp_path / "run", f"model.path={base}", steps=1)])
+    settings = (f"model.path={base}", f"model.dtype={dtype}", "checkpoint.every=1")
+    config = load_config([*arguments(world, tmp_path / "run", *settings, steps=4)])
     pack = learner.pack_groups
 
     def shifted(*args):
@@ -36,9 +43,17 @@ def test_a_shift_by_one_position_stops_the_run(world, tmp_path: Path, backend, m
         return dataclasses.replace(batch, positions=batch.positions + (batch.prompt_ids < 0))
 
     monkeypatch.setattr(learner, "pack_groups", shifted)
-    with pytest.raises(learner.LogprobMismatch, match="No update was applied"):
-        loop.train(config, backend)
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    for _ in range(2):  # continued, it counts on
+        with pytest.raises(LogprobMismatch, match=said):
+            loop.train(config, backend)
+        path = tmp_path / "run" / "metrics.jsonl"
+        records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        assert len(records) == logged
+        for record in records:
+            assert record["logprob_error"] > 1.1 and record["logprob_error/max"] > record["logprob_error"]
+            means, tokens = (record["logprob_error/entropy"][key] for key in ("mean", "tokens"))
+            total = sum(mean * count for mean, count in zip(means, tokens, strict=True) if count)
+            assert total / sum(tokens) == pytest.approx(record["logprob_error"])
 
 
 def test_updates_that_are_not_finite_are_recorded_and_end_the_run_after_three(world, tmp_path, backend, monkeypatch):

@@ -8,17 +8,19 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_avatar.config.schema import ModelConfig, OptimConfig, ParallelConfig, RLConfig, ShapingConfig
+from megatron_avatar.config.schema import GuardConfig, ModelConfig, OptimConfig, ParallelConfig, RLConfig, ShapingConfig
 from megatron_avatar.policy.build import build_policy
 from megatron_avatar.policy.generate import GenerationStopped
 from megatron_avatar.policy.weights import load_hf
 from megatron_avatar.records import Completion, Group, Trajectory
 from megatron_avatar.training import metrics
-from megatron_avatar.training.learner import Learner, LogprobMismatch, NonFiniteUpdates
+from megatron_avatar.training.guard import LogprobMismatch
+from megatron_avatar.training.learner import Learner, NonFiniteUpdates
 from megatron_avatar.training.optim import build_optimizer
 from tests.policy.tiny import tiny_config, tiny_prompts, tiny_thinker
 
 TAGGED = ("<think>", "sounds", "</think><answer>", "two", "</answer>")
+OFF = GuardConfig(exact=0, warn=0, mask=0, stop=0)
 LENGTHS = {"audio_in_video": (3, 5, 4), "text": (2, 6)}
 
 
@@ -119,9 +121,43 @@ def test_the_gate_stops_before_anything_is_applied(world, backend):
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(policy).items())
 
 
+def test_a_completion_on_which_both_disagree_is_masked_and_counted(world, backend):
+    """The update is the one in which its advantage is zero, also a rollout's second, when the policy has moved; without
+    the mask it isn't. KL off, as a mask takes that too."""
+    policy, groups = world
+    fresh = next(g for g in groups if g.on_policy.all())
+    media = policy.embed_media([g.prompt for g in groups])
+    at_first = learner(policy, backend)
+    at_first.snapshot_reference()
+    scores = at_first.reference_logprobs(groups, media)
+    for trajectory, row in zip(fresh.trajectories, scores[groups.index(fresh)], strict=True):
+        trajectory.completion.logprobs[:] = row  # what generation would have said
+    fresh.trajectories[1].completion.logprobs[:] += np.float32(1.0)
+    fresh.advantages[1] = 1.0  # which the clip leaves its gradient
+    start, ended = weights(policy), {}
+    for name, guard, advantage in (("masked", GuardConfig(exact=0), None), ("zero", OFF, 0.0), ("plain", OFF, None)):
+        with torch.no_grad():
+            for key, tensor in policy.named_parameters():
+                tensor.copy_(start[key])
+        ours, own = learner(policy, backend, beta=0.0, guard=guard), fresh.advantages.copy()
+        if advantage is not None:
+            fresh.advantages[1] = advantage
+        for first in (True, False):
+            stats = update(ours, groups, check_logprobs=first)
+            assert stats["logprob_error/masked"] == (name == "masked") and not stats["skipped"]
+        assert ours.masked == ([(groups.index(fresh), 1)] if name == "masked" else [])
+        assert stats["logprob_error/max"] == pytest.approx(math.e, rel=1e-5)  # the first update's, not the last one's
+        fresh.advantages[:], ended[name] = own, weights(policy)
+        if name == "masked":
+            counted = stats["tokens"]
+    assert counted == stats["tokens"] - len(fresh.trajectories[1].completion)
+    assert all(torch.allclose(ended["masked"][key], ended["zero"][key], atol=1e-7) for key in start)
+    assert not all(torch.allclose(ended["masked"][key], ended["plain"][key], atol=1e-4) for key in start)
+
+
 def test_a_number_that_is_not_finite_skips_the_update_and_three_in_a_row_end_the_run(world, backend, monkeypatch):
     policy, groups = world
-    ours = learner(policy, backend, logprob_error_limit=1e9)
+    ours = learner(policy, backend, guard=OFF)
     update(ours, groups)  # momentum from here on
     before = weights(policy)
     generated = groups[0].trajectories[0].completion.logprobs
