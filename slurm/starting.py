@@ -20,6 +20,7 @@ if __name__ == "__main__":
     sys.path[0] = str(ROOT)
 
 from megatron_avatar.config import load_config  # noqa: E402
+from megatron_avatar.config.load import home  # noqa: E402
 from megatron_avatar.resilience import attempts, lock, queue  # noqa: E402
 from slurm import launch  # noqa: E402
 from slurm.snapshot import snapshot  # noqa: E402
@@ -50,6 +51,7 @@ def batch_shell(arguments: list[str]) -> str:
     lines = [f"module load {shlex.join(modules)}"] if modules else []
     lines += [f"export {name}={shlex.quote(value)}" for name, value in launch.environment(config, code).items()]
     lines += [
+        f"set -- {shlex.join(map(home, arguments))}",  # inside of a container the home may be another
         "export AVATAR_ATTEMPT=noted",
         f"export AVATAR_SNAPSHOT={shlex.quote(str(code))}",
         f"export AVATAR_UNTIL={_until(config.cluster.signal_s)}",

@@ -28,6 +28,7 @@ from hydra.errors import HydraException  # noqa: E402
 from omegaconf import OmegaConf  # noqa: E402
 from rich.console import Console  # noqa: E402
 
+from megatron_avatar.config.load import home, readable  # noqa: E402
 from slurm import launch  # noqa: E402
 from slurm.jobs import Board, sbatch_options  # noqa: E402
 from slurm.snapshot import snapshot  # noqa: E402
@@ -41,7 +42,7 @@ OPTIONS = {"concurrency": "4", "retries": "3", "watch": "true"}
 def split_options(arguments: list[str], known: dict[str, str]) -> tuple[dict[str, str], list[str]]:
     """The command's own key=value options (with `known`'s defaults), and the settings for the trainer."""
     options, settings = dict(known), []
-    for item in arguments:
+    for item in map(home, arguments):
         key, _, value = item.partition("=")
         if key in known:
             options[key] = value
@@ -83,7 +84,7 @@ def join(settings: list[str], own: list[str]) -> list[str]:
 def hydra_members(settings: list[str]) -> dict[str, list[str]]:
     """Every combination of values, as Hydra's own sweeper makes them; members are named by what differs."""
     try:
-        parsed = OverridesParser.create().parse_overrides(settings)
+        parsed = OverridesParser.create().parse_overrides([readable(item) for item in settings])
         (combinations,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
     except HydraException as error:
         raise ValueError(str(error)) from None

@@ -1,4 +1,7 @@
-"""The live table of sweep.py and reproduce.py: one line a task, from its files and its job's state."""
+"""The live table of sweep.py and reproduce.py: one line a task, from its files and its job's state.
+
+Files are read every few seconds, squeue is asked once a minute (jobs.py).
+"""
 
 from __future__ import annotations
 
@@ -7,15 +10,18 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from slurm.jobs import Board
 from slurm.tasks import Task, failures
 
 INTERVAL_S = 3.0
 PLAIN_INTERVAL_S = 30.0  # between lines where there is no terminal
+PLAIN_WIDTH = 200  # a file has room for names as they are
+MOST_LOGS = 20
 COLORS = {"done": "green", "RUNNING": "cyan", "failed": "red"}
 
 
@@ -24,11 +30,11 @@ def watch(board: Board, console: Console) -> int:
     steps = {name: _steps(task) for name, task in board.tasks.items()}
     try:
         if console.is_terminal:
-            with Live(table(board, board.states(), steps), console=console, refresh_per_second=2) as live:
+            with Live(shown(board, board.states(), steps), console=console, refresh_per_second=2) as live:
                 while _busy(states := board.states()):
-                    live.update(table(board, states, steps))
+                    live.update(shown(board, states, steps))
                     time.sleep(INTERVAL_S)
-                live.update(table(board, states, steps))
+                live.update(shown(board, states, steps))
         else:
             said: dict[str, str] = {}
             while _busy(states := board.states()):
@@ -39,7 +45,7 @@ def watch(board: Board, console: Console) -> int:
                     console.print(f"{done} of {len(states)} done; {changed}", soft_wrap=True)
                     said = now
                 _sleep_while_busy(board)
-            console.print(table(board, states, steps))
+            Console(file=console.file, width=PLAIN_WIDTH).print(shown(board, states, steps))
     except KeyboardInterrupt:
         console.print("the jobs go on; the same command shows them again")
         return 130
@@ -56,8 +62,20 @@ def _busy(states: dict[str, str]) -> bool:
     return any(state not in ("done", "failed", "") for state in states.values())
 
 
+def shown(board: Board, states: dict[str, str], steps: dict[str, int]) -> Group:
+    """The table, and below it what has failed and why there may be nothing new."""
+    failed = [name for name, state in states.items() if state == "failed"]
+    lines = [f"{name} failed: {log_of(board, name) or 'it left no log'}" for name in failed[:MOST_LOGS]]
+    lines += [f"and {len(failed) - MOST_LOGS} more failed"] * (len(failed) > MOST_LOGS)
+    lines += [f"no news from Slurm ({board.silence}); asked again every minute"] * bool(board.silence)
+    return Group(table(board, states, steps), *(Text(line, overflow="fold") for line in lines))
+
+
 def table(board: Board, states: dict[str, str], steps: dict[str, int]) -> Table:
-    shown = Table("task", "job", "state", "step", "reward or loss", "s/step", "left", "failures")
+    table = Table()
+    table.add_column("task", overflow="fold")  # a name is the only thing that may take a second line
+    for title in ("job", "state", "step", "reward or loss", "s/step", "left", "failures"):
+        table.add_column(title, no_wrap=True)
     for name, task in board.tasks.items():
         records = _records(task.folder / "metrics.jsonl") if not task.module else []
         last = records[-1] if records else {}
@@ -65,12 +83,21 @@ def table(board: Board, states: dict[str, str], steps: dict[str, int]) -> Table:
         pace = _pace(records)
         left = timedelta(seconds=int(pace * (steps[name] - last["step"]))) if pace and states[name] != "done" else ""
         color = COLORS.get(states[name], "yellow")
-        shown.add_row(
-            name, board.jobs.get(name, ""), f"[{color}]{states[name] or 'not submitted'}[/]",
+        table.add_row(
+            Text(name), board.jobs.get(name, ""), f"[{color}]{states[name] or 'not submitted'}[/]",
             f"{last.get('step', 0)}/{steps[name]}" if steps[name] else "", "" if value is None else f"{value:.3f}",
             f"{pace:.2f}" if pace else "", str(left), str(failures(task) or ""),
         )  # fmt: skip
-    return shown
+    return table
+
+
+def log_of(board: Board, name: str) -> Path | None:
+    """The newest of what a task's processes and its job have said."""
+    task = board.tasks[name]
+    own = list(task.log.glob("*.log")) if task.log.is_dir() else [task.log]
+    submitted = (board.folder / "submitit").glob(f"{board.jobs.get(name, 'none')}_0_log.out")
+    there = [path for path in (*own, *submitted) if path.exists()]
+    return max(there, key=lambda path: path.stat().st_mtime, default=None)
 
 
 def progress(task: Task, state: str, steps: int) -> str:

@@ -19,6 +19,7 @@ import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
 from tests import ranks  # noqa: E402
+from tests.fake_slurm import fake_slurm  # noqa: E402, F401
 
 # The same examples on every run, or by night others: HYPOTHESIS_PROFILE=nightly. A busy machine must not fail a
 # property by being slow.

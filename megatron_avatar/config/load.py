@@ -33,6 +33,8 @@ _COST = ("data.workers", "data.decode_deadline_s", "rl.tokens_per_micro_batch", 
          "judge.endpoint",
          "judge.concurrency", "judge.deadline_s", "judge.retries", "judge.wait_s", "judge.max_unscored")  # fmt: skip
 
+_ODD = re.compile(r"[^\w\s./:@%*?|+-]", re.ASCII)
+_MEANS = re.compile(r"""['"\[\]{}(),=$\\]""")  # quotes, lists, dictionaries, functions, sweeps, interpolations
 # key=value of one key with a plain value: no group, no + or ~, no list, no quotes, no interpolation.
 _PLAIN = re.compile(r"(?:seed|name|output_dir|dry_run|continue_changed|replay_step|\w+(?:\.\w+)+)=[\w./:@-]+")
 
@@ -46,7 +48,7 @@ def load_config(overrides: list[str]) -> Config:
     value's expected type or the nearest valid name, and the choices where a recipe or group is unknown.
     AVATAR_CLUSTER in the environment is the default of `cluster=`.
     """
-    overrides = [item for item in overrides if item != "ablation=null"]  # the default, which Hydra won't take
+    overrides = [readable(item) for item in overrides if item != "ablation=null"]  # the default, which Hydra won't take
     site = os.environ.get("AVATAR_CLUSTER")
     if site and not any(item.startswith("cluster=") for item in overrides):
         overrides = [*overrides, f"cluster={site}"]
@@ -58,6 +60,20 @@ def load_config(overrides: list[str]) -> Config:
         fill(config)
     validate(config)
     return config
+
+
+def home(item: str) -> str:
+    """A `key=value` of a command line with `~/` as the user's home: shells see it at the beginning of a word alone."""
+    key, equals, value = item.partition("=")
+    return f"{key}={os.path.expanduser(value)}" if equals and (value == "~" or value.startswith("~/")) else item
+
+
+def readable(item: str) -> str:
+    """A `key=value` of a command line as Hydra takes it: a value is quoted whose letters (ü, #) it has no place for,
+    though they mean nothing to it."""
+    key, equals, value = home(item).partition("=")
+    odd = _ODD.search(value) and not _MEANS.search(value)
+    return f'{key}{equals}"{value}"' if odd else f"{key}{equals}{value}"
 
 
 def _load(overrides: list[str]) -> Config:

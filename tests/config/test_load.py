@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from megatron_avatar.config import Config, StageConfig, differences, load_config, save_config
-from megatron_avatar.config.load import CONFIG_DIR
+from megatron_avatar.config.load import CONFIG_DIR, readable
 
 INPUTS = ["model.path=models/omni", "data.manifest=data/manifest.jsonl"]
 
@@ -253,3 +253,13 @@ def test_mistakes_in_them_are_hydras(override, monkeypatch):
     with pytest.raises(ValueError) as slow:
         load(override)
     assert str(quick.value) == str(slow.value)
+
+
+def test_paths_need_no_quotes_for_their_letters(monkeypatch):
+    monkeypatch.setenv("HOME", "/people/me")
+    config = load_config(["recipe=tiny_avatar", "model.path=~/größe/x#1", "data.manifest=/my set/ü;1.jsonl", "name=ß"])
+    assert (config.model.path, config.data.manifest) == ("/people/me/größe/x#1", "/my set/ü;1.jsonl")
+    assert config.name == "ß"
+    for meant in ("~stages.visual", "stages.visual.data=[ü]", "seed=0,1", "name='ü'", "name=${oc.env:HOME}"):
+        assert readable(meant) == meant
+    assert readable("+cluster.env.X=ü") == '+cluster.env.X="ü"'

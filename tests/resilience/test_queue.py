@@ -2,85 +2,49 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from megatron_avatar.resilience import queue
 from megatron_avatar.resilience.queue import SlurmRefused, SlurmSilent, ask
 
-TIMED_OUT = "slurm_load_jobs error: Socket timed out on send/recv operation"
-
-
-class Slurm:
-    """Fake commands in `folder`, each of which fails as often as it is told, and a clock that sleeping turns."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.now, self.fails_until = folder, 0.0, 0.0
-
-    def fake(self, name: str, *, says: str = "", fails: int = 0, reason: str = TIMED_OUT) -> Path:
-        """`name` fails `fails` times with `reason`, then says `says`; the file that counts its calls."""
-        count = self.folder / f"{name}.count"
-        program = self.folder / name
-        program.write_text(f"""#!/bin/bash
-n=$(($(cat {count} 2>/dev/null || echo 0) + 1)); echo $n > {count}; echo "$@" >> {self.folder}/{name}.calls
-((n > {fails})) || {{ echo "{reason}" >&2; exit 1; }}
-echo "{says}"
-""")
-        program.chmod(0o755)
-        return count
-
-    def sleep(self, seconds: float) -> None:
-        self.now += seconds
-
-
-@pytest.fixture
-def slurm(tmp_path, monkeypatch) -> Slurm:
-    slurm = Slurm(tmp_path / "bin")
-    slurm.folder.mkdir()
-    monkeypatch.setenv("PATH", f"{slurm.folder}:{os.environ['PATH']}")
-    monkeypatch.setattr(queue, "time", SimpleNamespace(monotonic=lambda: slurm.now, sleep=slurm.sleep))
-    return slurm
-
 
 @pytest.mark.parametrize("command", ["squeue", "scontrol", "sbatch"])
 @pytest.mark.parametrize(("fails", "seconds"), [(0, 0), (1, 1), (2, 3), (14, 301)])
-def test_a_controller_that_is_out_of_reach_is_asked_again(slurm, command, fails, seconds):
-    count = slurm.fake(command, says="RUNNING", fails=fails)
+def test_a_controller_that_is_out_of_reach_is_asked_again(fake_slurm, command, fails, seconds):
+    count = fake_slurm.fake(command, says="RUNNING", fails=fails)
     assert ask(command, "--noheader") == "RUNNING\n"
-    assert int(count.read_text()) == fails + 1 and slurm.now == seconds
-    assert slurm.now <= 5 * 60 + 1, "five minutes at most, of thirty"
+    assert int(count.read_text()) == fails + 1 and fake_slurm.now == seconds
+    assert fake_slurm.now <= 5 * 60 + 1, "five minutes at most, of thirty"
 
 
-def test_patience_ends_with_the_last_reason(slurm):
-    slurm.fake("squeue", fails=10**6)
+def test_patience_ends_with_the_last_reason(fake_slurm):
+    fake_slurm.fake("squeue", fails=10**6)
     with pytest.raises(SlurmSilent, match="squeue: .*Socket timed out"):
         ask("squeue")
-    assert queue.PATIENCE_S - queue.LONGEST_PAUSE_S <= slurm.now <= queue.PATIENCE_S
+    assert queue.PATIENCE_S - queue.LONGEST_PAUSE_S <= fake_slurm.now <= queue.PATIENCE_S
     assert queue.seconds_left("7", patience_s=0) is None
 
 
-def test_slurms_own_no_is_taken_at_once(slurm):
-    slurm.fake("scontrol", fails=10**6, reason="Requested operation is presently disabled for job 7")
+def test_slurms_own_no_is_taken_at_once(fake_slurm):
+    fake_slurm.fake("scontrol", fails=10**6, reason="Requested operation is presently disabled for job 7")
     with pytest.raises(SlurmRefused, match="presently disabled"):
         ask("scontrol", "requeue", "7")
-    slurm.fake("squeue", fails=10**6, reason="slurm_load_jobs error: Invalid job id specified")
-    assert queue.state("7") == "" and slurm.now == 0
+    fake_slurm.fake("squeue", fails=10**6, reason="slurm_load_jobs error: Invalid job id specified")
+    assert queue.state("7") == "" and fake_slurm.now == 0
 
 
-def test_what_fails_without_a_word_or_is_not_there(slurm):
-    count = slurm.fake("squeue", fails=10**6, reason="")
+def test_what_fails_without_a_word_or_is_not_there(fake_slurm):
+    count = fake_slurm.fake("squeue", fails=10**6, reason="")
     with pytest.raises(SlurmSilent, match="fails without a reason"):
         ask("squeue")
-    assert int(count.read_text()) == 3 and slurm.now < 5
+    assert int(count.read_text()) == 3 and fake_slurm.now < 5
     with pytest.raises(SlurmSilent, match="no-such-command is not on this machine"):
         ask("no-such-command")
 
 
-def test_an_answer_that_never_comes_is_none(slurm, monkeypatch):
+def test_an_answer_that_never_comes_is_none(fake_slurm, monkeypatch):
     answers = iter([subprocess.TimeoutExpired("squeue", 60), subprocess.CompletedProcess([], 0, "PENDING\n", "")])
 
     def run(*_, **__):
@@ -95,12 +59,12 @@ def test_an_answer_that_never_comes_is_none(slurm, monkeypatch):
 
 @pytest.mark.parametrize(("said", "seconds"), [("59:01", 3541), ("2:00:00", 7200), ("1-00:00:10", 86410), ("0:00", 0),
                                                ("UNLIMITED", float("inf")), ("INVALID", None), ("", None)])
-def test_time_left(slurm, said, seconds):
-    slurm.fake("squeue", says=said)
+def test_time_left(fake_slurm, said, seconds):
+    fake_slurm.fake("squeue", says=said)
     assert queue.seconds_left("7") == seconds
 
 
-def test_a_task_of_an_array_is_never_taken_for_the_array(monkeypatch, slurm):
+def test_a_task_of_an_array_is_never_taken_for_the_array(monkeypatch, fake_slurm):
     """The array's last task has the array's own number: by it Slurm would requeue, and list, all of them."""
     monkeypatch.setenv("SLURM_JOB_ID", "40")
     assert queue.own_job() == "40"

@@ -1,0 +1,207 @@
+"""Sweeps and graphs as jobs, with a Slurm that answers late, refuses, or is asked from inside of a job."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from rich.console import Console
+
+from slurm import jobs, sweep, table, tasks
+from slurm.jobs import Board
+from slurm.pool import Pool
+from slurm.tasks import Task, TaskFailed
+
+ROOT = Path(__file__).parents[1]
+SETTINGS = ["recipe=tiny_sft", "model.path=assets/tiny_base", "data.manifest=LICENSE"]
+
+
+def training(name: str, folder: Path, **kwargs) -> Task:
+    run = folder / name
+    return Task(name, run, [*SETTINGS, "cluster=default", f"output_dir={run}"], run / "done.json", **kwargs)
+
+
+@pytest.fixture
+def board(tmp_path, fake_slurm, monkeypatch) -> Board:
+    """Two trainings whose jobs are 40_0 and 40_1."""
+    monkeypatch.setattr(jobs, "time", SimpleNamespace(monotonic=lambda: fake_slurm.now, sleep=fake_slurm.sleep))
+    folder = tmp_path / "sweep"
+    folder.mkdir()
+    (folder / "jobs.json").write_text(json.dumps({"a": "40_0", "b": "40_1"}))
+    return Board(folder, [training("a", folder), training("b", folder)], local=False)
+
+
+def test_squeue_is_asked_once_a_minute_and_may_fall_silent(board, fake_slurm):
+    count = fake_slurm.fake("squeue", says="40_0|RUNNING\n40_1|PENDING", fails=2)
+    for _ in range(19):  # a minute of looking
+        assert board.states() == {"a": "RUNNING", "b": "PENDING"}
+        fake_slurm.sleep(3)
+    assert int(count.read_text()) == 3, "twice without an answer, then once"
+    fake_slurm.fake("squeue", fails=10**6)
+    fake_slurm.sleep(60)
+    for _ in range(100):  # five minutes of silence end nothing
+        assert board.states() == {"a": "RUNNING", "b": "PENDING"} and "timed out" in board.silence
+        fake_slurm.sleep(3)
+    text = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    text.print(table.shown(board, board.states(), {"a": 1, "b": 1}))
+    assert "no news from Slurm (squeue: slurm_load_jobs error: Socket timed out" in text.export_text()
+    board.tasks["b"].done.parent.mkdir()
+    board.tasks["b"].done.touch()
+    fake_slurm.fake("squeue", says="40_1|RUNNING")
+    fake_slurm.sleep(60)
+    assert board.states() == {"a": "failed", "b": "done"} and not board.silence
+
+
+def test_where_squeue_says_nothing_at_all_the_command_ends_in_words(tmp_path, fake_slurm, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / "jobs.json").write_text('{"seed_0": "40_0"}')
+    fake_slurm.fake("squeue", fails=10**6)
+    fake_slurm.fake("sbatch")
+    assert sweep.main([*SETTINGS, "seed=0,1", "cluster=default", f"output_dir={tmp_path / 'sweep'}"]) == 2
+    assert "error: squeue: slurm_load_jobs error: Socket timed out" in capsys.readouterr().err
+    assert jobs.PATIENCE_S - 30 <= fake_slurm.now <= jobs.PATIENCE_S
+
+
+INTERACTIVE = {"SLURM_JOB_ID": "9", "SLURM_NTASKS": "1", "SLURM_NTASKS_PER_NODE": "1", "SLURM_MEM_PER_CPU": "100",
+               "SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_CONF": "/etc/s.conf",
+               "SBATCH_ACCOUNT": "mine"}  # fmt: skip
+
+
+def test_a_sweep_is_submitted_from_inside_of_a_job(tmp_path, fake_slurm, monkeypatch, capsys):
+    """A notebook's job: its own sizes are nobody else's, and its GPUs are not the members'."""
+    monkeypatch.chdir(ROOT)
+    for name, value in INTERACTIVE.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(jobs, "time", SimpleNamespace(monotonic=lambda: fake_slurm.now, sleep=fake_slurm.sleep))
+    fake_slurm.fake("squeue")
+    count = fake_slurm.fake("sbatch", says="Submitted batch job 41", fails=2)
+    out = tmp_path / "sweep"
+    command = [*SETTINGS, "seed=0,1,2", "cluster=default", "cluster.gpu=h100", f"output_dir={out}", "watch=false"]
+    assert sweep.main(command) == 0, capsys.readouterr().err
+    assert json.loads((out / "jobs.json").read_text()) == {f"seed_{k}": f"41_{k}" for k in range(3)}
+    assert int(count.read_text()) == 4, "tried before it is submitted, twice without an answer, and submitted"
+    environment = fake_slurm.environment("sbatch")
+    assert [name for name in environment if name.startswith("SLURM_")] == ["SLURM_CONF"]
+    assert environment["SBATCH_ACCOUNT"] == "mine"
+
+
+def test_what_slurm_refuses_is_said_without_a_traceback(tmp_path, fake_slurm, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    fake_slurm.fake("squeue")
+    (fake_slurm.folder / "sbatch").write_text("""#!/bin/bash
+[[ "$1" == --test-only ]] && exit 0
+echo 'sbatch: error: Batch job submission failed: Job violates accounting/QOS policy' >&2; exit 1
+""")
+    (fake_slurm.folder / "sbatch").chmod(0o755)
+    out = tmp_path / "sweep"
+    assert sweep.main([*SETTINGS, "seed=0,1", "cluster=default", f"output_dir={out}"]) == 2
+    said = capsys.readouterr().err
+    assert "error: Slurm didn't queue seed_0, seed_1: sbatch: error: Batch job submission failed" in said, said
+    assert fake_slurm.now == 0 and not (out / "jobs.json").exists()
+
+
+# ---- inside of a job -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def member(tmp_path, fake_slurm, monkeypatch):
+    """Runs a task as a job of which the command returns `status`; what was requeued, and whether it waited for that."""
+    monkeypatch.setenv("SLURM_JOB_ID", "40")
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "40")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
+    monkeypatch.setattr(tasks.signal, "signal", lambda *_: None)
+
+    def run(status: int, *, state: str = "RUNNING", **kwargs) -> tuple[list[str], int, bool]:
+        waited = []
+        monkeypatch.setattr(tasks, "_await_the_end", lambda: waited.append(True))
+        monkeypatch.setattr(Task, "_run_on_slurm", lambda self: status)
+        (fake_slurm.folder / "scontrol.calls").unlink(missing_ok=True)
+        fake_slurm.fake("squeue", says=state, fails=1)
+        fake_slurm.fake("scontrol", fails=1)
+        task = training("a", tmp_path, **kwargs)
+        try:
+            task()
+        except TaskFailed:
+            assert status
+        return fake_slurm.calls("scontrol"), tasks.failures(task), bool(waited)
+
+    return run
+
+
+def test_a_members_end(member):
+    assert member(0) == ([], 0, False)
+    assert member(2) == ([], 0, False), "a mistake is not made twice"
+    assert member(75) == ([], 0, True), "common.sh has put it into the queue"
+    assert member(1, state="COMPLETING") == ([], 0, False), "cancelled"
+    assert member(1, retries=1) == (["requeue 40_1"] * 2, 1, True), "never the whole array"
+    assert member(137, retries=1) == ([], 2, False), "no retry is left"
+
+
+def test_a_stopped_command_uses_up_no_retry(member):
+    assert member(75, module="eval.run", retries=0) == (["requeue 40_1"] * 2, 0, True)
+
+
+# ---- this machine ----------------------------------------------------------------------------------------------------
+
+STUB = """
+import os, pathlib, sys
+run = pathlib.Path(next(a for a in sys.argv if a.startswith("output_dir=")).partition("=")[2])
+starts = len(list(run.glob("start-*")))
+(run / f"start-{starts}").touch()
+told = TOLD[starts]
+if told:
+    pathlib.Path(f"{os.environ['AVATAR_ENDED']}-{told}").touch()
+else:
+    (run / "done.json").touch()
+assert not [name for name in os.environ if name.startswith("SLURM_") and name != "SLURM_CONF"]
+sys.exit(1 if told else 0)  # as torchrun's always is
+"""
+
+
+@pytest.mark.parametrize(("told", "starts", "failed"), [([76, 75, 0], 3, 0), ([2, 0], 1, 0), ([1, 1, 0], 2, 2)])
+def test_a_pool_reads_what_torchrun_does_not_return(tmp_path, monkeypatch, told, starts, failed):
+    """Hung or stopped: again, and no retry is used up. A user's mistake: never again."""
+    monkeypatch.chdir(ROOT)
+    for name, value in INTERACTIVE.items():
+        monkeypatch.setenv(name, value)
+    code = tmp_path / "code" / "megatron_avatar"
+    code.mkdir(parents=True)
+    (code / "__init__.py").touch()
+    (code / "train.py").write_text(STUB.replace("TOLD", str(told)))
+    task = training("a", tmp_path, retries=1)
+    task.settings = [*(s for s in task.settings if not s.startswith("cluster=")), "cluster=local"]
+    task.code = str(code.parent)
+    task.folder.mkdir()
+    try:
+        Pool([task], ["a"], tmp_path, 1)()
+    except TaskFailed:
+        assert told[-1] == 0 and not task.done.exists()
+    assert len(list(task.folder.glob("start-*"))) == starts
+    assert task.done.exists() == (failed == 0 and 2 not in told) and tasks.failures(task) == failed
+    assert not list(task.folder.glob(".ended-*"))
+
+
+# ---- what is shown ---------------------------------------------------------------------------------------------------
+
+
+def test_the_table_has_whole_names_and_says_where_the_logs_are(tmp_path):
+    long = "omni_7b.on_off_ratio_on4_off4_without_the_hints_and_without_tas.0"
+    board = Board(tmp_path, [training(long, tmp_path), training("b", tmp_path), training("c", tmp_path)], local=True)
+    board.jobs = {long: "40_0", "b": "40_1", "c": "40_2"}
+    logs = tmp_path / long / "logs"
+    logs.mkdir(parents=True)
+    (tmp_path / "submitit").mkdir()
+    (logs / "40.0.log").touch()
+    (tmp_path / "submitit" / "40_1_0_log.out").touch()
+    states = {long: "failed", "b": "failed", "c": "failed"}
+    for width in (80, 200):
+        console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+        console.print(table.shown(board, states, dict.fromkeys(states, 3)))
+        text = console.export_text()
+        assert long in "".join(line.split("│")[1].strip() for line in text.splitlines() if line.startswith("│"))
+        whole = text.replace("\n", "")
+        assert f"{long} failed: {logs / '40.0.log'}" in whole, whole
+        assert f"b failed: {tmp_path / 'submitit' / '40_1_0_log.out'}" in whole and "c failed: it left no log" in whole
