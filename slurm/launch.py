@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_avatar.config import Config, check_world
-from megatron_avatar.config.checks import check_folder, check_same_model, check_same_run, check_space
+from megatron_avatar.config.checks import check_folder, check_same_model, check_same_run
 from megatron_avatar.config.paths import check_inputs, refuse
+from megatron_avatar.planning.outline import check_space
 from megatron_avatar.resilience import queue
 
 REFUSAL_S = 300.0  # for Slurm's opinion of a job, while a person waits

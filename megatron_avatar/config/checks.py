@@ -1,12 +1,11 @@
 """What is refused before a model is built or a job submitted: folders that hold something else, or can't be written.
 
-Reads configuration files and sizes alone, in a second, on any host.
+Reads configuration files alone, in a second, on any host.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from megatron_avatar.config.load import CONFIG_DIR, differences
 from megatron_avatar.config.schema import Config
 
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
-GIB = 2**30
 
 
 def check_same_run(config: Config) -> dict[str, Any]:
@@ -58,38 +56,6 @@ def check_folder(folder: Path) -> None:
             f"output_dir={folder}: nothing can be written into {there} ({error.strerror}): choose another output_dir, "
             "or correct its permissions or quota"
         ) from None
-
-
-def check_space(config: Config) -> str:
-    """What is to be said about the space for checkpoints; empty where all that are kept will fit.
-
-    Raises ValueError where not even one does.
-    """
-    folder, size = Path(config.output_dir), checkpoint_bytes(config)
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(there).free
-    if free < size:
-        raise ValueError(
-            f"output_dir={folder}: a checkpoint takes about {size / GIB:.1f} GiB, but the disk of {there} has "
-            f"{free / GIB:.1f} GiB free: make room there, or choose another output_dir"
-        )
-    kept = config.checkpoint.keep + len(config.checkpoint.milestones) + 1  # one more is written before one is removed
-    if free < kept * size:
-        return (f"output_dir={folder}: {kept} checkpoints of about {size / GIB:.1f} GiB are kept, and {free / GIB:.1f} "
-                "GiB are free: lower checkpoint.keep or checkpoint.milestones, or make room")  # fmt: skip
-    return ""
-
-
-def checkpoint_bytes(config: Config) -> float:
-    """About the bytes of a checkpoint: weights, the optimizer's numbers and a stage's reference, from the size of the
-    weights in model.path (of two bytes each; talker included, so rather too much)."""
-    parameters = sum(path.stat().st_size for path in Path(config.model.path).glob("*.safetensors")) / 2
-    weight = 2 if config.model.dtype == "bfloat16" else 4
-    if config.model.lora.rank:
-        return parameters * weight * 1.2  # adapters, and encoders where they train
-    trained = 12 if config.model.dtype == "bfloat16" else 8  # main weights in float32, two moments
-    reference = weight if any(stage.kind == "rl" for stage in config.stages.values()) else 0
-    return parameters * (weight + trained + reference)
 
 
 def model_sizes(config: Config) -> dict[str, int]:

@@ -220,8 +220,10 @@ class JudgeConfig:
 @dataclass
 class CheckpointConfig:
     every: int = 50  # steps
+    minutes: float = 30.0  # beside that, so long after the one before; 0: by steps alone
     keep: int = 2
-    milestones: list[int] = field(default_factory=list)  # global steps whose checkpoints stay
+    keep_finished: bool = True  # false: a run that is done keeps its exports and milestones alone
+    milestones: list[int] = field(default_factory=list)  # global steps whose weights stay
     restarts: int = 3  # automatic ones in a row without a later checkpoint, before a job gives up
 
 

@@ -139,6 +139,7 @@ def _check_inputs(config: Config) -> None:
                          f"{judge.deadline_s}: make it longer, or 0 to switch it off")
     _at_least("checkpoint.every", config.checkpoint.every, 1)
     _at_least("checkpoint.keep", config.checkpoint.keep, 1)
+    _at_least("checkpoint.minutes", config.checkpoint.minutes, 0)
     _at_least("checkpoint.restarts", config.checkpoint.restarts, 1)
     _at_least("replay_step", config.replay_step, 0)
     _at_least("eval.every", config.eval.every, 0)

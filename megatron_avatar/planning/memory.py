@@ -14,6 +14,7 @@ import torch
 from megatron_avatar.config.schema import Config, ModelConfig, ParallelConfig
 from megatron_avatar.planning.batches import micro_batches, reading_batch
 from megatron_avatar.planning.meta import META, LiveBytes, shard_on_meta
+from megatron_avatar.planning.outline import MARGIN, MARGIN_CPU
 from megatron_avatar.planning.work import Work
 from megatron_avatar.policy.architecture import PolicyConfig
 from megatron_avatar.policy.groups import GroupBatch
@@ -23,8 +24,6 @@ from megatron_avatar.policy.shape import hears
 from megatron_avatar.policy.towers import ROWS_PER_CALL
 
 GIB = 2**30
-# CUDA context, NCCL's buffers, cuBLAS workspaces and fragmentation; on a CPU the libraries: our assumption.
-MARGIN, MARGIN_CPU = 3 * GIB, GIB
 SAMPLING_BYTES = 40  # a logit while a token is drawn: float32 and float64 copies of the row (sampling.py)
 
 

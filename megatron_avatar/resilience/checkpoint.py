@@ -1,6 +1,6 @@
 """Checkpoints: one directory a step, whole or absent, loadable on any tensor, pipeline and data-parallel layout.
 
-    RUN/checkpoints/step_00000050/
+    RUN/checkpoints/step_00000050/      and RUN/milestones/step_00000100/, with the weights alone
         weights/         Megatron-Core's torch_dist format: policy, optimizer, the stage's reference weights
         rng.pt           torch's random generators, a rank after the other
         state.json       everything else that continues a run
@@ -21,7 +21,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable, Collection
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
@@ -41,10 +41,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_avatar.policy.backend import Backend
 from megatron_avatar.policy.weights import put_away
+from megatron_avatar.resilience import room
 from megatron_avatar.resilience.index import read_index
 
 FORMAT = 3
 HIDDEN = ".unfinished_"
+CHECKPOINTS, MILESTONES = "checkpoints", "milestones"
 WEIGHTS, STATE, GENERATORS, MANIFEST = "weights", "state.json", "rng.pt", "manifest.json"
 POLICY = "policy."
 MAIN = "optimizer.state.fp32_param."  # Megatron-Core's name of float32 main weights
@@ -69,18 +71,24 @@ class Resumable(Protocol):
 
 @dataclass
 class Snapshot:
-    """All that one rank contributes to a checkpoint, copied: training may go on while it is written."""
+    """All that one rank contributes to a checkpoint. `copied`: training may go on while it is written; else its tensors
+    are the run's own, and training waits."""
 
     step: int
-    sharded: dict[str, Any]  # Megatron's description, its tensors on the host
+    sharded: dict[str, Any]  # Megatron's description, its tensors on the host where they are copied
     common: bytes
     generators: dict[str, Any]  # of this rank
     state: dict[str, Any]
+    copied: bool
 
     @property
     def size(self) -> int:
         """Bytes of the tensors that this rank writes."""
-        return sum(t.data.nbytes for t in nested_values(self.sharded) if is_main_replica(t.replica_id))
+        return _own_bytes(self.sharded)
+
+    def weights(self) -> Snapshot:
+        """The policy's weights of it alone."""
+        return replace(self, sharded={"policy": self.sharded["policy"]})
 
 
 def take(
@@ -92,17 +100,23 @@ def take(
     state: dict[str, Any],
     backend: Backend,
 ) -> Snapshot:
-    """Copy everything that continues the run after global step `step`; called by all ranks alike.
+    """Everything that continues the run after global step `step`; called by all ranks alike. It is copied to the host
+    where every node has memory for that.
 
     `reference` maps names of `policy.named_parameters()` to this rank's tensors of the same shapes. `state` must
     survive JSON; rank 0's is written.
     """
     sharded, common = save_preprocess(_sharded_state(policy, optimization, reference, loading=False))
-    for shard in nested_values(sharded):
+    copied = room.enough(_own_bytes(sharded), backend)
+    for shard in nested_values(sharded) if copied else ():
         if is_main_replica(shard.replica_id):
             shard.data = shard.data.detach().to("cpu", copy=True)
     state = json.loads(json.dumps(state)) if backend.rank == 0 else {}
-    return Snapshot(step, sharded, _serialise(common), _generators(), state)
+    return Snapshot(step, sharded, _serialise(common), _generators(), state, copied)
+
+
+def _own_bytes(sharded: dict[str, Any]) -> int:
+    return sum(t.data.nbytes for t in nested_values(sharded) if is_main_replica(t.replica_id))
 
 
 def save(
@@ -129,12 +143,20 @@ def write(
 ) -> Path:
     """Write a checkpoint and make it visible; called by all ranks, each with its own snapshot of the step.
 
-    From a second thread with `backend.apart()`. Afterwards the newest `keep` checkpoints and those of `milestones`
-    remain. Raises CheckpointError where the disk refuses, with every earlier checkpoint untouched.
+    From a second thread with `backend.apart()`. Afterwards the newest `keep` checkpoints remain, and the weights of
+    every one of `milestones`, in a folder of their own. Raises CheckpointError where the disk refuses, with every
+    earlier checkpoint untouched.
     """
     if keep < 1:
         raise ValueError(f"checkpoint.keep={keep}: keep at least one checkpoint")
-    root = Path(run_dir) / "checkpoints"
+    if snapshot.step in milestones:  # first: a checkpoint that is there has its milestone
+        _write_folder(Path(run_dir) / MILESTONES, snapshot.weights(), backend, lambda root: None)
+    return _write_folder(Path(run_dir) / CHECKPOINTS, snapshot, backend,
+                         lambda root: _prune(root, snapshot.step, keep, milestones))  # fmt: skip
+
+
+def _write_folder(root: Path, snapshot: Snapshot, backend: Backend, behind: Callable[[Path], None]) -> Path:
+    """Write a snapshot below `root` and make it visible; rank 0 then calls `behind`."""
     final = root / f"step_{snapshot.step:08d}"
     working = root / f"{HIDDEN}{final.name}"
 
@@ -167,7 +189,7 @@ def write(
             for folder in (working / WEIGHTS, working):
                 _flush_folder(folder)
             _publish(working, final)
-            _prune(root, snapshot.step, keep, milestones)
+            behind(root)
 
     size, generators = snapshot.size, backend.all_gather_object(snapshot.generators)
     _on_all_ranks(prepare, backend, final, size)
@@ -253,10 +275,11 @@ def _own_files(working: Path, rank: int) -> list[Path]:
 
 
 def _prune(root: Path, step: int, keep: int, milestones: Collection[int]) -> None:
-    """Keep the newest `keep` and the milestones; later steps than this one belong to an abandoned continuation."""
-    steps = _steps(root)
-    kept = {*[s for s in sorted(steps) if s <= step][-keep:], *(s for s in milestones if s <= step)}
-    for number, path in steps.items():
+    """Keep the newest `keep`, and milestones that have no folder of their own yet (as earlier versions wrote them);
+    later steps than this one belong to an abandoned continuation."""
+    steps, apart = _steps(root), _steps(root.parent / MILESTONES)
+    kept = {*[s for s in sorted(steps) if s <= step][-keep:], *(s for s in milestones if s <= step and s not in apart)}
+    for number, path in [*steps.items(), *((s, path) for s, path in apart.items() if s > step)]:
         if number not in kept:
             try:
                 _discard(path)
@@ -281,7 +304,7 @@ def latest(run_dir: Path, backend: Backend) -> Path | None:
     Every file's size and checksum is verified, the work shared among the ranks. A damaged checkpoint is named on
     stderr and the one before it is tried; CheckpointError if all are damaged. Nothing is changed on the disk.
     """
-    root = Path(run_dir) / "checkpoints"
+    root = Path(run_dir) / CHECKPOINTS
     steps = backend.all_gather_object(_steps(root))[0]
     for step in sorted(steps, reverse=True):
         damage = [d for part in backend.all_gather_object(_damage(steps[step], backend)) for d in part]
@@ -298,17 +321,23 @@ def latest(run_dir: Path, backend: Backend) -> Path | None:
 
 
 def find(run_dir: Path, step: int | None, backend: Backend) -> Path:
-    """The intact checkpoint of global step `step`, or without one the newest; the same on all ranks.
+    """The intact checkpoint or milestone of global step `step`, or without one the newest; the same on all ranks.
 
     Raises ValueError naming the steps that are there where that one isn't, CheckpointError where it is damaged.
     """
-    root = Path(run_dir) / "checkpoints"
-    steps = backend.all_gather_object(_steps(root))[0]
-    if step is None and steps:
-        return latest(run_dir, backend)
+    run_dir = Path(run_dir)
+    own = _steps(run_dir / MILESTONES), _steps(run_dir / CHECKPOINTS)
+    milestones, whole = backend.all_gather_object(own)[0]
+    steps = milestones | whole
+    if step is None:
+        if whole:
+            return latest(run_dir, backend)
+        step = max(milestones, default=None)
     if step not in steps:
-        there = f"there are steps {', '.join(map(str, sorted(steps)))}" if steps else "the run has none yet"
-        raise ValueError(f"{root} has no checkpoint{'' if step is None else f' of step {step}'}: {there}")
+        there = f"there are steps {', '.join(map(str, sorted(steps)))}" if steps else "the run has none"
+        if exports := sorted(path.parent.name for path in run_dir.glob("export/*/config.json")):
+            there += f"; {run_dir / 'export'} has the weights after {', '.join(exports)}"
+        raise ValueError(f"{run_dir} has no checkpoint{'' if step is None else f' of step {step}'}: {there}")
     damage = [d for part in backend.all_gather_object(_damage(steps[step], backend)) for d in part]
     if damage:
         raise CheckpointError(f"the checkpoint {steps[step]} is damaged ({'; '.join(damage)}): use another step")
@@ -320,10 +349,16 @@ def read_state(path: Path) -> dict[str, Any]:
     return json.loads((path / STATE).read_text())
 
 
+def drop(run_dir: Path) -> None:
+    """Delete a finished run's checkpoints; its milestones and exports stay. Called by rank 0 alone."""
+    for path in _steps(Path(run_dir) / CHECKPOINTS).values():
+        _discard(path)
+
+
 def all_states(run_dir: Path) -> list[dict[str, Any]]:
     """The readable states of the checkpoints that are there, oldest first; empty where there is none."""
     states = []
-    for _, path in sorted(_steps(Path(run_dir) / "checkpoints").items()):
+    for _, path in sorted(_steps(Path(run_dir) / CHECKPOINTS).items()):
         try:
             states.append(read_state(path))
         except (OSError, ValueError) as error:

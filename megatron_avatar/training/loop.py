@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,7 @@ class Run:
         self.shards = ReplayShards(self.folder, self.apart)
         self.step = 0  # optimizer steps applied, over all stages
         self.saved: int | None = None  # step of the newest checkpoint
+        self.saved_at = time.monotonic()  # when it was taken, or the run began
         self.completions_generated = 0
         self.fresh: list[Trajectory] = []  # of the latest step
         self.stage_name, self.working_on = "", []  # for the last words
@@ -171,8 +173,20 @@ class Run:
                     state["damaged_shards"] = self.shards.damaged
             snapshot = checkpoint.take(self.step, policy=self.policy, optimization=self.optimization,
                                        reference=self.learner.reference, state=state, backend=self.backend)
-        self.saver.start(lambda: self.write(snapshot, trajectories))
-        self.saved = self.step
+            if not snapshot.copied:
+                if self.backend.rank == 0:
+                    log.info("a node lacks memory for copies of %.1f GiB a rank: the checkpoint is written in pieces, "
+                             "training waits", snapshot.size / 2**30)
+                self.write(snapshot, trajectories)
+        if snapshot.copied:
+            self.saver.start(lambda: self.write(snapshot, trajectories))
+        self.saved, self.saved_at = self.step, time.monotonic()
+
+    def save_is_due(self) -> bool:
+        """Whether this step is one after which the state is kept; the same answer on all ranks."""
+        keep = self.config.checkpoint
+        late = keep.minutes > 0 and time.monotonic() - self.saved_at > 60 * keep.minutes
+        return any(self.backend.all_gather_object(late)) or self.step % keep.every == 0 or self.step in keep.milestones
 
     def write(self, snapshot: checkpoint.Snapshot, trajectories: dict[int, Trajectory] | None) -> None:
         """Write a checkpoint, the shards first, so that its index never names a missing one; in the saver's thread."""
@@ -409,7 +423,7 @@ class Run:
         stopping = self.stop.agree(self.backend)
         # Logged before it is saved: at a checkpoint the metrics file is complete up to its step.
         self.telemetry.log(record)
-        if (stopping or last or self.step % config.checkpoint.every == 0 or self.step in config.checkpoint.milestones):
+        if self.save_is_due() or stopping or last:
             self.save()
         if stopping:
             raise Interrupted
@@ -479,6 +493,10 @@ def train(config: Config, backend: Backend) -> None:
             aside = folder / "done.json.tmp"
             aside.write_text(json.dumps(summary, indent=2) + "\n")
             aside.replace(folder / "done.json")  # there, whole, or not at all: the run is over
+        if not config.checkpoint.keep_finished:
+            if backend.rank == 0:
+                checkpoint.drop(folder)
+            run.shards.collect_garbage()
     except Interrupted:
         run.saver.finish()  # what was saved is saved once it is written
         raise

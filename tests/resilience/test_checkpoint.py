@@ -18,10 +18,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
 
 from megatron_avatar.config.schema import OptimConfig, ParallelConfig
 from megatron_avatar.policy.backend import Backend
-from megatron_avatar.resilience import checkpoint, index
+from megatron_avatar.resilience import checkpoint, index, room
 from megatron_avatar.training.optim import build_optimizer
 from tests.policy.tiny import thinker_logits, tiny_completions, tiny_config, tiny_prompts, tiny_thinker
 from tests.ranks import launch
@@ -179,13 +180,61 @@ def test_saving_is_cheap_and_starts_no_process(backend, tmp_path, monkeypatch):
 # ---- what stays and what goes ------------------------------------------------------------------
 
 
-def test_newest_and_milestones_are_kept(trainer, tmp_path):
+def size(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+
+def test_the_newest_are_kept_and_of_milestones_the_weights(trainer, backend, tmp_path):
     for step in (5, 10, 15, 20, 25):
-        trainer.save(tmp_path, step, milestones=[10, 30], index=step)
-    assert visible(tmp_path) == ["step_00000010", "step_00000020", "step_00000025"]
-    assert [s["index"] for s in checkpoint.all_states(tmp_path)] == [10, 20, 25]
-    trainer.save(tmp_path, 20)  # the run went back to 10 and came here again
-    assert visible(tmp_path) == ["step_00000010", "step_00000020"]
+        trainer.save(tmp_path, step, milestones=[10, 25, 30], index=step)
+    assert visible(tmp_path) == ["step_00000020", "step_00000025"]
+    assert [s["index"] for s in checkpoint.all_states(tmp_path)] == [20, 25], "milestones hold no replay shards back"
+    kept = tmp_path / "milestones"
+    assert sorted(os.listdir(kept)) == ["step_00000010", "step_00000025"]
+    assert size(kept / "step_00000010") < 0.4 * size(tmp_path / "checkpoints" / "step_00000020")
+    found = {step: checkpoint.find(tmp_path, step, backend).parent.name for step in (10, 20, 25, None)}
+    assert found == {10: "milestones", 20: "checkpoints", 25: "checkpoints", None: "checkpoints"}
+    trainer.save(tmp_path, 20)  # the run went back and came here again
+    assert visible(tmp_path) == ["step_00000020"] and os.listdir(kept) == ["step_00000010"]
+    checkpoint.drop(tmp_path)
+    assert visible(tmp_path) == [] and checkpoint.find(tmp_path, None, backend) == kept / "step_00000010"
+    with pytest.raises(ValueError, match="no checkpoint of step 20: there are steps 10"):
+        checkpoint.find(tmp_path, 20, backend)
+
+
+def test_a_milestones_weights_are_loaded_and_nothing_else_can_be(trainer, backend, tmp_path):
+    trainer.save(tmp_path, 4, milestones=[4])
+    other, path = Trainer(backend, seed=1), tmp_path / "milestones" / "step_00000004"
+    checkpoint.load(path, policy=other.policy, optimization=None, reference=None, backend=backend)
+    assert all(torch.equal(a, b) for a, b in zip(other.policy.parameters(), trainer.policy.parameters(), strict=True))
+    with pytest.raises(checkpoint.CheckpointError, match="doesn't fit this model"):
+        other.load(path)
+
+
+def test_milestones_of_an_earlier_version_stay_whole(trainer, tmp_path):
+    for step in (10, 20):
+        trainer.save(tmp_path, step)
+    trainer.save(tmp_path, 30, keep=1, milestones=[10])
+    assert visible(tmp_path) == ["step_00000010", "step_00000030"]
+
+
+def test_without_memory_for_a_copy_nothing_is_copied(backend, tmp_path, monkeypatch):
+    """The tensors of the snapshot are the run's own, and what is written is equal."""
+    parallel = ParallelConfig(distributed_optimizer=True)
+    one, two = (Trainer(backend, seed=seed, parallel=parallel) for seed in (0, 1))
+    one.train(0, 2)
+    things = dict(policy=one.policy, optimization=one.optimization, reference=one.reference, state={}, backend=backend)
+    need = checkpoint.take(1, **things).size
+    for free, copied in ((need + room.SLACK, True), (need + room.SLACK - 1, False)):
+        monkeypatch.setattr(room, "available", lambda free=free: free)
+        snapshot = checkpoint.take(2, **things)
+        own = {t.untyped_storage().data_ptr() for t in [*one.policy.parameters(), *one.reference.values()]}
+        seen = {t.data.untyped_storage().data_ptr() for t in nested_values(snapshot.sharded)}
+        assert snapshot.copied is copied is not bool(own & seen)
+    path = checkpoint.write(tmp_path, snapshot, backend=backend, keep=1)
+    two.train(7, 8)
+    two.load(path)
+    assert same(two.tensors(), one.tensors())
 
 
 def test_run_without_checkpoints(backend, tmp_path):

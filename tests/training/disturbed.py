@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from megatron_avatar import train as entry
-from megatron_avatar.resilience import checkpoint
+from megatron_avatar.resilience import checkpoint, room
 from megatron_avatar.resilience.stopping import StopSignal
 from megatron_avatar.training import loop
 from megatron_avatar.training.learner import Learner
@@ -70,6 +70,8 @@ def disturb(what: str, arguments: list[str]) -> None:
         slow_write(Path(next(a for a in arguments if a.startswith("output_dir=")).partition("=")[2]))
     elif what.startswith("step_"):
         terminate_before(int(what.removeprefix("step_")))
+    elif what == "short_memory":
+        room.available = lambda: 0
     elif what == "hang":
         before(loop, "make_groups", hang)
     elif what == "terminate_rank_1":  # in generation, which rank 0 makes long

@@ -63,7 +63,7 @@ def test_a_run_logs_what_it_did(world, whole):
     assert any(r["hints/visits"] > 0 for r in records) and max(r["hints"] for r in records) > 0
     assert records[0]["reward/judge"] is None and records[-1]["reward/judge"] is not None
     kept = sorted(path.name for path in (whole / "checkpoints").iterdir())
-    assert kept == ["step_00000005", "step_00000008", "step_00000009"]  # a milestone, and the newest two
+    assert kept == ["step_00000008", "step_00000009"] and len(list((whole / "milestones").iterdir())) == 1
     before = load_file(world / "base" / "model.safetensors")
     after = weights(whole)
     moved = {n for n in after if not torch.equal(before[n].float(), after[n].float())}
@@ -280,3 +280,17 @@ def test_buffer_and_baselines_go_into_the_next_stage_together(world):
     first = json.loads((world / "carried" / "checkpoints" / "step_00000003" / "state.json").read_text())
     carried = [rewards for name, variant, rewards in first["tracker"]["windows"] if len(rewards) >= 4]
     assert len(carried) >= 8 and all(0 <= reward <= 1 for rewards in carried for reward in rewards)
+
+
+@pytest.mark.slow
+def test_a_run_short_of_memory_and_disk_comes_to_the_same_bits(world, whole):
+    """Checkpoints in pieces after every step, by the clock alone; none is left once the run is done."""
+    out = world / "short"
+    settings = ("checkpoint.every=100", "checkpoint.minutes=1e-9", "checkpoint.milestones=[5]",
+                "checkpoint.keep_finished=false")  # fmt: skip
+    done = train(*arguments(world, out, *settings, steps=3), disturbed="short_memory")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("written in pieces") == 9
+    assert_equal_runs(whole, out)
+    assert not list((out / "checkpoints").iterdir()) and not list((out / "replay").iterdir())
+    assert [path.name for path in (out / "milestones").iterdir()] == ["step_00000005"]
