@@ -1,7 +1,8 @@
 """A run's checkpoint as a Hugging Face folder: python -m megatron_avatar.export RUN out=FOLDER [step=N] [adapters=true]
 
 Without step, the newest intact checkpoint. Adapters are merged into the weights; with adapters=true they are written
-alone, as PEFT has them. One process does for a checkpoint of any layout; under torchrun the run's own layout is used.
+alone, as PEFT has them on transformers 5, with adapters=hub by the names that transformers 4 and vLLM know. One process
+does for a checkpoint of any layout; under torchrun the run's own layout is used.
 """
 
 from __future__ import annotations
@@ -12,14 +13,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-USAGE = "usage: python -m megatron_avatar.export RUN out=FOLDER [step=N] [adapters=true]"
+USAGE = "usage: python -m megatron_avatar.export RUN out=FOLDER [step=N] [adapters=true|hub]"
 
 
 class Request(NamedTuple):
     run: Path
     out: Path
     step: int | None
-    adapters: bool
+    adapters: str  # false: merged; true: alone, named as in transformers 5; hub: as in the hub's folders
 
 
 def parse(arguments: list[str]) -> Request:
@@ -28,14 +29,14 @@ def parse(arguments: list[str]) -> Request:
     step, adapters = settings.get("step"), settings.get("adapters", "false")
     if not arguments or not settings.get("out") or settings.keys() - {"out", "step", "adapters"}:
         raise ValueError(USAGE)
-    if (step is not None and not step.isdecimal()) or adapters not in ("true", "false"):
-        raise ValueError(f"step={step} adapters={adapters}: step is a number, adapters true or false. {USAGE}")
+    if (step is not None and not step.isdecimal()) or adapters not in ("true", "false", "hub"):
+        raise ValueError(f"step={step} adapters={adapters}: step is a number, adapters true, hub or false. {USAGE}")
     run, out = Path(arguments[0]), Path(settings["out"])
     if not (run / "config.yaml").is_file():
         raise ValueError(f"{run / 'config.yaml'} doesn't exist: name the output_dir of a run")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"out={out} holds something already: name another folder, or remove that one")
-    return Request(run, out, None if step is None else int(step), adapters == "true")
+    return Request(run, out, None if step is None else int(step), adapters)
 
 
 def export(request: Request) -> None:
@@ -51,8 +52,9 @@ def export(request: Request) -> None:
     saved = OmegaConf.load(request.run / "config.yaml")
     config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), saved))
     model, parallel = config.model, config.parallel
-    if request.adapters and not model.lora.rank:
-        raise ValueError(f"{request.run} trained no adapters (model.lora.rank=0): leave adapters=true out")
+    alone = request.adapters != "false"
+    if alone and not model.lora.rank:
+        raise ValueError(f"{request.run} trained no adapters (model.lora.rank=0): leave adapters= out")
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         parallel = replace(parallel, tp=1, pp=1, first_stage_layers=None, sequence_parallel=False)
     backend = start(parallel, seed=config.seed)
@@ -60,9 +62,10 @@ def export(request: Request) -> None:
         path = checkpoint.find(request.run, request.step, backend)
         policy = build_policy(model.path, backend, model, parallel)
         checkpoint.load(path, policy=policy, optimization=None, reference=None, backend=backend)
-        if request.adapters:
+        if alone:
             towers = any(stage.train_towers for stage in config.stages.values())
-            export_adapters(policy, request.out, model.path, model.lora, towers=towers)
+            hub = request.adapters == "hub"
+            export_adapters(policy, request.out, model.path, model.lora, towers=towers, hub=hub)
         else:
             export_hf(policy, request.out, model.path)
         if backend.rank == 0:

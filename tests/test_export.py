@@ -75,8 +75,11 @@ def test_checkpoints_become_folders(folder, capsys):
 
     status, said = say(capsys, run, f"out={folder / 'third'}", "step=3")
     assert status == 1 and "no checkpoint of step 3: there are steps 1, 2" in said
-    status, said = say(capsys, run, f"out={folder / 'third'}", "adapters=true")
-    assert status == 1 and "trained no adapters" in said
+    for adapters in ("true", "hub"):
+        status, said = say(capsys, run, f"out={folder / 'third'}", f"adapters={adapters}")
+        assert status == 1 and "trained no adapters" in said
+    status, said = say(capsys, run, f"out={folder / 'third'}", "adapters=yes")
+    assert status == 2 and "adapters true, hub or false" in said
     before = (folder / "first" / "model.safetensors").read_bytes()
     status, said = say(capsys, run, f"out={folder / 'first'}")
     assert status == 2 and "holds something already" in said

@@ -109,11 +109,14 @@ def export_hf(
 
 
 def export_adapters(
-    policy: OmniPolicy, folder: str | Path, source_folder: str | Path, lora: LoraConfig, *, towers: bool = False
-) -> None:
+    policy: OmniPolicy, folder: str | Path, source_folder: str | Path, lora: LoraConfig, *, towers: bool = False,
+    hub: bool = False,
+) -> None:  # fmt: skip
     """Write the adapters of `lora` as a PEFT folder for the model in `source_folder`. All ranks call it together.
 
     With `towers`, which were then trained beside the adapters, the encoders go with them (PEFT's modules_to_save).
+    Layers are named as transformers 5 has them in its modules, with `hub` as the hub's folders have them: of Omni those
+    are transformers 4's modules too, and vLLM reads them.
     Raises OSError on all ranks where it can't be written.
     """
     dtype = policy.config.params_dtype
@@ -123,7 +126,7 @@ def export_adapters(
         slots += [slot for slot in policy_slots(policy) if id(slot.parameter) in own]
 
     def write(aside: Path, shapes: dict[str, Shape], tensors: Tensors) -> None:
-        _write_adapters(aside, Path(source_folder), shapes, tensors, dtype, lora)
+        _write_adapters(aside, Path(source_folder), shapes, tensors, dtype, lora, hub)
 
     _export(policy, Path(folder), slots, lambda slot: slot.parameter, dtype, write)
 
@@ -308,13 +311,15 @@ def _write_model(
 
 
 def _write_adapters(
-    aside: Path, source_folder: Path, shapes: dict[str, Shape], tensors: Tensors, dtype: torch.dtype, lora: LoraConfig
-) -> None:
+    aside: Path, source_folder: Path, shapes: dict[str, Shape], tensors: Tensors, dtype: torch.dtype, lora: LoraConfig,
+    hub: bool,
+) -> None:  # fmt: skip
     """adapter_model.safetensors and adapter_config.json, for PEFT on the source's class in transformers."""
     prefix = class_prefix(source_folder)
+    layers = rf"{re.escape(prefix)}{re.escape('model.' if hub else nested('model.'))}layers"
 
     def rename(name: str) -> str:
-        return f"base_model.model.{prefix}{nested(name)}"
+        return f"base_model.model.{prefix}{name if hub else nested(name)}"
 
     # Of a fused layer's parts only those that were targeted: the others' B is zero.
     wanted = {name for name in shapes if "lora_B" not in name or name.split(".")[-3] in lora.targets}
@@ -329,7 +334,7 @@ def _write_adapters(
         "lora_dropout": 0.0,
         "bias": "none",
         # In full, because the encoders and the talker have layers of the same names.
-        "target_modules": rf"{re.escape(prefix)}model\.language_model\.layers\.\d+\.\w+\.({'|'.join(lora.targets)})",
+        "target_modules": rf"{layers}\.\d+\.\w+\.({'|'.join(lora.targets)})",
         "modules_to_save": towers or None,
         "inference_mode": True,
     }

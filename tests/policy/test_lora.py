@@ -141,6 +141,24 @@ def test_full_classes_with_trained_encoders(backend, tmp_path, kind):
     torch.testing.assert_close(logits_of(policy, prompt), theirs, atol=1e-4, rtol=0)
 
 
+def test_adapters_named_as_in_the_hubs_folders(backend, tmp_path):
+    """Transformers 4 and vLLM know a full Omni's layers by the names of its weights' files."""
+    tiny_omni(tmp_path / "source")
+    policy = load(tmp_path / "source", backend)
+    shake(policy)
+    for name in ("new", "hub"):
+        export_adapters(policy, tmp_path / name, tmp_path / "source", LORA, hub=name == "hub")
+    new, hub = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("new", "hub"))
+    weights = load_file(tmp_path / "source" / "model.safetensors").keys()
+    for name, value in hub.items():
+        assert name.startswith("base_model.model.thinker.model.layers.")
+        assert torch.equal(value, new[name.replace("thinker.model.", "thinker.model.language_model.")])
+    layers = {re.sub(r"^base_model\.model\.(.*)\.lora_[AB]\.weight$", r"\1", name) for name in hub}
+    assert {f"{layer}.weight" for layer in layers} <= weights
+    pattern = json.loads((tmp_path / "hub" / "adapter_config.json").read_text())["target_modules"]
+    assert {name.removesuffix(".weight") for name in weights if re.fullmatch(pattern + r"\.weight", name)} == layers
+
+
 def test_generation_makes_the_dense_product_once_and_follows_changes(folder, backend, monkeypatch):
     policy, calls, plain = load(folder, backend), [], LoraAdapter._up
     prompt, sampling = tiny_prompts(policy.hf_config)["text"], SamplingConfig(max_new_tokens=4)
