@@ -15,6 +15,7 @@ from data_tools.prepare.damage import Refused
 from data_tools.prepare.measure import Clip, opened
 from megatron_avatar.data.container import Posture, clip_stream, sound_stream
 from megatron_avatar.data.sound import SAMPLE_RATE, read_track
+from megatron_avatar.files import writing
 
 ENCODERS = {
     "h264": ("libx264", ".mp4", {"preset": "medium", "crf": "20", "bf": "0", "threads": "1"},
@@ -73,7 +74,7 @@ class _Disk(io.FileIO):
 @contextmanager
 def _flac(target: Path) -> Iterator[soundfile.SoundFile]:
     """A new FLAC file of 16 kHz mono; OSError where the disk takes no more."""
-    with _Disk(target, "w+") as disk:
+    with writing(target), _Disk(target, "w+") as disk:
         try:
             with soundfile.SoundFile(disk, "w", SAMPLE_RATE, 1, "PCM_16", format="FLAC") as file:
                 yield file
@@ -81,7 +82,7 @@ def _flac(target: Path) -> Iterator[soundfile.SoundFile]:
             if disk.error is None:
                 raise
         if disk.error is not None:
-            raise OSError(disk.error.errno, disk.error.strerror, str(target)) from disk.error
+            raise disk.error
 
 
 def bounded_size(height: int, width: int, max_side: int) -> tuple[int, int]:

@@ -30,8 +30,8 @@ def shown(text: str) -> str:
 def refusal(error: Exception) -> Refused:
     """The refusal of a medium on which `error` was met, whatever a foreign decoder raises on damaged bytes.
 
-    Raises OSError or MemoryError instead where this machine is to blame, a full disk say: the work stops, and goes on
-    with the same command.
+    Raises OSError, MemoryError or ImportError instead where this machine is to blame, a full disk say: the work stops,
+    and goes on with the same command.
     """
     if isinstance(error, Refused):
         return error
@@ -41,5 +41,7 @@ def refusal(error: Exception) -> Refused:
     if isinstance(error, MemoryError):
         raise MemoryError(str(error)) from error
     if isinstance(error, OSError) and error.errno:
-        raise OSError(error.errno, error.strerror, error.filename) from error
+        raise OSError(error.errno, error.strerror, error.filename) from error  # FFmpeg's own don't cross processes
+    if isinstance(error, ImportError):
+        raise error
     return Refused("damaged", f"{type(error).__name__}: {error}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import warnings
 from array import array
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from megatron_avatar.data.container import MediaError, Posture, clip_stream, pos
 from megatron_avatar.data.picture import to_rgb
 from megatron_avatar.data.sound import MAX_SECONDS
 from megatron_avatar.data.whole import require_whole
+from megatron_avatar.files import is_machines, writing
 
 CODECS = ("vp8", "vp9", "mjpeg", "h264", "hevc", "av1", "mpeg4")  # that DALI decodes, on the CPU or on a GPU
 IN_ORDER = ("vp8", "vp9", "mjpeg", "av1")  # a packet's place is its frame's place
@@ -34,7 +34,6 @@ MAX_SIDE = 16_384
 MAX_RATE = 1000
 ROUNDED_S = 0.002  # containers round times to milliseconds: so near, the declared rate holds
 TRANSCODE = "write transcode=needed to have such clips encoded anew"
-FEW_FILES = (errno.EMFILE, errno.ENFILE)  # this process's or machine's limit, met while a file is opened
 Image.init()  # before that, open() knows half of these formats
 
 
@@ -68,7 +67,7 @@ def opened(path: Path) -> Iterator[av.container.InputContainer]:
     try:
         container = av.open(str(path), options=OPEN)
     except (av.FFmpegError, ValueError) as error:
-        if getattr(error, "errno", None) in FEW_FILES:
+        if is_machines(error):
             raise refusal(error) from None
         raise Refused("not_media", f"no media file, or its index is cut off ({_brief(error)})") from None
     with container:
@@ -76,7 +75,8 @@ def opened(path: Path) -> Iterator[av.container.InputContainer]:
             yield container
         except (av.FFmpegError, UnicodeDecodeError) as error:
             if isinstance(error, OSError) and error.filename not in (None, str(path)):
-                raise refusal(error) from None
+                with writing(Path(error.filename)):
+                    raise OSError(error.errno, error.strerror) from None
             raise Refused("damaged", f"breaks off while it is read ({_brief(error)})") from None
         except MediaError as error:
             raise refusal(error) from None

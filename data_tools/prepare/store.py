@@ -23,7 +23,7 @@ from data_tools.prepare import convert, measure
 from data_tools.prepare.damage import Refused, refusal
 from megatron_avatar.data.container import sound_stream
 from megatron_avatar.data.sound import SAMPLE_RATE
-from megatron_avatar.files import is_machines
+from megatron_avatar.files import is_machines, writing
 
 MIN_SAMPLES = 321  # the manifest's least: less makes no audio token
 SILENT = 1e-4  # the loudest sample of a track in which nothing is heard
@@ -87,7 +87,8 @@ def store(source: Source, handling: Handling) -> str:
         if path.exists() and _state(path) != before:
             raise OSError(f"{path} was changed while it was read; the same command reads it again")
         temporary = Path(folder) / "card.json"
-        temporary.write_text(json.dumps(known), encoding="utf-8")
+        with writing(temporary):
+            temporary.write_text(json.dumps(known), encoding="utf-8")
         os.replace(temporary, card)  # last: with the card all is there
     return content
 
@@ -101,7 +102,8 @@ def _fetch(source: Source, handling: Handling, folder: Path) -> Path:
     """The medium as a file: in place where it is one of the input's, else below `folder`."""
     if source.data is not None:
         path = folder / "embedded"
-        path.write_bytes(source.data)
+        with writing(path):
+            path.write_bytes(source.data)
     elif "://" in handling.root:
         path = folder / "fetched"
         _download(source.path, handling.root, path)
@@ -233,7 +235,7 @@ def _place(path: Path, content: str, suffix: str, handling: Handling) -> str:
 
 
 def _copy(path: Path, target: Path) -> None:
-    with open(path, "rb") as source, open(target, "wb") as sink:
+    with writing(target), open(path, "rb") as source, open(target, "wb") as sink:
         try:
             while os.copy_file_range(source.fileno(), sink.fileno(), 1 << 30):
                 pass

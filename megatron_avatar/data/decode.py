@@ -21,6 +21,7 @@ from megatron_avatar.data.features import TEMPORAL_PATCH, resize
 from megatron_avatar.data.picture import to_rgb
 from megatron_avatar.data.sound import MUTE, SAMPLE_RATE, Mix, read_track, require_length, require_rate
 from megatron_avatar.data.whole import require_whole
+from megatron_avatar.files import is_machines
 from megatron_avatar.records import Media
 
 MAX_FRAME_PIXELS = 2**27  # a header that claims more is damaged, or meant to fill the memory
@@ -60,11 +61,18 @@ def _require_content(path: Path) -> None:
     try:
         size = path.stat().st_size if path.is_file() else None
     except OSError as error:
+        _raise_machines(error)
         raise MediaError(path, f"cannot be opened ({error.strerror})", "correct the path in the manifest") from error
     if size is None:
         raise MediaError(path, "the file is missing", "restore it, or correct the path in the manifest")
     if size == 0:
         raise MediaError(path, "the file is empty (0 bytes)")
+
+
+def _raise_machines(error: Exception) -> None:
+    """An error of this machine ends the run: no sample is set aside for it."""
+    if is_machines(error) or type(error) is MemoryError:  # FFmpeg's own is one of a header that claims too much
+        raise error
 
 
 def decode_frames(path: Path, indices: np.ndarray, backend: str = "auto", fit: Fit | None = None) -> np.ndarray:
@@ -88,6 +96,7 @@ def decode_frames(path: Path, indices: np.ndarray, backend: str = "auto", fit: F
                     raise MediaError(path, f"DALI cannot decode it ({reason})", "try data.decoder=auto") from error
         return _decode_pyav(path, indices, fit)
     except av.FFmpegError as error:
+        _raise_machines(error)
         raise MediaError(path, f"not a video, or damaged ({error.strerror})") from error
 
 
@@ -238,9 +247,8 @@ def decode_image(path: Path) -> np.ndarray:
     try:
         with Image.open(path) as picture:
             return np.asarray(to_rgb(picture))[None]
-    except MemoryError:
-        raise
     except Exception as error:  # whatever Pillow's formats raise on damaged bytes
+        _raise_machines(error)
         raise MediaError(path, f"not a picture, or damaged ({error})") from error
 
 
@@ -259,6 +267,7 @@ def decode_audio(path: Path, *, in_video: bool = False, most: int | None = None)
         if waveform is None:
             waveform = _read_track(path, in_video, most)
     except (soundfile.LibsndfileError, av.FFmpegError) as error:
+        _raise_machines(error)
         raise MediaError(path, f"not a sound file, or damaged ({error})") from error
     if len(waveform) == 0:
         raise MediaError(path, "holds no sound", MUTE)

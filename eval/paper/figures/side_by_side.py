@@ -71,7 +71,7 @@ def load_clip(sample: Sample, root: Path, answers: list[tuple[str, Prediction | 
         if media.audio_path is None:
             trouble.append("no sound track")
         else:
-            wave = decode_audio(root / media.audio_path)
+            wave = decode_audio(root / media.audio_path, in_video=True)
     except MediaError as error:
         trouble.append(f"no sound: {error}")
     return Clip(sample, pictures, wave, trouble, answers)
