@@ -108,7 +108,7 @@ def transcode(path: Path, target: Path, clip: Clip, codec: str, max_side: int) -
     times kept."""
     encoder, _, options, container_options = ENCODERS[codec]
     size = bounded_size(*clip.posture.shown(clip.height, clip.width), max_side)
-    with opened(path) as source, av.open(str(target), "w", options=container_options) as sink:
+    with opened(path, writes=target) as source, av.open(str(target), "w", options=container_options) as sink:
         stream = clip_stream(source)
         assert stream is not None
         stream.codec_context.thread_count = 1

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from data_tools.prepare.damage import Refused, refusal
-from megatron_avatar.data.container import MediaError, Posture, clip_stream, posture, require_upright
+from megatron_avatar.data.container import AV_ERRORS, MediaError, Posture, clip_stream, posture, require_upright
 from megatron_avatar.data.picture import to_rgb
 from megatron_avatar.data.sound import MAX_SECONDS
 from megatron_avatar.data.whole import require_whole
@@ -59,27 +59,27 @@ class Clip:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[av.container.InputContainer]:
+def opened(path: Path, writes: Path | None = None) -> Iterator[av.container.InputContainer]:
     """An opened media file; what FFmpeg and the trainer refuse becomes a refusal.
 
-    Files that are written meanwhile are another matter: what FFmpeg can't write is an OSError.
+    `writes`, a file that is made of it, is another matter: what can't be written there is an OSError.
     """
     try:
         container = av.open(str(path), options=OPEN)
-    except (av.FFmpegError, ValueError) as error:
+    except AV_ERRORS as error:
         if is_machines(error):
             raise refusal(error) from None
         raise Refused("not_media", f"no media file, or its index is cut off ({_brief(error)})") from None
     with container:
         try:
             yield container
-        except (av.FFmpegError, UnicodeDecodeError) as error:
-            if isinstance(error, OSError) and error.filename not in (None, str(path)):
-                with writing(Path(error.filename)):
-                    raise OSError(error.errno, error.strerror) from None
-            raise Refused("damaged", f"breaks off while it is read ({_brief(error)})") from None
         except MediaError as error:
             raise refusal(error) from None
+        except AV_ERRORS as error:
+            if isinstance(error, OSError) and writes is not None and error.filename == str(writes):
+                with writing(writes):
+                    raise OSError(error.errno, error.strerror) from None
+            raise Refused("damaged", f"breaks off while it is read ({_brief(error)})") from None
 
 
 def _brief(error: BaseException) -> str:

@@ -29,7 +29,7 @@ def cut(path: Path, target: Path, start: float, end: float | None) -> None:
     Raises Refused for a damaged clip, and where no frame lies there.
     """
     clip = measure_video(path, decode=False, any_codec=True)
-    with opened(path) as source, av.open(str(target), "w", format="matroska", options=SINK) as sink:
+    with opened(path, writes=target) as source, av.open(str(target), "w", format="matroska", options=SINK) as sink:
         stream = clip_stream(source)
         assert stream is not None
         stream.codec_context.thread_count = 1

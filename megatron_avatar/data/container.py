@@ -19,6 +19,8 @@ import numpy as np
 from av.sidedata.sidedata import Type
 from av.stream import Disposition
 
+# FFmpeg's errors, and PyAV's own of headers without a format, of odd texts in them, of streams that they don't name.
+AV_ERRORS = (av.FFmpegError, ValueError, IndexError)
 NO_PICTURE = Disposition.attached_pic | Disposition.timed_thumbnails
 LOOKED_AT = 500  # packets
 SQUARE = 0.02  # pixels so near to square are taken as such: the resize to multiples of 28 bends more

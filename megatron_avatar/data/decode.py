@@ -16,7 +16,15 @@ from PIL import Image
 
 from megatron_avatar.config.schema import DataConfig
 from megatron_avatar.data import dali, packets
-from megatron_avatar.data.container import STALE, Fit, MediaError, clip_stream, picture_start, require_upright
+from megatron_avatar.data.container import (
+    AV_ERRORS,
+    STALE,
+    Fit,
+    MediaError,
+    clip_stream,
+    picture_start,
+    require_upright,
+)
 from megatron_avatar.data.features import TEMPORAL_PATCH, resize
 from megatron_avatar.data.picture import to_rgb
 from megatron_avatar.data.sound import MUTE, SAMPLE_RATE, Mix, read_track, require_length, require_rate
@@ -95,9 +103,11 @@ def decode_frames(path: Path, indices: np.ndarray, backend: str = "auto", fit: F
                     reason = str(error).strip().splitlines()[-1]
                     raise MediaError(path, f"DALI cannot decode it ({reason})", "try data.decoder=auto") from error
         return _decode_pyav(path, indices, fit)
-    except av.FFmpegError as error:
+    except MediaError:
+        raise
+    except AV_ERRORS as error:
         _raise_machines(error)
-        raise MediaError(path, f"not a video, or damaged ({error.strerror})") from error
+        raise MediaError(path, f"not a video, or damaged ({getattr(error, 'strerror', error)})") from error
 
 
 def prefers_dali(backend: str) -> bool:
@@ -266,7 +276,9 @@ def decode_audio(path: Path, *, in_video: bool = False, most: int | None = None)
         waveform = _read_soundfile(path, most) if path.suffix.lower() in (".flac", ".wav", ".ogg") else None
         if waveform is None:
             waveform = _read_track(path, in_video, most)
-    except (soundfile.LibsndfileError, av.FFmpegError) as error:
+    except MediaError:
+        raise
+    except (soundfile.LibsndfileError, *AV_ERRORS) as error:
         _raise_machines(error)
         raise MediaError(path, f"not a sound file, or damaged ({error})") from error
     if len(waveform) == 0:

@@ -22,6 +22,7 @@ MAX_SECONDS = 24 * 3600
 ALIGNED_S = 0.01  # a track that starts so near to the picture is left as it is
 SLACK_S = 0.05  # between a frame's time and the end of the one before it: clocks and containers round
 BACK_S = 1.0  # a track that overlaps itself by more has another fault than a clock's
+HOLE_S = 600.0  # and so has one with a longer hole
 CANCELLED = 1e-4  # of the channels' power is left in their mean: they are each other's opposite
 MUTE = "leave audio_path out of the manifest line of a mute clip"
 _FULL_SCALE = {"u1": (128, 128), "i2": (0, 2**15), "i4": (0, 2**31), "i8": (0, 2**63), "f4": (0, 1), "f8": (0, 1)}
@@ -149,10 +150,10 @@ class _Timeline:
             self._start, late = self._start + late / self._rate, 0
         elif self._begun and abs(late) <= SLACK_S * self._rate:
             late = 0
-        if self._begun and late < -BACK_S * self._rate:
-            seconds = self._done / self._rate
-            what = f"its sound goes back in time by {-late / self._rate:.2f} s behind {seconds:.2f} s"
-            raise MediaError(self._path, what, "encode its sound anew", "pts")
+        if late > HOLE_S * self._rate or (self._begun and late < -BACK_S * self._rate):
+            what = "pauses for" if late > 0 else "goes back in time by"
+            where = f"{abs(late) / self._rate:.2f} s behind {self._done / self._rate:.2f} s"
+            raise MediaError(self._path, f"its sound {what} {where}", "encode its sound anew", "pts")
         mono = mono[max(0, -late) :]
         require_length(self._path, (self._done + max(0, late) + len(mono)) / self._rate)
         for silent in range(0, late, self._rate):

@@ -144,6 +144,37 @@ def test_messages_name_what_is_wrong(tmp_path):
     assert str(error) == f"{tmp_path}: what; remedy"
 
 
+def first_and_last(path):
+    return decode_frames(path, np.array([0, 9]))
+
+
+@pytest.mark.parametrize(("name", "decode"), [
+    ("a.mp4", first_and_last), ("a.mkv", first_and_last), ("a.webm", first_and_last), ("a.flac", decode_audio),
+    ("a.wav", decode_audio), ("a.ogg", decode_audio), ("a.png", decode_image), ("a.gif", decode_image),
+])  # fmt: skip
+def test_damage_of_any_kind_is_a_media_error(tmp_path, name, decode):
+    """Bytes overwritten, cut out and cut off: what comes is an array, or the file's name with a reason."""
+    path = tmp_path / name
+    if decode is first_and_last:
+        make_video(path, 10, 48, 64, codec="libvpx-vp9" if name == "a.webm" else "libx264")
+    elif decode is decode_audio:
+        make_audio(path, 0.5)
+    else:
+        Image.effect_noise((40, 40), 60).save(path)
+    whole, rng, refused = path.read_bytes(), np.random.default_rng(0), 0
+    for k in range(60):
+        data = bytearray(whole)
+        place = int(rng.integers(len(data) if k % 2 else min(len(data), 400)))
+        data[place : place + int(rng.integers(1, 9))] = rng.bytes(int(rng.integers(9)))
+        path.write_bytes(data if k % 5 else data[:place])
+        try:
+            decode(path)
+        except MediaError as error:
+            assert str(error).startswith(f"{path}: ")
+            refused += 1
+    assert refused > 10
+
+
 def test_audio(tmp_path):
     for name in ("a.flac", "a.wav", "a.ogg"):
         waveform = decode_audio(make_audio(tmp_path / name))
