@@ -71,8 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: --endpoint: {error}", file=sys.stderr)
         return 2
-    probe = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": "Describe silence."}]
-    return run(args, Captions(args.seconds), endpoint, probe, VERSION)
+    return run(args, Captions(args.seconds), endpoint, VERSION)
 
 
 if __name__ == "__main__":

@@ -70,8 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: --endpoint: {error}", file=sys.stderr)
         return 2
-    probe = question(SYSTEM, "Question: how many bells ring?\n\nCorrect answer (secret): 2")
-    return run(args, Hints(args.frames), endpoint, probe, VERSION)
+    return run(args, Hints(args.frames), endpoint, VERSION)
 
 
 if __name__ == "__main__":

@@ -12,11 +12,11 @@ import hashlib
 import io
 import itertools
 import json
-import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,13 +31,16 @@ from megatron_avatar.config.schema import DataConfig
 from megatron_avatar.data.container import Fit
 from megatron_avatar.data.decode import decode_audio, decode_frames, decode_image, plan_frames
 from megatron_avatar.data.features import SAMPLE_RATE
-from megatron_avatar.data.manifest import sample_from_dict, sample_to_dict
-from megatron_avatar.endpoint import Endpoint, Messages, Replies
+from megatron_avatar.data.manifest import parsed, sample_from_dict, sample_to_dict
+from megatron_avatar.endpoint import Endpoint, Messages, Replies, body_of
+from megatron_avatar.files import replacing, unwritable
+from megatron_avatar.locks import held
 from megatron_avatar.records import Sample
 from megatron_avatar.rl.rewards.bounded import bounded
 
 PICTURE_SIDE = 448  # pixels of a teacher's frame at most
 DECODE_S = 120.0
+TRIES = 20  # samples whose media can't be read, before the teacher is asked without having answered first
 AHEAD = 4  # samples in work for each question in flight
 
 
@@ -97,9 +100,8 @@ def annotate(
             refusals[refused] += 1
         return sample, f"refused: {refused}"
 
-    aside = out.with_name(out.name + ".part")
     with (
-        open(aside, "w", encoding="utf-8") as file,
+        replacing(out) as file,
         ThreadPoolExecutor(concurrency) as threads,
         Progress(*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn()) as bar,
     ):
@@ -109,9 +111,6 @@ def annotate(
                 file.write(json.dumps(sample_to_dict(sample), ensure_ascii=False) + "\n")
                 outcomes[outcome] += 1
                 bar.advance(line)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, out)
     return outcomes, refusals
 
 
@@ -119,11 +118,11 @@ def read_samples(manifest: Path) -> Iterator[Sample]:
     """A manifest's samples, one at a time. ValueError naming file and line for one that is none."""
     if not manifest.is_file():
         raise ValueError(f"{manifest}: no such manifest; make one with python -m data_tools.prepare")
-    with open(manifest, encoding="utf-8") as file:
+    with open(manifest, "rb") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
                 try:
-                    yield sample_from_dict(json.loads(line))
+                    yield sample_from_dict(parsed(line, f"{manifest}, line {number}"))
                 except ValueError as error:
                     raise ValueError(f"{manifest}, line {number}: {error}") from None
 
@@ -191,16 +190,17 @@ def _decode_sound(sample: Sample, root: Path, seconds: float) -> list[dict[str, 
 
 
 def json_field(name: str) -> Callable[[str], str]:
-    """A reader of replies that are one JSON object with one text, as {"hint": "..."}; code fences are taken off."""
+    """A reader of replies that are one JSON object with one text, as {"hint": "..."}, after thoughts or in a fence."""
 
     def read(reply: str) -> str:
-        body = reply.strip().removeprefix("```json").removeprefix("```").removesuffix("```").strip()
         try:
-            entry = json.loads(body)
+            entry = json.loads(body_of(reply))
         except (ValueError, RecursionError):
             raise ValueError("a reply that is no JSON object") from None
         if not isinstance(entry, dict) or set(entry) != {name} or not isinstance(entry[name], str):
             raise ValueError(f"a reply that is not one text under the key {name}")
+        if reason := unwritable(entry[name]):
+            raise ValueError(f"a reply that is no text: {reason}")
         return " ".join(entry[name].split())
 
     return read
@@ -225,34 +225,54 @@ def arguments(description: str, model: str) -> argparse.ArgumentParser:
     return parser
 
 
-def run(args: argparse.Namespace, task: Task, endpoint: Endpoint, probe: Messages, version: str) -> int:
-    """Check the endpoint, annotate, report beside the manifest; returns the exit status."""
+def run(
+    args: argparse.Namespace, task: Task, endpoint: Endpoint, version: str, read: Callable[[str], Any] | None = None
+) -> int:
+    """Check the endpoint, annotate, report beside the manifest; returns the exit status. The first question has to get
+    an answer that `read` (the endpoint's own reader) takes, before anything is asked in earnest."""
     out = args.out or args.manifest
     try:
         if out.parent.resolve() != args.manifest.parent.resolve():
             raise ValueError(f"--out {out} must lie in {args.manifest.parent}: media paths are relative to it")
-        next(read_samples(args.manifest), None)
-        endpoint.wait_until_ready(args.wait, probe)
-        outcomes, refusals = annotate(args.manifest, out, task, endpoint, concurrency=args.concurrency, version=version)
+        with held(out.with_name(out.name + ".lock"), f"the tool that writes {task.field}s"):
+            if (probe := first_question(args.manifest, task)) is not None:
+                endpoint.wait_until_ready(args.wait, probe, read)
+            outcomes, refusals = annotate(args.manifest, out, task, endpoint, concurrency=args.concurrency,
+                                          version=version)  # fmt: skip
+            report = _report(out, endpoint, outcomes, refusals)
+            with replacing(out.with_name(f"{out.stem}.{task.field}s.json")) as file:
+                file.write(json.dumps(report, indent=2) + "\n")
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; the same command continues", file=sys.stderr)
         return 130
-    asked = sum(n for outcome, n in outcomes.items() if outcome != "left as it is")
-    attempts = outcomes["accepted"] + sum(refusals.values())
-    report = {
-        "manifest": out.name, "model": endpoint.model, "outcomes": dict(outcomes), "refused attempts": dict(refusals),
-        "refused rate": sum(refusals.values()) / attempts if attempts else None, "failures": endpoint.failures,
-    }  # fmt: skip
-    out.with_name(f"{out.stem}.{task.field}s.json").write_text(json.dumps(report, indent=2) + "\n")
     table = Table("outcome", "samples", title=f"{out}: {task.field}s")
     for outcome, count in outcomes.most_common():
         table.add_row(outcome, str(count))
-    console = Console()
+    console = Console(markup=False)  # outcomes quote paths and replies
     console.print(table)
     if refusals:
+        attempts = outcomes["accepted"] + sum(refusals.values())
         console.print(f"refused: {sum(refusals.values())} of {attempts} answers "
                       f"({', '.join(f'{reason}: {n}' for reason, n in refusals.most_common())})")  # fmt: skip
+    asked = sum(n for outcome, n in outcomes.items() if outcome != "left as it is")
     return 0 if not asked or outcomes["accepted"] else 1
+
+
+def first_question(manifest: Path, task: Task) -> Messages | None:
+    """What the task asks first; None where it has nothing to ask."""
+    wanted = (sample for sample in read_samples(manifest) if task.wants(sample))
+    for sample in itertools.islice(wanted, TRIES):
+        with suppress(ValueError):  # its media can't be read, which is said in its turn
+            return task.messages(sample, manifest.parent, None)[0]
+    return None
+
+
+def _report(out: Path, endpoint: Endpoint, outcomes: Counter[str], refusals: Counter[str]) -> dict[str, Any]:
+    attempts = outcomes["accepted"] + sum(refusals.values())
+    return {
+        "manifest": out.name, "model": endpoint.model, "outcomes": dict(outcomes), "refused attempts": dict(refusals),
+        "refused rate": sum(refusals.values()) / attempts if attempts else None, "failures": endpoint.failures,
+    }  # fmt: skip

@@ -3,7 +3,7 @@
     python -m data_tools.traces data/manifest.jsonl --endpoint http://HOST:8000/v1 --model Qwen/Qwen2.5-VL-72B-Instruct
 
 The teacher sees what the policy will see and not the answer. A trace that lacks the format, or ends in a wrong answer,
-is refused and drawn again, up to four times.
+is refused and drawn again, up to four times. Reasoning that the server sends in a field of its own belongs to it.
 """
 
 from __future__ import annotations
@@ -71,13 +71,17 @@ def main(argv: list[str] | None = None) -> int:
     try:
         endpoint = Endpoint(
             args.endpoint, args.model, str, max_tokens=1024, temperature=args.temperature,
-            concurrency=args.concurrency, deadline_s=args.deadline,
+            concurrency=args.concurrency, deadline_s=args.deadline, thinking=True,
         )  # fmt: skip
     except ValueError as error:
         print(f"error: --endpoint: {error}", file=sys.stderr)
         return 2
-    endpoint_probe = question(SYSTEM, "How much is two and two?")
-    return run(args, Traces(args.frames, args.sound, args.share), endpoint, endpoint_probe, VERSION)
+    return run(args, Traces(args.frames, args.sound, args.share), endpoint, VERSION, _in_format)
+
+
+def _in_format(reply: str) -> None:
+    if not format_reward(reply):
+        raise ValueError("a reply that is not <think>...</think><answer>...</answer>")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ VERDICT = {"audio_grounding_score": 1.0, "visual_id_score": 0.5, "location_acc_s
 
 
 class ChatServer:
-    """`reply(body, number)` returns the assistant's text, or a behaviour: an int (HTTP status) or a name in BEHAVIOURS.
+    """`reply(body, number)` returns the assistant's text, or a behaviour: an int (HTTP status), a name in BEHAVIOURS, a
+    message, the bytes of a body, or (HTTP status, headers).
 
     `number` counts the chat requests from 0. `requests` keeps their bodies, `keys` their Authorization headers.
     """
@@ -57,8 +58,11 @@ class ChatServer:
                         server.at_once -= 1
 
             def behave(self, what):
-                if isinstance(what, int):
-                    self.send(what, {"error": {"message": "as told"}})
+                if isinstance(what, int | tuple):
+                    status, headers = (what, {}) if isinstance(what, int) else what
+                    self.raw(b'{"error": {"message": "as told"}}', status, headers)
+                elif isinstance(what, bytes):
+                    self.raw(what)
                 elif what in ("stall", "slow"):
                     time.sleep(1000 if what == "stall" else 0.3)
                     self.chat("late")
@@ -91,8 +95,8 @@ class ChatServer:
                 else:
                     self.chat(what)
 
-            def chat(self, text):
-                message = {"role": "assistant", "content": text}
+            def chat(self, said):
+                message = {"role": "assistant", **(said if isinstance(said, dict) else {"content": said})}
                 choices = [{"index": 0, "message": message, "finish_reason": "stop"}]
                 reply = {"id": "x", "object": "chat.completion", "created": 0, "model": model, "choices": choices}
                 self.send(200, reply)
@@ -100,10 +104,11 @@ class ChatServer:
             def send(self, status, value):
                 self.raw(json.dumps(value).encode(), status)
 
-            def raw(self, data, status=200):
+            def raw(self, data, status=200, headers=()):
                 self.send_response(status)
-                self.send_header("content-type", "application/json")
-                self.send_header("content-length", str(len(data)))
+                own = {"content-type": "application/json", "content-length": str(len(data))}
+                for name, value in {**own, **dict(headers)}.items():
+                    self.send_header(name, value)
                 self.end_headers()
                 self.wfile.write(data)
 

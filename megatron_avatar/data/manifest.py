@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import logging
 import os
 import string
 from collections.abc import Collection, Iterable
@@ -12,9 +13,10 @@ from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any, get_args
 
-from megatron_avatar.files import replacing
+from megatron_avatar.files import repaired, replacing, unwritable
 from megatron_avatar.records import Media, MediaKind, ProblemType, Sample
 
+log = logging.getLogger(__name__)
 MIN_AUDIO_SAMPLES = 321  # less makes no audio token
 MEASURED: dict[MediaKind, tuple[str, ...]] = {
     "video": ("frame_count", "fps", "height", "width"),
@@ -86,7 +88,7 @@ def load_manifest(
             if not line.strip():
                 continue
             try:
-                sample = sample_from_dict(_parsed(line))
+                sample = sample_from_dict(parsed(line, f"{path}, line {number}"))
                 if sample.id in lines_of:
                     raise ValueError(f"`id` {sample.id!r} is also on line {lines_of[sample.id]}; rename one of them")
                 lines_of[sample.id] = number
@@ -99,11 +101,20 @@ def load_manifest(
     return chosen
 
 
-def _parsed(line: bytes) -> Any:
+def parsed(line: bytes, where: str) -> Any:
+    """A manifest's line as JSON, with U+FFFD, and a warning, for what no file can hold. ValueError for one that isn't
+    JSON."""
     try:
-        return json.loads(line.decode())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"not JSON ({error}); write one JSON object a line, as UTF-8") from None
+        text = line.decode("utf-8-sig")
+        entry = json.loads(text)
+        written = json.dumps(entry, ensure_ascii=False) if "\\ud" in text.lower() else ""
+    except (ValueError, RecursionError) as error:
+        reason = error if isinstance(error, ValueError) else "nested too deep"
+        raise ValueError(f"not JSON ({reason}); write one JSON object a line, as UTF-8") from None
+    if reason := unwritable(written):
+        log.warning("%s: a text is broken (%s); U+FFFD stands there now", where, reason)
+        return json.loads(repaired(written))
+    return entry
 
 
 def _checked(entry: Any, record: type, what: str) -> dict[str, Any]:

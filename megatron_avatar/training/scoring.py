@@ -57,7 +57,7 @@ class Scoring:
         problem = None
         if self._endpoint is not None:
             try:
-                self._endpoint.wait_until_ready(config.judge.wait_s, probe())
+                self._endpoint.wait_until_ready(config.judge.wait_s, probe(config.judge.frames))
             except (ValueError, ConnectionError) as error:
                 problem = (ValueError if isinstance(error, ValueError) else ConnectionError, str(error))
         if self._asks and (problems := [p for p in backend.all_gather_object(problem) if p]):

@@ -4,6 +4,8 @@ import json
 import math
 import re
 import time
+from email.utils import formatdate
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 
 from megatron_avatar import endpoint
 from megatron_avatar.config.urls import addresses, mask
-from megatron_avatar.endpoint import Endpoint, Replies
+from megatron_avatar.endpoint import Endpoint, Replies, Unusable, read_reply
 from megatron_avatar.records import Sample
 from megatron_avatar.rl.rewards import CRITERIA, judge_reward
 from megatron_avatar.rl.rewards.http_judge import HttpJudge, Verdict, fenced, judge_messages, probe, read_verdict
@@ -20,6 +22,7 @@ from tests.servers import VERDICT, ChatServer
 SAMPLE = Sample("s", "localisation", "train", "f", "Where is the bell?", "B", "multiple_choice", ("left", "right"),
                 audio_caption="A bell rings on the right.")  # fmt: skip
 GOOD = json.dumps(VERDICT)
+KEYS = st.sampled_from(["choices", "message", "content", "text", "type", "reasoning", "reasoning_content", "error"])
 TEXT = "<think>A bell rings, right.</think><answer>B</answer>"
 
 
@@ -75,6 +78,33 @@ def test_what_stays_unscored_is_masked_and_never_a_zero(serve, fault):
     assert math.isnan(scores(client)[0]) and time.monotonic() - began < 20
 
 
+@pytest.mark.parametrize("wait", ["date", {"retry-after": "1"}, {"retry-after-ms": "700"}])
+def test_a_server_that_asks_to_wait_is_waited_for(serve, wait):
+    """For as long as the deadline allows, however few attempts there are."""
+    began = time.monotonic()
+
+    def reply(body, number):
+        asked = {"retry-after": formatdate(time.time() + 1, usegmt=True)} if wait == "date" else wait
+        return (429, asked) if number < 2 else GOOD
+
+    _, client = serve(reply, retries=0, deadline_s=20)
+    assert scores(client) == [0.5] and time.monotonic() - began > 1.2
+
+
+def test_a_date_is_read_by_the_servers_own_clock():
+    fast = {"date": "Wed, 21 Oct 2099 07:28:00 GMT", "retry-after": "Wed, 21 Oct 2099 07:28:30 GMT"}
+    assert endpoint._asked_pause(SimpleNamespace(response=SimpleNamespace(headers=fast))) == 30
+
+
+@pytest.mark.parametrize("asked", ["nan", "-3", "inf", "soon", "Mon, 99 Feb", "1e400", ""])
+def test_a_wait_that_is_none_is_an_attempt(serve, asked):
+    server, client = serve(lambda body, n: (503, {"retry-after": asked}), retries=1)
+    assert math.isnan(scores(client)[0]) and len(server.requests) == 2
+    server, client = serve(lambda body, n: (429, {"retry-after": "1e9"}), retries=1)
+    began = time.monotonic()
+    assert math.isnan(scores(client)[0]) and len(server.requests) == 1 and time.monotonic() - began < 3
+
+
 def test_a_slow_question_holds_up_no_other_and_few_are_asked_at_once(serve):
     server, client = serve(lambda body, n: "stall" if "slow" in str(body) else GOOD, concurrency=4)
     rewards = scores(client, ["slow", *map(str, range(20))])
@@ -119,17 +149,31 @@ def test_health_is_checked_before_anything_starts(serve, monkeypatch):
     _, client = serve(lambda body, n: 503 if n < 2 else GOOD)
     client.wait_until_ready(10, probe())
     _, client = serve(lambda body, n: 500)
-    with pytest.raises(ValueError, match="not ready after 0.2 s .HTTP 500"):
+    with pytest.raises(ConnectionError, match="not ready after 0.2 s .HTTP 500"):
         client.wait_until_ready(0.2, probe())
     _, client = serve(lambda body, n: 401)
     with pytest.raises(ValueError, match="refuses the key .HTTP 401.: export AVATAR_ENDPOINT_KEY"):
         client.wait_until_ready(60, probe())
     server, client = serve(lambda body, n: GOOD)
     client.model = "another"
-    with pytest.raises(ValueError, match="serves judge, not another"):
+    with pytest.raises(ConnectionError, match="serves judge, not another"):
         client.wait_until_ready(0.2, probe())
-    with pytest.raises(ValueError, match="not ready"):
+    with pytest.raises(ConnectionError, match="not ready"):
         Endpoint("no-such-file", "judge", read_verdict).wait_until_ready(0.2, probe())
+
+
+def test_a_judge_that_never_gives_a_verdict_is_found_before_anything_starts(serve):
+    server, client = serve(lambda body, n: "I'd give it a seven.")
+    with pytest.raises(ValueError, match=r"judge answers, but not as it is asked to .*no verdict .*begins \"I'd give"):
+        client.wait_until_ready(3, probe())
+    assert len(server.requests) == 4
+    server, client = serve(lambda body, n: {"content": None, "reasoning_content": "Let me see"})
+    with pytest.raises(ValueError, match="reasoning alone, cut before its answer"):
+        client.wait_until_ready(3, probe())
+    server, client = serve(lambda body, n: "Sure!" if n < 2 else GOOD)
+    client.wait_until_ready(3, probe(3))
+    content = server.requests[0]["messages"][1]["content"]
+    assert [part["type"] for part in content] == ["image_url"] * 3 + ["text"] and "Grade it." in content[-1]["text"]
 
 
 def test_a_server_without_schemas_is_asked_without(serve):
@@ -241,5 +285,58 @@ def test_any_reply_is_a_verdict_or_refused(reply):
         pass
 
 
-def test_a_verdict_may_stand_in_a_code_fence():
-    assert read_verdict("```json\n" + GOOD + "\n```") == read_verdict(" " + GOOD + "\n") == VERDICT
+@pytest.mark.parametrize("form", [
+    "```json\n%s\n```", " %s\n", "```\n%s```", "```JSON\n%s\n```", "``` json\n%s\n```\n", "~~~\n%s\n~~~",
+    "```json %s```", "````json5\n%s\n````", "<think>\nA bell.\n</think>\n\n%s", "A bell, {}?\n</think>```json\n%s\n```",
+])  # fmt: skip
+def test_a_verdict_may_stand_in_a_code_fence_and_behind_thoughts(form):
+    assert read_verdict(form % GOOD) == VERDICT
+
+
+SHAPES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.just(GOOD) | st.just("\ud83d"),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=300)
+@given(SHAPES | st.builds(lambda m: {"choices": [{"message": m}]}, SHAPES) | st.binary(max_size=30))
+def test_a_reply_of_any_shape_is_a_text_or_unusable(reply):
+    body = reply if isinstance(reply, bytes) else json.dumps(reply).encode()
+    try:
+        text, reasoning = read_reply(body)
+        assert text.strip() and (text + reasoning).encode()
+    except Unusable as error:
+        assert str(error).startswith(("a reply", "an empty reply"))
+
+
+def test_replies_of_every_shape_through_http_are_verdicts_or_masked_and_counted(serve):
+    """Bodies of any shape, any status and any wait: nothing is raised, and each is one of the two."""
+    bodies = [b"", b"{}", b"[]", b"3", b"null", b"<html>", b'"abc"', b'{"choices":null}', b'{"choices":"abc"}',
+              b'{"choices":{"a":1}}', b'{"choices":[null]}', b'{"choices":[{}]}', b'{"choices":[{"message":null}]}',
+              b'{"choices":[{"message":{"content":5}}]}', b'{"choices":[{"message":{"content":{"a":[]}}}]}',
+              b'{"choices":' + b"[" * 200_000 + b"]" * 200_000 + b"}", b'{"choices":[{"message":{"content":"\xe9"}}]}',
+              b'{"choices":[{"message":{"content":"\\ud83d"}}]}', b'{"n":' + b"9" * 5000 + b"}"]  # fmt: skip
+    parts = [{"type": "text", "text": GOOD}]
+    good = json.dumps({"choices": [{"message": {"content": parts}, "index": math.nan}]}).encode()
+    odd = [*bodies, 301, 418, 500, (503, {"retry-after": "x"}), {"content": None}, {"content": [GOOD]}]
+    replies = [*odd, good, {"content": GOOD, "reasoning": 7}, {"content": GOOD, "tool_calls": "none"}]
+
+    def reply(body, number):
+        return replies[int(re.search(r"case (\d+)", str(body))[1])]
+
+    server, client = serve(reply, retries=0, deadline_s=20.0)
+    found = scores(client, [f"<think>case {k}</think><answer>B</answer>" for k in range(len(replies))])
+    assert found[len(odd) :] == [0.5] * 3
+    assert all(map(math.isnan, found[: len(odd)])) and sum(client.failures.values()) == len(odd)
+
+    @settings(max_examples=40)
+    @given(SHAPES | st.builds(lambda m: {"choices": [{"message": m}]}, SHAPES))
+    def check(shape):
+        replies[0] = json.dumps(shape).encode()
+        before = sum(client.failures.values())
+        [score] = scores(client, ["<think>case 0</think><answer>B</answer>"])
+        assert score == 0.5 or (math.isnan(score) and sum(client.failures.values()) == before + 1)
+
+    check()

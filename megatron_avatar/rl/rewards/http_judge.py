@@ -8,14 +8,16 @@ object of the four scores and nothing else.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 from collections.abc import Sequence
 from typing import Any
 
+from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from megatron_avatar.endpoint import Endpoint, Messages, question
+from megatron_avatar.endpoint import Endpoint, Messages, body_of, question
 from megatron_avatar.records import Sample
 from megatron_avatar.rl.rewards.format import parse
 from megatron_avatar.rl.rewards.judge import CRITERIA
@@ -52,16 +54,12 @@ class Verdict(BaseModel):
 
 
 def read_verdict(reply: str) -> dict[str, float]:
-    """The scores of a reply that is one JSON object, in a code fence or not. ValueError for anything else.
+    """The scores of a reply that is one JSON object, after thoughts and in a code fence or not. ValueError for others.
 
     Nothing is searched for: an object inside of other text may be the completion's, quoted.
     """
-    body = reply.strip()
-    opening, _, rest = body.partition("\n")
-    if opening.strip() in ("```", "```json") and rest.endswith("```"):
-        body = rest.removesuffix("```")
     try:
-        entry = json.loads(body, object_pairs_hook=_unique)
+        entry = json.loads(body_of(reply), object_pairs_hook=_unique)
         return Verdict.model_validate(entry).model_dump()
     except (ValueError, RecursionError) as error:  # ValidationError is a ValueError
         what = "wrong scores" if isinstance(error, ValidationError) else "no JSON object"
@@ -122,8 +120,14 @@ class HttpJudge:
         return [dict.fromkeys(CRITERIA, math.nan) if verdict is None else verdict for verdict in verdicts]
 
 
-def probe() -> Messages:
-    """A question that any judge can answer, for the health check."""
-    return question(SYSTEM, f"Question: what is heard?\n\nThe assistant's answer:\n{fenced('a bell')}\n\nGrade it.")
+def probe(frames: int = 1) -> Messages:
+    """A whole question as those of training, with as many pictures, for the health check."""
+    picture = io.BytesIO()
+    Image.new("RGB", (64, 64), "navy").save(picture, "JPEG")
+    choices = ("on the left", "on the right")
+    sample = Sample("probe", "", "", "", "Where does a bell ring?", "B", "multiple_choice", choices,
+                    audio_caption="A bell rings on the right.")  # fmt: skip
+    text = "<think>The picture is dark, and a bell rings on the right.</think><answer>B</answer>"
+    return judge_messages(sample, text, [picture.getvalue()] * frames)
 
 
