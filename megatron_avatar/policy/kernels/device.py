@@ -13,8 +13,9 @@ log = logging.getLogger(__name__)
 
 
 def runs_triton(tensor: Tensor) -> bool:
-    """Whether the kernels take this tensor's device; what speaks against a GPU is logged once."""
-    return tensor.is_cuda and not _obstacle(tensor.device.index or 0)
+    """Whether the kernels take this tensor's device; what speaks against a GPU is logged once. A tensor without numbers
+    counts as a good GPU's."""
+    return tensor.is_meta or tensor.is_cuda and not _obstacle(tensor.device.index or 0)
 
 
 @functools.cache

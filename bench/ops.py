@@ -1,0 +1,141 @@
+"""How many operations the GPU path launches, counted on the meta device at full width: no GPU, no numbers, a minute.
+
+    python -m bench.ops [--json]
+
+An operation is what the dispatcher sees and no view; the package's kernels count as the kernels that they launch.
+`decode_layer_ops` and `decode_outer_ops` are of one decode step (64 rows of 8 prompts), `update_layer_forward` and
+`update_layer_backward` of a layer of a packed group, `elementwise_bytes` what the layer's operations that are no matrix
+product or attention read and write, `recaptures` the CUDA graphs that a second call of `generate` would capture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from bench.timing import JSON_HELP, report
+from megatron_avatar.config.schema import ModelConfig, ParallelConfig, SamplingConfig
+from megatron_avatar.planning.meta import META, shard_on_meta
+from megatron_avatar.policy.cache import KeyValueCache, Room
+from megatron_avatar.policy.decode import INPUTS, Decoder
+from megatron_avatar.policy.model import OmniPolicy
+
+SHAPES = {"3b": "qwen2_5_omni_3b", "7b": "qwen2_5_omni_7b"}
+LAUNCHES = {"avatar::attend": 2, "avatar::draw": 2, "avatar::norm_backward": 2}  # kernels of one operation; else 1
+PROMPTS, ROWS, PROMPT, STEPS = 8, 8, 3492, 512
+TOKENS = 4096  # of the packed group
+PRODUCTS = ("mm", "addmm", "bmm", "linear", "attention", "attend")
+
+
+class Counted(TorchDispatchMode):
+    """Counts operations by name, views apart, and the bytes that all but products and attention touch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: Counter[str] = Counter()
+        self.bytes = 0
+
+    @property
+    def total(self) -> int:
+        return sum(LAUNCHES.get(name, 1) * count for name, count in self.names.items())
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func.name().rsplit(".", 1)[0]
+        allocates = name in ("aten::empty", "aten::empty_like", "aten::new_empty", "aten::empty_strided")
+        if not (func.is_view or allocates or name in ("aten::_unsafe_view", "aten::detach", "aten::lift_fresh")):
+            self.names[name] += 1
+            if not any(part in name for part in PRODUCTS):
+                tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)]
+                self.bytes += sum(t.numel() * t.element_size() for t in tensors)
+        return out
+
+
+@contextmanager
+def shard(shape: str) -> Iterator[OmniPolicy]:
+    """One rank's whole model in bfloat16, without numbers."""
+    from megatron_avatar import config
+
+    folder = f"{config.__path__[0]}/shapes/{SHAPES[shape]}"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with shard_on_meta(folder, ModelConfig(dtype="bfloat16"), ParallelConfig(), 0, 0) as policy:
+            yield policy
+
+
+def decode_step(policy: OmniPolicy) -> dict[str, Any]:
+    """Operations of a layer, and of a step outside of its layers."""
+    layers = policy.language_model.decoder.layers
+    attention = layers[0].self_attention
+    room = Room(pages=PROMPTS * -(-PROMPT // 512), page=512, rows=PROMPTS * ROWS, steps=STEPS, rows_per_prompt=ROWS,
+                pages_per_prompt=-(-PROMPT // 512))  # fmt: skip
+    cache = KeyValueCache(
+        room, [layer.layer_number for layer in layers], attention.num_query_groups_per_partition,
+        attention.hidden_size_per_attention_head, torch.bfloat16, META, static=True,
+    )  # fmt: skip
+    for prompt in range(PROMPTS):
+        cache.admit(prompt, PROMPT)
+        cache.add_rows([prompt] * ROWS)
+    decoder = Decoder(policy, cache, SamplingConfig(), torch.zeros(policy.vocab_size, dtype=torch.bool, device=META),
+                      False)  # fmt: skip
+    shape = cache.prepare(np.zeros(PROMPTS * ROWS, np.int64))
+    inside: list[int] = []
+    with Counted() as counted, torch.no_grad():
+        for layer in layers:
+            def tracked(*args: Any, plain: Any = layer.decode, **kwargs: Any) -> Any:
+                before = counted.total
+                out = plain(*args, **kwargs)
+                inside.append(counted.total - before)
+                return out
+
+            layer.decode = tracked
+        decoder.step(shape, torch.zeros(INPUTS, shape.rows, dtype=torch.float64, device=META), None)
+        for layer in layers:
+            del layer.decode
+    assert len(set(inside[1:])) == 1, inside
+    return {"decode_layer_ops": inside[1], "decode_outer_ops": counted.total - sum(inside)}
+
+
+def update_layer(policy: OmniPolicy) -> dict[str, Any]:
+    """Operations of a layer's forward and backward pass over a packed group, and the bytes beside its products."""
+    layer, hidden = policy.language_model.decoder.layers[1], policy.config.hidden_size
+    positions = torch.zeros(3, 1, TOKENS, dtype=torch.int64, device=META)
+    angles = policy.language_model.rotary_pos_emb(positions, policy.config.mrope_section)
+    stream = torch.zeros(TOKENS, 1, hidden, device=META, requires_grad=True)
+    segments = torch.tensor([[0, TOKENS // 2, 0, 0], *[[TOKENS // 2 + 256 * k, 256, 0, TOKENS // 2] for k in range(8)]],
+                            dtype=torch.int32)  # fmt: skip
+    with Counted() as forward:
+        out, _ = layer(stream, segments, rotary_pos_emb=angles)
+    with Counted() as backward:
+        out.sum().backward()
+    return {"update_layer_forward": forward.total, "update_layer_backward": backward.total,
+            "elementwise_bytes": {"forward": forward.bytes, "backward": backward.bytes}}  # fmt: skip
+
+
+def measure() -> dict[str, Any]:
+    """All counts by model."""
+    found: dict[str, Any] = {}
+    for name in SHAPES:
+        with shard(name) as policy:
+            found[name] = {**decode_step(policy), **update_layer(policy)}
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help=JSON_HELP)
+    as_json = parser.parse_args().json
+    report("ops", measure(), as_json=as_json, keep=as_json)
+
+
+if __name__ == "__main__":
+    main()
