@@ -5,7 +5,7 @@
 An operation is what the dispatcher sees and no view; the package's kernels count as the kernels that they launch.
 `decode_layer_ops` and `decode_outer_ops` are of one decode step (64 rows of 8 prompts), `update_layer_forward` and
 `update_layer_backward` of a layer of a packed group, `elementwise_bytes` what the layer's operations that are no matrix
-product or attention read and write, `recaptures` the CUDA graphs that a second call of `generate` would capture.
+product or attention read and write, `recaptures` the CUDA graphs that a later call of `generate` would capture again.
 """
 
 from __future__ import annotations
@@ -14,21 +14,31 @@ import argparse
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bench.timing import JSON_HELP, report
 from megatron_avatar.config.schema import ModelConfig, ParallelConfig, SamplingConfig
 from megatron_avatar.planning.meta import META, shard_on_meta
+from megatron_avatar.policy import decode, kept
+from megatron_avatar.policy import generate as generation
+from megatron_avatar.policy.backend import start, stop
+from megatron_avatar.policy.build import build_policy
 from megatron_avatar.policy.cache import KeyValueCache, Room
 from megatron_avatar.policy.decode import INPUTS, Decoder
 from megatron_avatar.policy.model import OmniPolicy
+from megatron_avatar.policy.weights import load_hf
+from megatron_avatar.records import Prompt
 
+TINY = str(Path(__file__).resolve().parents[1] / "assets" / "tiny_base")
 SHAPES = {"3b": "qwen2_5_omni_3b", "7b": "qwen2_5_omni_7b"}
 LAUNCHES = {"avatar::attend": 2, "avatar::draw": 2, "avatar::norm_backward": 2}  # kernels of one operation; else 1
 PROMPTS, ROWS, PROMPT, STEPS = 8, 8, 3492, 512
@@ -121,13 +131,72 @@ def update_layer(policy: OmniPolicy) -> dict[str, Any]:
             "elementwise_bytes": {"forward": forward.bytes, "backward": backward.bytes}}  # fmt: skip
 
 
+class Replayed:
+    """In a CUDA graph's place: the step again, on the tensors that it was captured with."""
+
+    def __init__(self, decoder: Decoder, output: Tensor, *arguments: Any) -> None:
+        self.decoder, self.output, self.arguments = decoder, output, arguments
+
+    def replay(self) -> None:
+        self.output.copy_(self.decoder.step(*self.arguments))
+
+
+def second_call() -> dict[str, Any]:
+    """What a second call of `generate` on the tiny model does anew, with shapes as a GPU has them: shapes that are
+    captured again, and times that the host waits for numbers from the device, a token."""
+    captured: list[Any] = []
+    waits = Counter[str]()
+
+    def capture(self: Decoder, shape: Any, inputs: Tensor, received: Tensor | None) -> Any:
+        inputs, output = inputs.clone(), self.step(shape, inputs, received)
+        captured.append(shape)
+        return Replayed(self, output, shape, inputs, received), inputs, received, output
+
+    def static(*arguments: Any, **_: Any) -> KeyValueCache:
+        return KeyValueCache(*arguments, static=True)
+
+    def waited(self: Tensor, *arguments: Any, plain: Any = Tensor.cpu, **kwargs: Any) -> Tensor:
+        waits["cpu"] += 1
+        return plain(self, *arguments, **kwargs)
+
+    def replayed(self: Decoder, *arguments: Any, plain: Any = Decoder.__init__) -> None:
+        plain(self, *arguments)
+        self._uses_graphs = True
+
+    backend = start(ParallelConfig())
+    try:
+        policy = build_policy(TINY, backend, ModelConfig(path=TINY), ParallelConfig())
+        load_hf(policy, TINY)
+        rng = np.random.default_rng(0)
+        prompts = [Prompt(str(k), "plain", rng.integers(200, 300, 20), np.tile(np.arange(20), (3, 1))) for k in range(3)]
+        keys, sampling = [str(k) for k in range(3)], SamplingConfig(max_new_tokens=24)
+        with ExitStack() as patches:
+            for target, value in (
+                (f"{generation.__name__}.KeyValueCache", static), (f"{kept.__name__}.may_keep", lambda *_: True),
+                (f"{decode.__name__}.Decoder._capture", capture), (f"{decode.__name__}.Decoder.__init__", replayed),
+                ("torch.cuda.graph_pool_handle", lambda: 0),
+            ):  # fmt: skip
+                patches.enter_context(mock.patch(target, value))
+            for _ in range(3):  # a shape is captured when it is met for the third time
+                generation.generate(policy, prompts, 4, sampling, keys)
+            before = len(captured)
+            with mock.patch("torch.Tensor.cpu", waited):
+                completions = generation.generate(policy, prompts, 4, sampling, keys)
+        longest = max(len(row) for group in completions for row in group)
+        again = [shape for shape in captured[before:] if shape in captured[:before]]
+        return {"recaptures": len(again), "captures_in_all": len(captured),
+                "host_waits_a_token": waits["cpu"] / longest}  # fmt: skip
+    finally:
+        stop()
+
+
 def measure() -> dict[str, Any]:
-    """All counts by model."""
+    """All counts by model, and of a second call of `generate`."""
     found: dict[str, Any] = {}
     for name in SHAPES:
         with shard(name) as policy:
             found[name] = {**decode_step(policy), **update_layer(policy)}
-    return found
+    return {**found, **second_call()}
 
 
 def main() -> None:

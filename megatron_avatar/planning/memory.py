@@ -18,6 +18,7 @@ from megatron_avatar.planning.outline import MARGIN, MARGIN_CPU
 from megatron_avatar.planning.work import Work
 from megatron_avatar.policy.architecture import PolicyConfig
 from megatron_avatar.policy.groups import GroupBatch
+from megatron_avatar.policy.kept import SHARE
 from megatron_avatar.policy.lanes import make_jobs, plan_room
 from megatron_avatar.policy.model import OmniPolicy
 from megatron_avatar.policy.shape import hears
@@ -47,6 +48,7 @@ class RankMemory:
     towers: int = 0  # the encoders' forward pass (and what their backward pass needs, where they train)
     margin: int = 0
     towers_train: bool = False
+    cache_stays: bool = False  # while the policy is updated (policy/kept.py)
 
     @property
     def static(self) -> int:
@@ -55,7 +57,8 @@ class RankMemory:
     @property
     def total(self) -> int:
         update = self.activations + self.workspace + (self.towers if self.towers_train else 0)
-        return self.static + max(update, self.cache + self.generation, self.towers)
+        stays = self.cache if self.cache_stays else 0
+        return self.static + max(update + stays, self.cache + self.generation, self.towers + stays)
 
 
 def static_memory(
@@ -186,6 +189,8 @@ def rank_memories(
                 first = ranks[-1]
                 for item in ("activations", "workspace", "cache", "generation", "towers"):
                     setattr(memory, item, getattr(first, item))
+            small = memory.cache <= SHARE * config.cluster.gpu_memory_gib * GIB
+            memory.cache_stays = small and config.cluster.gpu != "cpu"
             ranks.append(memory)
     return ranks
 

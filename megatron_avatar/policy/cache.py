@@ -90,6 +90,17 @@ class KeyValueCache:
     # ------------------------------------------------------------------------------------------------------------
     # Prompts and rows come and go: host only, but for the moves
 
+    def clear(self) -> None:
+        """Empty it for other prompts; tables and stores stay at their addresses."""
+        self.prompts, self._owners, self._own_room, self._layout = [], [], 0, None
+        self._pages_of, self._length_of = {}, {}
+
+    @property
+    def bytes(self) -> int:
+        """Of all keys and values that there is room for."""
+        stores = (*self._pages.values(), *self._own.values())
+        return sum(tensor.numel() * tensor.element_size() for store in stores for tensor in store)
+
     def fits(self, length: int) -> bool:
         """Whether a prompt of which `length` tokens are kept can be admitted now."""
         return len(self._owners) + -(-length // self.room.page) <= self.room.pages

@@ -40,6 +40,10 @@ class Decoder:
         self._steps = Counter()  # of each shape, without a graph
         self._uses_graphs = policy.backend.device.type == "cuda"
 
+    def forget(self) -> None:
+        """Drop the graphs: weights lie at other addresses than when they were captured."""
+        self._graphs, self._steps = {}, Counter()
+
     def __call__(self, shape: Shape, rows: np.ndarray, received: Tensor | None) -> Tensor:
         """One step of `rows` [INPUTS, R], R <= shape.rows; `received` [shape.rows, 1, H] is the previous stage's.
 
@@ -69,7 +73,6 @@ class Decoder:
             if self._steps[shape] < PLAIN_STEPS:
                 self._steps[shape] += 1
                 return self.step(shape, inputs, received)
-            self._graphs = {old: graph for old, graph in self._graphs.items() if old.own == shape.own}  # stores moved
             if not self._graphs:
                 self._pool = torch.cuda.graph_pool_handle()  # one ends with the last graph that used it
             self._graphs[shape] = self._capture(shape, inputs, received)

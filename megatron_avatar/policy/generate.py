@@ -21,13 +21,13 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_avatar.config.schema import SamplingConfig
-from megatron_avatar.policy.cache import KeyValueCache, Shape
-from megatron_avatar.policy.decode import Decoder
+from megatron_avatar.policy.cache import KeyValueCache, Room, Shape
 from megatron_avatar.policy.groups import GroupBatch, pack_groups
+from megatron_avatar.policy.kept import decoders_for, kept_bytes
 from megatron_avatar.policy.lanes import Lane, Turn, make_jobs, plan_room
 from megatron_avatar.policy.lora import keep_up
 from megatron_avatar.policy.model import OmniPolicy
-from megatron_avatar.policy.sampling import banned_tokens, stop_token_ids, uniforms
+from megatron_avatar.policy.sampling import stop_token_ids, uniforms
 from megatron_avatar.records import Completion, Prompt
 
 CACHE_BYTES = 2 << 30  # for keys and values on a machine without a GPU
@@ -100,18 +100,17 @@ class Generation:
         attention, on_gpu = layers[0].self_attention, self.backend.device.type == "cuda"
         kv_heads, size = attention.num_query_groups_per_partition, attention.hidden_size_per_attention_head
         self.queue = deque(make_jobs([len(prompt) - 1 for prompt in prompts], n, self.backend.pp))
-        tokens = self._cache_tokens(2 * len(layers) * kv_heads * size * policy.config.params_dtype.itemsize)
-        room = plan_room(self.queue, self.limit, self.backend.pp, tokens)
+        token_bytes = 2 * len(layers) * kv_heads * size * policy.config.params_dtype.itemsize
+        room = plan_room(self.queue, self.limit, self.backend.pp, self._cache_tokens(token_bytes))
         self.attentions = [layer.self_attention.core_attention for layer in layers]
         numbers = [attention.layer_number for attention in self.attentions]
-        banned = banned_tokens(policy)
-        self.lanes, self.decoders = [], []
-        for _ in range(self.backend.pp):
-            cache = KeyValueCache(
-                room, numbers, kv_heads, size, policy.config.params_dtype, self.backend.device, static=on_gpu
-            )
-            self.lanes.append(Lane(cache))
-            self.decoders.append(Decoder(policy, cache, sampling, banned, greedy))
+
+        def make_cache(room: Room) -> KeyValueCache:
+            dtype, device = policy.config.params_dtype, self.backend.device
+            return KeyValueCache(room, numbers, kv_heads, size, dtype, device, static=on_gpu)
+
+        self.decoders = decoders_for(policy, room, sampling, greedy, self.backend.pp, token_bytes, make_cache)
+        self.lanes = [Lane(decoder.cache) for decoder in self.decoders]
 
     def completions(self) -> list[list[Completion]]:
         rows = [
@@ -127,7 +126,7 @@ class Generation:
         free = CACHE_BYTES
         if self.backend.device.type == "cuda":
             unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-            free = int(CACHE_SHARE * (torch.cuda.mem_get_info()[0] + unused))
+            free = int(CACHE_SHARE * (torch.cuda.mem_get_info()[0] + unused + kept_bytes(self.policy)))
         tokens = torch.tensor(free // token_bytes, device=self.backend.device)
         if self.backend.tp * self.backend.pp > 1:
             dist.all_reduce(tokens, dist.ReduceOp.MIN, parallel_state.get_model_parallel_group())

@@ -68,6 +68,7 @@ class LoraAdapter(MegatronModule):
         owners = self.b_slot.take(marks, backend.tp, backend.tp_rank) * (lora.alpha / lora.rank)
         self.register_buffer("owners", owners.to(weight.device), persistent=False)
         self.kept_up: Tensor | None = None  # see keep_up
+        self._room: Tensor | None = None  # its place, the same each time: graphs of decode steps read it
 
         # Like PEFT: A uniform, B zero. Keyed by name, so that every layout starts from the same values.
         bound = columns**-0.5
@@ -79,6 +80,12 @@ class LoraAdapter(MegatronModule):
     def _up(self) -> Tensor:
         """b as the product with the stacked A needs it: float32 [outputs, n r], weighted, zero off a row's own A."""
         return (self.b.float()[:, None] * self.owners[:, :, None]).flatten(1)
+
+    def keep(self) -> None:
+        """Make `_up` for all calls until `kept_up` is None again."""
+        up = self._up().to(self.b.dtype)
+        self._room = up.clone() if self._room is None else self._room.copy_(up)
+        self.kept_up = self._room
 
     def forward(self, inputs: Tensor, sequence_parallel: bool) -> Tensor:
         """What is added to the fused layer's output for its `inputs` [s, 1, inputs]."""
@@ -155,7 +162,7 @@ def keep_up(policy: OmniPolicy) -> Iterator[None]:
     adapters = list(lora_adapters(policy))
     try:
         for adapter in adapters:
-            adapter.kept_up = adapter._up().to(adapter.b.dtype)
+            adapter.keep()
         yield
     finally:
         for adapter in adapters:

@@ -63,6 +63,7 @@ class OmniPolicy(MegatronModule):
         self.placeholder_ids = placeholder_ids(hf_config)
         # What Megatron-Core's schedules and gradient finalisation ask of a model.
         self.model_type = ModelType.encoder_or_decoder
+        self.kept_generation: object = None  # see kept.py
         self.vp_stage = None
         self.pre_process, self.post_process = backend.is_first_stage, backend.is_last_stage
         self.share_embeddings_and_output_weights = hf_config.tie_word_embeddings

@@ -14,7 +14,7 @@ from transformers import Qwen2_5OmniThinkerForConditionalGeneration, TopKLogitsW
 from megatron_avatar.config.schema import ModelConfig, ParallelConfig, SamplingConfig
 from megatron_avatar.policy import backend as backends
 from megatron_avatar.policy import cache as caches
-from megatron_avatar.policy import decode, lanes
+from megatron_avatar.policy import decode, kept, lanes
 from megatron_avatar.policy import generate as generation
 from megatron_avatar.policy.build import build_policy
 from megatron_avatar.policy.cache import KeyValueCache
@@ -194,6 +194,7 @@ def test_steps_of_fixed_shape_and_their_replay(policy, prompts, generated, monke
     plain = decode.Decoder.__init__
     monkeypatch.setattr(generation, "KeyValueCache", static_cache)
     same(generate(policy, prompts, ROWS, SAMPLING, KEYS), generated)
+    monkeypatch.setattr(kept, "may_keep", lambda device, size: True)
     monkeypatch.setattr(decode.Decoder, "__init__", graphs)
     monkeypatch.setattr(decode.Decoder, "_capture", capture)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(handles))
@@ -202,9 +203,20 @@ def test_steps_of_fixed_shape_and_their_replay(policy, prompts, generated, monke
     longest = max(len(row) for group in generated for row in group)
     shapes = [shape for shape, _ in captured]
     assert 1 < len(set(shapes)) == len(shapes) < longest / 3 and len(replays) > longest / 2, "few graphs, many steps"
-    # A pool goes with its last graph: those of a room of own tokens share one, which none of another room gets.
-    rooms = {(shape.own, pool) for shape, pool in captured}
-    assert len(rooms) == len({own for own, _ in rooms}) == len({pool for _, pool in rooms}) > 1
+    assert len({pool for _, pool in captured}) == 1
+    # The next call, and one of fewer prompts, captures no shape again; weights that have moved, all of them.
+    replays.clear()
+    same(generate(policy, prompts, ROWS, SAMPLING, KEYS), generated)
+    same(generate(policy, prompts[:2], ROWS, SAMPLING, KEYS[:2]), generated[:2])
+    shapes = [shape for shape, _ in captured]
+    assert len(set(shapes)) == len(shapes) and len(replays) > longest
+    with torch.no_grad():
+        for parameter in policy.language_model.parameters():
+            parameter.data = parameter.data.clone()
+    same(generate(policy, prompts, ROWS, SAMPLING, KEYS), generated)
+    again = [shape for shape, _ in captured[len(shapes) :]]
+    assert again and set(again) <= set(shapes)
+    policy.kept_generation = None
 
 
 def test_smallest_cases(policy, prompts):

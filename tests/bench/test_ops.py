@@ -1,0 +1,16 @@
+"""The GPU path stays short: what the counts of bench.ops may not exceed."""
+
+from bench import ops
+
+
+def test_a_decode_step_launches_few_operations():
+    with ops.shard("3b") as policy:
+        found = ops.decode_step(policy) | ops.update_layer(policy)
+    assert found["decode_layer_ops"] <= 10 and found["decode_outer_ops"] <= 24
+    assert found["update_layer_forward"] <= 24 and found["update_layer_backward"] <= 40
+
+
+def test_a_later_call_of_generate_captures_nothing_again():
+    found = ops.second_call()
+    assert found["recaptures"] == 0 and found["captures_in_all"] > 0
+    assert found["host_waits_a_token"] <= 1.1
