@@ -168,7 +168,8 @@ def second_call() -> dict[str, Any]:
         policy = build_policy(TINY, backend, ModelConfig(path=TINY), ParallelConfig())
         load_hf(policy, TINY)
         rng = np.random.default_rng(0)
-        prompts = [Prompt(str(k), "plain", rng.integers(200, 300, 20), np.tile(np.arange(20), (3, 1))) for k in range(3)]
+        places = np.tile(np.arange(20), (3, 1))
+        prompts = [Prompt(str(k), "plain", rng.integers(200, 300, 20), places) for k in range(3)]
         keys, sampling = [str(k) for k in range(3)], SamplingConfig(max_new_tokens=24)
         with ExitStack() as patches:
             for target, value in (
