@@ -168,3 +168,11 @@ def test_nothing_names_a_machines_folders():
     for path in tracked():
         if path.suffix in {".py", ".md", ".yaml", ".toml", ".txt", ".sh", ".json", ""} and path != Path(__file__):
             assert not folders.search(path.read_bytes()), f"{path} holds {folders.search(path.read_bytes())}"
+
+
+def test_the_tests_that_pages_name_are_there():
+    pages = [page for page in (ROOT / "docs").glob("*.md") if page.name != "log.md"]  # that one tells of its day
+    for page in pages:
+        for file, name in re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", page.read_text()):
+            path = ROOT / file
+            assert path.exists() and (not name or f"def {name}(" in path.read_text()), f"{page.name}: {file} {name}"
