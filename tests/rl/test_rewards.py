@@ -294,6 +294,11 @@ def test_unequal_or_unreadable_expressions(left, right):
     assert not equal(left, right)
 
 
+def test_numbers_too_small_for_decimals_are_compared_by_size():
+    assert not accuracy_reward(r"\frac{1}{2006!}", make("math", r"\frac{1}{2004!}"))
+    assert accuracy_reward(r"\frac{2}{2 \cdot 2004!}", make("math", r"\frac{1}{2004!}")) == 1.0
+
+
 X, Y = sympy.symbols("x y")
 EXPRESSIONS = st.recursive(
     st.sampled_from([X, Y, sympy.Integer(2), sympy.Integer(-3), sympy.Rational(1, 3)]),

@@ -9,6 +9,7 @@ from typing import Any
 
 _CJK = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
 DECIMALS = 12  # to which math-verify rounds; its default of 6 makes all small constants 0
+RELATIVE = 1e-6  # of numbers below those decimals
 MAX_WORD = 64  # letters; a longer one has no stem
 _TOKEN = re.compile(rf"[{_CJK}]|[^\W_{_CJK}]+")
 
@@ -19,9 +20,18 @@ def latex_equal(answer: str, gold: str) -> bool:
 
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # that there is no clock of its own: ours kills
     sides = [parse(text if "$" in text else f"${text}$", parsing_timeout=None) for text in (gold, answer)]
-    return all(sides) and bool(
+    equal = all(sides) and bool(
         verify(*sides, float_rounding=DECIMALS, allow_set_relation_comp=True, timeout_seconds=None)
     )
+    return equal and not _differ_below(*(side[0] for side in sides))
+
+
+def _differ_below(gold: Any, answer: Any) -> bool:
+    """Whether two numbers that math-verify rounds to zero are different: 1/2004! and 1/2006! are."""
+    numbers = [getattr(value, "is_number", False) for value in (gold, answer)]
+    if not all(numbers) or gold == answer or not 0 < abs(gold) < 10**-DECIMALS:
+        return False
+    return bool(abs((answer / gold).evalf() - 1) > RELATIVE)
 
 
 def rouge(answer: str, gold: str) -> float:
