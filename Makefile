@@ -9,7 +9,8 @@ PYTHON ?= $(shell for p in python3.11 python3; do $$p -c '$(NEW_ENOUGH)' 2>/dev/
 VENV := .venv/bin/python
 INSTALLED := .venv/.installed
 # A file's tests stay together, as they share what they make; two workers, or one a processor up to four.
-PYTEST := $(VENV) -m pytest -rs -n logical --maxprocesses=4 --dist=loadfile
+PYTEST := -rs -n logical --maxprocesses=4 --dist=loadfile
+COVERAGE := .coverage_data
 
 help: ## show these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -21,10 +22,12 @@ reproduce: $(INSTALLED) ## the paper in small: all systems, sweeps, tables and f
 	@$(VENV) slurm/reproduce.py profile=tiny
 
 test: $(INSTALLED) ## something of every part, in minutes
-	@$(PYTEST) -m "(not slow or core) and not slurm and not gpu"
+	@$(VENV) -m pytest $(PYTEST) -m "(not slow or core) and not slurm and not gpu"
 
-test-all: $(INSTALLED) ## all that needs neither Slurm nor a GPU
-	@$(PYTEST) -m "not slurm and not gpu"
+test-all: $(INSTALLED) ## all that needs neither Slurm nor a GPU, and which lines and branches it ran
+	@rm -rf $(COVERAGE) && status=0 && \
+	  $(VENV) -m coverage run -m pytest $(PYTEST) -m "not slurm and not gpu" || status=$$?; \
+	$(VENV) -m coverage combine --quiet && $(VENV) -m tests.covered; exit $$status
 
 test-slurm: $(INSTALLED) ## real jobs on a Slurm of this machine; installs Debian's packages where it may
 	@command -v slurmctld /usr/sbin/slurmctld >/dev/null || if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
@@ -49,7 +52,7 @@ lint: $(INSTALLED) ## static checks
 	@$(VENV) -m ruff check .
 
 clean: ## remove .venv and caches, keep runs/
-	rm -rf .venv .pytest_cache .hypothesis .ruff_cache
+	rm -rf .venv .pytest_cache .hypothesis .ruff_cache .mypy_cache $(COVERAGE)
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # pip comes from ensurepip, or, where Debian's python3-venv is missing, from a pip outside of the environment.

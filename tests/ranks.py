@@ -83,6 +83,10 @@ class Ranks:
     def signal(self, number: int, rank: int = 0) -> None:
         os.kill(self.processes[rank].pid, number)
 
+    @property
+    def alive(self) -> bool:
+        return any(process.exitcode is None for process in self.processes)
+
     def wait(self, timeout: float) -> Done:
         """Wait for all of them; one that crashes ends the others, as with a launcher. AssertionError if too late."""
         end = time.monotonic() + timeout

@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -95,10 +94,8 @@ def test_ranks_that_never_begin_or_die_are_named(rank, capfd):
 def test_a_node_that_stops_answering_is_named(rank, tmp_path, capfd):
     rank.setenv("SLURM_NTASKS", "2")
     rank.setattr(preflight, "DEADLINE_S", 2)
-    began = time.monotonic()
     assert preflight._together(tmp_path, 0, 0.1, 0, 2) == 2
     assert "no answer within 2 s from rank 1 on silver" in capfd.readouterr().err
-    assert time.monotonic() - began < 10
 
 
 @pytest.mark.parametrize(

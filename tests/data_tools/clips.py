@@ -72,7 +72,7 @@ def _beep(seconds: float, form: str) -> av.AudioFrame:
 def misbehave(source: Source, handling: Handling) -> str:
     """A worker that hangs or crashes on media of such names."""
     if "hang" in source.path:
-        time.sleep(60)
+        time.sleep(10_000)  # for ever
     if "crash" in source.path:
         os._exit(3)
     return store(source, handling)

