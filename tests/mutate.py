@@ -95,6 +95,17 @@ def mutated(mutation: Mutation, text: str) -> str:
     return result
 
 
+def misplaced(mutations: list[Mutation]) -> dict[Mutation, str]:
+    """Faults whose text is no longer where it stood, and why: code moves on."""
+    problems = {}
+    for mutation in mutations:
+        try:
+            mutated(mutation, (ROOT / mutation.file).read_text())
+        except (ValueError, OSError) as problem:
+            problems[mutation] = str(problem)
+    return problems
+
+
 def _indent(line: str) -> int:
     return len(line) - len(line.lstrip(" "))
 
@@ -204,10 +215,11 @@ def main() -> int:
     if arguments.chosen:
         words = set(arguments.chosen) - {m.area for m in mutations}
         mutations = [m for m in mutations if m.area in arguments.chosen or any(word in m.what for word in words)]
-    texts = [mutated(m, (ROOT / m.file).read_text()) for m in mutations]
+    problems = misplaced(mutations)
+    console.print("\n".join(problems.values()) or f"{len(mutations)} faults, each in its place", soft_wrap=True)
     if arguments.check:
-        console.print(f"{len(texts)} faults, each in its place")
-        return 0
+        return int(bool(problems))
+    mutations = [m for m in mutations if m not in problems]
     known: dict[str, dict[str, Any]] = {}
     if arguments.keep and arguments.keep.exists():
         known = {f"{v['area']}: {v['what']}": v for v in json.loads(arguments.keep.read_text())}
@@ -233,7 +245,7 @@ def main() -> int:
             if arguments.keep:
                 arguments.keep.write_text(json.dumps([asdict(v) for v in verdicts], indent=1) + "\n")
     report(verdicts, console)
-    return int(any(not v.seen_by and not v.expected for v in verdicts))
+    return int(bool(problems) or any(not v.seen_by and not v.expected for v in verdicts))
 
 
 if __name__ == "__main__":
