@@ -235,6 +235,24 @@ def test_killed_while_writing_leaves_no_shard(tmp_path: Path) -> None:
     assert_same(read_shards(tmp_path, index)[0], make(3))
 
 
+def test_a_shard_and_its_folder_are_on_the_disk_before_an_index_names_it(tmp_path: Path, monkeypatch) -> None:
+    events, fsync, replace = [], os.fsync, os.replace
+
+    def flushed(descriptor: int) -> None:
+        events.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    def renamed(source: Path, target: Path) -> None:
+        events.append(Path(target))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    monkeypatch.setattr(os, "replace", renamed)
+    (name,) = write_shards(tmp_path, make(3), known={})
+    content, named, folder = events
+    assert content.name.startswith(f".{name}") and (named, folder) == (tmp_path / name, tmp_path)
+
+
 def test_nothing_to_do(tmp_path: Path) -> None:
     assert write_shards(tmp_path / "new", {}, known={}) == {}
     assert read_shards(tmp_path / "new", {}) == ({}, [])
