@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from eval.paper.figures import style, training
-from eval.paper.figures.series import WINDOW, Records, read_metrics
+from eval.paper.figures.series import WINDOW, Records, read_metrics, series
 from eval.paper.figures.side_by_side import Clip, load_clip
 from eval.scoring.predictions import Prediction, majority_scores, read_predictions
 from eval.scoring.stats import Difference, Estimate, estimates, paired_difference
@@ -41,6 +41,8 @@ CAPTIONS = {
     "surrogate_position": "Mean absolute surrogate of a token by its place. Temporal shaping raises both ends by "
     "construction: this checks the mechanism, not a benefit.",
     "tiers": "The replay buffer by the tier that each completion's prompt is in at that step.",
+    "replay": "What was replayed: how much of it could teach nothing, how much was right, its age, and its largest "
+    "ratio, which the dual clip bounds in the loss.",
     "health": "Groups without a signal, distance from the reference, entropy and length.",
     "step_time": "Where a step's time goes, averaged over the run.",
     "sft_loss": "Loss of the cold start.",
@@ -159,11 +161,31 @@ def facts(found: Measurements) -> list[tuple[str, str]]:
         ("updates of each RL run", results.get("steps")),
         *((f"completions generated, {style.NAMES[name]}", generated.get(name)) for name in ("grpo", "avatar")),
         *((f"time, {style.NAMES.get(name, name)}", wall.get(name)) for name in ("data", *TRAINED, "eval")),
+        *shares(found.metrics.get("avatar", [])),
         ("peak memory, all processes", None if peak is None else f"{peak:,.0f} MiB"),
         ("machine", ", ".join(f"{key} {value}" for key, value in machine.items()) or None),
         *((name, version) for name, version in (results.get("versions") or {"versions": None}).items()),
     ]
     return [(name, _fact(name, value)) for name, value in known]
+
+
+def shares(records: Records) -> list[tuple[str, str | None]]:
+    """What AVATAR's visits and its replay came to: means over the steps that have them, and the extremes."""
+    means = {
+        "hinted, of AVATAR's visits": "hints/share",
+        "without a signal, of AVATAR's groups": "vanished",
+        "without an advantage, of the replayed": "replay/dead",
+        "right, of the replayed": "replay/correct",
+        "bounded by the dual clip, of replayed tokens": "replay/bounded_tokens",
+    }
+    told: list[tuple[str, str | None]] = []
+    for words, key in means.items():
+        values = series(records, key)[1]
+        told.append((words, percent(float(values.mean())) if len(values) else None))
+    ages, ratios = (series(records, f"replay/{key}")[1] for key in ("age_max", "ratio_max"))
+    told.append(("oldest replayed completion", f"{ages.max():.0f} steps" if len(ages) else None))
+    told.append(("largest ratio of a replayed token", f"{ratios.max():.1f}" if len(ratios) else None))
+    return told
 
 
 def _fact(name: str, value: Any) -> str:

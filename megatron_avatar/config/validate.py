@@ -279,11 +279,19 @@ def _check_rl(config: Config) -> None:
     _above("rl.replay.temperature", replay.temperature, 0)
     _between("rl.replay.min_fill", replay.min_fill, 0, replay.capacity)
     _at_least("rl.replay.max_age", replay.max_age, 0)
+    most = rl.n_on * max(stage.prompts_per_step for stage in config.stages.values() if stage.kind == "rl")
+    if rl.n_off and 0 < replay.max_age * most < replay.min_fill:
+        raise ValueError(f"rl.replay.max_age={replay.max_age} steps make {replay.max_age * most} completions at most, "
+                         f"fewer than rl.replay.min_fill={replay.min_fill}, so that nothing is ever replayed: raise "
+                         "the first or lower the second")
 
     hints = rl.hints
     _at_least("rl.hints.patience", hints.patience, 1)
     _between("rl.hints.hysteresis", hints.hysteresis, 0, 1)
     _at_least("rl.hints.plain_every", hints.plain_every, 1)
+    if hints.enabled and hints.plain_every == 1:
+        raise ValueError("rl.hints.plain_every=1 shows every prompt plain, so that no hint is ever seen: raise it, or "
+                         "write rl.hints.enabled=false")
     if hints.kl_threshold is not None:
         _at_least("rl.hints.kl_threshold", hints.kl_threshold, 0)
 

@@ -18,6 +18,7 @@ from megatron_avatar.config.load import CONFIG_DIR
 from megatron_avatar.config.schema import Config
 from megatron_avatar.config.validate import check_world
 from megatron_avatar.planning.memory import GIB, RankMemory, largest, rank_memories
+from megatron_avatar.planning.prospects import assumptions, prospects
 from megatron_avatar.planning.seconds import Rates, read_rates, step_seconds
 from megatron_avatar.planning.work import Work, stage_work
 from megatron_avatar.policy.architecture import read_config
@@ -272,6 +273,11 @@ def _time_table(plan: Plan) -> Table:
 
 def dry_run(config: Config) -> int:
     """Print the plan of a configuration; exit status 0 where it fits, 2 where something has to change."""
-    plan = make_plan(config)
-    show(plan, Console(soft_wrap=False))
+    plan, console = make_plan(config), Console(soft_wrap=False)
+    show(plan, console)
+    table, warnings = prospects(config)
+    if table is not None:
+        console.print(table, assumptions(config), sep="\n")
+    for warning in warnings:
+        console.print(f"[yellow]warning[/]: {warning}", highlight=False)
     return 2 if plan.problems else 0

@@ -11,6 +11,7 @@ import hashlib
 import math
 from collections import deque
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import Any, Literal
 
 from megatron_avatar.records import Trajectory, Variant
@@ -38,6 +39,7 @@ class RewardTracker:
 
     def _forget_rewards(self) -> None:
         self._windows: dict[tuple[str, Variant], deque[float]] = {}
+        self._means: dict[tuple[str, Variant], float] = {}  # of those that were asked for since they last moved
         self._count, self._mean, self._square_sum = 0, 0.0, 0.0  # Welford over all rewards
         self._ranks: dict[str, float] | None = None
 
@@ -69,14 +71,20 @@ class RewardTracker:
         delta = reward - self._mean
         self._mean += delta / self._count
         self._square_sum += delta * (reward - self._mean)
+        self._means.pop(key, None)
         self._ranks = None
 
     # ---- reading -------------------------------------------------------------------------------
 
     def mean(self, sample_id: str, variant: Variant) -> float | None:
         """R-bar, the baseline of a prompt in a variant; None without history."""
-        rewards = self._windows.get((sample_id, variant))
-        return math.fsum(rewards) / len(rewards) if rewards else None
+        key = (sample_id, variant)
+        if key not in self._means:
+            rewards = self._windows.get(key)
+            if not rewards:
+                return None
+            self._means[key] = math.fsum(rewards) / len(rewards)
+        return self._means[key]
 
     @property
     def running_std(self) -> float:
@@ -135,5 +143,6 @@ def _tier_of(rank: float) -> Tier:
     return "hard" if rank < HARD_QUANTILE else "medium" if rank < MEDIUM_QUANTILE else "easy"
 
 
+@lru_cache(maxsize=100_000)
 def _tie_break(sample_id: str) -> bytes:
     return hashlib.blake2b(sample_id.encode(), digest_size=8).digest()

@@ -342,7 +342,7 @@ class Run:
             off_advantages=off_advantages, clipped=clipped,
             on_advantages=backend.all_gather_object_dp([g.advantages for g in groups]),
             vanished=gone / max(len(visits), 1), step=self.step, tracker=self.tracker, buffer=self.buffer,
-            hinted=sum(v.variant == "hinted" for v in visits),
+            visits=len(visits), hinted=sum(v.variant == "hinted" for v in visits),
             in_use=self.hints.in_use if self.hints is not None else 0, pool=self.pool,
             completions_generated=self.completions_generated, lr=self.optimization.lr,
         ) | self.now_and_then(fresh) | unscored

@@ -37,7 +37,7 @@ def histogram(values: Sequence[float], edges: np.ndarray) -> list[int]:
 def rl_record(
     *, fresh: list[Trajectory], plain: list[Trajectory], drawn: list[list[Trajectory]], stats: dict,
     on_advantages: list[list[np.ndarray]], off_advantages: list[np.ndarray], clipped: float, vanished: float, step: int,
-    tracker: RewardTracker, buffer: ReplayBuffer | None, hinted: int, in_use: int, pool: Collection[str],
+    tracker: RewardTracker, buffer: ReplayBuffer | None, visits: int, hinted: int, in_use: int, pool: Collection[str],
     completions_generated: int, lr: float,
 ) -> dict:
     """What a step of reinforcement learning logs; statistics are those of the whole step, over all ranks.
@@ -85,6 +85,7 @@ def rl_record(
         "solvability/plain": len(tracker.solved_plain.intersection(pool)) / len(pool),
         "hints": in_use,
         "hints/visits": hinted,
+        "hints/share": hinted / visits if visits else None,
         **{name: stats[name] for name in stats if name.startswith("logprob_error")},
         "loss": float(stats["loss"]),
         "grad_norm": stats["grad_norm"],

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from megatron_avatar.config.schema import Config, StageConfig
 from megatron_avatar.data.prompt import PromptBuilder
+from megatron_avatar.planning.prospects import Pool, never
 from megatron_avatar.records import Sample
 from megatron_avatar.training.sft import check_traces
 
@@ -33,6 +34,7 @@ def held_out_samples(samples: Mapping[str, Sample], stage: StageConfig, limit: i
 def check_stages(config: Config, samples: Mapping[str, Sample]) -> None:
     """Raise ValueError for a stage without samples, traces or held-out samples where it needs them."""
     manifest = config.data.manifest
+    found: dict[str, Pool] = {}
     for name, stage in config.stages.items():
         own = stage_samples(samples, stage)
         if not own:
@@ -45,11 +47,15 @@ def check_stages(config: Config, samples: Mapping[str, Sample]) -> None:
         if stage.rewards.get("judge") and not config.judge.endpoint and not any(s.scene for s in own.values()):
             log.warning("stages.%s weighs the judge, but the rule-based one knows synthetic scenes only: this part is "
                         "masked and its weight goes to the others; name a server with judge.endpoint", name)
+        if stage.kind == "rl":
+            found[name] = Pool(len(own), sum(bool(s.hint) for s in own.values()))
         if config.eval.every and not held_out_samples(samples, stage, config.eval.samples):
             raise ValueError(
                 f"{manifest}: no sample has split 'eval' and a stage in {stage.data}, so eval.every="
                 f"{config.eval.every} has nothing to evaluate: prepare that data or write eval.every=0"
             )
+    for problem in never(config, found):
+        log.warning("%s", problem)
 
 
 def measure_lengths(

@@ -160,7 +160,7 @@ class Bar:
         self._start = self._printed = time.monotonic()
 
     def update(self, record: dict[str, Any]) -> None:
-        """Advance by one step and show its `reward`, or `loss` where there is none."""
+        """Advance by one step and show its `reward`, or `loss` where there is none; in lines also its replay."""
         self._done += 1
         name = "reward" if "reward" in record else "loss"
         value = f"{name} {record[name]:.3f}" if record.get(name) is not None else ""
@@ -169,8 +169,17 @@ class Bar:
         if self._lines and (now - self._printed > PLAIN_INTERVAL_S or self._done == self._total):
             pace = (now - self._start) / (self._done - self._first)
             left = timedelta(seconds=int(pace * (self._total - self._done)))
-            _say(f"{self._stage} {self._done}/{self._total} {value} {pace:.2f} s/step, {left} left")
+            line = f"{self._stage} {self._done}/{self._total} {value} {pace:.2f} s/step, {left} left"
+            _say(line + replay_told(record))
             self._printed = now
+
+
+def replay_told(record: dict[str, Any]) -> str:
+    """What a step replayed, in words; empty where it replayed nothing."""
+    if not record.get("replay/completions") or record.get("replay/dead") is None:
+        return ""
+    return (f"; replayed {record['replay/completions']}: {record['replay/dead']:.0%} without an advantage, up to "
+            f"{record['replay/age_max']} steps old, ratio at most {record['replay/ratio_max']:.1f}")
 
 
 def _start_wandb(folder: Path, config: Config) -> Any:

@@ -122,6 +122,9 @@ def test_a_damaged_clip_is_named_and_the_report_goes_on(run, tmp_path):
 def test_facts_are_those_of_results_json(run):
     known = dict(facts(measurements(run)))
     assert known["seed"] == "11" and known["completions generated, GRPO"] == "1,920"
+    assert known["hinted, of AVATAR's visits"] == "12.5 %" and known["right, of the replayed"] == "50.0 %"
+    assert known["without an advantage, of the replayed"] == "25.0 %", "over the steps that replayed"
+    assert known["oldest replayed completion"] == "29 steps" and known["largest ratio of a replayed token"] == "3.9"
     assert known["time, GRPO"] == "3 min 20 s" and known["time, eval"] == "not measured"
     assert known["peak memory, all processes"] == "3,457 MiB" and known["torch"] == "2.13.0"
     assert "50 % fewer" in (run / "report.md").read_text()
@@ -137,7 +140,7 @@ def test_an_empty_run_says_what_was_not_measured(tmp_path):
 
 def test_every_figure_is_drawn_and_written(run):
     expected = {"families", "curves", "solvability", "advantages", "surrogate_position", "tiers", "health"}
-    expected |= {"step_time", "sft_loss"}
+    expected |= {"step_time", "sft_loss", "replay"}
     assert {path.stem for path in (run / "figures").glob("*.png")} == expected
     for name in expected:
         pixels = imread(run / "figures" / f"{name}.png")[..., :3]

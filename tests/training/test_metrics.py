@@ -32,7 +32,8 @@ def test_a_step_is_described_by_what_it_did():
     record = metrics.rl_record(
         fresh=fresh, plain=fresh[:1], drawn=drawn, stats=STATS, on_advantages=[[np.array([1.0, -1.0])]],
         off_advantages=off, clipped=0.25, vanished=0.5, step=9, tracker=RewardTracker(),
-        buffer=ReplayBuffer(ReplayConfig()), hinted=1, in_use=2, pool=["a", "b"], completions_generated=80, lr=1e-6,
+        buffer=ReplayBuffer(ReplayConfig()), visits=4, hinted=1, in_use=2, pool=["a", "b"], completions_generated=80,
+        lr=1e-6,
     )  # fmt: skip
     found = {key.removeprefix("replay/"): value for key, value in record.items() if key.startswith("replay/")}
     assert found == {
@@ -40,6 +41,7 @@ def test_a_step_is_described_by_what_it_did():
         "clipped_advantages": 0.25, "dead": pytest.approx(1 / 3), "advantage": pytest.approx(1 / 3),
         "correct": pytest.approx(1 / 3), "ratio_max": 7.5, "bounded_tokens": 0.1,
     }  # fmt: skip
+    assert record["hints/share"] == 0.25 and record["hints/visits"] == 1
     assert record["kl"] == 0.2, "over fresh tokens, not over all of them"
     assert record["entropy"] == 0.5 and record["ratio/mean"] == 1.25 and record["clip_fraction"] == 0.1
     assert record["reward"] == record["reward/accuracy"] == 0.75 and record["correct"] == 0.5

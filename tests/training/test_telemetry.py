@@ -18,7 +18,7 @@ import torch
 from megatron_avatar.config.schema import Config
 from megatron_avatar.resilience.stopping import StopSignal
 from megatron_avatar.training import telemetry
-from megatron_avatar.training.telemetry import Telemetry, Timer
+from megatron_avatar.training.telemetry import Telemetry, Timer, replay_told
 
 ROOT = Path(__file__).parents[2]
 KEY = "0123456789abcdef" * 2 + "fedcba98"
@@ -106,6 +106,12 @@ def test_other_ranks_write_nothing(tmp_path, capfd):
     log.close()
     assert not (tmp_path / "run").exists()
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_line_says_what_was_replayed():
+    record = {"replay/completions": 8, "replay/dead": 0.25, "replay/age_max": 40, "replay/ratio_max": 2.34}
+    assert replay_told(record) == "; replayed 8: 25% without an advantage, up to 40 steps old, ratio at most 2.3"
+    assert replay_told({"replay/completions": 0, "replay/dead": None}) == replay_told({"loss": 1.0}) == ""
 
 
 def test_timer_adds_up_by_phase(clock):

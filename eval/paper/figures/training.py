@@ -148,6 +148,15 @@ def draw(
         "advantages": advantages({n: counts for n, r in reinforced.items() if (counts := advantage_counts([r]))}),
         "surrogate_position": position({"": {n: b for n, r in reinforced.items() if (b := position_band([r]))}}, {}),
         "tiers": tiers(metrics.get("avatar", [])),
+        "replay": curves(
+            {name: metrics[name] for name in ("avatar",) if metrics.get(name)},
+            {
+                "replay/dead": "Replayed completions without an advantage",
+                "replay/correct": "Right ones among the replayed",
+                "replay/age_max": "Oldest replayed completion (steps)",
+                "replay/ratio_max": "Largest ratio of a replayed token",
+            },
+        ),
         "health": curves(
             reinforced,
             {

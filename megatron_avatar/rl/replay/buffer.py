@@ -71,6 +71,8 @@ class ReplayBuffer:
             completion = trajectory.completion
             completion = replace(completion, token_ids=completion.token_ids.astype(np.int32), cut_off=0.0)
             self._add(replace(trajectory, completion=completion, text=""))
+        if len(self) <= min(self._capacity.values()):
+            return
         excess = {tier: max(size - self._capacity[tier], 0) for tier, size in self.tier_sizes(tiers).items()}
         oldest_first = iter(list(self._rows.items()) if any(excess.values()) else [])
         while any(excess.values()):
@@ -124,9 +126,9 @@ class ReplayBuffer:
         if len(rows) < max(self._config.min_fill, 1):
             return []
         rng = keyed_rng(rng_key)
-        groups: dict[tuple[str, Variant], int] = {}
-        group_of = np.array([groups.setdefault((t.sample_id, t.variant), len(groups)) for t in rows])
-        names = list(groups)
+        names = list(dict.fromkeys((t.sample_id, t.variant) for t in rows))
+        place = {name: k for k, name in enumerate(names)}
+        group_of = np.array([place[t.sample_id, t.variant] for t in rows])
         rbar = np.array([math.nan if (mean := baselines(*name)) is None else mean for name in names])[group_of]
         gaps = np.array([t.reward for t in rows]) - rbar  # NaN without history
         keys = self._sort_keys(rows, gaps / max(sigma, SIGMA_FLOOR), rng)

@@ -16,7 +16,9 @@ def metrics():
 
 def test_all_figures_of_a_run(metrics):
     drawn = training.draw(metrics, {}, {})
-    assert set(drawn) == {"curves", "solvability", "advantages", "surrogate_position", "tiers", "health", "step_time"}
+    assert set(drawn) == {"curves", "solvability", "advantages", "surrogate_position", "tiers", "replay", "health",
+                          "step_time"}  # fmt: skip
+    assert drawn["replay"].axes[0].get_title(loc="left") == "Replayed completions without an advantage"
     lines = drawn["solvability"].axes[0].lines
     np.testing.assert_allclose(lines[0].get_ydata(), [r["solvability"] for r in metrics["grpo"]])
     assert training.step_time({"grpo": metrics["grpo"]}).axes[0].patches[-1].get_width() == pytest.approx(2.0 - 1.75)
