@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_avatar.resilience.attempts import read as read_attempts
 from tests.slurm.conftest import ROOT, Slurm, until
 from tests.training import small
 
@@ -50,8 +51,7 @@ def test_an_array_survives_preemption_and_its_submitter(slurm, world, tmp_path):
     assert len({job.split("_")[0] for job in jobs.values()}) == 1 and len(jobs) == MEMBERS, "one array"
 
     assert "submitted" not in (text := finish(start(*sweep), 400)), text
-    attempts = {run.name: [json.loads(line) for line in (run / "attempts.jsonl").read_text().splitlines()]
-                for run in runs}
+    attempts = {run.name: [record for record in read_attempts(run) if "step" in record] for run in runs}
     again = {name for name, found in attempts.items() if len(found) > 1}
     assert len(again) >= 2, attempts
     assert all(len({a["chain"] for a in found}) == 1 for found in attempts.values()), "under their first job's id"

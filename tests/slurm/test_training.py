@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from megatron_avatar.resilience import attempts
 from tests.slurm.conftest import ROOT, until
 from tests.training import small
 
@@ -30,9 +32,9 @@ class Run:
         tp = "parallel.tp=2" if layout == "2x2" else "parallel.tp=1"
         self.settings = small.arguments(world, out, tp, "checkpoint.every=2", "checkpoint.keep=9", steps=steps)
 
-    def submit(self, *options: str) -> str:
-        self.job = self.slurm.submit(*LAYOUTS[self.layout], f"--output={self.log}", *options, "slurm/tiny.sh",
-                                     *self.settings, cwd=ROOT)
+    def submit(self, *options: str, folder: Path = ROOT) -> str:
+        self.job = self.slurm.submit(*LAYOUTS[self.layout], f"--output={self.log}", *options,
+                                     ROOT / "slurm" / "tiny.sh", *self.settings, cwd=folder)  # fmt: skip
         return self.job
 
     def steps_done(self) -> int:
@@ -60,7 +62,11 @@ class Run:
                 for line in lines]
 
     def attempts(self) -> list[dict]:
-        return [json.loads(line) for line in (self.out / "attempts.jsonl").read_text().splitlines()]
+        return [record for record in attempts.read(self.out) if "step" in record]
+
+    def excused(self) -> list[int]:
+        """Attempts that were ended from outside, before their time limit."""
+        return [record["excused"] for record in attempts.read(self.out) if "excused" in record]
 
 
 def assert_equal(run: Run, whole: Run) -> None:
@@ -97,18 +103,70 @@ def rank_process(job: str, rank: int) -> psutil.Process:
     raise AssertionError(f"job {job} has no rank {rank}")
 
 
-def test_two_nodes_of_two_tasks_continue_bit_for_bit_after_usr1(slurm, world, tmp_path):
-    whole, run = (Run(slurm, world, tmp_path / name, "2x2") for name in ("whole", "cut"))
-    whole.submit()
-    whole.completes()
-    run.submit()
+SLOW_IMPORT = """
+import os, runpy, sys, time
+from slurm import meeting
+
+class Slow:
+    def find_spec(name, path=None, target=None):
+        if name == "torch" and os.environ["SLURM_PROCID"] == "3":
+            time.sleep(4)
+
+meeting.SAY_S = 1.0
+sys.meta_path.insert(0, Slow)
+runpy.run_module("slurm.preflight", run_name="__main__", alter_sys=True)
+"""
+DISTURBING = """#!/bin/bash
+# Rank 3 is long in importing torch before training, and never ends after it.
+python={python}
+[[ "$2" != slurm.preflight ]] || exec "$python" {slow} "${{@:3}}"
+"$python" "$@" || exit
+[[ "$SLURM_PROCID" != 3 ]] || exec sleep 600
+"""
+
+
+def test_a_first_hour_elsewhere(slurm, world, tmp_path):
+    """A folder of the user's own, nothing of the environment exported, typed GPUs, one rank in four that imports slowly
+    and never ends, another job on the same folder: and the same bits, also cut by USR1."""
+    elsewhere, slow, python = tmp_path / "größe", tmp_path / "slow.py", tmp_path / "python"
+    elsewhere.mkdir()
+    slow.write_text(SLOW_IMPORT)
+    python.write_text(DISTURBING.format(python=sys.executable, slow=slow))
+    python.chmod(0o755)
+    whole, run = (Run(slurm, world, elsewhere / name, "2x2") for name in ("whole", "cut"))
+    for one in (whole, run):
+        one.settings += [f"cluster.python={python}"]
+    whole.submit("--export=NONE", "--gres=gpu:a100:2", folder=elsewhere)
+    run.submit("--export=ALL,SLURM_WAIT=5", "--gres=gpu:2", "--gpus-per-task=1", folder=elsewhere)
     run.wait_for_step(4)
+    second = slurm.submit("--ntasks-per-node=2", f"--output={tmp_path / 'second.log'}", ROOT / "slurm" / "tiny.sh",
+                          *run.settings, cwd=ROOT)  # fmt: skip
     slurm.run("scancel", "--signal=USR1", run.job)
     run.wait("PENDING")
     assert 4 <= run.steps_done() < STEPS, "the signal came too late to prove anything"
+    assert slurm.wait(second, {"FAILED", "COMPLETED"}, 60) == "FAILED"
+    assert f"job {run.job} " in (said := (tmp_path / "second.log").read_text()) and "this run" in said
     run.completes()
+    assert "waiting for rank 3 on n" in run.text() and "importing torch for" in run.text()
+    assert "on its way out something ended with status" in run.text(), "rank 3 was ended, and the run is done"
+    assert [a["chain"] for a in run.attempts()] == [run.job] * 2 and run.excused() == [1]
+    assert not (elsewhere / ".jobs" / run.job).is_symlink(), "it is over"
+    until((whole.out / "done.json").exists, 60, whole.text)
+    slurm.run("scancel", whole.job)  # its rank 3 may take five minutes
     assert_equal(run, whole)
-    assert [a["chain"] for a in run.attempts()] == [run.job] * 2
+
+
+ASKED = [(), ("--gres=gpu:a100:2",), ("--gpus-per-task=1",), ("--gres=none",), ("--gpus-per-node=2",),
+         ("--gres=none", "--gpus-per-node=a100:2"), ("--gres=none", "--gpus-per-task=a100:1")]  # fmt: skip
+
+
+def test_scripts_take_every_way_to_ask_for_gpus(slurm, monkeypatch):
+    size = ("--test-only", "--ntasks-per-node=2", "--cpus-per-task=1", "--mem=100")
+    for options in ASKED:
+        default = () if any("gres" in option for option in options) else ("--gres=gpu:2",)  # of two GPUs a node
+        slurm.run("sbatch", *size, *default, *options, "slurm/avatar_7b.sh", cwd=ROOT)
+    monkeypatch.setenv("SBATCH_GRES", "gpu:a100:2")
+    slurm.run("sbatch", *size, "slurm/avatar_7b.sh", cwd=ROOT)
 
 
 def test_preempted_by_a_higher_partition(slurm, run, whole):
@@ -120,6 +178,7 @@ def test_preempted_by_a_higher_partition(slurm, run, whole):
     run.completes()
     assert_equal(run, whole)
     assert run.attempts()[1]["step"] >= 4, "what was done in the grace time was saved"
+    assert run.excused() == [1], "no lack of progress"
 
 
 def test_a_node_that_goes_down_costs_the_steps_since_the_last_checkpoint(slurm, run, whole):
@@ -134,11 +193,13 @@ def test_a_node_that_goes_down_costs_the_steps_since_the_last_checkpoint(slurm, 
 
 
 def test_time_limit(slurm, world, tmp_path):
-    """Slurm looks at limits twice a minute, and its signal may come a minute early: two minutes, cut in the second."""
+    """Slurm looks at limits twice a minute: it is shortened to what has passed already."""
     run = Run(slurm, world, tmp_path / "run", "2x1", steps=100)
-    run.submit("--time=2", "--signal=USR1@20")
+    run.submit("--signal=USR1@20")
     run.wait_for_step(1)
-    run.wait("PENDING", timeout=150)
+    slurm.run("scontrol", "update", f"jobid={run.job}", "timelimit=1")
+    run.wait("PENDING", timeout=120)
+    slurm.run("scontrol", "update", f"jobid={run.job}", "timelimit=30")
     first = run.steps_done()
     assert 0 < first < 300
     until(lambda: run.steps_done() > first, 120, run.text)
@@ -184,14 +245,23 @@ def test_a_failing_rank_ends_the_job_at_once_and_submitting_again_continues(slur
     assert_equal(run, whole)
 
 
-def test_where_requeueing_is_refused_another_job_continues(slurm, run, whole):
-    run.submit("--no-requeue", "--job-name=norequeue")
+def test_where_requeueing_is_refused_another_job_continues(slurm, run, whole, tmp_path):
+    run.submit("--no-requeue", "--job-name=norequeue", "--exclude=n4", "--mem=900", "--comment=paid by=us", "--nice=7",
+               f"--error={tmp_path}/%j.err")  # fmt: skip
+    behind = slurm.submit(f"--dependency=afterok:{run.job}", "--output=/dev/null", "--mem=10", "--wrap=true")
     run.wait_for_step(4)
     slurm.run("scancel", "--signal=USR1", run.job)
-    run.wait("COMPLETED", "FAILED")
-    (after,) = {line.split()[-3] for line in run.text().splitlines() if "may not be requeued" in line}
+    assert run.wait("COMPLETED", "FAILED") == "FAILED", "status 0 is for a run that is done"
+    (after,) = {line.split()[-3] for line in (tmp_path / f"{run.job}.err").read_text().splitlines()
+                if "may not be requeued" in line}  # fmt: skip
+    shown = slurm.run("scontrol", "show", "job", after)
+    for field in ("Requeue=0", "JobName=norequeue", "ExcNodeList=n4", "MinMemoryNode=900M", "Comment=paid by=us",
+                  "Nice=7", f"StdErr={tmp_path}/{after}.err", f"StdOut={run.log}", "NumNodes=2"):  # fmt: skip
+        assert field in shown, shown
+    assert slurm.state(behind) == "PENDING", "it waits for the run, not for the job"
     first, run.job = run.job, after
     run.completes()
+    slurm.wait(behind, {"COMPLETED"}, 30)
     assert_equal(run, whole)
     assert [a["chain"] for a in run.attempts()] == [first] * 2
     assert len(list((run.out / "snapshots").iterdir())) == 1, "it runs what was submitted first"
