@@ -29,6 +29,7 @@ from data_tools.prepare.store import Handling, find, ignore_signals, read_card, 
 from eval.asking.benchmark import Benchmark, load_benchmark
 from eval.asking.clips import cut, from_frames
 from eval.asking.items import Item, Prepared, Wanted, item_to_dict, make_items, read_prepared
+from megatron_avatar.config.paths import home
 from megatron_avatar.data.manifest import load_manifest
 from megatron_avatar.files import replacing
 from megatron_avatar.locks import held
@@ -184,7 +185,7 @@ def _with_media(item: Item, futures: list[ProcessFuture], wanted: list[Wanted], 
 
 
 def main(arguments: list[str]) -> int:
-    given = dict(item.partition("=")[::2] for item in arguments)
+    given = dict(home(item).partition("=")[::2] for item in arguments)
     needed = {"benchmark", "data", "prepared"}
     try:
         if not needed <= given.keys() <= needed | {"revision"}:

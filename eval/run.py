@@ -45,11 +45,12 @@ from eval.scoring.ask import asker
 from eval.scoring.predictions import Prediction, check_names
 from eval.scoring.summary import show, summarise
 from megatron_avatar.config import Config, load_config
-from megatron_avatar.config.paths import check_model, refuse
+from megatron_avatar.config.paths import check_model, home, refuse
 from megatron_avatar.config.world import check_processes, world_size
 from megatron_avatar.files import replacing
 from megatron_avatar.locks import held
 from megatron_avatar.records import Sample
+from megatron_avatar.resilience import ended
 
 BATCHES_A_WRITE = 4  # within one call the decoding of a batch overlaps with the answering of the one before
 CONTROLS = ("", "mute", "blind")
@@ -86,6 +87,7 @@ class Request:
 def parse(arguments: list[str]) -> tuple[Request, Config, list[str]]:
     """Request, the engine's configuration, and the judge's settings. ValueError naming the key and the remedy."""
     names = {f.name for f in fields(Request)}
+    arguments = [home(item) for item in arguments]
     pairs = [item.partition("=") for item in arguments]
     if wrong := [key for key, equals, _ in pairs if not equals]:
         raise ValueError(f"{wrong[0]!r} is not key=value; python -m eval.run without arguments shows what there is")
@@ -323,7 +325,8 @@ def main(arguments: list[str]) -> int:
         predictions = run(request, config, judge)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ValueError) else 1
+        ended.tell(status := ended.REFUSED if isinstance(error, ValueError) else ended.FAILED)
+        return status
     if predictions:
         summary = summarise(load_benchmark(request.benchmark), predictions)
         show(summary, f"{request.model}: {request.stem}")
@@ -334,4 +337,5 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    ended.leave_on_signals()  # what is answered is kept, and the same command continues
     sys.exit(main(sys.argv[1:]))

@@ -25,7 +25,9 @@ class Request(NamedTuple):
 
 def parse(arguments: list[str]) -> Request:
     """ValueError for anything that is not USAGE, for a folder without a run, and for an `out` that is in use."""
-    settings = dict(item.partition("=")[::2] for item in arguments[1:])
+    from megatron_avatar.config.paths import home
+
+    settings = dict(home(item).partition("=")[::2] for item in arguments[1:])
     step, adapters = settings.get("step"), settings.get("adapters", "false")
     if not arguments or not settings.get("out") or settings.keys() - {"out", "step", "adapters"}:
         raise ValueError(USAGE)

@@ -27,8 +27,6 @@ train() {
   export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}" # srun no longer inherits --cpus-per-task
   export SLURM_WAIT="${SLURM_WAIT:-300}" # seconds for the other tasks once one has ended: none holds the nodes for ever
   export AVATAR_CHAIN="${AVATAR_CHAIN:-$SLURM_JOB_ID}" # restarts without progress are counted by it
-  export AVATAR_ENDED="$run/.ended-$SLURM_JOB_ID" # how the tasks ended: they touch files of names that begin so
-  rm -f "$AVATAR_ENDED"-*
 
   trap : USR1 USR2 TERM # the tasks get these too, save their state and leave; the batch shell has to outlive them
   local srun=(srun --label --kill-on-bad-exit=1 --ntasks-per-node="$SLURM_NTASKS_PER_NODE"

@@ -32,7 +32,7 @@ def main(run: Path, status: int, log: Path, arguments: list[str]) -> int:
     prefix = os.environ["AVATAR_ENDED"]
     if KILLED_EARLY in _srun_errors(log):
         ended.tell(ended.LEFT)
-    means = ended.told(prefix, status)
+    means, when = ended.told(prefix, status), ended.noticed(prefix)
     ended.forget(prefix)
     if (run / "done.json").exists():
         if status:
@@ -42,8 +42,8 @@ def main(run: Path, status: int, log: Path, arguments: list[str]) -> int:
         if not means:
             _say(f"error: all processes ended without an error, but {run / 'done.json'} is not there")
         return _over(run, means or ended.FAILED)
-    if means == ended.INTERRUPTED and time.time() < float(os.environ.get("AVATAR_UNTIL") or 0):
-        attempts.excuse(run, "stopped from outside, before its time limit")
+    if means == ended.INTERRUPTED:
+        attempts.excuse(run, when or time.time())
     return _continue(run, arguments)
 
 

@@ -89,9 +89,9 @@ class Pool:
             if os.getppid() != parent:
                 os._exit(1)
 
-        ended.forget(_ended(task))
+        ended.forget(task.ended)
         environment = {"AVATAR_CHAIN": f"local-{parent}", "OMP_WAIT_POLICY": "PASSIVE", **queue.outside(),
-                       **launch.environment(config, Path(task.code)), "AVATAR_ENDED": _ended(task)}  # fmt: skip
+                       **launch.environment(config, Path(task.code)), "AVATAR_ENDED": task.ended}  # fmt: skip
         with task.opened_log() as log:
             print(f"$ {shlex.join(command)}", file=log, flush=True)
             return subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment,
@@ -106,10 +106,9 @@ class Pool:
             del self.children[name]
             self._mark("running", name, False)
             task = by_name[name]
-            if not task.module:
-                status = ended.told(_ended(task), status)
-                ended.forget(_ended(task))
-                status = status or (0 if task.done.exists() else FAILED)
+            status = task.told(status)
+            if not (status or task.module or task.done.exists()):
+                status = FAILED
             if status == 0:
                 task.mark_done()
             elif status in (INTERRUPTED, HUNG) or stopped or (status != REFUSED and task.may_retry(status)):
@@ -121,10 +120,6 @@ class Pool:
         path = self.folder / kind / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch() if there else path.unlink(missing_ok=True)
-
-
-def _ended(task: Task) -> str:
-    return str(task.folder.absolute() / f".ended-{task.name}")
 
 
 def states(folder: Path, jobs: dict[str, str]) -> dict[str, str]:

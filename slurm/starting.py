@@ -20,8 +20,8 @@ if __name__ == "__main__":
     sys.path[0] = str(ROOT)
 
 from megatron_avatar.config import load_config  # noqa: E402
-from megatron_avatar.config.load import home  # noqa: E402
-from megatron_avatar.resilience import attempts, lock, queue  # noqa: E402
+from megatron_avatar.config.paths import home  # noqa: E402
+from megatron_avatar.resilience import attempts, ended, lock, queue  # noqa: E402
 from slurm import launch  # noqa: E402
 from slurm.snapshot import snapshot  # noqa: E402
 
@@ -46,7 +46,12 @@ def batch_shell(arguments: list[str]) -> str:
     logs = run / "logs" / f"{job}.{os.environ.get('SLURM_RESTART_COUNT', '0')}.log"
     logs.parent.mkdir(parents=True, exist_ok=True)
     saved = sorted(int(path.name.removeprefix("step_")) for path in run.glob("checkpoints/step_*"))
-    attempts.begin(run, saved[-1] if saved else 0, config.checkpoint.restarts, changed)  # before what may fail at once
+    told = str(run / f".ended-{job}")  # the tasks' words; there still, where the last attempt's end was sudden
+    if (when := ended.noticed(told)) is not None:
+        attempts.excuse(run, when)
+    ended.forget(told)
+    attempts.begin(run, saved[-1] if saved else 0, config.checkpoint.restarts, changed,
+                   _until(config.cluster.signal_s))  # before what may fail at once  # fmt: skip
     modules = config.cluster.modules
     lines = [f"module load {shlex.join(modules)}"] if modules else []
     lines += [f"export {name}={shlex.quote(value)}" for name, value in launch.environment(config, code).items()]
@@ -54,7 +59,7 @@ def batch_shell(arguments: list[str]) -> str:
         f"set -- {shlex.join(map(home, arguments))}",  # inside of a container the home may be another
         "export AVATAR_ATTEMPT=noted",
         f"export AVATAR_SNAPSHOT={shlex.quote(str(code))}",
-        f"export AVATAR_UNTIL={_until(config.cluster.signal_s)}",
+        f"export AVATAR_ENDED={shlex.quote(told)}",
         f"export SLURM_NTASKS_PER_NODE={tasks}",
         f"command=({shlex.join(launch.command(config))})",
         f"srun_options=({shlex.join(launch.srun_options(config))})",

@@ -28,7 +28,8 @@ from hydra.errors import HydraException  # noqa: E402
 from omegaconf import OmegaConf  # noqa: E402
 from rich.console import Console  # noqa: E402
 
-from megatron_avatar.config.load import home, readable  # noqa: E402
+from megatron_avatar.config.load import readable  # noqa: E402
+from megatron_avatar.config.paths import home  # noqa: E402
 from slurm import launch  # noqa: E402
 from slurm.jobs import Board, sbatch_options  # noqa: E402
 from slurm.snapshot import snapshot  # noqa: E402

@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import IO
 
 from megatron_avatar.config import Config, load_config
-from megatron_avatar.resilience import queue
+from megatron_avatar.resilience import ended, queue
 from megatron_avatar.resilience.ended import INTERRUPTED, REFUSED, SIGNALS
 from slurm import launch
+
+NOTICES = (128 + signal.SIGUSR1, 128 + signal.SIGUSR2)  # nobody but Slurm sends these
 
 
 class TaskFailed(RuntimeError):
@@ -87,13 +89,26 @@ class Task:
             command = ["bash", "-c", f'module load {shlex.join(config.cluster.modules)} && exec "$@"', "bash", *command]
         cores = os.environ.get("SLURM_CPUS_PER_TASK", "1")  # srun no longer inherits them
         environment = {"SLURM_WAIT": "300", **os.environ, "SRUN_CPUS_PER_TASK": cores, "SLURM_EXPORT_ENV": "ALL",
-                       **launch.environment(config, Path(self.code))}  # fmt: skip
+                       **launch.environment(config, Path(self.code)), "AVATAR_ENDED": self.ended}  # fmt: skip
+        ended.forget(self.ended)
         with self.opened_log() as log:
             print(f"$ {shlex.join(command)}", file=log, flush=True)
             status = subprocess.run(command, env=environment, stdout=log, stderr=log).returncode
+        status = self.told(status)
         if status == 0:
             self.mark_done()
         return status
+
+    @property
+    def ended(self) -> str:
+        """Beginning of the names of files by which its processes tell how they ended."""
+        return str(self.folder.absolute() / f".ended-{self.name}")
+
+    def told(self, status: int) -> int:
+        """What its launcher's status means; a command that doesn't tell was ended by Slurm's notice or by itself."""
+        means = ended.told(self.ended, INTERRUPTED if status in NOTICES else status)
+        ended.forget(self.ended)
+        return means
 
     def opened_log(self) -> IO[str]:
         path = self.log if self.module else self.log / "local.log"

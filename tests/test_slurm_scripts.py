@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 
 from megatron_avatar.config import Config, check_world, load_config
 from megatron_avatar.config.load import CONFIG_DIR
+from megatron_avatar.resilience import attempts
 from slurm import starting
 
 ROOT = Path(__file__).parents[1]
@@ -292,6 +293,18 @@ def test_a_folder_that_cannot_be_written_is_one_to_submit_from(submit, tmp_path)
     (locked / ".jobs").write_text("")  # for root too
     done, seen = submit(SCRIPTS[0], SLURM_SUBMIT_DIR=str(locked))
     assert done.returncode == 0 and f"warning: {locked} can't be written" in done.stderr, done.stderr
+
+
+def test_a_preempted_attempt_is_excused_by_the_next_start(submit, stopping, tmp_path):
+    """The batch shell was killed with the rest: what the ranks noted when they were told is still there."""
+    (tmp_path / "bin" / "squeue").write_text("#!/bin/bash\n[[ $* == *%L* ]] && echo 24:00:00 || echo RUNNING\n")
+    run = tmp_path / "run"
+    done, _ = submit(SCRIPTS[0])
+    assert done.returncode == 75 and [r["excused"] for r in attempts.read(run) if "excused" in r] == [1]
+    (run / ".ended-123456-73").touch()
+    assert submit(SCRIPTS[0], SLURM_RESTART_COUNT="1")[0].returncode == 75
+    assert [r["excused"] for r in attempts.read(run) if "excused" in r] == [1, 1, 2]
+    assert not list(run.glob(".ended-*"))
 
 
 def test_links_of_jobs_that_are_over_are_removed(submit, stopping, tmp_path):

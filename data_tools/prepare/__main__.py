@@ -46,8 +46,9 @@ def main(arguments: list[str]) -> int:
 def _teacher(arguments: list[str]) -> int:
     """Traces for a manifest that is there already, as data_tools.traces writes them, by key=value."""
     from data_tools import traces
+    from megatron_avatar.config.paths import home
 
-    given = dict(item.partition("=")[::2] for item in arguments)
+    given = dict(home(item).partition("=")[::2] for item in arguments)
     names = {"endpoint": "--endpoint", "teacher": "--model", "share": "--share", "out": "--out"}
     unknown = given.keys() - names.keys() - {"source", "input"}
     if unknown or not given.get("input") or not given.get("endpoint"):

@@ -17,7 +17,7 @@ from data_tools.prepare.mapping import load_mapping
 from data_tools.prepare.rows import Input, find_input
 from data_tools.prepare.sources import DATASETS, Dataset
 from megatron_avatar.config import Config, load_config
-from megatron_avatar.config.paths import check_model, refuse
+from megatron_avatar.config.paths import check_model, home, refuse
 from megatron_avatar.files import replacing
 from megatron_avatar.locks import held
 
@@ -54,7 +54,7 @@ def parse(arguments: list[str]) -> tuple[Settings, Config]:
     """Settings and recipe of a command line. Raises ValueError naming the key and the remedy."""
     own, overrides = [], []
     names = [f.name for f in fields(Settings)]
-    for item in arguments:
+    for item in map(home, arguments):
         key, equals, _ = item.partition("=")
         if not equals:
             raise ValueError(f"{item!r} is not key=value")

@@ -19,7 +19,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException, ValidationError
 
-from megatron_avatar.config.paths import fill
+from megatron_avatar.config.paths import fill, home
 from megatron_avatar.config.schema import Config
 from megatron_avatar.config.validate import validate
 
@@ -60,12 +60,6 @@ def load_config(overrides: list[str]) -> Config:
         fill(config)
     validate(config)
     return config
-
-
-def home(item: str) -> str:
-    """A `key=value` of a command line with `~/` as the user's home: shells see it at the beginning of a word alone."""
-    key, equals, value = item.partition("=")
-    return f"{key}={os.path.expanduser(value)}" if equals and (value == "~" or value.startswith("~/")) else item
 
 
 def readable(item: str) -> str:

@@ -52,6 +52,12 @@ def given(key: str, site: dict[str, str]) -> str:
     return os.path.expanduser(os.environ.get(variable(key)) or site.get(key, ""))
 
 
+def home(item: str) -> str:
+    """A `key=value` of a command line with `~/` as the user's home: shells see it at the beginning of a word alone."""
+    key, equals, value = item.partition("=")
+    return f"{key}={os.path.expanduser(value)}" if equals and (value == "~" or value.startswith("~/")) else item
+
+
 def cold_start(config: Config) -> Path | None:
     """Where the recipe's cold start leaves the model that this one begins with; None: the recipe has none."""
     return Path("runs", config.model.cold_start, "export", "sft") if config.model.cold_start else None

@@ -9,13 +9,18 @@ import time
 from pathlib import Path
 from typing import Any
 
+NEVER = 1e12
+
 
 class NoProgress(RuntimeError):
     """A job was restarted again and again without reaching a later checkpoint."""
 
 
-def begin(folder: Path, step: int, limit: int, changed: dict[str, Any] | None = None) -> None:
-    """Note an attempt that starts at global step `step`, and which settings `changed`; called by rank 0 alone.
+def begin(
+    folder: Path, step: int, limit: int, changed: dict[str, Any] | None = None, until: float = 0.0
+) -> None:
+    """Note an attempt that starts at global step `step`, which settings `changed`, and the moment (Unix seconds)
+    `until` which a stop isn't its time limit's; called by rank 0 alone.
 
     Raises NoProgress where `limit` attempts of the same chain of automatic restarts (AVATAR_CHAIN, else the Slurm job)
     in a row have started at this step already; those that are excused don't count. What a user starts again by hand is
@@ -36,14 +41,17 @@ def begin(folder: Path, step: int, limit: int, changed: dict[str, Any] | None = 
             "node) and submit again: a new job starts counting anew"
         )
     record = {"attempt": len(earlier) + 1, "step": step, "chain": chain, "host": socket.gethostname(),
-              "time": round(time.time(), 3), **({"changed": changed} if changed else {})}  # fmt: skip
+              "time": round(time.time(), 3), **({"until": round(min(until, NEVER))} if until else {}),
+              **({"changed": changed} if changed else {})}  # fmt: skip
     _append(folder, record)
 
 
-def excuse(folder: Path, why: str) -> None:
-    """Note that the latest attempt was ended from outside (`why`), so that it is no sign of a run that gets nowhere."""
-    if earlier := [r for r in read(folder) if "step" in r]:
-        _append(folder, {"excused": earlier[-1]["attempt"], "why": why, "time": round(time.time(), 3)})
+def excuse(folder: Path, when: float) -> None:
+    """The latest attempt was told to stop at `when` (Unix seconds). Where that can't have been its time limit, but a
+    preemption or a person, it is no sign of a run that gets nowhere, and noted so."""
+    starts = [r for r in read(folder) if "step" in r]
+    if starts and when < starts[-1].get("until", 0):
+        _append(folder, {"excused": starts[-1]["attempt"], "why": "stopped from outside", "time": round(when, 3)})
 
 
 def read(folder: Path) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 FAILED = 1
 REFUSED = 2  # a user's mistake: trying again changes nothing
+NOTICED = 73  # told to stop: what is saved after that, and whether in time, the others say
 LEFT = 74  # told to stop before there was anything to save
 INTERRUPTED = 75  # EX_TEMPFAIL: state is saved, the same command continues
 HUNG = 76  # no sign of life: the same command continues
@@ -41,8 +42,14 @@ def told(prefix: str, status: int) -> int:
 
 def forget(prefix: str) -> None:
     """Remove the files, before another start and behind it."""
-    for number in (FAILED, REFUSED, LEFT, INTERRUPTED, HUNG):
+    for number in (FAILED, REFUSED, NOTICED, LEFT, INTERRUPTED, HUNG):
         Path(f"{prefix}-{number}").unlink(missing_ok=True)
+
+
+def noticed(prefix: str) -> float | None:
+    """When a run that nobody could say the end of was told to stop, in Unix seconds; None where it wasn't."""
+    there = (Path(f"{prefix}-{number}") for number in (NOTICED, LEFT, INTERRUPTED))
+    return min((path.stat().st_mtime for path in there if path.exists()), default=None)
 
 
 def leave_on_signals() -> None:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from megatron_avatar.policy.backend import Backend
 from megatron_avatar.policy.generate import GenerationStopped
+from megatron_avatar.resilience import ended
 
 T = TypeVar("T")
 
@@ -65,5 +66,6 @@ class StopSignal:
             raise KeyboardInterrupt
         else:
             self.requested = True
+            ended.tell(ended.NOTICED)
             name = signal.Signals(number).name
             os.write(2, f"\n{name}: saving state and stopping; Ctrl-C again stops at once, without saving\n".encode())

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 
+from megatron_avatar.resilience import ended
 from megatron_avatar.resilience.attempts import NoProgress, begin, excuse, read
 
 
@@ -48,13 +50,19 @@ def test_starts_by_hand_are_never_refused(job, tmp_path):
 
 def test_what_ended_a_run_from_outside_is_no_lack_of_progress(job, tmp_path):
     for _ in range(5):
-        begin(tmp_path, 4, limit=3)
-        excuse(tmp_path, "told to stop 40000 s before its time limit")
+        begin(tmp_path, 4, limit=3, until=1000.0)
+        excuse(tmp_path, 999.0)
     for _ in range(3):
-        begin(tmp_path, 4, limit=3)
+        begin(tmp_path, 4, limit=3, until=1000.0)
+        excuse(tmp_path, 1001.0)  # it had its time
     with pytest.raises(NoProgress, match="was started 3 times at step 4"):
         begin(tmp_path, 4, limit=3)
     assert [r["attempt"] for r in read(tmp_path) if "step" in r] == list(range(1, 9))
+    begin(tmp_path, 5, limit=3)
+    excuse(tmp_path, 0.0)
+    begin(tmp_path, 5, limit=3, until=float("inf"))
+    excuse(tmp_path, 1e9)
+    assert [r["excused"] for r in read(tmp_path) if "excused" in r] == [1, 2, 3, 4, 5, 10], "no limit, no excuse needed"
 
 
 TORN = [b'{"attempt": 2, "st', b'{"attempt": 2, "step": 0, "chain": "41"}', b"\xff\x00", b"7\n"]
@@ -68,3 +76,15 @@ def test_a_torn_line_blocks_nothing(job, tmp_path, torn):
     begin(tmp_path, 5, limit=3)
     assert [r["step"] for r in read(tmp_path)][-1] == 5 and read(tmp_path)[0]["step"] == 0
     assert len(read(tmp_path)) == 2 + torn.endswith(b"}")
+
+
+def test_a_sudden_end_leaves_the_moment_of_its_notice(tmp_path, monkeypatch):
+    """As where Slurm kills all before the state is saved: the next start reads when the ranks were told."""
+    prefix = str(tmp_path / ".ended-7")
+    monkeypatch.setenv("AVATAR_ENDED", prefix)
+    assert ended.noticed(prefix) is None and ended.tell(ended.NOTICED)
+    ended.tell(ended.HUNG)
+    os.utime(f"{prefix}-{ended.NOTICED}", (1000, 1000))
+    assert ended.noticed(prefix) == 1000 and ended.told(prefix, 9) == ended.HUNG
+    ended.forget(prefix)
+    assert ended.noticed(prefix) is None and ended.told(prefix, 9) == 9 and not list(tmp_path.iterdir())
