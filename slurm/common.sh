@@ -16,7 +16,7 @@ train() {
     echo "error: $python is missing on $(uname -n): run 'make doctor' in the checkout, or export PYTHON=FILE" >&2
     return 2
   }
-  settings=$("$python" "$CODE/slurm/starting.py" "$@") || return 2
+  settings=$("$python" "$CODE/slurm/starting.py" "$@") || return
   local command srun_options master run log gpus tmp_gib
   eval "$settings"
 

@@ -4,7 +4,7 @@
 
 All ranks meet and import torch, however long that takes (meeting.py). Then every rank looks at its own node (GPUs, free
 space, clock, shared folder), and all of them sum a number over the same networks as training: NCCL's, and gloo's, which
-checkpoints use. Exit status 2 where anything is wrong, within a minute and a half.
+checkpoints use. Exit status 1 where anything is wrong, within a minute and a half: on other nodes it may not be.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
-from megatron_avatar.resilience.ended import leave_on_signals
+from megatron_avatar.resilience.ended import FAILED, leave_on_signals
 from slurm.meeting import Missing, meet
 
 DEADLINE_S = 90  # once all have imported torch
@@ -109,7 +109,7 @@ def main(run: Path, gpus: int, tmp_gib: float) -> int:
 
     def refuse(problem: str) -> int:
         print(f"error: pre-flight on {host}: {problem}", file=sys.stderr, flush=True)
-        return 2
+        return FAILED
 
     try:
         socket.getaddrinfo(address, port)
@@ -119,7 +119,7 @@ def main(run: Path, gpus: int, tmp_gib: float) -> int:
     try:
         meet(rank, world, address, port, os.environ["SLURM_JOB_ID"], _import_torch, where)
     except Missing as error:
-        return refuse(str(error)) if str(error) else 2
+        return refuse(str(error)) if str(error) else FAILED
     except OSError as error:
         return refuse(f"port {port} can't be opened ({error}): see what else listens there")
     return _together(run, gpus, tmp_gib, rank, world)
@@ -141,7 +141,7 @@ def _together(run: Path, gpus: int, tmp_gib: float, rank: int, world: int) -> in
     except (RuntimeError, dist.DistError) as error:
         print(f"error: pre-flight on {host}: torch can't meet at {address}:{port} ({str(error).splitlines()[0]})",
               file=sys.stderr)  # fmt: skip
-        return 2
+        return FAILED
     token = secrets.token_hex(8)
     if rank == 0:
         run.mkdir(parents=True, exist_ok=True)
@@ -154,7 +154,7 @@ def _together(run: Path, gpus: int, tmp_gib: float, rank: int, world: int) -> in
             print(f"error: pre-flight: no answer within {DEADLINE_S} s from {missing}: look at these nodes, or leave "
                   "them out (sbatch --exclude)", file=sys.stderr)  # fmt: skip
             time.sleep(1)
-        return 2
+        return FAILED
     if rank == 0:
         store.set("clock", str(time.time()))
     problems += skew(time.time() if rank == 0 else _time_of(store), float(store.get("clock")))
@@ -176,7 +176,7 @@ def _together(run: Path, gpus: int, tmp_gib: float, rank: int, world: int) -> in
     store.set(f"bye {rank}", "")
     if rank == 0:  # the others ask its store to the end
         await_all(store, "bye", world, time.monotonic() + 5)
-    return 2 if bad else 0
+    return FAILED if bad else 0
 
 
 def _time_of(store) -> float:

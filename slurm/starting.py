@@ -4,7 +4,7 @@ common.sh calls this and evaluates what it prints:
 
     python slurm/starting.py [key=value ...]
 
-Needs hydra-core, neither torch nor Megatron. Exit status 2 with one line where something is wrong.
+Needs hydra-core, neither torch nor Megatron. Exit status 2 with one line for a mistake, 1 where the machine fails.
 """
 
 from __future__ import annotations
@@ -112,4 +112,4 @@ if __name__ == "__main__":
         print(batch_shell(sys.argv[1:]))
     except (ValueError, OSError, attempts.NoProgress) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(ended.FAILED if isinstance(error, OSError) else ended.REFUSED)  # a sweep's member tries again, or not

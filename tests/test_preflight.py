@@ -47,8 +47,16 @@ def join(rank: int, port: int, work, monkeypatch_s: tuple[float, float], results
     results.put((rank, reason, began, time.monotonic()))
 
 
+BEGUN = multiprocessing.get_context("fork").Barrier(3)
+
+
 def die() -> None:
+    BEGUN.wait()
     os._exit(1)
+
+
+def look_on() -> None:
+    BEGUN.wait()
 
 
 def all_join(works: dict, port: int, *, join_s: float = 20.0, say_s: float = 0.3) -> dict[int, tuple]:
@@ -85,7 +93,7 @@ def test_ranks_that_never_begin_or_die_are_named(rank, capfd):
     found = all_join({0: lambda: None, 2: lambda: None}, port, join_s=1.0)
     assert "still waits for rank 1 on n0, not begun; rank 3 on n1, not begun" in found[0][0]
     assert found[2][0] == "told to leave"
-    found = all_join({0: lambda: None, 1: die, 2: lambda: None, 3: lambda: time.sleep(0.5)}, port)
+    found = all_join({0: lambda: None, 1: die, 2: look_on, 3: look_on}, port)
     assert "rank 1 on n0 ended while it imported torch" in found[0][0] and found[2][0] == found[3][0] == "told to leave"
     found = all_join({2: lambda: None}, port, join_s=1.0, say_s=0.2)  # no rank 0
     assert "can't be reached for 1 s" in found[2][0]
@@ -95,7 +103,7 @@ def test_ranks_that_never_begin_or_die_are_named(rank, capfd):
 def test_a_node_that_stops_answering_is_named(rank, tmp_path, capfd):
     rank.setenv("SLURM_NTASKS", "2")
     rank.setattr(preflight, "DEADLINE_S", 2)
-    assert preflight._together(tmp_path, 0, 0.1, 0, 2) == 2
+    assert preflight._together(tmp_path, 0, 0.1, 0, 2) == 1
     assert "no answer within 2 s from rank 1 on silver" in capfd.readouterr().err
 
 
@@ -128,11 +136,11 @@ def test_a_gpu_is_one_ranks_alone(monkeypatch):
 
 def test_missing_gpus_and_a_full_disk_are_named(rank, tmp_path, capfd):
     rank.setattr(preflight, "FREE_BYTES", 10**18)
-    assert preflight.main(tmp_path, 2, 0.1) == 2
+    assert preflight.main(tmp_path, 2, 0.1) == 1
     said = capfd.readouterr().err
     assert f"pre-flight on {socket.gethostname()}, rank 0: 0 GPUs are visible to process 0 of its" in said
     assert "MiB free, below" in said and "TMPDIR" not in said
-    assert preflight.main(tmp_path, 0, 1e9) == 2
+    assert preflight.main(tmp_path, 0, 1e9) == 1
     assert "set TMPDIR, or lower cluster.tmp_gib" in capfd.readouterr().err
     rank.setattr(preflight, "FREE_BYTES", 0)
     assert preflight.main(tmp_path, 0, 0) == 0
@@ -140,7 +148,7 @@ def test_missing_gpus_and_a_full_disk_are_named(rank, tmp_path, capfd):
 
 def test_a_master_without_a_name_is_found_at_once(rank, tmp_path, capfd):
     rank.setenv("MASTER_ADDR", "no-such-node.invalid")
-    assert preflight.main(tmp_path, 0, 0.1) == 2
+    assert preflight.main(tmp_path, 0, 0.1) == 1
     assert "no-such-node.invalid, doesn't resolve" in capfd.readouterr().err
 
 
@@ -149,7 +157,7 @@ def test_a_port_that_is_taken_is_named(rank, tmp_path, capfd):
         taken.bind(("", 0))
         taken.listen()
         rank.setenv("MASTER_PORT", str(taken.getsockname()[1]))
-        assert preflight.main(tmp_path, 0, 0.1) == 2
+        assert preflight.main(tmp_path, 0, 0.1) == 1
     assert "can't be opened" in capfd.readouterr().err
 
 
