@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from data_tools.families import FAMILIES, KINDS, LETTERS
 from data_tools.world import COLORS, COLUMNS, DIRECTIONS, NUMBERS, PITCHES, SHAPES, SLOTS
-from megatron_avatar.data.prompt import CHAT_TEMPLATE
+from megatron_avatar.data.chat import CHAT_TEMPLATE
 
 SPECIAL = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>", "<|box_end|>",

@@ -175,7 +175,7 @@ def _require_media(sample: Sample, root: Path) -> None:
         for key in ("path", "audio_path"):
             location = getattr(media, key)
             file = root / location if location is not None else None
-            if file is not None and not file.is_file():
+            if file is not None and not os.path.isfile(file):
                 raise ValueError(f"media[{index}].{key}: the file {file} is missing; restore it or remove the line")
             if file is not None and file.stat().st_size == 0:
                 raise ValueError(f"media[{index}].{key}: the file {file} is empty; make it again or remove the line")

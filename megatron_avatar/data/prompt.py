@@ -6,8 +6,9 @@ that a prompt that is too long is known before training. Decoded media must then
 
 from __future__ import annotations
 
+import os
 import string
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -19,6 +20,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from megatron_avatar.config.schema import DataConfig
 from megatron_avatar.data import dali, features
+from megatron_avatar.data.chat import Chat
 from megatron_avatar.data.container import STALE, Fit, MediaError
 from megatron_avatar.data.decode import (
     clip_seconds,
@@ -28,6 +30,7 @@ from megatron_avatar.data.decode import (
     plan_frames,
     prefers_dali,
 )
+from megatron_avatar.files import is_machines, unwritable
 from megatron_avatar.records import Media, MediaKind, Prompt, Sample, Variant
 
 DECODED_AHEAD = 4
@@ -35,28 +38,13 @@ IMAGE_MIN_PIXELS = 4 * features.FACTOR**2
 VIDEO_TOTAL_PIXELS = 90_316_800  # Qwen2.5-Omni's budget for a whole clip, counted in pairs of frames
 END = "<|im_end|>"
 MEDIUM = "<|medium|>"  # in a question: here stands the next of its media; without any they come first
-
-
-def _chat_template(before: str, image: str, video: str, after: str) -> str:
-    """Qwen2.5's conversation format with a model's names for the tokens of pictures."""
-    return (
-        "{% for message in messages %}"
-        "{% if loop.first and message['role'] != 'system' %}"
-        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
-        "<|im_start|>{{ message['role'] }}\n"
-        "{% for part in message['content'] %}"
-        f"{{% if part['type'] == 'image' %}}{before}{image}{after}"
-        f"{{% elif part['type'] == 'video' %}}{before}{video}{after}"
-        "{% elif part['type'] == 'audio' %}<|audio_bos|><|AUDIO|><|audio_eos|>"
-        "{% else %}{{ part['text'] }}{% endif %}{% endfor %}<|im_end|>\n"
-        "{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    )
-
-
-# For tokenizers that bring no template.
-CHAT_TEMPLATE = _chat_template("<|vision_bos|>", "<|IMAGE|>", "<|VIDEO|>", "<|vision_eos|>")
-VL_CHAT_TEMPLATE = _chat_template("<|vision_start|>", "<|image_pad|>", "<|video_pad|>", "<|vision_end|>")
+# For a prompt that is too long, by what takes most of it.
+REMEDIES = {
+    "video": "lower data.max_frames or data.frame_max_pixels",
+    "image": "lower data.image_max_pixels",
+    "audio": "set data.mute=true or cut its sound",
+    "text": "shorten its text",
+}
 
 
 @dataclass(frozen=True)
@@ -134,19 +122,18 @@ class PromptBuilder:
         self.placeholders: dict[MediaKind, int] = {"image": config.image_token_id, "video": config.video_token_id}
         self.hears = audio is not None
         if self.hears:
-            self.chat_template = tokenizer.chat_template or CHAT_TEMPLATE
             self.placeholders["audio"] = config.audio_token_id
             self.audio_bos, self.audio_eos = config.audio_start_token_id, config.audio_end_token_id
             self.positions_per_second = config.position_id_per_seconds
             self.positions_per_chunk = int(config.position_id_per_seconds * config.seconds_per_chunk)
         else:
-            self.chat_template = tokenizer.chat_template or VL_CHAT_TEMPLATE
             self.positions_per_second = vision.tokens_per_second
+        self.chat = Chat(tokenizer, self.placeholders)
         self.end_id: int = tokenizer.convert_tokens_to_ids(END)
 
     def completion_ids(self, text: str) -> np.ndarray:
         """Token ids [L] int64 of a completion, end token included."""
-        return np.array([*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.end_id], np.int64)
+        return np.array([*self.chat.text_ids(text), self.end_id], np.int64)
 
     def decode(self, ids: np.ndarray) -> str:
         """Text of token ids [L], special tokens dropped."""
@@ -171,7 +158,7 @@ class PromptBuilder:
         for sample, _ in requests:
             for media in sample.media:
                 plan = plan_media(media, self.data)
-                if plan is not None and plan.indices is not None and (root / media.path).is_file():
+                if plan is not None and plan.indices is not None and os.path.isfile(root / media.path):
                     clips.append((root / media.path, plan.indices, plan.fit))
         dali.reader().announce(clips)
 
@@ -184,8 +171,8 @@ class PromptBuilder:
         plans = self._plans(sample)
         token_ids, positions = self._layout(sample, plans, variant)
         root = Path(root)
-        patches = [self._patches(plan, root) for plan in plans if plan.grid[0]]
-        mels = [_mel(plan, root) for plan in plans if plan.mel_frames]
+        patches = [_read(self._patches, plan, root) for plan in plans if plan.grid[0]]
+        mels = [_read(_mel, plan, root) for plan in plans if plan.mel_frames]
         return Prompt(
             sample_id=sample.id,
             variant=variant,
@@ -242,24 +229,27 @@ class PromptBuilder:
         for media, text in zip(sample.media, texts, strict=True):
             content += [{"type": kept[id(media)]}] if id(media) in kept else []
             content.append({"type": "text", "text": text})
-        return [part for part in content if part.get("text") != ""]
+        return _joined(content)
 
     def _layout(self, sample: Sample, plans: list[MediaPlan], variant: Variant) -> tuple[np.ndarray, np.ndarray]:
         """Token ids [P] with placeholders expanded, and positions [3, P] (temporal, height, width)."""
         system = [{"role": "system", "content": [{"type": "text", "text": self.system}]}] if self.system else []
-        text = self.tokenizer.apply_chat_template(
-            [*system, {"role": "user", "content": self._content(sample, plans, variant)}],
-            chat_template=self.chat_template,
-            tokenize=False,
-            add_generation_prompt=True,
-        )
-        template = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        content = self._content(sample, plans, variant)
+        if reason := unwritable("".join(part.get("text", "") for part in content)):
+            raise ValueError(f"sample {sample.id}: of its text {reason}; correct it in the manifest")
+        template = self.chat.prompt_ids([*system, {"role": "user", "content": content}])
         if [i for i in template if i in self.placeholders.values()] != [self.placeholders[p.kind] for p in plans]:
             names = ", ".join(self.tokenizer.convert_ids_to_tokens(list(self.placeholders.values())))
             raise ValueError(
                 f"sample {sample.id}: the tokenized prompt does not hold one placeholder for each of its "
-                f"{len(plans)} media; remove {names} from its text, or check the chat template"
+                f"{len(plans)} media; check the chat template, which has to write {names}"
             )
+        parts = {kind: sum(_tokens(plan)[kind] for plan in plans) for kind in REMEDIES if kind != "text"}
+        parts["text"] = len(template) - len(plans)
+        if (length := sum(parts.values())) > self.context:
+            remedy = REMEDIES[max(parts, key=parts.__getitem__)]
+            what = f"its prompt has {length} tokens, the context {self.context}"
+            raise ValueError(f"sample {sample.id}: {what}; {remedy}, or raise model.context")
         ids: list[np.ndarray] = []
         positions: list[np.ndarray] = []
         start, remaining = 0, iter(plans)
@@ -272,11 +262,7 @@ class PromptBuilder:
             positions.append(block_positions + start)
             start += advance
         token_ids = np.concatenate(ids)
-        if len(token_ids) > self.context:
-            raise ValueError(
-                f"sample {sample.id}: its prompt has {len(token_ids)} tokens, the context {self.context}; raise "
-                "model.context, or lower data.max_frames or data.frame_max_pixels"
-            )
+        assert len(token_ids) == length
         return token_ids, np.concatenate(positions, axis=1)
 
     def _expand(self, plan: MediaPlan) -> tuple[np.ndarray, np.ndarray, int]:
@@ -310,6 +296,39 @@ class PromptBuilder:
         ids = [np.array([self.audio_bos]), *ids, np.array([self.audio_eos])]
         positions = [np.full((3, 1), -1), *(piece for _, piece in pieces), np.full((3, 1), end)]
         return np.concatenate(ids), np.concatenate(positions, axis=1), end
+
+
+def _tokens(plan: MediaPlan) -> dict[str, int]:
+    """Tokens of a medium's pictures and of its sound, counted before there is an array of that size."""
+    t, h, w = plan.grid
+    sound = features.audio_tokens(plan.mel_frames) if plan.mel_frames else 0
+    kind = "video" if plan.kind == "audio" else plan.kind
+    between = 2 if plan.kind == "video" and plan.mel_frames else 0  # where audio in video begins and ends
+    return {"image": 0, "video": 0, "audio": sound + between} | {kind: t * h * w // features.MERGE**2}
+
+
+def _joined(content: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The parts without empty texts, those side by side as one: what their border forms belongs to the text."""
+    joined: list[dict[str, str]] = []
+    for part in content:
+        if part["type"] == "text" and joined and joined[-1]["type"] == "text":
+            joined[-1] = {"type": "text", "text": joined[-1]["text"] + part["text"]}
+        elif part.get("text") != "":
+            joined.append(part)
+    return joined
+
+
+def _read(read: Callable[[MediaPlan, Path], torch.Tensor], plan: MediaPlan, root: Path) -> torch.Tensor:
+    """What `read` makes of a medium. MediaError also where a decoder raises something else on foreign bytes."""
+    try:
+        return read(plan, root)
+    except MediaError:
+        raise
+    except Exception as error:
+        if is_machines(error):
+            raise
+        path = plan.media.audio_path if read is _mel and plan.media.audio_path else plan.media.path
+        raise MediaError(root / path, f"can't be decoded ({type(error).__name__}: {error})") from error
 
 
 def _chunks(positions: np.ndarray, size: int) -> list[np.ndarray]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
-from transformers import Qwen2_5_VLConfig, Qwen2_5OmniConfig, Qwen2_5OmniThinkerConfig
+from transformers import Qwen2_5_VLConfig, Qwen2_5OmniThinkerConfig
 
 from megatron_avatar.config.schema import ModelConfig, ParallelConfig
 from megatron_avatar.config.validate import DTYPES
@@ -36,7 +36,7 @@ class LayerConfig(TransformerConfig):
 
 # model_type of config.json -> the configuration's class.
 CONFIGS = {
-    "qwen2_5_omni": Qwen2_5OmniConfig,
+    "qwen2_5_omni": Qwen2_5OmniThinkerConfig,
     "qwen2_5_omni_thinker": Qwen2_5OmniThinkerConfig,
     "qwen2_5_vl": Qwen2_5_VLConfig,
 }
@@ -45,19 +45,27 @@ PolicyConfig = Qwen2_5OmniThinkerConfig | Qwen2_5_VLConfig
 
 def read_model_type(hf_folder: str | Path) -> str:
     """The folder's class, a key of CONFIGS: all of Omni, its Thinker alone, or VL. ValueError for everything else."""
+    return _read(hf_folder)["model_type"]
+
+
+def _read(hf_folder: str | Path) -> dict[str, Any]:
+    """A folder's config.json, of one of CONFIGS. ValueError for everything else."""
     path = Path(hf_folder) / "config.json"
     remedy = "point model.path to a Hugging Face folder of Qwen2.5-Omni or Qwen2.5-VL"
     if not path.is_file():
         raise ValueError(f"{path} doesn't exist: {remedy}")
     try:
-        model_type = json.loads(path.read_text(encoding="utf-8")).get("model_type")
-    except ValueError as error:
+        config = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}): download or export it again") from None
+    model_type = config.get("model_type") if isinstance(config, dict) else None
     if model_type not in CONFIGS:
         raise ValueError(
             f"{path}: model_type is {model_type!r}, but the policy is built for {', '.join(CONFIGS)}: {remedy}"
         )
-    return model_type
+    if model_type == "qwen2_5_omni" and not isinstance(config.get("thinker_config"), dict):
+        raise ValueError(f"{path}: has no thinker_config, which the policy is built from: download it again")
+    return config
 
 
 def read_config(hf_folder: str | Path) -> PolicyConfig:
@@ -65,8 +73,9 @@ def read_config(hf_folder: str | Path) -> PolicyConfig:
 
     Both have `text_config` and `vision_config`; VL, which doesn't hear, has no `audio_config`.
     """
-    config = CONFIGS[read_model_type(hf_folder)].from_pretrained(hf_folder)
-    config = getattr(config, "thinker_config", config)
+    raw = _read(hf_folder)
+    # Of all of Omni the Thinker's part alone: the others say on every reading what they lack.
+    config = CONFIGS[raw["model_type"]].from_dict(raw.get("thinker_config", raw))
     rope = config.text_config.rope_parameters
     if config.text_config.use_sliding_window or rope["rope_type"] != "default" or "mrope_section" not in rope:
         raise ValueError(

@@ -7,6 +7,8 @@ only renormalise the draw, so they never show in the record.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ from megatron_avatar.config.schema import SamplingConfig
 from megatron_avatar.keyed import keyed_rng
 from megatron_avatar.policy.kernels.draw import draw_tokens, find
 from megatron_avatar.policy.model import OmniPolicy
+from megatron_avatar.policy.shape import hears
 
 CONTROL_TOKENS = (
     "image_token_id", "video_token_id", "audio_token_id", "vision_start_token_id", "vision_end_token_id",
@@ -57,27 +60,35 @@ def draw(
     return ids[:, 0], logprobs.gather(-1, ids)[:, 0], cut
 
 
+def _named(policy: OmniPolicy, name: str) -> Any:
+    """What config.json calls `name`: Omni's Thinker at the top, VL with the text's settings."""
+    found = getattr(policy.hf_config, name, None)
+    return getattr(policy.hf_config.text_config, name, None) if found is None else found
+
+
 def uniforms(key: str, completion: int, count: int) -> np.ndarray:
     """Uniform numbers [count] in [0, 1) of a completion; number t belongs to token t, whatever the count."""
     return keyed_rng(key, completion).random(count)
 
 
 def stop_token_ids(policy: OmniPolicy) -> list[int]:
-    """Tokens that end a completion: `eos_token_id` of the model's config.json (Qwen's <|im_end|>)."""
-    config = policy.hf_config
-    ids = getattr(config, "eos_token_id", None)
-    ids = getattr(config.text_config, "eos_token_id", None) if ids is None else ids
+    """Tokens that end a completion: `eos_token_id` of the model's config.json (Qwen's <|im_end|>), and of Qwen2.5-VL
+    <|endoftext|> as well, its `bos_token_id`, at which its own generation ends too."""
+    ids, vl_end = _named(policy, "eos_token_id"), None if hears(policy.hf_config) else _named(policy, "bos_token_id")
     if ids is None:
         raise ValueError(
             "config.json of the model names no eos_token_id, so a completion would never end: add the id of "
             "<|im_end|> to its (thinker_)config"
         )
-    return [ids] if isinstance(ids, int) else list(ids)
+    return list(dict.fromkeys([*([ids] if isinstance(ids, int) else ids), *([] if vl_end is None else [vl_end])]))
 
 
 def banned_tokens(policy: OmniPolicy) -> Tensor:
     """Control tokens [V] bool: they belong to prompts; a placeholder in a completion would ask for media."""
-    ids = {getattr(policy.hf_config, name, None) for name in CONTROL_TOKENS} - {None, *stop_token_ids(policy)}
+    stops = stop_token_ids(policy)
+    ids = {_named(policy, name) for name in CONTROL_TOKENS} - {None, *stops}
+    if len(stops) == 2 and abs(stops[0] - stops[1]) == 2:  # <|im_start|> stands between the two, and VL doesn't name it
+        ids.add(sum(stops) // 2)
     banned = torch.zeros(policy.vocab_size, dtype=torch.bool, device=policy.backend.device)
     banned[[i for i in ids if i < policy.vocab_size]] = True
     return banned

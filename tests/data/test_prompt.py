@@ -13,6 +13,7 @@ from transformers.models.qwen2_5_omni import modeling_qwen2_5_omni as modeling
 from transformers.models.qwen2_5_omni.processing_qwen2_5_omni import Qwen2_5OmniProcessor
 
 from megatron_avatar.config.schema import DataConfig
+from megatron_avatar.data.chat import CHAT_TEMPLATE
 from megatron_avatar.data.decode import MediaError
 from megatron_avatar.data.features import audio_tokens, log_mel
 from megatron_avatar.data.prompt import MEDIUM, PromptBuilder, load_tokenizer, plan_media
@@ -154,15 +155,41 @@ def test_text_of_the_user_turn():
         builder().build(sample(), ".", "hinted")
 
 
-def test_own_template_wins_and_lost_placeholders_are_refused():
+def test_own_template_wins():
     tokenizer = make_tokenizer()
-    tokenizer.chat_template = "{% for m in messages %}look {{ m['content'][-1]['text'] }}{% endfor %}"
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("<|im_start|>{{ message['role'] }}", "look twice")
     own = PromptBuilder(tokenizer, CONFIG, DATA, 100)
-    assert text_of(own.build(sample(), ".").token_ids) == "look what moves ?"
-    with pytest.raises(ValueError, match="sample s.*one placeholder"):
-        own.length(sample(Media("i", "image", height=84, width=84)))
-    with pytest.raises(ValueError, match="sample s.*one placeholder"):
-        builder().length(sample(question="what <|VIDEO|> moves ?"))
+    assert text_of(own.build(sample(), ".").token_ids).count("look twice what moves ? <|im_end|>") == 1
+
+
+def test_texts_hold_no_control_tokens():
+    """Not in question, choices, hint, system prompt or trace, and not where a medium that is left out stood."""
+    picture = Media("i", "image", height=56, width=56)
+    told = dict(choices=("<|im_end|>", "b"), hint="look <|audio_eos|> twice")
+    asked = sample(picture, question=f"what <|im_{MEDIUM}end|> <|VIDEO|> moves <|vision_bos|> ?", **told)
+    harmless = replace(asked, question=f"what {MEDIUM} moves ?", choices=("a", "b"), hint="look twice")
+    control = set(map(TOKENIZER.convert_tokens_to_ids, TOKENIZER.all_special_tokens)) - {TOKENIZER.unk_token_id}
+    for data in (DATA, replace(DATA, blind=True)):
+        armed, plain = (
+            PromptBuilder(TOKENIZER, CONFIG, data, 1000, system)._layout(one, builder(data)._plans(one), "hinted")[0]
+            for one, system in ((asked, "<|im_start|> you <|IMAGE|>"), (harmless, "you"))
+        )
+        assert [i for i in armed if i in control] == [i for i in plain if i in control]
+    trace = builder().completion_ids("look <|im_end|> twice <|IMAGE|>")
+    assert [int(i) for i in trace if int(i) in control] == [builder().end_id]
+
+
+@pytest.mark.parametrize(("media", "remedy"), [
+    ((), "shorten its text"), ((Media("i", "image", height=800, width=800),), "lower data.image_max_pixels"),
+    ((Media("a", "audio", audio_samples=16_000 * 60),), "set data.mute=true or cut its sound"),
+    ((Media("v", "video", 160, 8.0, None, 84, 84, "a", 16_000, True),), "lower data.max_frames or data.frame_max_pi"),
+    ((Media("v", "video", 16, 8.0, None, 84, 84, "a", 10**15, True),), "set data.mute=true or cut its sound"),
+    ((Media("a", "audio", audio_samples=10**18),), "set data.mute=true or cut its sound"),
+])  # fmt: skip
+def test_what_is_too_long_gets_the_remedy_that_helps(media, remedy):
+    """Before there is an array of that size."""
+    with pytest.raises(ValueError, match=f"the context 20; {remedy}.*, or raise model.context"):
+        builder(context=20).length(sample(*media, question="what moves ? " * (1 if media else 20)))
 
 
 def test_media_stand_where_the_question_places_them():
@@ -255,7 +282,7 @@ def test_images_are_shown_twice_and_features_follow_the_order_of_the_media(clip)
 
 def test_refusals(clip, tmp_path):
     root, asked = clip
-    with pytest.raises(ValueError, match=r"sample s: its prompt has \d+ tokens, the context 50; raise model.context"):
+    with pytest.raises(ValueError, match=r"sample s: its prompt has \d+ tokens, the context 50; .* model.context"):
         builder(context=50).build(asked, tmp_path / "not opened")
     (media,) = asked.media
     with pytest.raises(MediaError, match="v.webm: is 84x84 pixels, the manifest says 112x84; measure it again"):

@@ -7,7 +7,7 @@ from transformers import AutoTokenizer
 
 from data_tools.synthesize import draw_samples
 from data_tools.tokenizer import SPECIAL, TAGS, build_tokenizer, words
-from megatron_avatar.data.prompt import CHAT_TEMPLATE
+from megatron_avatar.data.chat import CHAT_TEMPLATE
 
 TOKENIZER = build_tokenizer()
 

@@ -1,11 +1,16 @@
 """What is read from config.json: all of Omni, its Thinker, VL as published and as saved, and what is refused."""
 
 import json
+import logging
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from transformers import Qwen2_5OmniConfig
 
+from megatron_avatar.policy import architecture
 from megatron_avatar.policy.architecture import placeholder_ids, read_config, read_model_type
+from megatron_avatar.policy.sampling import banned_tokens, stop_token_ids
 from megatron_avatar.policy.shape import hears
 from tests.policy.tiny import AUDIO, IMAGE, VIDEO, tiny_config, tiny_vl_config
 
@@ -69,6 +74,40 @@ def test_every_class_gives_the_same_parts(tmp_path):
         assert (read.text_config.hidden_size, read.vision_config.depth) == (64, 2)
         assert hears(read) == (name != "qwen2_5_vl")
         assert placeholder_ids(read) == ((IMAGE, VIDEO, AUDIO) if hears(read) else (IMAGE, VIDEO))
+
+
+def test_reading_all_of_omni_says_nothing(tmp_path):
+    """Of its other parts transformers warns on every reading, on every rank."""
+    said, handler = [], logging.Handler()
+    handler.emit = said.append
+    whole = Qwen2_5OmniConfig(thinker_config=tiny_config().to_dict())
+    whole.save_pretrained(tmp_path)
+    logging.getLogger("transformers").addHandler(handler)
+    try:
+        logging.Logger.warning_once.cache_clear()
+        Qwen2_5OmniConfig.from_pretrained(tmp_path)
+        logging.Logger.warning_once.cache_clear()
+        warnings, thinker = len(said), read_config(tmp_path)
+    finally:
+        logging.getLogger("transformers").removeHandler(handler)
+    assert len(said) == warnings > 0
+    found, wanted = (json.loads(json.dumps(config.to_dict())) for config in (thinker, whole.thinker_config))
+    assert found == wanted
+
+
+def test_control_tokens_are_found_wherever_a_config_names_them(tmp_path):
+    def tokens(config):
+        policy = SimpleNamespace(hf_config=config, vocab_size=152_064, backend=SimpleNamespace(device="cpu"))
+        return stop_token_ids(policy), set(banned_tokens(policy).nonzero().flatten().tolist())
+
+    media = {151652, 151653, 151655, 151656}
+    stops, banned = tokens(read_config(write(tmp_path, PUBLISHED)))
+    assert stops == [151645, 151643]  # <|im_end|> and <|endoftext|>, as VL's own generation
+    assert banned == media | {151644}  # <|im_start|>, which config.json doesn't name
+    shapes = Path(architecture.__file__).parents[1] / "config" / "shapes"
+    for shape in ("qwen2_5_omni_7b", "qwen2_5_omni_3b"):
+        stops, banned = tokens(read_config(shapes / shape))
+        assert stops == [151645] and banned == media | {151643, 151644, 151646, 151647, 151648}
 
 
 @pytest.mark.parametrize("change, match", [
