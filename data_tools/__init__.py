@@ -1,1 +1,6 @@
-"""What a user runs to make, inspect and prepare data."""
+"""What a user runs to make, inspect and prepare data.
+
+`prepare/` (a dataset into a manifest), `synthesize` with `world` and `families` (clips with known answers), `teacher`
+with `hints`, `captions`, `traces` and `leaks` (what a language model writes), `show`, `pretrain` and `tokenizer` (the
+demo's base).
+"""

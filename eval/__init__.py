@@ -1,1 +1,6 @@
-"""Evaluation and the report: what a user runs after training."""
+"""Evaluation and the report: what a user runs after training.
+
+`run` (answers of a model) with `prepare` (a benchmark's media) and `predict` (lines, continued), `score`, `tables`,
+`figures`, `reproduction` and `report` (what comes out), `demo`, `lmms` (lmms-eval on the engine), `fixture` (each
+benchmark tried on records whose scores were computed by hand). Rooms: `asking`, `scoring`, `paper`.
+"""

@@ -1,7 +1,7 @@
 """From prediction lines to the cells of tables: scores by item, headlines, breakdowns, comparisons of two systems.
 
 A line carries `scores` (metric -> value; null while a judge hasn't answered) and `groups` (breakdown -> values), see
-docs/architecture.md. An aggregate is a benchmark's {metric, over, merge}: the mean of the metric over items, or over
+eval/predict.py. An aggregate is a benchmark's {metric, over, merge}: the mean of the metric over items, or over
 the means of the values of the breakdown `over`, where the values that `merge` lists are averaged into one first.
 """
 

@@ -1,1 +1,6 @@
-"""From manifest lines and media files to prompts."""
+"""From manifest lines and media files to prompts.
+
+`manifest` (lines, checked), `decode` with `container`, `packets`, `dali`, `picture`, `sound` and `whole` (media to
+arrays; what is damaged is named), `features` (as the encoders take them), `prompt` (tokens, positions, features), and
+`loader` (prompts ahead of time in processes that can be killed; the order of samples). docs/data.md has the rules.
+"""
