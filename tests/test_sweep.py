@@ -227,6 +227,8 @@ def test_a_dry_run_prints_the_graph_and_writes_nothing(tmp_path, monkeypatch, ca
 
 
 @pytest.mark.slow
+@pytest.mark.core
+@pytest.mark.timeout(600)
 def test_a_local_sweep_outlives_its_command_and_makes_good_a_killed_training(world, tmp_path):
     out = tmp_path / "sweep"
     settings = [s for s in small.arguments(world, out, recipe="tiny_sft", steps=8) if not s.startswith("recipe=")]
@@ -234,9 +236,7 @@ def test_a_local_sweep_outlives_its_command_and_makes_good_a_killed_training(wor
                "checkpoint.every=2", *settings]
     left = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
     try:
-        end = time.monotonic() + 120
         while not (found := [run for run in out.glob("seed_*") if (run / "metrics.jsonl").exists()]):
-            assert time.monotonic() < end
             time.sleep(0.1)
         left.kill()
         assert len(found) == 1, "one at a time"

@@ -60,6 +60,19 @@ def test_plan_frames_by_hand():
     uneven = video(15, pts=pts)
     assert plan_frames(uneven, DataConfig(fps=1.1)).tolist() == [0, 8, 9, 10, 11, 12, 13, 14]
     assert clip_seconds(uneven) == pytest.approx(7.5) and clip_seconds(video(16)) == 2.0
+    late = video(15, pts=tuple(10.0 + time for time in pts))  # cut out of a film: its clock doesn't begin at 0
+    assert plan_frames(late, DataConfig(fps=1.1)).tolist() == [0, 8, 9, 10, 11, 12, 13, 14]
+
+
+@given(st.lists(st.integers(1, 64), min_size=1, max_size=40), st.integers(0, 64_000))
+def test_frames_do_not_depend_on_where_a_clips_clock_begins(gaps, start):
+    """Times in 64ths of a second, which floats hold exactly."""
+    times = np.cumsum([0, *gaps]) / 64
+    own, late = (
+        plan_frames(video(len(times), pts=tuple(begin + times)), DataConfig(fps=2.0)) for begin in (0.0, start / 64)
+    )
+    assert own.tolist() == late.tolist()
+    assert own[0] == 0 and own[-1] == len(times) - 1 and (np.diff(own) >= 0).all()
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,7 @@ def results(folder):
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.slow
+@pytest.mark.core
 def test_every_layout_equals_transformers(results, layout):
     """Logits of every kind of prompt; scores and gradients of groups; weights after export and import."""
     checks = results["-".join(map(str, layout))]

@@ -88,6 +88,7 @@ def test_packed_tokens_are_those_of_the_packed_row():
 
 
 @pytest.mark.slow
+@pytest.mark.core
 def test_whoever_has_the_media_the_step_is_the_same(tmp_path: Path):
     """Two ranks, encoders in training: text on one and media on the other, everything on one, and a pipeline."""
     assert KINDS == ("audio_in_video", "video", "audio", "text")

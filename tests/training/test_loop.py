@@ -46,6 +46,7 @@ def assert_equal_runs(one, two):
 
 
 @pytest.mark.slow
+@pytest.mark.core
 def test_a_run_logs_what_it_did(world, whole):
     records = metrics(whole)
     assert [r["step"] for r in records] == list(range(1, 10))
@@ -82,7 +83,7 @@ def test_killed_and_interrupted_runs_continue_bit_for_bit(world, whole):
         while run.alive and not (log.exists() and len(log.read_text().splitlines()) >= after_step):
             time.sleep(0.01)
         run.signal(number)
-        return run.wait(60)
+        return run.wait(240)
 
     killed = start_and_signal(signal.SIGKILL, 5)
     assert killed.codes == [-signal.SIGKILL] and not (out / "done.json").exists()
@@ -218,6 +219,7 @@ def test_nothing_is_embedded_for_an_update_that_runs_the_encoders_itself(trained
 
 
 @pytest.mark.slow
+@pytest.mark.core
 def test_a_run_goes_on_with_the_same_steps_on_other_layouts(world, whole):
     """Stopped in a step under tensor parallelism, then under pipeline parallelism, finished on two replicas: the
     prompts, tokens and rewards of one process, losses within 1e-4. (Twenty steps a layout: test_layouts.py.)"""
