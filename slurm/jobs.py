@@ -15,9 +15,10 @@ from pathlib import Path
 from submitit import LocalExecutor, SlurmExecutor
 from submitit.core.utils import FailedJobError
 
-from megatron_avatar.config import Config, save_config
+from megatron_avatar.config import save_config
 from megatron_avatar.resilience import queue
 from slurm import pool
+from slurm.request import Request
 from slurm.tasks import Task
 
 MOST_WAITS = 40  # jobs named in one dependency
@@ -80,8 +81,9 @@ class Board:
             return [task.name for task in missing]
         groups: dict[tuple, list[Task]] = {}  # in order: what a task needs comes before it
         for task in missing:
-            groups.setdefault((task.layout(), task.partial, *sorted(task.needs)), []).append(task)
-        for group in groups.values():  # tasks of one size that wait for the same are one array
+            task.asked = task.asked or task.requests()[0]
+            groups.setdefault((task.asked, task.partial, *sorted(task.needs)), []).append(task)
+        for group in groups.values():  # tasks that ask for the same and wait for the same are one array
             jobs = self._submit_to_slurm(group, code, concurrency, self._dependency(group[0]))
             self._note(dict(zip([t.name for t in group], jobs, strict=True)))
         return [task.name for task in missing]
@@ -105,11 +107,11 @@ class Board:
         config = group[0].config()
         setup = [f"export PYTHONPATH={shlex.quote(str(code))} PYTHONSAFEPATH=1"]
         parameters = dict(
-            **slurm_parameters(config, group[0].layout()), job_name=f"{config.name}-{group[0].name}"[:60],
+            **slurm_parameters(group[0].asked), job_name=f"{config.name}-{group[0].name}"[:60],
             array_parallelism=concurrency, setup=setup, use_srun=False, stderr_to_stdout=True,
             signal_delay_s=config.cluster.signal_s,
-            additional_parameters={"requeue": True, **more, **({"kill-on-invalid-dep": "yes"} if more else {})},
         )  # fmt: skip
+        parameters["additional_parameters"] |= {**more, **({"kill-on-invalid-dep": "yes"} if more else {})}
         end, pause = time.monotonic() + PATIENCE_S, 5.0
         while True:
             executor, jobs = SlurmExecutor(self.folder / "submitit"), []
@@ -155,18 +157,11 @@ def _environment(wanted: dict[str, str]) -> Iterator[None]:
         os.environ.update(before)
 
 
-def slurm_parameters(config: Config, layout: tuple[int, int]) -> dict[str, object]:
-    """submitit's parameters of a job of `layout` nodes and tasks a node."""
-    cluster, (nodes, tasks) = config.cluster, layout
-    named = {name: getattr(cluster, name) for name in ("partition", "account", "qos") if getattr(cluster, name)}
-    gpus = {} if cluster.gpu == "cpu" or not cluster.gres else {"gres": cluster.gres.replace("{n}", str(tasks))}
-    return {"nodes": nodes, "ntasks_per_node": tasks, "cpus_per_task": cluster.cpus_per_task, "time": cluster.minutes,
-            **named, **gpus}  # fmt: skip
-
-
-def sbatch_options(config: Config, layout: tuple[int, int]) -> list[str]:
-    """The same as sbatch's options, to ask whether Slurm would take such a job."""
-    return [f"--{name.replace('_', '-')}={value}" for name, value in slurm_parameters(config, layout).items()]
+def slurm_parameters(asked: Request) -> dict[str, object]:
+    """submitit's parameters of a job."""
+    further = dict(option.removeprefix("--").partition("=")[::2] for option in asked.sbatch)
+    own = {name.replace("-", "_"): value for name, value in asked.options().items()}
+    return own | {"additional_parameters": {"requeue": True, **{k: v or True for k, v in further.items()}}}
 
 
 def _slurm_states(jobs: dict[str, str], patience_s: float) -> dict[str, str]:

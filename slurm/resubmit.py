@@ -26,6 +26,7 @@ TOLD = {
     "SLURM_CPUS_PER_TASK": "cpus-per-task", "SLURM_MEM_PER_NODE": "mem", "SLURM_MEM_PER_CPU": "mem-per-cpu",
 }  # fmt: skip
 SHARING = {"NO": "--exclusive", "USER": "--exclusive=user"}
+FOLLOWED = ".for"  # in a judge's folder: the job that it serves
 HISTORY_S = 10.0  # for the accounting's word, which may be missing
 
 
@@ -42,7 +43,11 @@ def submit(job: str, run: Path, arguments: list[str]) -> str:
         answer = queue.ask("sbatch", "--parsable", *options(job, shown), str(script), *arguments)
     finally:
         script.unlink(missing_ok=True)
-    return answer.strip().split(";")[0]  # a cluster's name may stand behind it
+    new = answer.strip().split(";")[0]  # a cluster's name may stand behind it
+    for folder in (item.partition("=")[2] for item in arguments if item.startswith("judge.endpoint=")):
+        if (followed := Path(folder) / FOLLOWED).exists():  # the judge's job ends with the training's
+            followed.write_text(f"{new}\n")
+    return new
 
 
 def options(job: str, shown: str) -> list[str]:

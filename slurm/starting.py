@@ -9,6 +9,7 @@ Needs hydra-core, neither torch nor Megatron. Exit status 2 with one line for a 
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import sys
@@ -19,10 +20,13 @@ ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)
 
-from megatron_avatar.config import load_config  # noqa: E402
+from megatron_avatar.config import Config, load_config  # noqa: E402
 from megatron_avatar.config.paths import home  # noqa: E402
+from megatron_avatar.planning import outline  # noqa: E402
+from megatron_avatar.planning.outline import GIB  # noqa: E402
 from megatron_avatar.resilience import attempts, ended, lock, queue  # noqa: E402
 from slurm import launch  # noqa: E402
+from slurm.page import page  # noqa: E402
 from slurm.snapshot import snapshot  # noqa: E402
 
 LINKS = Path(".jobs")  # where a job was submitted: JOB -> its snapshot
@@ -37,12 +41,15 @@ def batch_shell(arguments: list[str]) -> str:
     changed = launch.check(config, nodes=nodes, tasks_per_node=tasks)
     if config.cluster.gpu != "cpu":
         check_gpus(tasks)
+    memory = granted_memory()
+    check_memory(config, nodes, tasks, memory)
     run = Path(config.output_dir).absolute()
     lock.take(run, lock.job_owner(), predecessor=os.environ.get("AVATAR_AFTER", ""))
     job, code = os.environ["SLURM_JOB_ID"], ROOT  # a requeued or resubmitted job: this file is the snapshot's
     if not (ROOT / "snapshot.json").exists():
         code = snapshot(run / "snapshots" / job, config, arguments)
         remember(job, code)
+        print(page(config, nodes, tasks, memory=memory / GIB), file=sys.stderr)
     logs = run / "logs" / f"{job}.{os.environ.get('SLURM_RESTART_COUNT', '0')}.log"
     logs.parent.mkdir(parents=True, exist_ok=True)
     saved = sorted(int(path.name.removeprefix("step_")) for path in run.glob("checkpoints/step_*"))
@@ -85,6 +92,27 @@ def check_gpus(tasks: int) -> None:
         f"--gres=gpu:{tasks} (of a type: --gres=gpu:a100:{tasks}), or with fewer --ntasks-per-node (cluster.gpu=cpu "
         "trains without)"
     )
+
+
+def granted_memory() -> int:
+    """Bytes of this node's memory that the job has: what Slurm granted, or the machine has."""
+    most = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    told = {name: int(os.environ.get(f"SLURM_MEM_PER_{name}") or 0) << 20 for name in ("NODE", "CPU", "GPU")}
+    counts = {name: int(os.environ.get(f"SLURM_{name}S_ON_NODE") or 1) for name in ("CPU", "GPU")}
+    granted = told["NODE"] or told["CPU"] * counts["CPU"] or told["GPU"] * counts["GPU"]
+    return min(most, granted) if granted else most
+
+
+def check_memory(config: Config, nodes: int, tasks: int, memory: int) -> None:
+    """ValueError where the node's memory isn't enough even for checkpoints that are written in pieces."""
+    planned = outline.host_memory(config, outline.of(config, nodes, tasks))
+    if memory < planned.least:
+        whole, least = (math.ceil(size / GIB) for size in (planned.whole, planned.least))
+        raise ValueError(
+            f"the job has {memory / GIB:.0f} GiB of a node's memory, and {tasks} processes take {least} at least: "
+            f"submit with --mem={whole}G (from --mem={least}G on it runs, and waits while a checkpoint is written), "
+            "with fewer --ntasks-per-node, or lower data.workers"
+        )
 
 
 def remember(job: str, code: Path) -> None:

@@ -6,7 +6,7 @@
     cluster=NAME       where (config/cluster; cluster=local: processes on this machine)
     output_dir=FOLDER  of the whole sweep (runs/sweeps/NAME), with a run in it for each member
     concurrency=4      members that run at the same time
-    retries=3          failed attempts of a member that are made good by another
+    retries=3          failed attempts of a member that are made good by another (or cluster.retries)
     watch=true         show the table until all is done; Ctrl-C leaves the jobs alone
 
 The same command again shows where it stands, and submits again what has failed. Named sweeps: slurm/sweeps.
@@ -31,13 +31,14 @@ from rich.console import Console  # noqa: E402
 from megatron_avatar.config.load import readable  # noqa: E402
 from megatron_avatar.config.paths import home  # noqa: E402
 from slurm import launch  # noqa: E402
-from slurm.jobs import Board, sbatch_options  # noqa: E402
+from slurm.jobs import Board  # noqa: E402
+from slurm.request import Request, first_accepted  # noqa: E402
 from slurm.snapshot import snapshot  # noqa: E402
 from slurm.table import watch  # noqa: E402
 from slurm.tasks import Task  # noqa: E402
 
 SWEEPS = Path(__file__).parent / "sweeps"
-OPTIONS = {"concurrency": "4", "retries": "3", "watch": "true"}
+OPTIONS = {"concurrency": "4", "retries": "", "watch": "true"}
 
 
 def split_options(arguments: list[str], known: dict[str, str]) -> tuple[dict[str, str], list[str]]:
@@ -103,25 +104,41 @@ def hydra_members(settings: list[str]) -> dict[str, list[str]]:
     return members
 
 
-def tasks_of(members: dict[str, list[str]], folder: Path, retries: int) -> list[Task]:
+def tasks_of(members: dict[str, list[str]], folder: Path, retries: str = "") -> list[Task]:
     """A training for each member, its settings checked; ValueError lists what is wrong with all of them."""
-    tasks, wrong, asked = [], [], set()
+    tasks = []
     for name, settings in members.items():
         run = folder / name
-        task = Task(name, run, [*settings, f"output_dir={run}"], run / "done.json", retries=retries)
-        try:
-            config = task.config()
-            nodes, per_node = launch.layout(config)
-            options = sbatch_options(config, (nodes, per_node))
-            asking = on_slurm(settings) and str(options) not in asked
-            asked.add(str(options))
-            launch.check(config, nodes=nodes, tasks_per_node=per_node, submit=options if asking else None)
-        except ValueError as error:
-            wrong.append(f"{name}: {error}")
-        tasks.append(task)
-    if wrong:
-        raise ValueError("\n  ".join(["nothing was submitted:", *wrong]))
+        tasks.append(Task(name, run, [*settings, f"output_dir={run}"], run / "done.json"))
+    check(tasks, slurm=all(on_slurm(settings) for settings in members.values()))
+    for task in tasks:
+        task.retries = int(retries or task.config().cluster.retries)
     return tasks
+
+
+def check(tasks: list[Task], *, slurm: bool, made: str = "") -> None:
+    """ValueError with everything that is wrong, before anything is submitted: the same for all said once.
+
+    What lies below `made` is not looked for, as earlier tasks make it. Also finds what Slurm takes for each.
+    """
+    wrong: dict[str, list[str]] = {}
+    taken: dict[tuple[Request, ...], Request] = {}
+    for task in tasks:
+        try:
+            if not task.module:
+                nodes, per_node = task.layout()
+                launch.check(task.config(), nodes=nodes, tasks_per_node=per_node, made=made)
+            if slurm:
+                requests = tuple(task.requests())
+                if requests not in taken:
+                    taken[requests] = first_accepted(list(requests))
+                task.asked = taken[requests]
+        except ValueError as error:
+            wrong.setdefault(str(error), []).append(task.name)
+    if wrong:
+        lines = [f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}: {reason}"
+                 for reason, names in wrong.items()]  # fmt: skip
+        raise ValueError("\n  ".join(["nothing was submitted:", *lines]))
 
 
 def on_slurm(settings: list[str]) -> bool:
@@ -137,7 +154,7 @@ def main(arguments: list[str]) -> int:
         options, settings = split_options(arguments, {"sweep": "", "output_dir": "", **OPTIONS})
         name = options["sweep"] or "sweep"
         folder = Path(options["output_dir"] or f"runs/sweeps/{name}")
-        tasks = tasks_of(members_of(options["sweep"], settings), folder, int(options["retries"]))
+        tasks = tasks_of(members_of(options["sweep"], settings), folder, options["retries"])
         board = Board(folder, tasks, local=not on_slurm(settings))
         number = len(list((folder / "snapshots").glob("*"))) if folder.exists() else 0
         missing = [task for task, state in board.states().items() if state in ("", "failed")]

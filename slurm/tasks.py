@@ -13,14 +13,25 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import IO
 
 from megatron_avatar.config import Config, load_config
 from megatron_avatar.resilience import ended, queue
 from megatron_avatar.resilience.ended import INTERRUPTED, REFUSED, SIGNALS
-from slurm import launch
+from slurm import launch, request
+from slurm.request import Request
+
+MARGIN = 3.0  # of a command's time limit over its planned hours: items differ more than steps
+STEPS = (60, 120, 240, 480, 720, 1440, 2880, 4320, 10080)  # minutes
+
+
+@cache
+def composed(*settings: str) -> Config:
+    """A task's configuration, to be read only: a graph asks for the same hundreds of times."""
+    return load_config(list(settings))
 
 NOTICES = (128 + signal.SIGUSR1, 128 + signal.SIGUSR2)  # nobody but Slurm sends these
 
@@ -45,17 +56,29 @@ class Task:
     partial: bool = False  # runs also where some of what it needs has failed
     retries: int = 3
     code: str = ""  # the snapshot, set at submission
+    hours: float = 0.0  # of a command, by the plan; a training has its own
+    memory: float = 0.0  # bytes of a node, likewise
+    asked: Request | None = None  # what Slurm was found to take
 
     @property
     def log(self) -> Path:
         return self.folder / "logs" if not self.module else self.folder / f"{self.name}.log"
 
     def config(self) -> Config:
-        return load_config(self.settings)
+        return composed(*self.settings)
 
     def layout(self) -> tuple[int, int]:
         """(nodes, tasks a node)."""
         return launch.layout(self.config()) if self.parallel else (1, 1)
+
+    def requests(self) -> list[Request]:
+        """What its job asks Slurm for, and behind it what would do as well; ValueError where no node would."""
+        config, (nodes, tasks) = self.config(), self.layout()
+        if self.module:
+            found = [request.make(config, nodes, tasks, self.hours, self.memory, gpus=self.parallel, margin=MARGIN)]
+        else:
+            found = request.trainings(config, nodes, tasks)
+        return [replace(one, minutes=_step(one.minutes, config.cluster.minutes)) for one in found]
 
     # ---- inside of the job ---------------------------------------------------------------------
 
@@ -129,6 +152,11 @@ class Task:
             record = {"status": status, "time": time.time(), "job": os.environ.get("SLURM_JOB_ID", os.getpid())}
             file.write(json.dumps(record) + "\n")
         return failures(self) <= self.retries
+
+
+def _step(minutes: int, most: int) -> int:
+    """A time limit of few values: tasks of one are one array."""
+    return min(most, next((step for step in STEPS if step >= minutes), most))
 
 
 def _await_the_end() -> None:

@@ -55,9 +55,10 @@ def submit(tmp_path):
         (programs / name).write_text(text)
         (programs / name).chmod(0o755)
 
-    # A disk on which a 7B run has room; read by every Python of the job before it sets a path of its own.
-    (programs / "sitecustomize.py").write_text("import shutil, collections\n"
-        "shutil.disk_usage = lambda path: collections.namedtuple('usage', 'total used free')(1 << 50, 0, 1 << 50)\n")
+    # A node on which a 7B run has room; read by every Python of the job before it sets a path of its own.
+    (programs / "sitecustomize.py").write_text("import collections, os, shutil\n"
+        "shutil.disk_usage = lambda path: collections.namedtuple('usage', 'total used free')(1 << 50, 0, 1 << 50)\n"
+        "own = os.sysconf\nos.sysconf = lambda name: 1 << 40 if name == 'SC_PHYS_PAGES' else own(name)\n")
 
     def run(script: Path, *arguments: str, **environment: str) -> tuple[subprocess.CompletedProcess, list[str]]:
         copy = shutil.copy(script, spool / "slurm_script")
@@ -182,6 +183,7 @@ def test_a_containers_and_modules_settings_reach_the_command(submit, tmp_path):
     command = ["apptainer", "exec", "--nv", "--pwd", str(ROOT), *binds, str(image), "python3"]
     assert seen[start : start + len(command)] == command
     done, seen = submit(SCRIPTS[0], *common, "cluster.python=python")
+    assert done.returncode == 0, done.stderr
     assert f"--container-image={image}" in seen and f"--container-mounts={','.join(own)},{tmp_path}:/data" in seen
     assert "python" in seen
 
@@ -245,11 +247,11 @@ esac
     for name, text in programs.items():
         (tmp_path / "bin" / name).write_text(text)
         (tmp_path / "bin" / name).chmod(0o755)
-    job = {"SLURM_JOB_NAME": "avatar_3b", "SLURM_MEM_PER_NODE": "9000", "SLURM_OPEN_MODE": "a", "SBATCH_ACCOUNT": "me"}
+    job = {"SLURM_JOB_NAME": "avatar_3b", "SLURM_MEM_PER_NODE": "90000", "SLURM_OPEN_MODE": "a", "SBATCH_ACCOUNT": "me"}
     done, seen = submit(SCRIPTS[0], "seed=3", **job)
     assert done.returncode == 75 and "job 123456 may not be requeued: job 77 continues it" in done.stderr, done.stderr
     for option in (
-        "--parsable", "--partition=gpu", "--account=me", "--time=2:00:00", "--gres=gpu:a100:4", "--mem=9000",
+        "--parsable", "--partition=gpu", "--account=me", "--time=2:00:00", "--gres=gpu:a100:4", "--mem=90000",
         "--nice=5", "--exclude=nid[001-003]", "--constraint=a100-80&nvlink", "--comment=the second, Nice=9 a=b",
         "--exclusive",
         "--output=/runs/run 123456/50%%/out-%j.txt", "--error=/runs/run 123456/50%%/err-%j.txt", "--no-requeue",
@@ -371,3 +373,23 @@ def test_gpus_however_they_are_asked_for(environment, says, monkeypatch):
             starting.check_gpus(4)
     else:
         starting.check_gpus(4)
+
+
+def test_a_job_says_what_it_will_do_in_its_first_lines_and_not_again(submit, tmp_path):
+    done, _ = submit(SCRIPTS[1], SLURM_MEM_PER_NODE="102400")
+    for words in ("avatar_7b\n", "/run: new", "tp 4 x pp 1 x dp 1", "by the plan", "it gets 100: checkpoints are"):
+        assert words in done.stderr, words
+    again = {"SLURM_RESTART_COUNT": "1", "AVATAR_SNAPSHOT": str(tmp_path / "run" / "snapshots" / "123456")}
+    done, _ = submit(SCRIPTS[1], SLURM_MEM_PER_NODE="102400", **again)
+    assert "tp 4" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("environment", "granted"),
+    [({"SLURM_MEM_PER_NODE": "20480"}, "20"), ({"SLURM_MEM_PER_CPU": "256", "SLURM_CPUS_ON_NODE": "48"}, "12"),
+     ({"SLURM_MEM_PER_GPU": "10240", "SLURM_GPUS_ON_NODE": "4"}, "40")],
+)  # fmt: skip
+def test_a_node_without_memory_for_the_processes_is_refused_with_what_to_ask_for(submit, environment, granted):
+    done, seen = submit(ROOT / "slurm" / "avatar_7b.sh", **environment)
+    assert done.returncode == 2 and not seen
+    assert f"the job has {granted} GiB of a node's memory" in done.stderr and "submit with --mem=164G" in done.stderr

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -16,9 +17,12 @@ import pytest
 from eval.asking.benchmark import names
 from eval.paper import spec
 from megatron_avatar.config import load_config, save_config
-from slurm import launch, reproduce, sweep
-from slurm.jobs import Board, sbatch_options, slurm_parameters
+from megatron_avatar.config.paths import NAMES, variable
+from slurm import reproduce, sweep, totals
+from slurm.graph import Graph, link
+from slurm.jobs import Board, slurm_parameters
 from slurm.pool import Pool
+from slurm.profile import read_profile
 from slurm.tasks import Task, TaskFailed
 from tests.training import small
 
@@ -76,7 +80,7 @@ def test_what_a_member_leaves_out_is_not_set():
         (["recipe=avatar_7b"], "nothing to sweep"),
         (["sweep=model_size"], "needs model_3b=FOLDER model_7b=FOLDER"),
         (["sweep=shaping", "recipe=avatar_7b", "concurrency=0"], "concurrency=0"),
-        (["sweep=shaping", "recipe=avatar_7b", "rl.n_onn=3"], "parabolic: unknown key 'rl.n_onn'"),
+        (["sweep=shaping", "recipe=avatar_7b", "rl.n_onn=3"], "linear_decay and 3 more: unknown key 'rl.n_onn'"),
         (["sweep=shaping", "recipe=avatar_7b", "model.path=m", "data.manifest=/none"], "data.manifest=/none"),
         (["recipe=avatar_7b", "name='a b','a_b'"], "two members would be named name__a_b_"),
     ],
@@ -92,15 +96,20 @@ def test_sites_become_slurms_parameters(monkeypatch):
     monkeypatch.setenv("AVATAR_CLUSTER", "example")
     _, settings = sweep.split_options(["recipe=avatar_7b"], sweep.OPTIONS)
     assert settings[-1] == "cluster=example"
-    config = load_config([*settings, "parallel=a100_40g", "model.path=m", "data.manifest=d"])
-    assert slurm_parameters(config, launch.layout(config)) == {
-        "nodes": 2, "ntasks_per_node": 4, "cpus_per_task": 12, "time": 1440, "partition": "gpu",
-        "account": "my_project", "gres": "gpu:4",
+    settings += ["parallel=a100_40g", 'cluster.sbatch=["--constraint=a100","--exclusive"]', "cluster.cpu_partition=cpu"]
+    task = Task("a", Path("run"), settings, Path("run/done.json"))
+    assert task.config().model.path == "/models/Qwen2.5-Omni-7B", "of the site"
+    assert slurm_parameters(task.requests()[0]) == {
+        "nodes": 2, "ntasks_per_node": 4, "cpus_per_task": 12, "time": 240, "partition": "gpu",
+        "account": "my_project", "gres": "gpu:4", "mem": "110G",
+        "additional_parameters": {"requeue": True, "constraint": "a100", "exclusive": True},
     }  # fmt: skip
-    config.cluster.gres = "gpu:a100:{n}"
-    assert "--gres=gpu:a100:4" in sbatch_options(config, launch.layout(config))
-    config.cluster.gres = ""
-    assert not [option for option in sbatch_options(config, launch.layout(config)) if option.startswith("--g")]
+    for gres, option in (("gpu:a100:{n}", ["--gres=gpu:a100:4"]), ("", [])):
+        task.settings = [*settings, f'cluster.gres="{gres}"']
+        assert [o for o in task.requests()[0].line() if o.startswith("--g")] == option
+    task = Task("b", Path("run"), settings, Path("run/done"), "eval.prepare", False, hours=9, memory=2**30)
+    (asked,) = task.requests()
+    assert (asked.tasks, asked.gres, dict(asked.named)["partition"], asked.minutes) == (1, "", "cpu", 1440)
 
 
 # ---- the paper's graph ---------------------------------------------------------------------------------------------
@@ -112,14 +121,14 @@ def paper(tmp_path: Path) -> list[str]:
     for name in set(names()) - {"held_out", "mmvu"}:
         (tmp_path / "benchmarks" / name).mkdir(parents=True, exist_ok=True)
     models = [f"{name}={tmp_path / 'model'}" for name in ("model_7b", "model_3b", "model_vl_7b", "vlaathinker_7b")]
-    data = [f"{name}={tmp_path / 'manifest.jsonl'}" for name in ("data_omni", "data_vl")]
+    data = [f"{name}={tmp_path / 'manifest.jsonl'}" for name in ("data", "data_vl")]
     return [*models, *data, f"benchmarks={tmp_path / 'benchmarks'}"]
 
 
-def built(name: str, tmp_path: Path) -> reproduce.Graph:
+def built(name: str, tmp_path: Path) -> Graph:
     given = paper(tmp_path) if name == "paper" else []
-    profile, settings = reproduce.read_profile(name, tmp_path / "out", [*given, "rl.beta=0.2"])
-    return reproduce.Graph(profile, tmp_path / "out", [*settings, "cluster=local"], retries=1).build()
+    profile, settings, _ = read_profile(name, tmp_path / "out", [*given, "rl.beta=0.2"])
+    return Graph(profile, tmp_path / "out", [*settings, "cluster=local"], retries="1").build()
 
 
 @pytest.mark.slow
@@ -185,13 +194,13 @@ def test_the_papers_profile_evaluates_all_that_its_tables_show(tmp_path):
 
 
 def test_twins_are_links_and_nothing_that_is_there_is_touched(tmp_path):
-    graph = reproduce.Graph({}, tmp_path, [], 0)
+    graph = Graph({}, tmp_path, [])
     twin, other = tmp_path / "runs/tiny/lam_0.3/seed_1", tmp_path / "runs/tiny/avatar/seed_1"
     graph.links[twin] = other
     other.mkdir(parents=True)
     (other / "done.json").touch()
-    reproduce.link(graph)
-    reproduce.link(graph)
+    link(graph)
+    link(graph)
     assert twin.is_symlink() and (twin / "done.json").exists() and twin.resolve() == other.resolve()
 
 
@@ -210,17 +219,68 @@ def test_a_training_of_other_settings_is_not_taken_for_done(tmp_path):
 def test_a_dry_run_prints_the_graph_and_writes_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "assets").symlink_to(ROOT / "assets")
-    assert reproduce.main(["profile=smoke", "--dry-run"]) == 0
+    assert reproduce.main(["profile=smoke", "--dry-run=full"]) == 0
     text = capsys.readouterr().out
     assert "tiny.grpo.0: to do, 1 x 1 processes, after tiny.sft.0" in text and "26 tasks, 0 done" in text
     assert "python -m megatron_avatar.train recipe=tiny_avatar" in text
-    assert reproduce.main(["profile=smoke", "--dry-run", "only=eval.tiny.grpo.1.held_out"]) == 0
+    assert reproduce.main(["profile=smoke", "--dry-run=full", "only=eval.tiny.grpo.1.held_out"]) == 0
     text = capsys.readouterr().out
     assert "5 tasks, 0 done" in text and "report: to do, 1 x 1 processes, after eval.tiny.grpo.1.held_out" in text
     assert reproduce.main(["profile=smoke", "--dry-run", "only=none"]) == 2 and "only=none" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["assets"]
-    assert reproduce.main(["profile=paper", "--dry-run"]) == 2
-    assert "profile=paper needs benchmarks=PATH data_omni=PATH" in capsys.readouterr().err
+
+
+def test_the_papers_page_comes_in_seconds_without_any_folder(tmp_path, monkeypatch, capsys):
+    """Jobs by kind, GPU hours, disk, and all that is missing with how to give it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    for name in NAMES:
+        monkeypatch.delenv(variable(name), raising=False)
+    began = time.process_time()
+    assert reproduce.main(["profile=paper", "--dry-run"]) == 0
+    assert time.process_time() - began < 10
+    text = capsys.readouterr().out
+    rows = {line.split("  ")[0]: line.split() for line in text.splitlines()}
+    assert rows["trainings"][1:3] == ["38", "0"] and rows["evaluations"][1] == "386" and rows["all"][1] == "447"
+    assert len(text.splitlines()) < 30 and "TiB are left at the end" in text
+    for name in NAMES:
+        assert f"{name} is not given" in text and f"export {variable(name)}=PATH" in text
+    assert not list(tmp_path.iterdir())
+    assert reproduce.main(["profile=paper", "cluster=local"]) == 2
+    said = capsys.readouterr().err
+    assert "6 things are missing" in said and all(name in said for name in NAMES)
+
+
+def test_a_run_of_the_graph_keeps_what_is_shown_of_it(tmp_path):
+    graph = built("paper", tmp_path)
+    kept = {task.name: task.config().checkpoint for task in graph.tasks if not task.module}
+    assert kept["omni_7b.avatar.0"].milestones == [100, 200, 300, 400]
+    assert not kept["omni_7b.tas_lambda_lam_2.0.0"].milestones and not kept["omni_3b.avatar.0"].milestones
+    assert all(own.keep == 1 and not own.keep_finished for own in kept.values())
+    by_name = {task.name: task for task in graph.tasks}
+    without = by_name["omni_7b.avatar_wo_sft.0"]
+    assert not without.needs and sum(s.startswith("model.path=") for s in without.settings) == 1, "no cold start"
+    assert by_name["omni_7b.avatar.0"].needs == ["omni_7b.sft.0"]
+    assert by_name["eval.omni_7b.avatar.0.lvbench"].hours > by_name["eval.omni_7b.avatar.0.dailyomni"].hours > 0
+    drawn = by_name["eval.omni_7b.avatar.0.video_holmes-g8"]
+    assert drawn.hours > by_name["eval.omni_7b.avatar.0.video_holmes"].hours, "eight completions an item"
+
+
+def test_a_disk_that_cannot_hold_what_is_left_is_refused(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    settings = ["recipe=avatar_7b", "model.path=m", "data.manifest=d", f"output_dir={run}"]
+    tasks = [Task(name, run, settings, run / "done.json") for name in "ab"]
+    need = totals.disk(tasks, set())
+    assert need.left == 2 * need.largest - 2 * totals.outline.checkpoint_bytes(
+        tasks[0].config(), totals.outline.shape_of(tasks[0].config())), "without the one that is being written"
+    for free, said in ((need.left - 1, "the trainings leave"), (need.most - 1, "lower concurrency"), (need.most, "")):
+        usage = SimpleNamespace(free=free)
+        monkeypatch.setattr(totals.shutil, "disk_usage", lambda _, usage=usage: usage)
+        if said.startswith("the"):
+            with pytest.raises(ValueError, match=said):
+                totals.check_disk(tasks, set(), tmp_path)
+        else:
+            assert said in totals.check_disk(tasks, set(), tmp_path)
 
 
 # ---- this machine ----------------------------------------------------------------------------------------------------

@@ -35,8 +35,9 @@ _COST = ("data.workers", "data.decode_deadline_s", "rl.tokens_per_micro_batch", 
 
 _ODD = re.compile(r"[^\w\s./:@%*?|+-]", re.ASCII)
 _MEANS = re.compile(r"""['"\[\]{}(),=$\\]""")  # quotes, lists, dictionaries, functions, sweeps, interpolations
-# key=value of one key with a plain value: no group, no + or ~, no list, no quotes, no interpolation.
-_PLAIN = re.compile(r"(?:seed|name|output_dir|dry_run|continue_changed|replay_step|\w+(?:\.\w+)+)=[\w./:@-]+")
+# key=value of one key with a plain value: no group, no + or ~, no quotes, no interpolation.
+_PLAIN = re.compile(r"(?:seed|name|output_dir|dry_run|continue_changed|replay_step|\w+(?:\.\w+)+)="
+                    r"(?:[\w./:@-]+|\[[\w.,+-]*\])")  # fmt: skip
 
 
 def load_config(overrides: list[str]) -> Config:

@@ -164,10 +164,14 @@ def check_model(folder: str, key: str = "model.path", needs: tuple[str, ...] = P
             f"download it again (the same command goes on), or correct {key}"]  # fmt: skip
 
 
-def check_inputs(config: Config) -> list[str]:
-    """What is wrong with model.path and data.manifest, as this host sees them."""
-    lines = check_model(config.model.path)
-    manifest = Path(config.data.manifest)
+def check_inputs(config: Config, made: str = "") -> list[str]:
+    """What is wrong with model.path and data.manifest, as this host sees them. What lies below `made` need not be there
+    yet."""
+    model, manifest = Path(config.model.path), Path(config.data.manifest)
+    coming = [path for path in (model, manifest) if made and path.is_relative_to(made) and not path.exists()]
+    lines = check_model(config.model.path) if model not in coming else []
+    if manifest in coming:
+        return lines
     if not manifest.is_file():
         lines.append(f"data.manifest={manifest} doesn't exist, seen from {os.uname().nodename}: correct the path")
     elif not os.access(manifest, os.R_OK):

@@ -58,11 +58,16 @@ class ClusterConfig:
     calibration: str = "runs/calibration.json"  # what doctor --calibrate measured
     gpus_per_node: int = 4  # tasks a node: one process a GPU (cpu: processes)
     cpus_per_task: int = 12
-    minutes: int = 1440  # a job's time limit; it continues in another
+    minutes: int = 1440  # the longest job; a run continues in another
     signal_s: int = 300  # before the time limit: the run saves its state and goes back into the queue
-    partition: str = ""  # these three for sweep.py and reproduce.py; sbatch has its own options and variables
+    partition: str = ""  # these for what is checked and submitted; sbatch has its own options and variables
     account: str = ""
     qos: str = ""
+    cpu_partition: str = ""  # of jobs without a GPU (data, reports); empty: as the others
+    sbatch: list[str] = field(default_factory=list)  # further options, as --constraint=a100
+    memory: str = "plan"  # of a node: plan (asked for as planned) | all
+    host_memory_gib: float = 0.0  # that a node has for jobs; 0: not known
+    retries: int = 3  # failed attempts of a sweep's or graph's task that are made good by another
     modules: list[str] = field(default_factory=list)  # environment modules loaded before training
     container: str = ""  # image; empty: none
     runtime: str = "pyxis"  # pyxis | apptainer

@@ -33,7 +33,8 @@ def addresses(address: str) -> list[str]:
         if not folder.is_dir():
             raise ValueError(f"{address} is neither a URL nor a folder: start the server with slurm/judge.sh, which "
                              "writes its address there, or name it as http://HOST:PORT/v1")  # fmt: skip
-        urls = [path.read_text() for path in sorted(folder.iterdir()) if path.suffix != ".part"]
+        urls = [path.read_text() for path in sorted(folder.iterdir())
+                if path.suffix != ".part" and not path.name.startswith(".")]  # fmt: skip
     urls = [url.strip().rstrip("/") for url in urls if url.strip()]
     if not urls:
         raise ValueError(f"{address} names no server: start one with slurm/judge.sh, or write http://HOST:PORT/v1")

@@ -29,6 +29,7 @@ DECODERS = ("auto", "dali", "pyav")
 RATIO_LEVELS = ("token", "sequence")
 SPANS = ("completion", "between_tags")
 WANDB_MODES = ("auto", "offline", "disabled")
+MEMORIES = ("plan", "all")
 RUNTIMES = ("pyxis", "apptainer")
 GPUS = ("a100", "h100", "h200", "cpu", "measured")
 
@@ -104,6 +105,12 @@ def _check_inputs(config: Config) -> None:
     for key in ("gpus_per_node", "cpus_per_task", "minutes"):
         _at_least(f"cluster.{key}", getattr(cluster, key), 1)
     _at_least("cluster.signal_s", cluster.signal_s, 0)
+    _at_least("cluster.retries", cluster.retries, 0)
+    _at_least("cluster.host_memory_gib", cluster.host_memory_gib, 0)
+    _one_of("cluster.memory", cluster.memory, MEMORIES)
+    for option in cluster.sbatch:
+        if not option.startswith("--"):
+            raise ValueError(f"cluster.sbatch: '{option}' is no option of sbatch's long form, as --constraint=a100")
     _one_of("cluster.runtime", cluster.runtime, RUNTIMES)
     for mount in cluster.mounts:
         if ":" not in mount:

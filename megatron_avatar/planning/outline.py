@@ -32,6 +32,7 @@ PROCESS, PROCESS_CPU, WORKER, PIECE = 6 * GIB, 2 * GIB, 1.5 * GIB, GIB
 LIMIT_MARGIN = 2.0
 START_MINUTES, LEAST_MINUTES = 20, 60
 BATCH = 16  # items that an evaluation answers together
+PREPARE_S = 5.0  # seconds of a core that an item's media take to be read and measured, our assumption
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,11 @@ def evaluation_hours(config: Config, where: Layout, items: int, completions: int
 
 
 
+def preparation_hours(items: int, cores: int) -> float:
+    """Estimated hours of preparing a benchmark."""
+    return items * PREPARE_S / cores / 3600
+
+
 def limit_minutes(hours: float, most: int, margin: float = LIMIT_MARGIN) -> int:
     """A job's time limit: the planned hours with a margin, in steps of ten minutes, an hour at least and `most` at
     most. A run that takes longer goes on in the next job."""
@@ -180,6 +186,12 @@ def checkpoint_bytes(config: Config, shape: Shape) -> int:
     weight, state = _itemsizes(config)
     reference = weight if any(stage.kind == "rl" for stage in config.stages.values()) else 0
     return weights_bytes(config, shape) + trained_parameters(config, shape) * (state + reference)
+
+
+def left_bytes(config: Config, shape: Shape) -> int:
+    """What a run leaves once it is done."""
+    whole = config.checkpoint.keep * checkpoint_bytes(config, shape) if config.checkpoint.keep_finished else 0
+    return whole + (len(config.checkpoint.milestones) + len(config.stages)) * weights_bytes(config, shape)
 
 
 def kept_bytes(config: Config, shape: Shape) -> int:
@@ -251,6 +263,11 @@ def host_memory(config: Config, where: Layout) -> HostMemory:
     shared = where.gpus if config.parallel.distributed_optimizer else ranks
     copy = once * min(1.0, where.per_node / ranks) + optimizer * min(1.0, where.per_node / shared)
     return HostMemory(processes, copy, where.per_node * PIECE)
+
+
+def preparation_memory(cores: int) -> float:
+    """Bytes of a node that prepares media, a process a core."""
+    return PROCESS_CPU + cores * WORKER
 
 
 def evaluation_memory(config: Config, where: Layout) -> float:

@@ -55,7 +55,7 @@ def take(run: Path, owner: Owner, predecessor: str = "") -> None:
     end = time.monotonic() + LEAVING_S
     while True:
         number, other = _newest(folder)
-        why = "" if other is None or _same(other, owner) or other.job == predecessor != "" else _alive(other, owner)
+        why = "" if other is None or _same(other, owner) or other.job == predecessor != "" else _alive(other)
         if not why:
             try:
                 _write(folder / f"{number + 1:08d}", owner)
@@ -67,6 +67,13 @@ def take(run: Path, owner: Owner, predecessor: str = "") -> None:
         if "leaving" not in why or time.monotonic() > end:
             raise ValueError(f"{run}: {why}, or choose another output_dir")
         time.sleep(LOOK_S)
+
+
+def worker(run: Path) -> str:
+    """Who works on `run`, or is in the queue to continue it, and what to do; empty where nobody does."""
+    folder = run / FOLDER
+    other = _newest(folder)[1] if folder.is_dir() else None
+    return "" if other is None else _alive(other)
 
 
 def release(run: Path, owner: Owner) -> None:
@@ -93,7 +100,7 @@ def _same(other: Owner, owner: Owner) -> bool:
     return other.job == owner.job
 
 
-def _alive(other: Owner, owner: Owner) -> str:
+def _alive(other: Owner) -> str:
     """Who works on the run and what to do, empty where `other` is gone. `leaving` in it: soon."""
     if other.pid and other.host == socket.gethostname():
         try:
