@@ -81,7 +81,7 @@ class Pool:
         ranks = math.prod(task.layout())
         several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
         what = [task.module, *task.arguments] if task.module else ["megatron_avatar.train", *task.settings]
-        command = [*launch.command(config), *several, "-m", *what]
+        command = [*launch.command(config, Path(task.code)), *several, "-m", *what]
         parent = os.getpid()
 
         def die_with_parent() -> None:

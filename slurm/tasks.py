@@ -106,8 +106,9 @@ class Task:
             environment = {**os.environ, "PYTHON": sys.executable, "AVATAR_SNAPSHOT": self.code}
             return subprocess.run(["bash", "-c", script, "train", *self.settings], env=environment).returncode
         config = self.config()
-        srun = ["srun", "--kill-on-bad-exit=1", f"--ntasks-per-node={self.layout()[1]}", *launch.srun_options(config)]
-        command = [*srun, *launch.command(config), "-m", self.module, *self.arguments]
+        code, tasks = Path(self.code), self.layout()[1]
+        srun = ["srun", "--kill-on-bad-exit=1", f"--ntasks-per-node={tasks}", *launch.srun_options(config, code)]
+        command = [*srun, *launch.command(config, code), "-m", self.module, *self.arguments]
         if config.cluster.modules:
             command = ["bash", "-c", f'module load {shlex.join(config.cluster.modules)} && exec "$@"', "bash", *command]
         cores = os.environ.get("SLURM_CPUS_PER_TASK", "1")  # srun no longer inherits them

@@ -171,7 +171,9 @@ def test_mistakes_are_refused_before_anything_is_started(submit, arguments, envi
 
 def test_a_containers_and_modules_settings_reach_the_command(submit, tmp_path):
     (tmp_path / "bin" / "module").write_text('#!/bin/bash\necho "module $*" >> "$RECORD"\n')
-    (tmp_path / "bin" / "module").chmod(0o755)
+    (tmp_path / "bin" / "apptainer").write_text("#!/bin/sh\n")
+    for name in ("module", "apptainer"):
+        (tmp_path / "bin" / name).chmod(0o755)
     image = tmp_path / "image.sif"
     image.touch()
     common = (f"cluster.container={image}", f"cluster.mounts=[{tmp_path}:/data]", "cluster.modules=[cuda/13.0,nccl]")
@@ -179,13 +181,23 @@ def test_a_containers_and_modules_settings_reach_the_command(submit, tmp_path):
     assert done.returncode == 0, done.stderr
     assert seen[0] == "module load cuda/13.0 nccl" and "NCCL_IB_HCA=mlx5" in seen
     start, own = seen.index("apptainer"), [f"{p}:{p}" for p in (ROOT, tmp_path / "run", tmp_path / "model", tmp_path)]
-    binds = [item for mount in (*own, f"{tmp_path}:/data") for item in ("--bind", mount)]
-    command = ["apptainer", "exec", "--nv", "--pwd", str(ROOT), *binds, str(image), "python3"]
+    command = ["apptainer", "exec", "--nv", "--pwd", str(ROOT)]
     assert seen[start : start + len(command)] == command
+    inside = seen[start + len(command) : seen.index(str(image))]
+    pairs = list(zip(inside[::2], inside[1::2], strict=True))
+    binds = [value for flag, value in pairs if flag == "--bind"]
+    assert binds[: len(own)] == own and binds[-1] == f"{tmp_path}:/data"
+    variables = dict(value.split("=", 1) for flag, value in pairs if flag == "--env")
+    assert variables["PYTHONNOUSERSITE"] == "1" and variables["NCCL_IB_HCA"] == "mlx5"
+    assert variables["PYTHONPATH"] == str(tmp_path / "run" / "snapshots" / "123456"), "against the image's own"
     done, seen = submit(SCRIPTS[0], *common, "cluster.python=python")
     assert done.returncode == 0, done.stderr
-    assert f"--container-image={image}" in seen and f"--container-mounts={','.join(own)},{tmp_path}:/data" in seen
-    assert "python" in seen
+    assert f"--container-image={image}" in seen
+    assert any(line.startswith(f"--container-mounts={','.join(own)},") for line in seen)
+    (named,) = {line.partition("=")[2] for line in seen if line.startswith("--container-env=")}
+    assert {"PYTHONPATH", "PYTHONNOUSERSITE", "NCCL_DEBUG", "MASTER_ADDR", "AVATAR_ENDED"} <= set(named.split(","))
+    done, seen = submit(SCRIPTS[0], *common, "cluster.runtime=singularity")
+    assert done.returncode == 2 and "there is no such program on" in done.stderr
 
 
 def test_a_requeued_job_runs_its_snapshot(submit, stopping, tmp_path):

@@ -70,7 +70,7 @@ class ClusterConfig:
     retries: int = 3  # failed attempts of a sweep's or graph's task that are made good by another
     modules: list[str] = field(default_factory=list)  # environment modules loaded before training
     container: str = ""  # image; empty: none
-    runtime: str = "pyxis"  # pyxis | apptainer
+    runtime: str = "pyxis"  # pyxis | apptainer | singularity
     mounts: list[str] = field(default_factory=list)  # FROM:TO, beside the working directory
     paths: dict[str, str] = field(default_factory=dict)  # of models and data, by the names in config/paths.py
     gres: str = "gpu:{n}"  # sbatch's --gres for n tasks a node, of a type gpu:a100:{n}; empty: a site without GRES

@@ -30,7 +30,7 @@ RATIO_LEVELS = ("token", "sequence")
 SPANS = ("completion", "between_tags")
 WANDB_MODES = ("auto", "offline", "disabled")
 MEMORIES = ("plan", "all")
-RUNTIMES = ("pyxis", "apptainer")
+RUNTIMES = ("pyxis", "apptainer", "singularity")
 GPUS = ("a100", "h100", "h200", "cpu", "measured")
 
 

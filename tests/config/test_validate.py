@@ -23,7 +23,7 @@ def tp4() -> Config:
         ("model.path=''", "model.path is empty (the folder of Qwen2.5-Omni-7B, 22 GB): write model.path"),
         ("data.manifest=''", "data.manifest is empty"),
         ("output_dir=''", "output_dir is empty"),
-        ("cluster.runtime=docker", "cluster.runtime: 'docker' is not one of pyxis, apptainer"),
+        ("cluster.runtime=docker", "cluster.runtime: 'docker' is not one of pyxis, apptainer, singularity"),
         ("cluster.mounts=[/data]", "cluster.mounts: '/data' is no FROM:TO"),
         ("log.watchdog_s=30", "would end a job that waits for data.decode_deadline_s=60.0"),
         ("checkpoint.restarts=0", "checkpoint.restarts=0 must be at least 1"),
