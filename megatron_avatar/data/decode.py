@@ -95,7 +95,7 @@ def decode_frames(path: Path, indices: np.ndarray, backend: str = "auto", fit: F
     path, indices = Path(path), np.asarray(indices)
     _require_content(path)
     try:
-        if prefers_dali(backend) and _dali_reads(path, backend):
+        if prefers_dali(backend) and _dali_reads(path, backend, fit):
             try:
                 return dali.reader().take(path, indices, fit)
             except RuntimeError as error:
@@ -137,7 +137,7 @@ def _video_stream(container: av.container.InputContainer, path: Path) -> av.Vide
     return stream
 
 
-def _dali_reads(path: Path, backend: str) -> bool:
+def _dali_reads(path: Path, backend: str, fit: Fit | None) -> bool:
     """Whether a clip goes to DALI, which sees neither how it is to be shown nor which of several streams is meant."""
     with av.open(str(path)) as container:
         stream = _video_stream(container, path)
@@ -149,6 +149,8 @@ def _dali_reads(path: Path, backend: str) -> bool:
         first = next(container.decode(stream), None)
         if first is not None:
             require_upright(path, stream, first)
+            if fit is not None:
+                fit.check(path, (first.height, first.width))
         return True
 
 

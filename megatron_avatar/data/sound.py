@@ -107,14 +107,15 @@ def _frames(
     stream.codec_context.thread_count = 1
     if stream.codec_context.name == "flac":
         stream.codec_context.options = {"err_detect": "crccheck"}
-    for packet in container.demux(stream):
-        if packet.size:
+    # Ogg may end with an empty packet, at which FFmpeg's decoders stop with an error; None flushes.
+    for packet in chain((packet for packet in container.demux(stream) if packet.size), [None]):
+        if packet is not None:
             packets, last = packets + 1, bytes(packet)[:8192]
             if packet.is_corrupt and not rough:
                 raise MediaError(path, "its sound holds a cut or damaged packet", kind="truncated")
             if packet.pts is not None:
                 end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
-        for frame in packet.decode():
+        for frame in stream.codec_context.decode(packet):
             samples += frame.samples
             end = max(end, (frame.time or 0.0) + frame.samples / max(1, frame.sample_rate))
             require_rate(path, frame.sample_rate)

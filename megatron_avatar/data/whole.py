@@ -50,20 +50,10 @@ def require_end(path: Path, container: av.container.InputContainer, stream: av.A
         _check_mp3(path, packets, last)
     if form == "mov" and packets < (indexed := len(stream.index_entries)):
         raise _short(path, f"its sound holds {packets} of the {indexed} packets in its index")
-    promised = promised_end(container, stream)
-    if promised is not None and end < promised - SPARE_S:
-        raise _short(path, f"its sound ends at {end:.2f} s of {promised:.2f} s")
-
-
-def promised_end(container: av.container.InputContainer, stream: av.AudioStream) -> float | None:
-    """Seconds at which a track ends by its container's word; None where it says nothing of this track."""
-    tagged = stream.metadata.get("DURATION", "")  # Matroska's, of each track
-    if tagged.count(":") == 2:
-        hours, minutes, seconds = tagged.split(":")
-        return int(hours) * 3600 + int(minutes) * 60 + float(seconds)
-    if len(container.streams) > 1 or container.format.name.split(",")[0] not in ("mov", "matroska", "flv", "asf"):
-        return None
-    return ((container.duration or 0) + min(0, container.start_time or 0)) / av.time_base
+    if form in ("mov", "matroska", "flv", "asf") and len(container.streams) == 1:  # else it may be another's length
+        promised = ((container.duration or 0) + min(0, container.start_time or 0)) / av.time_base
+        if end < promised - SPARE_S:
+            raise _short(path, f"its sound ends at {end:.2f} s of {promised:.2f} s")
 
 
 def _short(path: Path, what: str) -> MediaError:

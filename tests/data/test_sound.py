@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from megatron_avatar.data.container import MediaError
 from megatron_avatar.data.decode import decode_audio
 from megatron_avatar.data.sound import BACK_S, SLACK_S, _Timeline, require_length
+from megatron_avatar.data.whole import _checksum
 from tests.data.tracks import RATE, mux, patched, piped_flac, piped_wav, tone, wav, without
 
 
@@ -170,6 +171,24 @@ def test_ogg_pages_are_checked_one_by_one(tmp_path):
             decode_audio(path)
     path.write_bytes(data + b"TAG" + bytes(125))  # appended behind the end
     assert len(decode_audio(path)) == pytest.approx(4.0 * RATE, abs=400)
+
+
+def test_ogg_may_end_with_an_empty_packet(tmp_path):
+    """As libvorbis closes a stream; FFmpeg's decoder refuses such a packet."""
+
+    def with_checksum(page):
+        return page[:22] + _checksum(page[:22] + bytes(4) + page[26:]).to_bytes(4, "little") + page[26:]
+
+    path = wav(tmp_path / "a.oga", noise(4.0), subtype="VORBIS", form="OGG")
+    whole, data = decode_audio(path), path.read_bytes()
+    last = data.rindex(b"OggS")
+    page = bytearray(data[last:])
+    assert with_checksum(bytes(page)) == data[last:] and page[5] == 4
+    page[5] = 0
+    number = int.from_bytes(page[18:22], "little") + 1
+    end = b"OggS\0\4" + bytes(page[6:18]) + number.to_bytes(4, "little") + bytes(4) + b"\1\0"
+    path.write_bytes(data[:last] + with_checksum(bytes(page)) + with_checksum(end))
+    assert np.array_equal(decode_audio(path), whole)
 
 
 @pytest.mark.parametrize("length", [0xFFFF_FFFF, 0x7FFF_F000, 0x8000_0000])
