@@ -116,7 +116,7 @@ def soak(folder: Path, decodes: int, share: float, workers: int = 2) -> dict[str
             media = damage(damaged[name], media, folder, name)
         samples.append(Sample(name, "visual", "train", "f", "what moves ?", "A", "other", media=(media,)))
     random.Random(0).shuffle(samples)
-    data = DataConfig(fps=4.0, max_frames=8, frame_max_pixels=7056, frame_min_pixels=7056)
+    data = DataConfig(instruction="", fps=4.0, max_frames=8, frame_max_pixels=7056, frame_min_pixels=7056)
     builder = PromptBuilder(make_tokenizer(), make_config(), data, 4096)
     loader = MediaLoader(builder, folder, workers, DEADLINE_S, cache_bytes=CACHE)
     memory, made, start = [], 0, time.perf_counter()

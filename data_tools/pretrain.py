@@ -31,7 +31,8 @@ from megatron_avatar.config.schema import DataConfig
 from megatron_avatar.data.prompt import PromptBuilder
 from megatron_avatar.records import Prompt, Sample
 
-VIEW = DataConfig(fps=4.0, min_frames=8, max_frames=8, frame_max_pixels=7056, frame_min_pixels=7056, decoder="pyav")
+VIEW = DataConfig(fps=4.0, min_frames=8, max_frames=8, frame_max_pixels=7056, frame_min_pixels=7056, decoder="pyav",
+                  instruction="")  # fmt: skip
 REUSE = 4  # times a clip is trained on before it is replaced
 BUFFER = 512  # clips to draw from
 ASPECTS = ("clip", "sounds", "times", "letters", "letters")

@@ -33,7 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 from eval.asking.benchmark import Benchmark, load_benchmark
-from eval.asking.prompts import as_sample
+from eval.asking.prompts import as_asked, as_sample
 from eval.predict import predict
 from eval.prepare import prepare
 from eval.scoring.predictions import Prediction, score_line
@@ -96,8 +96,8 @@ def predictions_of(benchmark: Benchmark, fixture: dict[str, Any], protocol: str,
     """The lines that eval.run would write if the model gave the fixture's replies; every prompt is built."""
     prepared = prepare(benchmark, str(folder / "data"), folder / "prepared", processes=1)
     rules = benchmark.protocols[protocol]
-    data = DataConfig(decoder="pyav", **SMALL)
-    builder = PromptBuilder(load_tokenizer(MODEL), read_config(MODEL), data, 100_000, rules.system)
+    data = as_asked(DataConfig(decoder="pyav", **SMALL), rules)
+    builder = PromptBuilder(load_tokenizer(MODEL), read_config(MODEL), data, 100_000)
     samples = [as_sample(item, rules, benchmark.name) for item in prepared.items]
     replies = fixture["replies"]
     if unknown := replies.keys() - {item.id for item in prepared.items}:

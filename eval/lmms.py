@@ -6,6 +6,7 @@
     model=FOLDER   a Hugging Face folder: a whole Qwen2.5-Omni, its Thinker alone as runs export it, or Qwen2.5-VL
     media=FOLDER   where measured media are kept for the next run; on several nodes it must be shared (a temporary one)
 
+Prompts are the task's own, without the recipe's data.instruction unless it is written here.
 Other settings are the recipe's; rl.sampling.max_new_tokens bounds what a task asks for. Behind -- stand lmms-eval's own
 arguments. Under torchrun or srun the processes share the documents, in any layout of the recipe.
 
@@ -29,6 +30,7 @@ def main(arguments: list[str]) -> int:
         own, theirs = arguments[: arguments.index("--")], arguments[arguments.index("--") + 1 :]
     settings = dict(item.partition("=")[::2] for item in own)
     model, media = settings.pop("model", ""), settings.pop("media", "")
+    settings.setdefault("data.instruction", "")
     if not model or not theirs:
         print(__doc__, file=sys.stderr)
         return 2

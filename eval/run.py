@@ -38,13 +38,14 @@ from omegaconf.errors import OmegaConfBaseException
 from eval import fixture, prepare
 from eval.asking.benchmark import PROTOCOLS, Benchmark, load_benchmark
 from eval.asking.items import Prepared, read_prepared
-from eval.asking.prompts import as_sample
+from eval.asking.prompts import as_asked, as_sample
 from eval.predict import lock_of, on_first, predict
 from eval.score import rescore
 from eval.scoring.ask import asker
 from eval.scoring.predictions import Prediction, check_names
 from eval.scoring.summary import show, summarise
 from megatron_avatar.config import Config, load_config
+from megatron_avatar.config.asked import asked, other_words, read_asked
 from megatron_avatar.config.paths import check_model, home, refuse
 from megatron_avatar.config.world import check_processes, world_size
 from megatron_avatar.files import replacing
@@ -139,7 +140,8 @@ def engine_config(request: Request, settings: list[str]) -> Config:
     protocol = benchmark.protocols[request.protocol]
     given = {item.partition("=")[0] for item in settings}
     data = {key: value for key, value in protocol.data.items() if f"data.{key}" not in given}
-    config.data = replace(config.data, **data)
+    own = {key: getattr(config.data, key) for key in ("instruction", "system") if f"data.{key}" in given}
+    config.data = replace(as_asked(replace(config.data, **data), protocol), **own)
     if request.control:
         config.data = replace(config.data, **{request.control: True})
     if protocol.context and "model.context" not in given:
@@ -157,12 +159,12 @@ def settings_hash(config: Config, request: Request, benchmark: Benchmark, weight
         if file.is_file() and file.suffix in (".json", ".safetensors", ".distcp")
     ]
     data = {key: value for key, value in asdict(config.data).items() if key not in ("manifest", "workers")}
-    asked = _asked(benchmark, request)
+    words = _words(benchmark, request, config)
     drawn = [request.n, request.temperature, request.seed if request.temperature else 0]
     if request.temperature:
         drawn += [config.rl.sampling.top_k, config.rl.sampling.top_p]
     length = [config.rl.sampling.max_new_tokens, config.model.context]
-    parts = [files, fingerprint, data, asked, drawn, length, config.model.dtype]
+    parts = [files, fingerprint, data, words, drawn, length, config.model.dtype]
     return _digest(parts)
 
 
@@ -170,10 +172,11 @@ def _digest(parts: list[Any]) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def _asked(benchmark: Benchmark, request: Request) -> list[Any]:
-    """What of the protocol stands in a prompt."""
+def _words(benchmark: Benchmark, request: Request, config: Config) -> list[Any]:
+    """What of protocol and settings stands in a prompt."""
     protocol = benchmark.protocols[request.protocol]
-    return [protocol.system, protocol.prompt, protocol.option, protocol.instruction, protocol.interleaved]
+    own = [protocol.prompt, protocol.option, protocol.instruction, protocol.interleaved]
+    return [config.data.system, config.data.instruction, *own]
 
 
 # ---- the engine ------------------------------------------------------------------------------------------------
@@ -212,12 +215,17 @@ def _run(request: Request, config: Config, judge: list[str], alone: ExitStack) -
         weights = Path(request.model)
         if (weights / "config.yaml").is_file():
             weights = checkpoint.find(weights, request.step or None, backend)
-            checkpoint.load(weights, policy=policy, optimization=None, reference=None, backend=backend)
+            state = checkpoint.load(weights, policy=policy, optimization=None, reference=None, backend=backend)
+            trained = state.get("asked")
         else:
             load_hf(policy, config.model.path)
+            trained = read_asked(config.model.path)
+        if protocol.as_trained and backend.rank == 0 and (different := other_words(trained, config.data)):
+            print(f"warning: {request.model} is asked in other words than in its training: {different}",
+                  file=sys.stderr)  # fmt: skip
         sampling = replace(config.rl.sampling, temperature=request.temperature or 1.0)
         room = config.model.context - sampling.max_new_tokens
-        builder = PromptBuilder(tokenizer, policy.hf_config, config.data, room, protocol.system)
+        builder = PromptBuilder(tokenizer, policy.hf_config, config.data, room)
         items = prepared.items[: request.limit or None]
         samples = [fitting(builder, as_sample(item, protocol, benchmark.name)) for item in items]
         loader = MediaLoader(builder, prepared.root, config.data.workers, config.data.decode_deadline_s)
@@ -245,7 +253,7 @@ def _run(request: Request, config: Config, judge: list[str], alone: ExitStack) -
             loader.close()
         if backend.rank:
             return []
-        _write_meta(out, request, config, benchmark, prepared, settings, backend, time.monotonic() - began)
+        _write_meta(out, request, config, benchmark, prepared, settings, backend, time.monotonic() - began, trained)
     finally:
         stop()
     return _score_anew(out, asking, predictions) if resumed or asking is not None else predictions
@@ -286,7 +294,7 @@ def _score_anew(out: Path, asking: Any, predictions: list[Prediction]) -> list[P
 
 def _write_meta(
     out: Path, request: Request, config: Config, benchmark: Benchmark, prepared: Prepared, settings: str,
-    backend: Any, seconds: float,
+    backend: Any, seconds: float, trained: dict[str, str] | None,
 ) -> None:  # fmt: skip
     """What tables say about the predictions; seconds and GPU hours are those of all attempts together."""
     from megatron_avatar.training.provenance import about
@@ -300,7 +308,8 @@ def _write_meta(
         "benchmark": benchmark.name, "protocol": request.protocol, "control": request.control, "n": request.n,
         "temperature": request.temperature, "system": request.system, "family": request.family, "seed": request.seed,
         "model": request.model, "step": request.step, "dataset": prepared.dataset, "limit": request.limit,
-        "settings": settings, "prompts": _digest(_asked(benchmark, request)),
+        "settings": settings, "prompts": _digest(_words(benchmark, request, config)),
+        "asked": asked(config.data), "trained_with": trained,
         "quirks": list(benchmark.protocols[request.protocol].quirks),
         "aggregate": asdict(benchmark.aggregate), "data": asdict(config.data), "dtype": config.model.dtype,
         "new_tokens": config.rl.sampling.max_new_tokens, "context": config.model.context,

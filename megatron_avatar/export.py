@@ -63,13 +63,14 @@ def export(request: Request) -> None:
     try:
         path = checkpoint.find(request.run, request.step, backend)
         policy = build_policy(model.path, backend, model, parallel)
-        checkpoint.load(path, policy=policy, optimization=None, reference=None, backend=backend)
+        state = checkpoint.load(path, policy=policy, optimization=None, reference=None, backend=backend)
+        words = state.get("asked")
         if alone:
             towers = any(stage.train_towers for stage in config.stages.values())
             hub = request.adapters == "hub"
-            export_adapters(policy, request.out, model.path, model.lora, towers=towers, hub=hub)
+            export_adapters(policy, request.out, model.path, model.lora, towers=towers, hub=hub, asked=words)
         else:
-            export_hf(policy, request.out, model.path)
+            export_hf(policy, request.out, model.path, asked=words)
         if backend.rank == 0:
             print(f"{path} written to {request.out}")
     finally:

@@ -73,6 +73,7 @@ class Protocol:
     eval/scoring/parsers.py and metrics.py), ask (extract or judge: what a language model at judge.endpoint does,
     eval/scoring/ask.py)."""
 
+    as_trained: bool = False  # data.instruction and data.system of the settings stand in the prompt, as in training
     system: str = ""
     prompt: str = "{question}\n{options}\n{instruction}"
     option: str = "{letter}. {text}"  # one line an option; "list": as Python writes the list
@@ -169,6 +170,8 @@ def _check(benchmark: Benchmark) -> None:
                 if kind not in table:
                     raise ValueError(f"protocols.{name}.{key} lacks the kind {kind!r} of its records")
             one_of(f"protocols.{name}.failed", protocol.failed, FAILED)
+            if protocol.as_trained and protocol.system:
+                raise ValueError(f"protocols.{name} has a system prompt of its own beside as_trained=true: drop one")
             for left in protocol.left_out:
                 one_of(f"protocols.{name}.left_out", left, kinds_of(benchmark))
     over = benchmark.aggregate.over

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import string
+from dataclasses import replace
 
 from eval.asking.benchmark import Protocol
 from eval.asking.items import Item, problem_type
+from megatron_avatar.config.schema import DataConfig
 from megatron_avatar.data.prompt import MEDIUM
 from megatron_avatar.records import Media, Sample
 
 
+def as_asked(data: DataConfig, protocol: Protocol) -> DataConfig:
+    """The settings with the words that the protocol puts into every prompt: those of training, or its own."""
+    return data if protocol.as_trained else replace(data, instruction="", system=protocol.system)
+
+
 def render(item: Item, protocol: Protocol) -> str:
-    """The text of the user's turn, with MEDIUM before the first mark of each medium where the protocol interleaves."""
+    """The text of the user's turn, without data.instruction; with MEDIUM before the first mark of each medium where the
+    protocol interleaves."""
     if protocol.option == "list":
         lettered = [f"{letter}. {text}" for letter, text in zip(string.ascii_uppercase, item.choices, strict=False)]
         options = str(lettered) if lettered else ""

@@ -8,6 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+INSTRUCTION = (
+    "Think it through between <think> and </think>, then give only the answer between <answer> and </answer>: "
+    "of listed options the letter, otherwise the result or a short answer."
+)
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -83,6 +87,8 @@ class ClusterConfig:
 @dataclass
 class DataConfig:
     manifest: str = ""  # JSONL; media paths are relative to its folder
+    instruction: str = INSTRUCTION  # last line of every prompt: SFT, RL, hinted, protocol ours; empty: none
+    system: str = ""  # system prompt; empty: the chat template's own
     decoder: str = "auto"  # auto | dali | pyav
     fps: float = 2.0  # frames sampled a second
     min_frames: int = 4
@@ -98,7 +104,7 @@ class DataConfig:
 
 @dataclass
 class OptimConfig:
-    lr: float = 5e-7
+    lr: float = 1e-6
     min_lr: float = 0.0
     warmup_fraction: float = 0.05
     schedule: str = "linear"  # constant | linear | cosine, after the warm-up

@@ -98,16 +98,35 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         ) from error
 
 
+def check_words(tokenizer: PreTrainedTokenizerBase, key: str, text: str) -> None:
+    """ValueError where the tokenizer can't hold the `text` of a setting: it has unknown words, reads some of it as
+    control tokens, or doesn't give it back (spaces may go)."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    back = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    unknown, special = tokenizer.unk_token_id, set(tokenizer.all_special_ids)
+    lost = [word for word in text.split() if unknown in tokenizer(word, add_special_tokens=False)["input_ids"]]
+    control = tokenizer.convert_ids_to_tokens(sorted(special.intersection(ids) - {unknown}))
+    control += [MEDIUM] if MEDIUM in text else []
+    if lost and unknown is not None:
+        why = f"doesn't know {', '.join(map(repr, lost[:5]))}"
+    elif control:
+        why = f"reads {', '.join(control)} as control tokens"
+    elif "".join(back.split()) != "".join(text.split()):
+        why = f"gives back {back!r}"
+    else:
+        return
+    raise ValueError(f"{key}={text!r}: the tokenizer of model.path {why}. Write other words, or {key}='' for none")
+
+
 class PromptBuilder:
     """Builds prompts for one tokenizer and one Hugging Face configuration: Qwen2.5-Omni, its Thinker, or Qwen2.5-VL.
 
-    `system` replaces the template's own system prompt. `end_id` is the token that ends a completion. Instances can be
-    pickled to decode workers.
+    `data.instruction` ends every prompt, `data.system` replaces the template's own system prompt. `end_id` is the token
+    that ends a completion. Instances can be pickled to decode workers. Raises ValueError for a model of another kind,
+    and for words that the tokenizer can't hold.
     """
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, hf_config: Any, data: DataConfig, context: int, system: str = ""
-    ):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, hf_config: Any, data: DataConfig, context: int):
         config = getattr(hf_config, "thinker_config", hf_config)
         vision, audio = config.vision_config, getattr(config, "audio_config", None)
         mel_bins = features.MEL_BINS if audio is None else audio.num_mel_bins
@@ -118,7 +137,9 @@ class PromptBuilder:
                 f"config.json: (patch_size, temporal_patch_size, spatial_merge_size, num_mel_bins) is {theirs}, but "
                 f"{ours} is what Qwen2.5-Omni and Qwen2.5-VL have; set model.path to such a model"
             )
-        self.tokenizer, self.data, self.context, self.system = tokenizer, data, context, system
+        check_words(tokenizer, "data.instruction", data.instruction)
+        check_words(tokenizer, "data.system", data.system)
+        self.tokenizer, self.data, self.context = tokenizer, data, context
         self.placeholders: dict[MediaKind, int] = {"image": config.image_token_id, "video": config.video_token_id}
         self.hears = audio is not None
         if self.hears:
@@ -212,6 +233,7 @@ class PromptBuilder:
             if not sample.hint:
                 raise ValueError(f"sample {sample.id} has no hint; add `hint` to its manifest line or disable hints")
             lines.append(f"Hint: {sample.hint}")
+        lines += [self.data.instruction] if self.data.instruction else []
         return "\n".join(lines)
 
     def _content(self, sample: Sample, plans: list[MediaPlan], variant: Variant) -> list[dict[str, str]]:
@@ -233,7 +255,8 @@ class PromptBuilder:
 
     def _layout(self, sample: Sample, plans: list[MediaPlan], variant: Variant) -> tuple[np.ndarray, np.ndarray]:
         """Token ids [P] with placeholders expanded, and positions [3, P] (temporal, height, width)."""
-        system = [{"role": "system", "content": [{"type": "text", "text": self.system}]}] if self.system else []
+        own = self.data.system
+        system = [{"role": "system", "content": [{"type": "text", "text": own}]}] if own else []
         content = self._content(sample, plans, variant)
         if reason := unwritable("".join(part.get("text", "") for part in content)):
             raise ValueError(f"sample {sample.id}: of its text {reason}; correct it in the manifest")

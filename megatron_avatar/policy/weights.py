@@ -20,6 +20,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
+from megatron_avatar.config.asked import FILE
 from megatron_avatar.config.schema import LoraConfig
 from megatron_avatar.policy.architecture import read_model_type
 from megatron_avatar.policy.lora import lora_adapters
@@ -87,12 +88,14 @@ def load_hf(policy: OmniPolicy, folder: str | Path) -> None:
 
 
 def export_hf(
-    policy: OmniPolicy, folder: str | Path, source_folder: str | Path, dtype: torch.dtype | None = None
+    policy: OmniPolicy, folder: str | Path, source_folder: str | Path, dtype: torch.dtype | None = None,
+    *, asked: dict[str, str] | None = None,
 ) -> None:
     """Write the policy as a Hugging Face folder of the class that `source_folder` has. All ranks call it together.
 
     Names, files, tokenizer and tensors outside the policy are the source's; adapters are merged into the weights;
-    `dtype` (default: the policy's own) is written into config.json. The folder appears whole, in place of an older
+    `dtype` (default: the policy's own) is written into config.json, `asked`, the words of the prompts that it was
+    trained on, into a file of its own. The folder appears whole, in place of an older
     one. Raises OSError on all ranks where it can't be written.
     """
     dtype = dtype or policy.config.params_dtype
@@ -104,13 +107,14 @@ def export_hf(
 
     def write(aside: Path, shapes: dict[str, Shape], tensors: Tensors) -> None:
         _write_model(aside, Path(source_folder), shapes, tensors, dtype)
+        _note(aside, asked)
 
     _export(policy, Path(folder), [slot for slot in policy_slots(policy) if not slot.duplicate], value, dtype, write)
 
 
 def export_adapters(
     policy: OmniPolicy, folder: str | Path, source_folder: str | Path, lora: LoraConfig, *, towers: bool = False,
-    hub: bool = False,
+    hub: bool = False, asked: dict[str, str] | None = None,
 ) -> None:  # fmt: skip
     """Write the adapters of `lora` as a PEFT folder for the model in `source_folder`. All ranks call it together.
 
@@ -127,6 +131,7 @@ def export_adapters(
 
     def write(aside: Path, shapes: dict[str, Shape], tensors: Tensors) -> None:
         _write_adapters(aside, Path(source_folder), shapes, tensors, dtype, lora, hub)
+        _note(aside, asked)
 
     _export(policy, Path(folder), slots, lambda slot: slot.parameter, dtype, write)
 
@@ -349,6 +354,12 @@ def _write_tensors(folder: Path, entries: dict[str, Entry], tensors: Tensors) ->
         writer.finish()
     finally:
         writer.close()
+
+
+def _note(folder: Path, asked: dict[str, str] | None) -> None:
+    """Write down with which words a model was trained; the source's note stays where this isn't known."""
+    if asked is not None:
+        _write_json(folder / FILE, asked)
 
 
 def _write_json(path: Path, content: dict) -> None:

@@ -44,7 +44,7 @@ from megatron_avatar.policy.weights import put_away
 from megatron_avatar.resilience import room
 from megatron_avatar.resilience.index import read_index
 
-FORMAT = 3
+FORMAT = 4
 HIDDEN = ".unfinished_"
 CHECKPOINTS, MILESTONES = "checkpoints", "milestones"
 WEIGHTS, STATE, GENERATORS, MANIFEST = "weights", "state.json", "rng.pt", "manifest.json"
@@ -411,7 +411,10 @@ def _damage(path: Path, backend: Backend) -> list[str]:
         manifest = json.loads((path / MANIFEST).read_text())
         files = sorted(manifest["files"].items())
         if manifest["format"] != FORMAT:
-            return [f"{MANIFEST} has format {manifest['format']}, this version reads {FORMAT}"] * (backend.rank == 0)
+            return (backend.rank == 0) * [
+                f"{MANIFEST} has format {manifest['format']}, this version reads {FORMAT}: go on with the version that "
+                "wrote it, or export it there and start a run from that folder"
+            ]
     except (OSError, ValueError, KeyError, TypeError) as error:
         return [f"{MANIFEST} can't be read ({error})"] * (backend.rank == 0)
     damage = []

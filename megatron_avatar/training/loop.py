@@ -13,15 +13,14 @@ import numpy as np
 import torch
 
 from megatron_avatar.config import check_world, save_config
-from megatron_avatar.config.checks import check_folder, check_same_model, check_same_run, model_sizes, other_shape
+from megatron_avatar.config.asked import asked, other_words
+from megatron_avatar.config.checks import check_folder, check_same_model, check_same_run, model_sizes
 from megatron_avatar.config.schema import Config
-from megatron_avatar.data.decode import decoders
 from megatron_avatar.data.loader import MediaLoader, SampleOrder
 from megatron_avatar.data.manifest import load_manifest
 from megatron_avatar.data.prompt import PromptBuilder, load_tokenizer
 from megatron_avatar.policy.backend import Backend
 from megatron_avatar.policy.build import build_policy
-from megatron_avatar.policy.fusions import choose_fusions
 from megatron_avatar.policy.generate import GenerationStopped, generate
 from megatron_avatar.policy.sampling import truncates
 from megatron_avatar.policy.weights import export_hf, load_hf
@@ -46,10 +45,11 @@ from megatron_avatar.rl.tracker import RewardTracker
 from megatron_avatar.training import metrics
 from megatron_avatar.training.balance import deal, packed_tokens
 from megatron_avatar.training.evaluate import evaluate
+from megatron_avatar.training.format_watch import FormatWatch
 from megatron_avatar.training.guard import Guard
 from megatron_avatar.training.learner import Learner
 from megatron_avatar.training.optim import Optimization, build_optimizer
-from megatron_avatar.training.provenance import about
+from megatron_avatar.training.provenance import about, introduce
 from megatron_avatar.training.rollout import load_prompts, make_groups, share_visits
 from megatron_avatar.training.scoring import JudgeSilent, Scoring
 from megatron_avatar.training.sft import sft_groups
@@ -76,19 +76,15 @@ class Run:
         check_stages(config, self.samples)
         self.scoring = Scoring(config, backend)  # the judge has to answer before weights are read
         tokenizer = load_tokenizer(config.model.path)
-        if backend.rank == 0 and (difference := other_shape(config)):
-            log.warning("%s is not of the recipe's model.shape=%s (%s): its layout and its plan are for that one",
-                        config.model.path, config.model.shape, difference)
+        introduce(config, backend)
         self.policy = build_policy(config.model.path, backend, config.model, config.parallel, seed=config.seed)
         load_hf(self.policy, config.model.path)
-        if backend.rank == 0:
-            log.info("video: %s", decoders(config.data.decoder))
-            log.info("kernels: %s", choose_fusions(config.parallel.kernels, on_cpu=backend.device.type == "cpu"))
         self.builder = PromptBuilder(tokenizer, self.policy.hf_config, config.data, config.model.context)
         self.prompt_tokens, self.estimates = measure_lengths(config, self.samples, self.builder)
         self.loader = MediaLoader(self.builder, manifest.parent, config.data.workers, config.data.decode_deadline_s)
         self.telemetry = Telemetry(self.folder, config, backend)
         self.saver, self.apart = Saver(), backend.apart()
+        self.format = FormatWatch()
         self.guard = Guard(config.rl.guard, exact=config.model.dtype == "float32")
         self.optimization: Optimization | None = None
         self.buffer: ReplayBuffer | None = None  # the stage's
@@ -162,7 +158,7 @@ class Run:
                 "stage": self.stage_name, "stage_step": self.stage_step, "step": self.step,
                 "completions_generated": self.completions_generated, "order": self.order.state_dict(),
                 "quarantined": self.quarantined(), "unlogged": plain(unlogged), "model": model_sizes(self.config),
-                "guard": self.guard.state_dict(),
+                "guard": self.guard.state_dict(), "format": self.format.state_dict(), "asked": asked(self.config.data),
             }
             trajectories = None
             if self.stage.kind == "rl":
@@ -241,6 +237,9 @@ class Run:
         self.completions_generated = state["completions_generated"]
         self.order.load_state_dict(state["order"])
         self.guard.load_state_dict(state["guard"])
+        self.format.load_state_dict(state["format"])
+        if self.backend.rank == 0 and (different := other_words(state["asked"], self.config.data)):
+            log.warning("%s goes on in other words than it was trained with so far: %s", path, different)
         self.loader.quarantined.update(state["quarantined"])
         if self.stage.kind == "rl":
             self.tracker.load_state_dict(state["tracker"])
@@ -337,6 +336,8 @@ class Run:
             commit(visits, by_visit, self.tracker, self.hints, self.buffer, masked)
         self.fresh = fresh
         self.completions_generated += len(fresh)
+        if (words := self.format.see(fresh, config.data)) and backend.rank == 0:
+            log.warning(words)
         return metrics.rl_record(
             fresh=fresh, plain=plain_completions(visits, by_visit), drawn=drawn, stats=stats,
             off_advantages=off_advantages, clipped=clipped,
@@ -485,7 +486,7 @@ def train(config: Config, backend: Backend) -> None:
                 run.enter_stage(name)
             run.train_stage()
             with run.telemetry.timer("export"):
-                export_hf(run.policy, folder / "export" / name, config.model.path)
+                export_hf(run.policy, folder / "export" / name, config.model.path, asked=asked(config.data))
         run.saver.finish()
         summary = {"steps": run.step, "completions_generated": run.completions_generated,
                    "export": f"export/{names[-1]}", "quarantined": run.quarantined()}

@@ -1,8 +1,9 @@
-"""What made a number: the code's commit, the device, the processes, the versions."""
+"""What made a number: the code's commit, the device, the processes, the versions, the model it began with."""
 
 from __future__ import annotations
 
 import json
+import logging
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
@@ -11,8 +12,14 @@ from typing import Any
 
 import torch
 
+from megatron_avatar.config.asked import other_words, read_asked
+from megatron_avatar.config.checks import other_shape
+from megatron_avatar.config.schema import Config
+from megatron_avatar.data.decode import decoders
 from megatron_avatar.policy.backend import Backend
+from megatron_avatar.policy.fusions import choose_fusions
 
+log = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("torch", "megatron-core", "transformers", "numpy", "av", "h5py")
 
@@ -25,6 +32,20 @@ def about(backend: Backend) -> dict[str, Any]:
         "layout": f"tp {backend.tp}, pp {backend.pp}, dp {backend.dp}",
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
     }  # fmt: skip
+
+
+def introduce(config: Config, backend: Backend) -> None:
+    """Say what a run starts from, and what is unlike its recipe or its model's training. Rank 0 alone speaks."""
+    if backend.rank:
+        return
+    model = config.model
+    if difference := other_shape(config):
+        log.warning("%s is not of the recipe's model.shape=%s (%s): its layout and its plan are for that one",
+                    model.path, model.shape, difference)  # fmt: skip
+    if different := other_words(read_asked(model.path), config.data):
+        log.warning("%s is asked in other words than in its training: %s", model.path, different)
+    log.info("video: %s", decoders(config.data.decoder))
+    log.info("kernels: %s", choose_fusions(config.parallel.kernels, on_cpu=backend.device.type == "cpu"))
 
 
 def commit() -> str:

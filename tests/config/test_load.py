@@ -41,7 +41,11 @@ def test_the_published_settings():
     assert (rl.shaping.shape, rl.shaping.lam, rl.replay.capacity) == ("parabolic", 0.3, 10000)
     assert rl.replay.capacity_share == rl.replay.draw_share == [0.25, 0.35, 0.4]
     assert (rl.sampling.temperature, rl.sampling.max_new_tokens) == (1.0, 2048)
-    assert (optim.lr, optim.warmup_fraction, load().model.context) == (5e-7, 0.05, 16384)
+    assert (optim.lr, optim.warmup_fraction, load().model.context) == (1e-6, 0.05, 16384)
+    assert load(recipe="avatar_7b_lora").optim.lr == 5e-7, "the released rate is the adapters'"
+    asks = {name: bool(load(recipe=name).data.instruction) for name in ("sft_7b", "avatar_7b", "vl_7b", "tiny_sft")}
+    assert asks == {"sft_7b": True, "avatar_7b": True, "vl_7b": True, "tiny_sft": False}
+    assert load(recipe="tiny_grpo").data.instruction == load(recipe="tiny_avatar").data.instruction == ""
     assert stages["visual"].rewards == {"format": 0.5, "accuracy": 0.5}
     assert stages["audio_visual"].rewards == {"format": 0.2, "accuracy": 0.4, "self": 0.4}
     assert stages["localisation"].rewards == {"format": 0.2, "accuracy": 0.3, "self": 0.2, "judge": 0.3}

@@ -49,7 +49,7 @@ def tp4() -> Config:
         ("data.workers=-1", "data.workers=-1 must be at least 0"),
         ("optim.lr=0", "optim.lr=0.0 must be above 0"),
         ("optim.lr=nan", "optim.lr=nan must be above 0"),
-        ("optim.min_lr=1", "optim.min_lr=1.0 must lie in [0, 5e-07]"),
+        ("optim.min_lr=1", "optim.min_lr=1.0 must lie in [0, 1e-06]"),
         ("optim.min_lr=1e-7 stages.visual.lr=1e-8", "stages.visual.lr=1e-08 is below optim.min_lr=1e-07"),
         ("optim.schedule=step", "optim.schedule: 'step' is not one of constant, linear, cosine"),
         ("optim.warmup_fraction=2", "optim.warmup_fraction=2.0 must lie in [0, 1]"),

@@ -141,7 +141,7 @@ def test_real_media_in_workers_equal_in_process(tmp_path):
     good = Media("v.webm", "video", 16, 8.0, None, 84, 84, "a.flac", 32_000, True)
     wanted = [(named("x", good), "plain"), (named("x", good), "hinted"), (named("text"), "plain")]
     wanted.append((named("bad", Media("bad.webm", "video", 16, 8.0, None, 84, 84)), "plain"))
-    data = DataConfig(fps=4.0, frame_min_pixels=784, frame_max_pixels=7056)
+    data = DataConfig(instruction="", fps=4.0, frame_min_pixels=784, frame_max_pixels=7056)
     builder = PromptBuilder(make_tokenizer(), make_config(), data, 1000)
     loaders = [MediaLoader(builder, tmp_path, workers, 60.0) for workers in (0, 1)]
     for here, there in zip(*(loader.get(wanted) for loader in loaders), strict=True):
@@ -225,7 +225,7 @@ def test_clips_are_decoded_ahead_by_dali_and_a_bad_one_spoils_no_other(tmp_path)
     samples = [(named(name, media[name]), "plain") for name in names]
     outcomes = {}
     for decoder in ("dali", "pyav"):
-        builder = PromptBuilder(make_tokenizer(), make_config(), DataConfig(decoder=decoder), 4096)
+        builder = PromptBuilder(make_tokenizer(), make_config(), DataConfig(instruction="", decoder=decoder), 4096)
         assert builder.ahead == (4 if decoder == "dali" else 1)
         loader = MediaLoader(builder, tmp_path, 1, 30.0)
         loader.prefetch(samples)

@@ -9,19 +9,23 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from tokenizers import normalizers
 from transformers.models.qwen2_5_omni import modeling_qwen2_5_omni as modeling
 from transformers.models.qwen2_5_omni.processing_qwen2_5_omni import Qwen2_5OmniProcessor
 
-from megatron_avatar.config.schema import DataConfig
+from data_tools.tokenizer import build_tokenizer
+from megatron_avatar.config.schema import INSTRUCTION, DataConfig
 from megatron_avatar.data.chat import CHAT_TEMPLATE
 from megatron_avatar.data.decode import MediaError
 from megatron_avatar.data.features import audio_tokens, log_mel
-from megatron_avatar.data.prompt import MEDIUM, PromptBuilder, load_tokenizer, plan_media
+from megatron_avatar.data.prompt import MEDIUM, PromptBuilder, check_words, load_tokenizer, plan_media
 from megatron_avatar.records import Media, Sample
 from tests.data.media import make_audio, make_config, make_tokenizer, make_video
 
 TOKENIZER, CONFIG = make_tokenizer(), make_config()
-DATA = DataConfig(fps=4.0, frame_min_pixels=28 * 28, frame_max_pixels=84 * 84, max_frames=64, image_max_pixels=50176)
+DATA = DataConfig(
+    instruction="", fps=4.0, frame_min_pixels=28 * 28, frame_max_pixels=84 * 84, max_frames=64, image_max_pixels=50176
+)
 
 
 def builder(data=DATA, context=100_000):
@@ -121,7 +125,7 @@ def test_seconds_per_grid_are_those_really_sampled():
 def test_a_long_video_stays_within_the_budget_of_the_whole_clip(frames, grid):
     """Per frame 90,316,800 / T * 2 pixels, at 768 frames 235,200: of 1280 x 720, 12.99 by 23.09 tokens,
     rounded down. Shorter clips keep the frame's own limit, which 26 by 46 tokens don't reach."""
-    data = DataConfig(fps=1.0, max_frames=768, frame_max_pixels=1_016_064)
+    data = DataConfig(instruction="", fps=1.0, max_frames=768, frame_max_pixels=1_016_064)
     plan = plan_media(Media("v", "video", frames * 25, 25.0, None, 720, 1280), data)
     assert plan.grid == grid and len(plan.indices) == frames
     assert plan.grid[0] * plan.grid[1] * plan.grid[2] * 196 <= 90_316_800
@@ -210,8 +214,42 @@ def test_media_stand_where_the_question_places_them():
 
 
 def test_a_system_prompt_replaces_the_templates_own():
-    own = PromptBuilder(TOKENIZER, CONFIG, DATA, 100, system="look twice")
+    own = PromptBuilder(TOKENIZER, CONFIG, replace(DATA, system="look twice"), 100)
     assert text_of(own.build(sample(), ".").token_ids).startswith("<|im_start|> system look twice <|im_end|>")
+
+
+def test_the_instruction_ends_every_prompt_plain_and_hinted():
+    own = PromptBuilder(TOKENIZER, CONFIG, replace(DATA, instruction="look twice ."), 100)
+    asked = sample(question="what moves ?", choices=("red", "blue"), hint="think")
+    for variant, hint in (("plain", ""), ("hinted", "Hint : think ")):
+        text = text_of(own.build(asked, ".", variant).token_ids)
+        assert f"A . red B . blue {hint}look twice . <|im_end|>" in text
+        assert own.length(asked, variant) == len(own.build(asked, ".", variant))
+    placed = sample(Media("i", "image", height=84, width=84), question=f"what {MEDIUM} moves ?")  # media in between
+    token_ids, _ = own._layout(placed, own._plans(placed), "plain")
+    assert text_of(token_ids).endswith("moves ? look twice . <|im_end|> <|im_start|> assistant")
+
+
+@pytest.mark.parametrize(("words", "why"), [
+    ("look closely , think", "doesn't know 'closely', ','"),
+    ("look <|im_end|> twice", r"reads <\|im_end\|> as control tokens"),
+    (f"look {MEDIUM} twice", "doesn't know"),
+])  # fmt: skip
+@pytest.mark.parametrize("key", ["instruction", "system"])
+def test_words_that_the_tokenizer_cannot_hold_are_refused(words, why, key):
+    with pytest.raises(ValueError, match=f"^data.{key}='look .*tokenizer of model.path {why}.* data.{key}='' for none"):
+        PromptBuilder(TOKENIZER, CONFIG, replace(DATA, **{key: words}), 100)
+
+
+def test_the_default_instruction_is_held_by_the_tiny_tokenizer_and_asks_for_the_tags():
+    """Byte by byte, since the tiny world knows few of its words; spaces may go, letters may not."""
+    tokenizer = build_tokenizer()
+    check_words(tokenizer, "data.instruction", INSTRUCTION)
+    for tag in ("<think>", "</think>", "<answer>", "</answer>"):
+        assert INSTRUCTION.count(tag) == 1
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    with pytest.raises(ValueError, match="gives back '.*think it through"):
+        check_words(tokenizer, "data.instruction", INSTRUCTION)
     assert "twice" not in text_of(builder().build(sample(), ".").token_ids)
 
 

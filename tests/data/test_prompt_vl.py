@@ -17,7 +17,9 @@ from megatron_avatar.records import Media, Sample
 from tests.data.media import VL_SPECIAL, make_tokenizer, make_vl_config
 
 TOKENIZER, CONFIG = make_tokenizer(VL_SPECIAL), make_vl_config()
-DATA = DataConfig(fps=4.0, frame_min_pixels=28 * 28, frame_max_pixels=84 * 84, max_frames=64, image_max_pixels=50176)
+DATA = DataConfig(
+    instruction="", fps=4.0, frame_min_pixels=28 * 28, frame_max_pixels=84 * 84, max_frames=64, image_max_pixels=50176
+)
 HEARD = Media("v", "video", 16, 8.0, None, 84, 84, "a.flac", 32_000, True)
 
 
