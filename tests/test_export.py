@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from megatron_avatar import export
 from megatron_avatar.config import Config, ModelConfig, OptimConfig, ParallelConfig, StageConfig, save_config
+from megatron_avatar.config.asked import read_asked
 from megatron_avatar.config.schema import LoraConfig
 from megatron_avatar.policy import backend as backends
 from megatron_avatar.policy.build import build_policy
@@ -19,6 +20,8 @@ from megatron_avatar.resilience import checkpoint
 from megatron_avatar.training.optim import build_optimizer
 from tests.policy.tiny import tiny_config, tiny_thinker
 from tests.ranks import launch
+
+WORDS = {"instruction": "Think between <think> and </think>.", "system": ""}
 
 
 def make_run(folder: Path, parallel: ParallelConfig, rank: int) -> None:
@@ -36,7 +39,8 @@ def make_run(folder: Path, parallel: ParallelConfig, rank: int) -> None:
                 for parameter in policy.parameters():
                     parameter.mul_(2)
             checkpoint.save(
-                folder / "run", step, policy=policy, optimization=optimization, reference=None, state={},
+                folder / "run", step, policy=policy, optimization=optimization, reference=None,
+                state={"asked": WORDS} if step == 2 else {},
                 backend=backend, keep=2,
             )  # fmt: skip
     config = Config(model=model, parallel=parallel, stages={"visual": StageConfig()})
@@ -72,6 +76,7 @@ def test_checkpoints_become_folders(folder, capsys):
         exported = load_file(folder / name / "model.safetensors")
         assert exported.keys() == source.keys()
         assert all(torch.equal(exported[n], factor * source[n]) for n in source)
+    assert read_asked(folder / "newest") == WORDS and read_asked(folder / "first") is None  # as the checkpoints note
 
     status, said = say(capsys, run, f"out={folder / 'third'}", "step=3")
     assert status == 1 and "no checkpoint of step 3: there are steps 1, 2" in said

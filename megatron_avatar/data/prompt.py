@@ -98,19 +98,17 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         ) from error
 
 
-def check_words(tokenizer: PreTrainedTokenizerBase, key: str, text: str) -> None:
-    """ValueError where the tokenizer can't hold the `text` of a setting: it has unknown words, reads some of it as
-    control tokens, or doesn't give it back (spaces may go)."""
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    back = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    unknown, special = tokenizer.unk_token_id, set(tokenizer.all_special_ids)
-    lost = [word for word in text.split() if unknown in tokenizer(word, add_special_tokens=False)["input_ids"]]
-    control = tokenizer.convert_ids_to_tokens(sorted(special.intersection(ids) - {unknown}))
-    control += [MEDIUM] if MEDIUM in text else []
-    if lost and unknown is not None:
+def check_words(chat: Chat, key: str, text: str) -> None:
+    """ValueError where the tokenizer can't hold the `text` of a setting: it doesn't know all words, or doesn't give them
+    back (spaces may go)."""
+    tokenizer = chat.tokenizer
+    back = tokenizer.decode(chat.text_ids(text), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    unknown = tokenizer.unk_token_id
+    lost = [word for word in text.split() if unknown is not None and unknown in chat.text_ids(word)]
+    if lost:
         why = f"doesn't know {', '.join(map(repr, lost[:5]))}"
-    elif control:
-        why = f"reads {', '.join(control)} as control tokens"
+    elif MEDIUM in text:
+        why = f"needs {MEDIUM} for the places of media in questions"
     elif "".join(back.split()) != "".join(text.split()):
         why = f"gives back {back!r}"
     else:
@@ -137,8 +135,6 @@ class PromptBuilder:
                 f"config.json: (patch_size, temporal_patch_size, spatial_merge_size, num_mel_bins) is {theirs}, but "
                 f"{ours} is what Qwen2.5-Omni and Qwen2.5-VL have; set model.path to such a model"
             )
-        check_words(tokenizer, "data.instruction", data.instruction)
-        check_words(tokenizer, "data.system", data.system)
         self.tokenizer, self.data, self.context = tokenizer, data, context
         self.placeholders: dict[MediaKind, int] = {"image": config.image_token_id, "video": config.video_token_id}
         self.hears = audio is not None
@@ -150,6 +146,8 @@ class PromptBuilder:
         else:
             self.positions_per_second = vision.tokens_per_second
         self.chat = Chat(tokenizer, self.placeholders)
+        check_words(self.chat, "data.instruction", data.instruction)
+        check_words(self.chat, "data.system", data.system)
         self.end_id: int = tokenizer.convert_tokens_to_ids(END)
 
     def completion_ids(self, text: str) -> np.ndarray:

@@ -7,7 +7,10 @@ import os
 import socket
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # the launcher reads this without torch
+    from megatron_avatar.policy.backend import Backend
 
 NEVER = 1e12
 
@@ -44,6 +47,18 @@ def begin(
               "time": round(time.time(), 3), **({"until": round(min(until, NEVER))} if until else {}),
               **({"changed": changed} if changed else {})}  # fmt: skip
     _append(folder, record)
+
+
+def begin_on_all(folder: Path, step: int, limit: int, changed: dict[str, Any], backend: Backend) -> None:
+    """`begin` on rank 0, unless the job's launcher has noted this start; NoProgress on all ranks."""
+    reason = None
+    if backend.rank == 0 and "AVATAR_ATTEMPT" not in os.environ:
+        try:
+            begin(folder, step, limit, changed)
+        except NoProgress as error:
+            reason = str(error)
+    if reason := backend.all_gather_object(reason)[0]:
+        raise NoProgress(reason)
 
 
 def excuse(folder: Path, when: float) -> None:

@@ -12,10 +12,14 @@ import socket
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 
 from megatron_avatar.resilience import queue
+
+if TYPE_CHECKING:  # the launcher reads this without torch
+    from megatron_avatar.policy.backend import Backend
 
 FOLDER = ".lock"
 LEAVING_S = 60.0  # for an owner that is on its way out
@@ -74,6 +78,21 @@ def worker(run: Path) -> str:
     folder = run / FOLDER
     other = _newest(folder)[1] if folder.is_dir() else None
     return "" if other is None else _alive(other)
+
+
+def take_on_all(run: Path, backend: Backend) -> Owner | None:
+    """Rank 0's process as the one that works on the run, unless the job's launcher holds it for all; ValueError on all
+    ranks where another does."""
+    owner = process_owner() if backend.rank == 0 and "AVATAR_ATTEMPT" not in os.environ else None
+    reason = ""
+    try:
+        if owner is not None:
+            take(run, owner)
+    except (ValueError, OSError) as error:
+        reason = str(error)
+    if reason := backend.broadcast_object(reason):
+        raise ValueError(reason)
+    return owner
 
 
 def release(run: Path, owner: Owner) -> None:

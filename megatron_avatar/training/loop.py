@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from megatron_avatar.config.schema import Config
 from megatron_avatar.data.loader import MediaLoader, SampleOrder
 from megatron_avatar.data.manifest import load_manifest
 from megatron_avatar.data.prompt import PromptBuilder, load_tokenizer
+from megatron_avatar.files import replacing
 from megatron_avatar.policy.backend import Backend
 from megatron_avatar.policy.build import build_policy
 from megatron_avatar.policy.generate import GenerationStopped, generate
@@ -199,18 +199,6 @@ class Run:
         """Samples set aside so far on any rank, with the reasons."""
         return {i: reason for part in self.backend.all_gather_object(self.loader.quarantined)
                 for i, reason in sorted(part.items())}
-
-    def begin_attempt(self, changed: dict[str, Any]) -> None:
-        """Note this start in attempts.jsonl, unless the job's launcher has; NoProgress on all ranks where restarts get
-        nowhere."""
-        reason = None
-        if self.backend.rank == 0 and "AVATAR_ATTEMPT" not in os.environ:
-            try:
-                attempts.begin(self.folder, self.step, self.config.checkpoint.restarts, changed)
-            except attempts.NoProgress as error:
-                reason = str(error)
-        if reason := self.backend.all_gather_object(reason)[0]:
-            raise attempts.NoProgress(reason)
 
     def restore(self) -> bool:
         """Continue from the newest sound checkpoint, if there is one."""
@@ -441,21 +429,6 @@ class Run:
         return {"eval/overall": float(np.mean(correct))}
 
 
-def take_run(folder: Path, backend: Backend) -> lock.Owner | None:
-    """Rank 0's process as the one that works on the run, unless the job's launcher holds it for all; ValueError on all
-    ranks where another does."""
-    owner = lock.process_owner() if backend.rank == 0 and "AVATAR_ATTEMPT" not in os.environ else None
-    reason = ""
-    try:
-        if owner is not None:
-            lock.take(folder, owner)
-    except (ValueError, OSError) as error:
-        reason = str(error)
-    if reason := backend.broadcast_object(reason):
-        raise ValueError(reason)
-    return owner
-
-
 def train(config: Config, backend: Backend) -> None:
     """Run all stages of a configuration, continuing where an earlier attempt stopped.
 
@@ -469,7 +442,7 @@ def train(config: Config, backend: Backend) -> None:
         return
     check_folder(folder)
     check_same_model(config)
-    owner = take_run(folder, backend)
+    owner = lock.take_on_all(folder, backend)
     run = Run(config, backend)
     if backend.rank == 0:  # once the settings, the data and the weights have proved usable
         folder.mkdir(parents=True, exist_ok=True)
@@ -480,7 +453,7 @@ def train(config: Config, backend: Backend) -> None:
         if run.watchdog is not None:
             run.watchdog.start()
         resumed = run.restore()
-        run.begin_attempt(changed)
+        attempts.begin_on_all(folder, run.step, config.checkpoint.restarts, changed, backend)
         for name in names[names.index(run.stage_name) if resumed else 0 :]:
             if not (resumed and name == run.stage_name):
                 run.enter_stage(name)
@@ -491,9 +464,8 @@ def train(config: Config, backend: Backend) -> None:
         summary = {"steps": run.step, "completions_generated": run.completions_generated,
                    "export": f"export/{names[-1]}", "quarantined": run.quarantined()}
         if backend.rank == 0:
-            aside = folder / "done.json.tmp"
-            aside.write_text(json.dumps(summary, indent=2) + "\n")
-            aside.replace(folder / "done.json")  # there, whole, or not at all: the run is over
+            with replacing(folder / "done.json") as file:  # there, whole, or not at all: the run is over
+                file.write(json.dumps(summary, indent=2) + "\n")
         if not config.checkpoint.keep_finished:
             if backend.rank == 0:
                 checkpoint.drop(folder)

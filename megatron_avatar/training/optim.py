@@ -115,8 +115,9 @@ class Optimization:
         the same.
         """
         self._optimizer.prepare_grads()
-        for parameter in self.model.params_with_grad:
-            if not parameter.requires_grad and (main := self._main(parameter)) is not None:
+        resting = [self._main(p) for p in self.model.params_with_grad if not p.requires_grad]
+        for main in resting:
+            if main is not None:
                 main.grad = None  # AdamW passes it over
         norm = float(self._optimizer.get_grad_norm())
         applied = usable and math.isfinite(norm)
@@ -128,6 +129,8 @@ class Optimization:
         self.skipped += not applied
         self.skipped_in_row = 0 if applied else self.skipped_in_row + 1
         self._scheduler.step(1)
+        if resting:
+            self._count_updates()  # AdamW counts for each alone, checkpoints know one count
         return norm, not applied
 
     def sharded_state_dict(self, model_state: dict[str, Any], *, loading: bool) -> dict[str, Any]:

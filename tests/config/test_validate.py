@@ -37,7 +37,7 @@ def tp4() -> Config:
         ("parallel.tp=1 parallel.sequence_parallel=true", "needs parallel.tp of 2 or more"),
         ("parallel.first_stage_layers=0 parallel.pp=2", "parallel.first_stage_layers=0 must be at least 1"),
         ("parallel.first_stage_layers=3", "parallel.first_stage_layers=3 needs parallel.pp of 2 or more"),
-        ("parallel.recompute=half", "parallel.recompute: 'half' is not one of none, selective, full"),
+        ("parallel.recompute=half", "parallel.recompute: 'half' is not one of none, light, selective, full"),
         ("parallel.kernels=triton", "parallel.kernels: 'triton' is not one of auto, torch"),
         ("data.decoder=ffmpeg", "data.decoder: 'ffmpeg' is not one of auto, dali, pyav"),
         ("data.max_frames=7", "data.max_frames=7: frames are taken in pairs"),

@@ -1,5 +1,6 @@
 """Prompt layout against transformers' own processor and get_rope_index."""
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -15,7 +16,7 @@ from transformers.models.qwen2_5_omni.processing_qwen2_5_omni import Qwen2_5Omni
 
 from data_tools.tokenizer import build_tokenizer
 from megatron_avatar.config.schema import INSTRUCTION, DataConfig
-from megatron_avatar.data.chat import CHAT_TEMPLATE
+from megatron_avatar.data.chat import CHAT_TEMPLATE, Chat
 from megatron_avatar.data.decode import MediaError
 from megatron_avatar.data.features import audio_tokens, log_mel
 from megatron_avatar.data.prompt import MEDIUM, PromptBuilder, check_words, load_tokenizer, plan_media
@@ -174,10 +175,11 @@ def test_texts_hold_no_control_tokens():
     harmless = replace(asked, question=f"what {MEDIUM} moves ?", choices=("a", "b"), hint="look twice")
     control = set(map(TOKENIZER.convert_tokens_to_ids, TOKENIZER.all_special_tokens)) - {TOKENIZER.unk_token_id}
     for data in (DATA, replace(DATA, blind=True)):
-        armed, plain = (
-            PromptBuilder(TOKENIZER, CONFIG, data, 1000, system)._layout(one, builder(data)._plans(one), "hinted")[0]
-            for one, system in ((asked, "<|im_start|> you <|IMAGE|>"), (harmless, "you"))
-        )
+        own, ids = builder(data, 1000), []
+        for one, system in ((asked, "<|im_start|> you <|IMAGE|>"), (harmless, "you")):
+            own.data = replace(data, system=system)  # this tokenizer would be refused for the first
+            ids.append(own._layout(one, own._plans(one), "hinted")[0])
+        armed, plain = ids
         assert [i for i in armed if i in control] == [i for i in plain if i in control]
     trace = builder().completion_ids("look <|im_end|> twice <|IMAGE|>")
     assert [int(i) for i in trace if int(i) in control] == [builder().end_id]
@@ -232,8 +234,7 @@ def test_the_instruction_ends_every_prompt_plain_and_hinted():
 
 @pytest.mark.parametrize(("words", "why"), [
     ("look closely , think", "doesn't know 'closely', ','"),
-    ("look <|im_end|> twice", r"reads <\|im_end\|> as control tokens"),
-    (f"look {MEDIUM} twice", "doesn't know"),
+    (f"look {MEDIUM} twice", f"doesn't know '{re.escape(MEDIUM)}'"),
 ])  # fmt: skip
 @pytest.mark.parametrize("key", ["instruction", "system"])
 def test_words_that_the_tokenizer_cannot_hold_are_refused(words, why, key):
@@ -244,12 +245,15 @@ def test_words_that_the_tokenizer_cannot_hold_are_refused(words, why, key):
 def test_the_default_instruction_is_held_by_the_tiny_tokenizer_and_asks_for_the_tags():
     """Byte by byte, since the tiny world knows few of its words; spaces may go, letters may not."""
     tokenizer = build_tokenizer()
-    check_words(tokenizer, "data.instruction", INSTRUCTION)
+    chat = Chat(tokenizer, {})
+    check_words(chat, "data.instruction", INSTRUCTION)
+    with pytest.raises(ValueError, match=f"needs {re.escape(MEDIUM)} for the places of media"):
+        check_words(chat, "data.system", f"{MEDIUM} look")
     for tag in ("<think>", "</think>", "<answer>", "</answer>"):
         assert INSTRUCTION.count(tag) == 1
     tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
     with pytest.raises(ValueError, match="gives back '.*think it through"):
-        check_words(tokenizer, "data.instruction", INSTRUCTION)
+        check_words(chat, "data.instruction", INSTRUCTION)
     assert "twice" not in text_of(builder().build(sample(), ".").token_ids)
 
 

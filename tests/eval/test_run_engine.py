@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -10,6 +11,7 @@ import pytest
 
 from eval.run import main
 from eval.scoring.predictions import correct, read_predictions
+from megatron_avatar.config.asked import FILE
 from tests.training.small import ROOT
 
 
@@ -57,6 +59,21 @@ def test_ranks_share_the_items_and_a_damaged_clip_counts_as_wrong(world, tmp_pat
     assert done.returncode == 0, done.stderr
     assert read_predictions(tmp_path / "shared" / "held_out.ours.jsonl") == predictions
     assert done.stdout.count("headline") == 1  # one rank reports
+
+
+def test_a_model_asked_in_other_words_than_in_its_training_is_said(world, tmp_path, capsys):
+    model, trained = tmp_path / "model", {"instruction": "Answer between <answer> and </answer>.", "system": ""}
+    shutil.copytree(world / "base", model)
+    (model / FILE).write_text(json.dumps(trained))
+    for name, own in (("other", []), ("same", [f"data.instruction='{trained['instruction']}'"])):
+        assert main(arguments(world, tmp_path / name, f"model={model}", "limit=1", *own)) == 0
+        assert ("asked in other words than in its training" in capsys.readouterr().err) == (name == "other")
+        meta = json.loads((tmp_path / name / "held_out.ours.meta.json").read_text())
+        assert meta["trained_with"] == trained
+        assert meta["asked"] == {"instruction": own and trained["instruction"] or "", "system": ""}
+    (model / FILE).write_text("{}")
+    assert main(arguments(world, tmp_path / "third", f"model={model}", "limit=1")) == 2
+    assert f"{FILE} can't be read" in capsys.readouterr().err
 
 
 @pytest.mark.slow

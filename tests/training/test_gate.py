@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 import signal
-from pathlib import Path
 
 import pytest
 
@@ -31,11 +30,10 @@ def backend():
     ("float32", 0, "rl.guard.exact=1.05.* No update was applied"),
     ("bfloat16", 2, "rl.guard.stop=1.1 in 3 steps in a row"),
 ])  # fmt: skip
-def test_a_shift_by_one_position_stops_the_run(world, tmp_path: Path, backend, monkeypatch, dtype, logged, said):
+def test_a_shift_by_one_position_stops_the_run(world, tmp_path, backend, monkeypatch, caplog, dtype, logged, said):
     """At once in float32, within three steps in half precision, where rounding alone stays below 1.02."""
     base = ROOT / "assets" / "tiny_base"
     settings = (f"model.path={base}", f"model.dtype={dtype}", "checkpoint.every=1")
-    config = load_config([*arguments(world, tmp_path / "run", *settings, steps=4)])
     pack = learner.pack_groups
 
     def shifted(*args):
@@ -43,9 +41,11 @@ def test_a_shift_by_one_position_stops_the_run(world, tmp_path: Path, backend, m
         return dataclasses.replace(batch, positions=batch.positions + (batch.prompt_ids < 0))
 
     monkeypatch.setattr(learner, "pack_groups", shifted)
-    for _ in range(2):  # continued, it counts on
+    words = "data.instruction='Give <think> </think> <answer> </answer>'"
+    for more in ((), ("continue_changed=true", words)):  # continued, it counts on, and notices other words
         with pytest.raises(LogprobMismatch, match=said):
-            loop.train(config, backend)
+            loop.train(load_config([*arguments(world, tmp_path / "run", *settings, *more, steps=4)]), backend)
+        assert ("goes on in other words" in caplog.text) == (logged > 0 and bool(more))
         path = tmp_path / "run" / "metrics.jsonl"
         records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         assert len(records) == logged

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_avatar.config import StageConfig, load_config
+from megatron_avatar.config.asked import read_asked
 from megatron_avatar.training import loop
 from tests.training.small import arguments, start, train
 
@@ -273,6 +274,34 @@ def test_buffer_and_baselines_go_into_the_next_stage_together(world):
     first = json.loads((world / "carried" / "checkpoints" / "step_00000003" / "state.json").read_text())
     carried = [rewards for name, variant, rewards in first["tracker"]["windows"] if len(rewards) >= 4]
     assert len(carried) >= 8 and all(0 <= reward <= 1 for rewards in carried for reward in rewards)
+
+
+@pytest.mark.slow
+def test_a_bfloat16_run_that_ends_between_two_stages_continues_bit_for_bit(world):
+    """Main weights come out of the first stage's last checkpoint; the encoders, which the second one trains too, have
+    theirs from the start. What a stage moves, mostly by weight decay, is less than bfloat16 holds."""
+    settings = ("model.dtype=bfloat16", "optim.lr=1e-3", "optim.weight_decay=0.5", "~stages.localisation",
+                "stages.audio_visual.train_towers=true")  # fmt: skip
+    whole, ended = world / "half_whole", world / "half_ended"
+    command = [a for a in arguments(world, whole, *settings) if "localisation." not in a]
+    done = train(*command)
+    assert done.returncode == 0, done.stderr
+    command = [a.replace(str(whole), str(ended)) for a in command]
+    assert train(*command, disturbed="step_3").returncode == 75
+    state = json.loads((ended / "checkpoints" / "step_00000002" / "state.json").read_text())
+    assert state["stage"] == "visual" and state["stage_step"] == 2
+    done = train(*command)
+    assert done.returncode == 0, done.stderr
+    assert metrics(ended) == metrics(whole) and len(metrics(whole)) == 4
+    left, right = weights(ended, "audio_visual"), weights(whole, "audio_visual")
+    assert all(torch.equal(left[name], right[name]) for name in right)
+    before, between = load_file(world / "base" / "model.safetensors"), weights(whole, "visual")
+    decoder = [name for name in between if ".layers." in name and "mlp" in name]
+    shares = [float(torch.cat([(after[n] != before[n].bfloat16()).flatten() for n in decoder]).float().mean())
+              for after in (between, right)]  # fmt: skip
+    assert shares[0] < 0.05 and shares[1] > 0.3, "what the first stage moves shows in the second"
+    for folder in (whole, ended):
+        assert read_asked(folder / "export" / "audio_visual") == {"instruction": "", "system": ""}
 
 
 @pytest.mark.slow

@@ -143,6 +143,8 @@ def test_what_a_stage_freezes_rests_and_goes_on_later(backend, parallel, dtype):
         train_step(optimization, step)
     after = main_weights(optimization)
     assert {key for key, main in after.items() if torch.equal(main, before[key])} == {name}
+    state = optimization._optimizer.optimizer.state.values()
+    assert {float(entry["step"]) for entry in state} == {2.0}, "checkpoints keep one count for all"
     optimization.renew(optim, lr=1e-2, total_steps=5)
     frozen.requires_grad_(True)
     assert torch.equal(main_weights(optimization)[name], before[name])
