@@ -99,8 +99,8 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
 
 
 def check_words(chat: Chat, key: str, text: str) -> None:
-    """ValueError where the tokenizer can't hold the `text` of a setting: it doesn't know all words, or doesn't give them
-    back (spaces may go)."""
+    """ValueError where the tokenizer can't hold the `text` of a setting: it doesn't know a word or give it back
+    (spaces may go)."""
     tokenizer = chat.tokenizer
     back = tokenizer.decode(chat.text_ids(text), skip_special_tokens=False, clean_up_tokenization_spaces=False)
     unknown = tokenizer.unk_token_id
