@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from megatron_avatar.config import Config, StageConfig, differences, load_config, save_config
+from megatron_avatar.config import Config, StageConfig, check_world, differences, load_config, save_config
 from megatron_avatar.config.load import CONFIG_DIR, readable
 
 INPUTS = ["model.path=models/omni", "data.manifest=data/manifest.jsonl"]
@@ -50,10 +50,34 @@ def test_the_published_settings():
     assert stages["audio_visual"].rewards == {"format": 0.2, "accuracy": 0.4, "self": 0.4}
     assert stages["localisation"].rewards == {"format": 0.2, "accuracy": 0.3, "self": 0.2, "judge": 0.3}
     assert list(stages) == ["visual", "audio_visual", "localisation"]
-    for recipe, iterations, completions in (("avatar_7b", 400, 1600), ("grpo_7b", 1000, 8000)):
+    for recipe, iterations, completions in (("avatar_7b", 1000, 4000), ("grpo_7b", 1000, 8000), ("vl_7b", 1000, 4000)):
         config = load(recipe=recipe)
         assert sum(s.steps for s in config.stages.values()) == iterations
         assert sum(s.steps * s.prompts_per_step for s in config.stages.values()) * config.rl.n_on == completions
+
+
+PUBLISHED = {
+    "rl.dual_clip": None, "rl.std_floor": 0.0, "rl.self_reward": "majority", "rl.replay.live": False,
+    "rl.replay.order": "priority", "rl.replay.sigma": "batch", "rl.replay.max_age": 0,
+}  # fmt: skip
+
+
+def test_every_recipe_bounds_what_it_replays_and_can_go_back_to_what_is_published():
+    for recipe in names("recipe"):
+        config = load(recipe=recipe)
+        if all(stage.kind == "sft" for stage in config.stages.values()):
+            continue
+        assert config.rl.dual_clip == 3 and config.rl.replay.max_age > 0 and config.rl.replay.live, recipe
+        published = dict(_leaves(asdict(load("ablation=published", recipe=recipe))))
+        assert {key: published[key] for key in PUBLISHED} == PUBLISHED, recipe
+
+
+def test_a_cluster_has_a_prompt_for_every_replica():
+    for recipe in ("avatar_7b_cluster", "grpo_7b_cluster"):
+        config = load(recipe=recipe)
+        assert {stage.prompts_per_step for stage in config.stages.values()} == {32}
+        assert check_world(config, 2 * 8) == 4 and check_world(config, 16 * 8) == 32
+    assert load(recipe="grpo_7b_cluster").rl.n_off == 0
 
 
 def changed(override: str) -> dict[str, object]:
@@ -88,6 +112,10 @@ ABLATIONS = {
     "wo_tas": {"rl.shaping.shape": "uniform"},
     "wo_hints": {"rl.hints.enabled": False},
     "wo_vcrs": {"rl.vcrs": False},
+    "published": PUBLISHED,
+    "grpo_beta_matched": {**GRPO, "rl.beta": 0.05},
+    "grpo_two_updates": {**GRPO, "rl.updates_per_rollout": 2},
+    "tas_between_tags": {"rl.shaping.span": "between_tags"},
 }
 
 
@@ -155,7 +183,7 @@ def test_overrides_reach_every_depth():
         ("stages.visual.rewards.format=good", "stages.visual.rewards.format: expected float, got 'good'"),
         ("rl.shaping=parabolic", "rl.shaping: expected a group of settings (shape, lam, span), got 'parabolic'"),
         ("stages.first.steps=3", "stages.first: there is no such entry. To add one write +stages.first=..."),
-        ("ablation=wo_tass", "there is no such ablation. Choose one of: grpo, grpo_revisits,"),
+        ("ablation=wo_tass", "there is no such ablation. Choose one of: grpo, grpo_beta_matched, grpo_revisits,"),
         ("parallel=h300_80g", "parallel=h300_80g: there is no such parallel. Choose one of: a100_40g, a100_80g,"),
         ("model.shape=omni_7b", "model.shape='omni_7b' is none of parallel=NAME's (qwen2_5_omni_7b, "),
         ("~stages.visual.rewards", "stages.visual.rewards can't be removed"),

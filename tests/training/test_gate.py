@@ -5,6 +5,7 @@ import json
 import math
 import signal
 
+import numpy as np
 import pytest
 
 from megatron_avatar.config import load_config
@@ -75,3 +76,27 @@ def test_updates_that_are_not_finite_are_recorded_and_end_the_run_after_three(wo
     monkeypatch.undo()
     loop.train(config, backend)
     assert not records()[2]["skipped"] and records()[2]["replay/size"] == 4 * config.rl.n_on  # of this step alone
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+def test_a_rollout_is_used_so_often_and_the_gate_asks_once(world, tmp_path, backend, monkeypatch, updates):
+    """After the first update the policy is another one: what it differs by is learning, and its ratios say so."""
+
+    def opposed(groups, *_, **__) -> int:
+        for group in groups:
+            group.advantages = np.array([1, -1, 1, -1], np.float32)
+        return 0
+
+    monkeypatch.setattr(loop, "assign_on_policy", opposed)
+    applied = []
+    step = learner.Learner._step
+    monkeypatch.setattr(learner.Learner, "_step", lambda *args: applied.append(1) or step(*args))
+    config = load_config([*arguments(world, tmp_path / "run", f"model.path={ROOT / 'assets' / 'tiny_base'}",
+                                     f"rl.updates_per_rollout={updates}", "optim.lr=0.05", "optim.schedule=constant",
+                                     "optim.warmup_fraction=0", steps=1)])  # fmt: skip
+    del config.stages["audio_visual"], config.stages["localisation"]
+    loop.train(config, backend)
+    (record,) = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(applied) == updates and record["completions_generated"] == 4 * 4 and not record["skipped"]
+    assert (record["ratio/max"] > 1.5) == (updates == 2), "of the last update, far beyond what the gate lets pass"
+    assert record["logprob_error"] == pytest.approx(1, abs=1e-5), "of the first"

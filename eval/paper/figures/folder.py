@@ -63,6 +63,12 @@ class Training:
         shaping = OmegaConf.load(path).rl.shaping
         return str(shaping.shape), float(shaping.lam)
 
+    @cached_property
+    def span(self) -> str:
+        """What its temporal weighting runs over: completion (also where no configuration says), or between_tags."""
+        path = self.folder / "config.yaml"
+        return str(OmegaConf.load(path).rl.shaping.get("span", "completion")) if path.exists() else "completion"
+
 
 class Folder:
     """OUT of one reproduction, and one model family in it."""

@@ -35,6 +35,9 @@ LAMBDA = {lam: [f"tas_lambda_lam_{lam}"] for lam in ("0", "0.05", "0.1", "0.3", 
 LAMBDA["0"].append("components_wo_tas")
 LAMBDA["0.3"].append("avatar")
 
+BETWEEN = "training, between the tags"
+BETWEEN_TAGS = ("shaping_between_tags", "components_tas_between_tags")
+
 Seeds = dict[int, Run]
 
 
@@ -43,7 +46,7 @@ def position(folder: Folder) -> Entry:
     name, title = "figure1", "Per-token surrogate against the place in the completion"
     trainings = {system: runs for system in MAIN if (runs := folder.trainings(system))}
     shaping = {s: weights for s, runs in trainings.items() if (weights := next(iter(runs.values())).shaping)}
-    panels = {"training": present({s: position_band([t.records for t in r.values()]) for s, r in trainings.items()})}
+    panels = _by_span(folder, trainings)
     (benchmark, runs), used = _grouped(folder, shaping), []
     told = "Drawn from training alone: no groups were sampled."
     if benchmark:
@@ -61,12 +64,26 @@ def position(folder: Folder) -> Entry:
         return Entry(name, title, None, reason="no training has logged its surrogate, and no groups were sampled")
     caption = joined(
         "Mean absolute surrogate of a token in bins of its place t / (L − 1). Training: all tokens of the updates, "
-        "fresh and replayed, with the ratios of the update, averaged over updates.", seeds_told(trainings), told,
+        "fresh and replayed, with the ratios of the update, averaged over updates.",
+        "Between the tags: places count over the reasoning and the answer alone." * bool(panels[BETWEEN]),
+        seeds_told(trainings), told,
         "Points: means over seeds, strokes: their range; lines: the weighting w_t at the points' mean level. The shape "
         "holds by construction: it checks the mechanism, not a benefit. Completions with fewer tokens than there are "
         "bins fill only some of them, which leaves a comb.", published(name),
     )  # fmt: skip
     return Entry(name, title, figure, caption, sources=sources(folder.out, trainings, used))
+
+
+def _by_span(folder: Folder, trainings: Mapping[str, Mapping[int, Training]]) -> dict[str, dict[str, Band]]:
+    """Training's panels: AVATAR weighted over the whole completion, and between the tags, where a sweep has it."""
+    swept = next((runs for name in BETWEEN_TAGS if (runs := folder.trainings(name))), {})
+    panels = {}
+    for panel, span in {"training": "completion", BETWEEN: "between_tags"}.items():
+        own = {s: [t.records for t in runs.values() if t.span == span] for s, runs in trainings.items()}
+        if panel == BETWEEN and not own.get("avatar"):
+            own["avatar"] = [t.records for t in swept.values()]
+        panels[panel] = present({s: position_band(records) for s, records in own.items() if records})
+    return panels
 
 
 def _grouped(folder: Folder, shaping: Mapping[str, Any]) -> tuple[str, dict[str, Seeds]]:
