@@ -14,6 +14,7 @@ from megatron_avatar.rl.rewards.numbers import number_words, quantity, values
 from megatron_avatar.rl.rewards.plain import compose, unwrap
 
 MAX_WORDS = 45
+MAX_CHARACTERS = 600
 PARAPHRASE = 0.6  # share of a long answer's content words that tells it
 _EMPTY = set("a an the of to in on at is are was were be it its and or with by for from as that this there".split())
 _TIMES = {
@@ -48,7 +49,7 @@ def leak(hint: str, sample: Sample) -> str | None:
     words = hint.split()
     if not words:
         return "empty"
-    if len(words) > MAX_WORDS or len(re.findall(r"[.!?](?=\s+\S)", hint)) > 1:
+    if len(words) > MAX_WORDS or len(hint) > MAX_CHARACTERS or len(re.findall(r"[.!?](?=\s+\S)", hint)) > 1:
         return "not one short sentence"
     if re.search(r"[<>{}|]|```", hint):
         return "markup"

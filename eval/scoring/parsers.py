@@ -56,15 +56,14 @@ def tagged_letters(text: str, line: Line) -> str | None:
 
 
 def only_letters(text: str, letters: str) -> set[str] | None:
-    """The letters of a text that is nothing but letters which may be answered, alone (any others are left out) or side
-    by side: capitals, or small ones in their order, which are no word; None for other words."""
-    said = set()
-    for run in _LETTERS.findall(text):
-        alike = run.isupper() or (run.islower() and list(run) == sorted(run))
-        if len(run) > 1 and not (alike and len(set(run)) == len(run) and set(run.upper()) <= set(letters)):
-            return None
-        said |= set(run.upper()) & set(letters)
-    return said
+    """The letters of a text that is nothing but letters which may be answered (single ones that may not are left out),
+    or one run of such, capitals or small ones in their order, which are no word; None for other words."""
+    runs = _LETTERS.findall(text)
+    if all(len(run) == 1 for run in runs):
+        return set("".join(runs).upper()) & set(letters)
+    alike = runs[0].isupper() or (runs[0].islower() and list(runs[0]) == sorted(runs[0]))
+    said = set(runs[0].upper())
+    return said if len(runs) == 1 and alike and len(said) == len(runs[0]) and said <= set(letters) else None
 
 
 def last_capital(text: str, line: Line) -> str | None:

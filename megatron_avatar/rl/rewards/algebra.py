@@ -69,9 +69,11 @@ def verdict(answer: str, gold: str) -> bool | None:
 def key(text: str) -> str | None:
     """A text that equal answers share (but for rounding at its last digit); None for what isn't understood."""
     items = _read(text)
+    found = _measure(text, items, True)
+    if found is not None and (found[1] or items is None):
+        return str(Fraction(found[0].value).limit_denominator(10**9))
     if items is None:
-        found = _measure(text, None, True)
-        return None if found is None else str(Fraction(found[0].value).limit_denominator(10**9))
+        return None
     try:
         if len(items) == 1 and items[0].label:
             return _key(items[0].sides[0])
@@ -154,9 +156,7 @@ def _all(verdicts: Sequence[bool | None]) -> bool | None:
 
 def _same_item(one: Item, other: Item) -> bool | None:
     if one.label and other.label:
-        if one.label == other.label or "(" in one.label + other.label:
-            return _identical(one.sides[0], other.sides[0])
-        return False
+        return _identical(one.sides[0], other.sides[0]) if _same_name(one.label, other.label) else False
     if len(one.sides) == len(other.sides) == 1:
         return _identical(one.sides[0], other.sides[0])
     for statement, value in ((one, other), (other, one)):
@@ -165,6 +165,12 @@ def _same_item(one: Item, other: Item) -> bool | None:
     if one.relation != other.relation:
         return False
     return _proportional(*map(_two_sides, (one, other)), one.relation)
+
+
+def _same_name(one: str, other: str) -> bool:
+    """y is f(x), and x_1 is x; but x_1 isn't x_2, nor x y."""
+    numbered = one.partition("_")[0] == other.partition("_")[0] and ("_" in one) != ("_" in other)
+    return one == other or numbered or "(" in one + other
 
 
 def _two_sides(item: Item) -> Node:
@@ -223,7 +229,8 @@ def _identical(one: Node, other: Node) -> bool | None:
 def _same_group(one: Node, other: Node) -> bool | None:
     for single, group in ((one, other), (other, one)):
         if single.kind != "group":  # {5} is the solution 5
-            return _identical(single, group.parts[0]) if group.value == "{}" and len(group.parts) == 1 else False
+            alone = group.value == "{}" and len(group.parts) == 1 and group.parts[0].value != "∅"
+            return _identical(single, group.parts[0]) if alone else False
     if one.value != other.value:
         return False
     return _unordered(one.value == "{}", *[[Item((part,)) for part in node.parts] for node in (one, other)])

@@ -89,6 +89,8 @@ def _place(answer: str, choices: tuple[str, ...], texts: list[str]) -> int | Non
 def _is_own(text: str, index: int, choices: tuple[str, ...], texts: list[str]) -> bool:
     """Whether what stands beside a letter is its choice's text, with or without more that names no other choice."""
     said, own = normalise(text), texts[index]
+    if not said.startswith(own):
+        said = _ARTICLE.sub("", said)
     if said == own:
         return True
     rest = said.removeprefix(own)
@@ -127,6 +129,7 @@ _STATED = re.compile(r"[(\[{\"']*+([A-Za-z])(?![A-Za-z0-9_'])[)\]}\"']*+")
 _OR = re.compile(r"\s*+(?:,|/|\bor\b|\band\b|&|或|和|与)\s*+(?:or\s+)?[(\[\"']?([A-Za-z])(?![A-Za-z0-9_'])", re.I)
 _GOES_ON = re.compile(r"\s++(?!(?:because|since|as|for|and|or|which|so|with|due|is)\b)[a-z]")  # behind an article
 _NAMED = re.compile(r"\(([A-Za-z])\)|\b(?:[Aa]nswer|[Oo]ption)(?: is)?:? ([A-Za-z])(?![A-Za-z0-9_'])")
+_STATEMENTS = 64  # that are looked at, from the last back
 _REACH = 300  # characters of a statement, and of the longest choice in it
 
 
@@ -138,9 +141,9 @@ def stated_letter(reply: str, choices: tuple[str, ...]) -> str | None:
     for plain in (box or "", text if choices else "", _last_line(text, choices)):
         if letter := choice_letter(plain, choices):
             return letter
-    stated = [said for found in _STATEMENT.finditer(text) if (said := _stated(text, found.end(), choices)) is not None]
-    if stated:
-        return stated[-1] or None
+    for found in reversed(list(_STATEMENT.finditer(text))[-_STATEMENTS:]):
+        if (stated := _stated(text, found.end(), choices)) is not None:
+            return stated or None
     said = normalise(text)
     named = {choice for choice in choices if says(said, normalise(choice))}
     for found in _NAMED.finditer(text):

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from functools import lru_cache
 
 # Scripts that put no blank between words: ideographs, kana; Thai, Lao, Khmer and Burmese follow where texts are split.
 CJK = "\u3005-\u3007\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
 
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ", "0123456789-+n")
 _RAISED = re.compile(r"[⁻⁺]?[⁰¹²³⁴⁵⁶⁷⁸⁹ⁿ]+")
-_FRACTION = re.compile(r"[¼-¾⅐-⅞↉]")  # signs that are a fraction as they stand
+_APART = {ord(sign): f" {unicodedata.normalize('NFKC', sign)}" for sign in "¼½¾⅐⅑⅒⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞↉"}
+_APART |= {0xFDFA: " ", 0xFDFB: " "}  # whole phrases in one sign, which NFKC spells out
 _SIGNS = str.maketrans(  # behind NFKC, which leaves these
     {
         **dict.fromkeys("‐‑‒–—―−", "-"),
@@ -59,6 +61,7 @@ _LEAD = re.compile(
 )
 
 
+@lru_cache(maxsize=64)
 def compose(text: str) -> str:
     r"""Full-width forms, CJK punctuation, typographic dashes, quotes and blanks as ASCII; x² as x^2, 2½ as 2 1/2.
 
@@ -66,9 +69,9 @@ def compose(text: str) -> str:
     """
     if text.isascii():
         return text
-    text = _RAISED.sub(lambda found: "^" + found.group().translate(_SUPERSCRIPTS), text)
-    text = _FRACTION.sub(lambda found: f" {unicodedata.normalize('NFKC', found.group())}", text)
-    return unicodedata.normalize("NFKC", text).translate(_SIGNS)
+    plainer = _RAISED.sub(lambda found: "^" + found.group().translate(_SUPERSCRIPTS), text.translate(_APART))
+    plainer = unicodedata.normalize("NFKC", plainer).translate(_SIGNS)
+    return plainer if len(plainer) <= 2 * len(text) + 64 else text  # nobody's answer: signs that become six
 
 
 def unwrap(text: str) -> str:

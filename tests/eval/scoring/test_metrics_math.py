@@ -1,11 +1,15 @@
 """Metrics of Video-MMMU's open answers, MathVista's forms, VSI-Bench's borders, and of what a language model says."""
 
+import re
+import time
+
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eval.asking.benchmark import load_benchmark
 from eval.asking.items import make_item
+from eval.scoring import open_answers
 from eval.scoring.ask import messages
 from eval.scoring.metrics import METRICS
 from eval.scoring.open_answers import candidates
@@ -89,6 +93,27 @@ def test_open_answers(answer, gold, right):
 def test_candidates_are_the_shortest_tails_and_their_numbers():
     assert candidates("So the total is 1,250.5 m\nThus y = 3.") == ["1,250.5 m", "3", "1,250", "250.5", "3"]
     assert candidates("nothing 7 here") == ["nothing 7 here", "7"]
+
+
+OWNERS = (r"-?\b\d{1,3}(?:,\d{3})+\b", r"-?\d+(?:\.\d+)?[eE][+-]?\d+",
+          r"-?(?:\d+\.\d+|\.\d+|\d+\b)(?![eE][+-]?\d+)(?![,\d])")  # fmt: skip
+
+
+@settings(deadline=None)
+@given(st.text("0012.,eE+- x", max_size=16))
+def test_numbers_are_found_as_the_owners_patterns_find_them(text):
+    assert [re.findall(ours, text) for ours in open_answers._NUMBERS] == [re.findall(theirs, text) for theirs in OWNERS]
+
+
+@pytest.mark.parametrize("piece", ["1", "1,", "1,111", ".5", "1e", "is ", "so\n", "=", "-1.", "x ", "answer 1 "])
+def test_a_long_open_answer_costs_no_more_than_its_length(piece):
+    text = piece * (20_000 // len(piece))
+    times = []
+    for _ in range(2):  # a busy machine counts double
+        began = time.process_time()
+        assert not open_answers.same(text, "['sky', '4']")
+        times.append(time.process_time() - began)
+    assert min(times) < 0.2
 
 
 # ---- MathVista -------------------------------------------------------------------------------------------------

@@ -1,5 +1,8 @@
 """From replies to answers: hand-made cases for every parser."""
 
+import itertools
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,9 +21,27 @@ def read(parser, text, **more):
 QUESTIONS = [line(), line(choices=()), line("letters"), line("number", gold="3"), line("yes_no"), line("text")]
 
 
-@given(st.text() | st.text("ABab ()<>/.,12", min_size=1), st.sampled_from(sorted(PARSERS)), st.sampled_from(QUESTIONS))
+@given(st.text() | st.text("ABab ()<>/.,12", min_size=1), st.sampled_from(sorted(PARSERS)),
+st.sampled_from(QUESTIONS))
 def test_a_parser_reads_anything_as_a_text_or_nothing(text, parser, question):
     assert isinstance(PARSERS[parser](text, question), str | None)
+
+
+LONG = ["<answer>", "A", "A ", "AC ", "a, ", "1", "answer is ", "选", "(A) ", "\\boxed{", "yes no ", "\n", "x=",
+"1,", "so "]
+
+
+def test_a_long_reply_costs_no_more_than_its_length():
+    """0.2 s of processor time for 20,000 characters; a second try, since a busy machine counts double."""
+    for parser, piece in itertools.product(PARSERS.values(), LONG):
+        text = piece * (20_000 // len(piece))
+        assert _seconds(parser, text) < 0.2 or _seconds(parser, text) < 0.2, (parser, piece)
+
+
+def _seconds(parser, text):
+    began = time.process_time()
+    parser(text, QUESTIONS[0])
+    return time.process_time() - began
 
 
 # ---- the sound protocol ----------------------------------------------------------------------------------------
@@ -52,6 +73,18 @@ def test_tagged_choices_whose_options_stand_in_the_question(text, answer):
     ("<answer>Red and Green</answer>", None), ("<think>A man</think><answer>B", None), ("B,D", "B,D"),
     ("<think>A man, so C</think> b", "B"), ("A man is angry", None), ("", None),
     ("<answer>A</answer><answer>B</answer>", None),
+    ("<answer>AC</answer>", "A,C"), ("<answer>CA</answer>", "A,C"), ("<answer>ac</answer>", "A,C"),
+    ("<answer>ABD.</answer>", "A,B,D"), ("<answer>A C</answer>", "A,C"), ("<answer>A/C</answer>", "A,C"),
+    ("<answer>(A)(C)</answer>", "A,C"), ("<answer>ＡＣ</answer>", "A,C"), ("<answer>A、C。</answer>", "A,C"),
+    ("<answer>A和C</answer>", "A,C"), ("<answer>答案是AC</answer>", "A,C"), (r"<answer>\boxed{A, C}</answer>", "A,C"),
+    (r"<answer>\boxed{\text{AC}}</answer>", "A,C"), ("<answer>**A**, **C**</answer>", "A,C"),
+    ("<answer>The answers are A and C</answer>", "A,C"), ("<answer>Answer: AC</answer>", "A,C"), ("AC", "A,C"),
+    ("It moves.\nThe answers are B and D.", "B,D"), ("故选BD。", "B,D"), ("<answer>A&D</answer>", "A,D"),
+    ("<answer>cab</answer>", None), ("<answer>bad</answer>", None), ("<answer>AA</answer>", None),
+    ("<answer>ACE</answer>", None), ("<answer>CD player</answer>", None), ("<answer>none</answer>", None),
+    ("<answer>A CAB</answer>", "A"), ("AC/DC plays", None), ("The answer is loud", None), ("ABCDE", None),
+    ("<answer>E</answer>", None), ("a band", None), ("<answer></answer>", None), ("dab", None), ("I hear A and C",
+    None),
 ])  # fmt: skip
 def test_tagged_letters(text, answer):
     assert read("tagged_letters", text, kind="letters") == answer
