@@ -406,7 +406,7 @@ def test_every_published_table_is_specified_in_full():
 
 def test_systems_and_benchmarks_of_the_specification_exist():
     known = {"base", "sft", "grpo", "avatar", "grpo_wo_sft", "avatar_wo_sft", "grpo_half", "openvlthinker_7b",
-             "vlaathinker_7b", "wo_off_policy", "wo_tas", "wo_hints"}  # fmt: skip
+             "vlaathinker_7b", "wo_off_policy", "wo_tas", "wo_hints", "grpo_two_updates"}  # fmt: skip
     trained = {
         f"{path.stem}_{member}"
         for path in SWEEPS.glob("*.yaml")
