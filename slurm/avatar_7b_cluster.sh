@@ -7,11 +7,13 @@
 #SBATCH --ntasks-per-node=8
 #SBATCH --gres=gpu:8
 #SBATCH --cpus-per-task=12
+#SBATCH --mem=170G
 #SBATCH --time=24:00:00
 #SBATCH --signal=USR1@300
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%x-%j.out
+[[ ! -e "$(dirname "$0")/submit.sh" ]] || exec bash "$(dirname "$0")/submit.sh" "$0" "$@" # typed, not Slurm's copy
 : "${SLURM_SUBMIT_DIR:?submit this with sbatch}"
 # Slurm runs a copy of this file; the rest lies in the run's snapshot, or in the checkout that it was submitted from.
 code=${AVATAR_SNAPSHOT:-$(readlink -e "$SLURM_SUBMIT_DIR/.jobs/$SLURM_JOB_ID" ||

@@ -80,7 +80,7 @@ def test_what_a_member_leaves_out_is_not_set():
         (["recipe=avatar_7b"], "nothing to sweep"),
         (["sweep=model_size"], "needs model_3b=FOLDER model_7b=FOLDER"),
         (["sweep=shaping", "recipe=avatar_7b", "concurrency=0"], "concurrency=0"),
-        (["sweep=shaping", "recipe=avatar_7b", "rl.n_onn=3"], "linear_decay and 3 more: unknown key 'rl.n_onn'"),
+        (["sweep=shaping", "recipe=avatar_7b", "rl.n_onn=3"], "linear_decay and 4 more: unknown key 'rl.n_onn'"),
         (["sweep=shaping", "recipe=avatar_7b", "model.path=m", "data.manifest=/none"], "data.manifest=/none"),
         (["recipe=avatar_7b", "name='a b','a_b'"], "two members would be named name__a_b_"),
     ],
@@ -100,7 +100,7 @@ def test_sites_become_slurms_parameters(monkeypatch):
     task = Task("a", Path("run"), settings, Path("run/done.json"))
     assert task.config().model.path == "/models/Qwen2.5-Omni-7B", "of the site"
     assert slurm_parameters(task.requests()[0]) == {
-        "nodes": 2, "ntasks_per_node": 4, "cpus_per_task": 12, "time": 240, "partition": "gpu",
+        "nodes": 2, "ntasks_per_node": 4, "cpus_per_task": 12, "time": 480, "partition": "gpu",
         "account": "my_project", "gres": "gpu:4", "mem": "110G",
         "additional_parameters": {"requeue": True, "constraint": "a100", "exclusive": True},
     }  # fmt: skip
@@ -241,7 +241,7 @@ def test_the_papers_page_comes_in_seconds_without_any_folder(tmp_path, monkeypat
     assert time.process_time() - began < 10
     text = capsys.readouterr().out
     rows = {line.split("  ")[0]: line.split() for line in text.splitlines()}
-    assert rows["trainings"][1:3] == ["38", "0"] and rows["evaluations"][1] == "386" and rows["all"][1] == "447"
+    assert rows["trainings"][1:3] == ["42", "0"] and rows["evaluations"][1] == "430" and rows["all"][1] == "495"
     assert len(text.splitlines()) < 30 and "TiB are left at the end" in text
     for name in NAMES:
         assert f"{name} is not given" in text and f"export {variable(name)}=PATH" in text
@@ -254,7 +254,7 @@ def test_the_papers_page_comes_in_seconds_without_any_folder(tmp_path, monkeypat
 def test_a_run_of_the_graph_keeps_what_is_shown_of_it(tmp_path):
     graph = built("paper", tmp_path)
     kept = {task.name: task.config().checkpoint for task in graph.tasks if not task.module}
-    assert kept["omni_7b.avatar.0"].milestones == [100, 200, 300, 400]
+    assert kept["omni_7b.avatar.0"].milestones == [200, 400, 600, 800, 1000]
     assert not kept["omni_7b.tas_lambda_lam_2.0.0"].milestones and not kept["omni_3b.avatar.0"].milestones
     assert all(own.keep == 1 and not own.keep_finished for own in kept.values())
     by_name = {task.name: task for task in graph.tasks}

@@ -138,7 +138,7 @@ def test_the_settings_hash_follows_what_changes_a_completion(tmp_path):
         ("control=deaf", "mute, blind"),
         ("n=8", "temperature=1"),
         ("step=3", "no steps"),
-        ("model=nowhere", "neither a Hugging Face folder"),
+        ("model=nowhere", "model=nowhere is no folder"),
         ("data=none.jsonl", "none.jsonl"),
         ("limit=few", "limit"),
         ("--mute", "not key=value"),

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from megatron_avatar.config import StageConfig, load_config
 from megatron_avatar.config.asked import read_asked
+from megatron_avatar.config.checks import other_shape
 from megatron_avatar.training import loop
 from tests.training.small import arguments, start, train
 
@@ -181,8 +182,8 @@ def test_a_folder_of_another_size_is_said(world):
     def config(recipe: str):
         return load_config([f"recipe={recipe}", f"model.path={world / 'base'}", "data.manifest=x"])
 
-    assert "hidden_size 128 instead of 3584" in loop.other_shape(config("avatar_7b"))
-    assert loop.other_shape(config("tiny_avatar")) == ""
+    assert "hidden_size 128 instead of 3584" in other_shape(config("avatar_7b"))
+    assert other_shape(config("tiny_avatar")) == ""
 
 
 @pytest.mark.slow
