@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 import soundfile
 from rich.console import Console
@@ -23,7 +22,7 @@ from megatron_avatar.data.decode import decode_frames, plan_frames
 from megatron_avatar.data.manifest import load_manifest, sample_to_dict
 from megatron_avatar.records import Media
 from megatron_avatar.rl.replay.buffer import UNRANKED
-from megatron_avatar.rl.replay.store import damage
+from megatron_avatar.rl.replay.store import damage, read_tables
 from megatron_avatar.rl.tracker import TIERS, RewardTracker
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -79,23 +78,35 @@ def read_rows(folder: Path, state: dict[str, Any]) -> tuple[list[dict], list[dic
                  for path in sorted(folder.glob("shard-*.h5"))}
     rows, shards = [], []
     for name, shard in index.items():
-        path = folder / name
-        reason = damage(path, shard["sha256"])
-        shards.append({"name": name, "damage": reason, "bytes": path.stat().st_size if path.exists() else 0,
-                       "live": len(shard["live"] or []), "rows": shard.get("rows", 0)})
-        if reason:
-            continue
-        with h5py.File(path, "r", locking=False) as file:
-            table, meta, end = file["rows"][:], file["meta"][:].tobytes(), 0
-        alive = 0
-        for row in table:
-            about, end = json.loads(meta[end : end + row["meta"]]), end + int(row["meta"])
-            if shard["live"] is None or str(row["serial"]) in shard["live"]:
-                alive += 1
-                rows.append({"sample_id": about["sample_id"], "variant": about["variant"], "step": int(row["step"]),
-                             "tokens": int(row["tokens"]), "reward": float(row["reward"])})
-        shards[-1] |= {"live": alive, "rows": len(table)}
+        path, found, total = folder / name, [], shard.get("rows", 0)
+        reason = damage(path, shard["sha256"]) if path.parent == folder else "its name leads out of the folder"
+        if not reason:
+            try:
+                found, total = _live_rows(path.read_bytes(), shard["live"])
+            except ValueError as error:
+                reason = str(error)
+        size = path.stat().st_size if path.is_file() else 0
+        shards.append({"name": name, "damage": reason, "bytes": size, "rows": total,
+                       "live": len(found if not reason else shard["live"] or [])})  # fmt: skip
+        rows += found
     return rows, shards
+
+
+def _live_rows(image: bytes, live: dict[str, Any] | None) -> tuple[list[dict], int]:
+    """What a shard says of its trajectories that are alive, and how many it holds. ValueError for no shard."""
+    table, _, _, meta = read_tables(image)
+    rows, end = [], 0
+    for row in table:
+        start, end = end, end + int(row["meta"])
+        if live is not None and str(row["serial"]) not in live:
+            continue
+        try:
+            about = json.loads(meta[start:end])
+            rows.append({"sample_id": about["sample_id"], "variant": about["variant"], "step": int(row["step"]),
+                         "tokens": int(row["tokens"]), "reward": float(row["reward"])})
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
+            raise ValueError(f"row {row['serial']} can't be read ({type(error).__name__})") from None
+    return rows, len(table)
 
 
 def show_replay(path: Path, console: Console) -> None:
@@ -149,7 +160,7 @@ def main() -> int:
     replay.add_argument("path", type=Path)
     args = parser.parse_args()
     try:
-        show_sample(args.id, args.manifest) if args.what == "sample" else show_replay(args.path, Console())
+        show_sample(args.id, args.manifest) if args.what == "sample" else show_replay(args.path, Console(markup=False))
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -242,9 +242,9 @@ def run(
             report = _report(out, endpoint, outcomes, refusals)
             with replacing(out.with_name(f"{out.stem}.{task.field}s.json")) as file:
                 file.write(json.dumps(report, indent=2) + "\n")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:  # the last from workers that can't do their part
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, OSError | ValueError) else 1
     except KeyboardInterrupt:
         print("stopped; the same command continues", file=sys.stderr)
         return 130

@@ -22,6 +22,7 @@ from typing import Any
 
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 
 from data_tools.prepare.damage import Refused, refusal, shown
@@ -130,7 +131,7 @@ def _measured(rows: list[tuple[Item, list[Wanted]]], handling: Handling, process
                 key = json.dumps(_identity(one))
                 if key not in begun:
                     begun[key] = pool.schedule(place, args=(one, handling), timeout=DEADLINE_S)
-        shown = track(rows, f"media of {title}", console=Console(stderr=True), disable=not sys.stderr.isatty())
+        shown = track(rows, escape(f"media of {title}"), console=Console(stderr=True), disable=not sys.stderr.isatty())
         items = [_with_media(item, [begun[json.dumps(_identity(w))] for w in wanted], wanted, handling)
                  for item, wanted in shown]  # fmt: skip
         pool.close()

@@ -46,6 +46,7 @@ from eval.scoring.predictions import Prediction, check_names
 from eval.scoring.summary import show, summarise
 from megatron_avatar.config import Config, load_config
 from megatron_avatar.config.asked import asked, other_words, read_asked
+from megatron_avatar.config.load import apply
 from megatron_avatar.config.paths import check_model, home, refuse
 from megatron_avatar.config.world import check_processes, world_size
 from megatron_avatar.files import replacing
@@ -121,7 +122,8 @@ def engine_config(request: Request, settings: list[str]) -> Config:
         if groups := [item for item in settings if "." not in item.partition("=")[0]]:
             raise ValueError(f"{groups[0]}: {request.model} is a run with its own; write single keys (parallel.tp=2)")
         try:
-            saved = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(run), OmegaConf.from_dotlist(settings))
+            saved = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(run))
+            apply(saved, settings)
             config = OmegaConf.to_object(saved)
         except OmegaConfBaseException as error:
             raise ValueError(f"{run}: {str(error).splitlines()[0]}") from None

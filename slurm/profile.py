@@ -38,14 +38,22 @@ def read_profile(
     if not outlined:
         refuse(missing)
     filled = {key: value for key, value in found.items() if value} | {"out": str(out)}
-    for key, value in filled.items():
-        text = text.replace("{" + key + "}", value).replace("{" + key + "?}", value)
-    for key in wanted - filled.keys():
-        text = text.replace("{" + key + "}", key.upper())
-    profile = OmegaConf.to_container(OmegaConf.create(text))
+    filled |= {key: key.upper() for key in wanted - filled.keys()}
+    profile = _filled(OmegaConf.to_container(OmegaConf.create(text)), filled)
     for parts in profile["families"].values():
         parts["models"] = {name: folder for name, folder in parts.get("models", {}).items() if "?}" not in folder}
     return profile, [s for s in settings if s.partition("=")[0] not in own], missing
+
+
+def _filled(part: Any, values: dict[str, str]) -> Any:
+    """A part of a profile with its placeholders filled in, whatever signs a path holds."""
+    if isinstance(part, dict):
+        return {name: _filled(value, values) for name, value in part.items()}
+    if isinstance(part, list):
+        return [_filled(value, values) for value in part]
+    if not isinstance(part, str):
+        return part
+    return re.sub(r"\{(\w+)\??\}", lambda found: values.get(found[1], found[0]), part)
 
 
 def _site(settings: list[str]) -> dict[str, str]:

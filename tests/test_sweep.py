@@ -125,6 +125,16 @@ def paper(tmp_path: Path) -> list[str]:
     return [*models, *data, f"benchmarks={tmp_path / 'benchmarks'}"]
 
 
+def test_a_path_may_hold_any_sign(tmp_path):
+    odd = tmp_path / """it's "so": {out} #1, - [x] \\n ü"""
+    odd.mkdir()
+    profile, *_ = read_profile("paper", odd / "out", paper(odd))
+    family = next(iter(profile["families"].values()))
+    assert family["base"] == str(odd / "model") and profile["benchmarks"] == str(odd / "benchmarks")
+    tiny, *_ = read_profile("tiny", odd / "out", [])
+    assert repr(str(odd / "out"))[1:-1] in repr(tiny)
+
+
 def built(name: str, tmp_path: Path) -> Graph:
     given = paper(tmp_path) if name == "paper" else []
     profile, settings, _ = read_profile(name, tmp_path / "out", [*given, "rl.beta=0.2"])

@@ -33,11 +33,11 @@ def main(arguments: list[str]) -> int:
     signal.signal(signal.SIGTERM, _interrupt)
     signal.signal(signal.SIGUSR1, _interrupt)  # Slurm's notice before the end of a job's time
     try:
-        prepare(*parse(arguments), Console(stderr=True))
+        prepare(*parse(arguments), Console(stderr=True, markup=False))
     except KeyboardInterrupt:
         print("stopped; what is done is kept, the same command continues", file=sys.stderr)
         return 75
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:  # the last from workers that can't do their part
         print(f"error: {mask(str(error))}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
     return 0

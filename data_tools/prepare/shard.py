@@ -27,6 +27,8 @@ from megatron_avatar.data.manifest import sample_to_dict
 from megatron_avatar.files import append
 from megatron_avatar.locks import held
 
+# Faults of this machine, of its packages and workers, and of this program.
+NO_ROWS = (OSError, MemoryError, ImportError, AssertionError, RuntimeError)
 AHEAD = 8  # rows a worker that wait in memory
 REMEMBERED = 4096  # paths whose content is known
 
@@ -168,9 +170,10 @@ class Shard:
             judged = self.judge.judge(draft, contents)
         except Refused as refused:
             return entry | {"refused": refused.kind, "detail": refused.detail}
-        except (OSError, MemoryError, ImportError, AssertionError):
-            raise  # this machine's fault, or this program's
-        except Exception as error:  # foreign parsers on foreign texts: no row ends the work on millions of others
+        except Exception as error:
+            if isinstance(error, NO_ROWS) and not isinstance(error, RecursionError):
+                raise
+            # Foreign parsers on foreign texts: no row ends the work on millions of others.
             return entry | {"refused": "fault", "detail": shown(f"{type(error).__name__}: {error}")}
         facts = list(judged.facts)
         return entry | {"key": row_key(draft, contents), "tokens": judged.tokens, "contents": list(contents),

@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 
 from data_tools.teacher import json_field, text_schema
 from eval.asking.benchmark import Benchmark
+from megatron_avatar.config.load import apply
 from megatron_avatar.config.schema import JudgeConfig
 from megatron_avatar.endpoint import Endpoint, Messages, Replies, question
 from megatron_avatar.rl.rewards.http_judge import fenced
@@ -48,7 +49,8 @@ def asker(settings: list[str], folder: Path | None = None) -> Asking | None:
     base = OmegaConf.structured({"judge": JudgeConfig(model=MODEL)})
     OmegaConf.set_struct(base, True)
     try:
-        config = OmegaConf.to_object(OmegaConf.merge(base, OmegaConf.from_dotlist(settings)))["judge"]  # type: ignore[index]
+        apply(base, settings)
+        config = OmegaConf.to_object(base)["judge"]  # type: ignore[index]
     except Exception as error:  # OmegaConf has many kinds
         reason = str(error).splitlines()[0]
         raise ValueError(f"{', '.join(settings)}: only judge.* settings go here ({reason})") from None

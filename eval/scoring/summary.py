@@ -76,7 +76,7 @@ def show(summary: dict[str, Any], title: str, console: Console | None = None) ->
         table.add_section()
         for value, found in values.items():
             row(f"{group}: {value}", found)
-    console = console or Console()
+    console = console or Console(markup=False)  # groups are the owners' words
     console.print(table)
     counts = summary["counts"]
     partial = "" if counts["items"] == counts["expected"] or not counts["expected"] else " (partial)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -35,9 +36,11 @@ _COST = ("data.workers", "data.decode_deadline_s", "rl.tokens_per_micro_batch", 
 
 _ODD = re.compile(r"[^\w\s./:@%*?|+-]", re.ASCII)
 _MEANS = re.compile(r"""['"\[\]{}(),=$\\]""")  # quotes, lists, dictionaries, functions, sweeps, interpolations
-# key=value of one key with a plain value: no group, no + or ~, no quotes, no interpolation.
+# key=value of one key with a plain value or a quoted text: no group, no + or ~, no interpolation.
 _PLAIN = re.compile(r"(?:seed|name|output_dir|dry_run|continue_changed|replay_step|\w+(?:\.\w+)+)="
-                    r"(?:[\w./:@-]+|\[[\w.,+-]*\])")  # fmt: skip
+                    r'(?:[\w./:@-]+|\[[\w.,+-]*\]|"[^"\\$]*")')  # fmt: skip
+_QUOTED = re.compile(r"""'.*'|".*"|null|.*\$\{.*""", re.DOTALL)  # what the user has written for Hydra
+_MOST = 2**63  # whole numbers beyond it fit into no step, seed or size
 
 
 def load_config(overrides: list[str]) -> Config:
@@ -49,7 +52,7 @@ def load_config(overrides: list[str]) -> Config:
     value's expected type or the nearest valid name, and the choices where a recipe or group is unknown.
     AVATAR_CLUSTER in the environment is the default of `cluster=`.
     """
-    overrides = [readable(item) for item in overrides if item != "ablation=null"]  # the default, which Hydra won't take
+    overrides = [_written(readable(item)) for item in overrides if item != "ablation=null"]  # Hydra's own default
     site = os.environ.get("AVATAR_CLUSTER")
     if site and not any(item.startswith("cluster=") for item in overrides):
         overrides = [*overrides, f"cluster={site}"]
@@ -57,10 +60,53 @@ def load_config(overrides: list[str]) -> Config:
         config = _load(overrides)
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(_explain(error, overrides)) from error
+    _check_numbers(config)
     if not config.dry_run:
         fill(config)
     validate(config)
     return config
+
+
+def apply(tree: DictConfig, settings: list[str]) -> None:
+    """Set keys of a typed tree as `load_config` reads them. Raises ValueError naming the key and the remedy."""
+    settings = [_written(readable(item)) for item in settings]
+    try:
+        for item in OverridesParser.create().parse_overrides(settings):
+            OmegaConf.update(tree, item.key_or_group, item.value(), force_add=False)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(_explain(error, settings)) from error
+
+
+def _written(item: str) -> str:
+    """A `key=value` whose text comes out as it is written: 1e3, 007 and a,b are no numbers and no list in a name."""
+    key, equals, value = item.partition("=")
+    name = key.lstrip("+")
+    schema = _schema()
+    kind = schema.get(_pattern(name)) or schema.get(f"{_pattern(name).rpartition('.')[0]}.*")
+    if not equals or not value or kind not in ("str", "str | None") or _QUOTED.fullmatch(value):
+        return item
+    try:
+        parsed = OverridesParser.create().parse_override(item)
+        if not parsed.is_sweep_override() and parsed.value() == value:
+            return item
+    except HydraException:
+        pass
+    escaped = re.sub(r"(\\+)(?=\"|$)", r"\1\1", value).replace('"', '\\"')
+    return f'{key}="{escaped}"'
+
+
+def _check_numbers(group: Any, prefix: str = "") -> None:
+    """ValueError for a number that isn't finite, and for a whole one that no machine counts to."""
+    items = group.items() if isinstance(group, dict) else enumerate(group) if isinstance(group, list) else (
+        (item.name, getattr(group, item.name)) for item in fields(group))  # fmt: skip
+    for name, value in items:
+        key = f"{prefix}[{name}]" if isinstance(group, list) else f"{prefix}.{name}" if prefix else name
+        if isinstance(value, dict | list) or is_dataclass(value):
+            _check_numbers(value, key)
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{key}={value}: write a finite number")
+        elif isinstance(value, int) and abs(value) >= _MOST:
+            raise ValueError(f"{key}={value}: write a number below {_MOST}")
 
 
 def readable(item: str) -> str:
@@ -73,7 +119,9 @@ def readable(item: str) -> str:
 
 def _load(overrides: list[str]) -> Config:
     """Compose; what only gives a key another value is set without Hydra, which takes a tenth of a second."""
-    plain = [item for item in overrides if _PLAIN.fullmatch(item)]
+    others = [item.lstrip("+~").partition("=")[0] for item in overrides if not _PLAIN.fullmatch(item)]
+    # The last of several for one key counts: where Hydra reads one of them, it reads all.
+    plain = [item for item in overrides if _PLAIN.fullmatch(item) and not _is_below(item.partition("=")[0], others)]
     tree, recipe = _compose(CONFIG_DIR, tuple(item for item in overrides if item not in plain))
     tree = deepcopy(tree)
     parser = OverridesParser.create()
@@ -87,6 +135,11 @@ def _load(overrides: list[str]) -> Config:
     config = OmegaConf.to_object(tree)
     assert isinstance(config, Config)
     return config
+
+
+def _is_below(key: str, others: list[str]) -> bool:
+    """Whether one of the others sets this key too; groups, whose names have no dot, come before it anyway."""
+    return any(key == other or ("." in other and key.startswith(f"{other}.")) for other in others)
 
 
 @cache
@@ -153,13 +206,17 @@ def _explain(error: BaseException, overrides: list[str]) -> str:
     if isinstance(error, InterpolationResolutionError):
         return str(error).splitlines()[0].rpartition("interpolation: ")[2]
     if isinstance(error, OverrideParseException):
-        quoted = """'key="value"'"""
         if error.override.startswith("--"):
             return f"'{error.override}': settings are written key=value, as dry_run=true"
-        return f"'{error.override}' is not a key=value. A value with a space or any of =,()[]{{}} needs {quoted}"
+        signs = list(dict.fromkeys(re.findall(r"""[^\w./:@%*?|+-]""", error.override.partition("=")[2], re.ASCII)))
+        if not signs:
+            return f"'{error.override}' is not a key=value"
+        return f"'{error.override}': {' '.join(signs)} can't stand in this value without quotes: 'key=\"value\"'"
     if isinstance(error, MissingConfigException):
         group, _, name = (error.missing_cfg_file or "").rpartition("/")
         return f"{group}={name}: there is no such {group}. Choose one of: {', '.join(_options(group))}"
+    if ambiguous := re.match(r"Ambiguous value for argument '(.+)'", str(error)):
+        return f"{ambiguous[1]}: one value is wanted; a list is written key=[a,b]"
     if str(error).startswith("You must specify 'recipe'"):
         return f"recipe is missing. Write recipe=NAME with one of: {', '.join(_options('recipe'))}"
 
@@ -195,6 +252,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
+@cache
 def _schema(cls: type = Config, prefix: str = "") -> dict[str, str]:
     """Every dotted key of the schema with its type in words; `stages.*.steps` stands for any stage."""
     hints = get_type_hints(cls)

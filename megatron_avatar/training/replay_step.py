@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from megatron_avatar.config.checks import check_same_run
@@ -113,5 +114,5 @@ def show_completions(run: Run, console: Console) -> None:
     for t in run.fresh:
         parts = ", ".join(f"{name} {value:.3f}" for name, value in t.parts.items())
         question = run.samples[t.sample_id].question
-        console.print(f"[bold]{t.sample_id}[/] ({t.variant}), reward {t.reward:.3f} ({parts})", highlight=False)
+        console.print(f"[bold]{escape(t.sample_id)}[/] ({t.variant}), reward {t.reward:.3f} ({parts})", highlight=False)
         console.print(f"    {question}\n    {t.text}", soft_wrap=True, markup=False, highlight=False)

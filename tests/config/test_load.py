@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from megatron_avatar.config import Config, StageConfig, check_world, differences, load_config, save_config
-from megatron_avatar.config.load import CONFIG_DIR, readable
+from megatron_avatar.config.load import CONFIG_DIR, apply, readable
 
 INPUTS = ["model.path=models/omni", "data.manifest=data/manifest.jsonl"]
 
@@ -189,7 +189,14 @@ def test_overrides_reach_every_depth():
         ("~stages.visual.rewards", "stages.visual.rewards can't be removed"),
         ("~stages", "stages is empty"),
         ("rl.n_on", "'rl.n_on' is not a key=value"),
-        ("data.manifest=a=b", "'data.manifest=a=b' is not a key=value"),
+        ("rl.n_on=a=b", "'rl.n_on=a=b': = can't stand in this value without quotes"),
+        ("rl.n_on=八", "rl.n_on: expected int, got"),
+        ("rl.n_on=3,4", "rl.n_on=3,4: one value is wanted; a list is written key=[a,b]"),
+        ("rl.shaping.lam=inf", "rl.shaping.lam=inf: write a finite number"),
+        ("optim.lr=nan", "optim.lr=nan: write a finite number"),
+        ("stages.visual.steps=100000000000000000000000", "000: write a number below 9223372036854775808"),
+        ("stages.visual.rewards.format=-inf", "stages.visual.rewards.format=-inf: write a finite number"),
+        ("rl.replay.draw_share=[inf,0.1,0.1]", "rl.replay.draw_share[0]=inf: write a finite number"),
     ],
 )
 def test_a_mistake_is_named_with_its_remedy(override, says):
@@ -213,6 +220,35 @@ def test_a_mistake_in_a_recipe_names_its_file(tmp_path, monkeypatch):
     monkeypatch.setattr("megatron_avatar.config.load.CONFIG_DIR", tmp_path)
     with pytest.raises(ValueError, match="recipe/mine.yaml: unknown key 'rl.n_onn'.* 'rl.n_on'"):
         load_config(["recipe=mine"])
+
+
+TEXTS = ["1e3", "007", "1_000", "true", "0x10", "runs/a,b", "runs/实验", "a=b", "a b", "[x", "{y}", "(z)", "it's",
+         'say "so"', "back\\slash\\", "#1", "1.0", "inf", "on", "-"]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_text_is_what_was_typed(text):
+    config = load(f"output_dir={text}", f"name={text}", f"+cluster.env.X={text}", f"model.path={text}")
+    assert (config.output_dir, config.name, config.cluster.env["X"], config.model.path) == (text,) * 4
+    tree = OmegaConf.structured(Config)
+    apply(tree, [f"output_dir={text}", "rl.n_on=3", 'name="quoted, too"'])
+    assert (tree.output_dir, tree.rl.n_on, tree.name) == (text, 3, "quoted, too")
+
+
+def test_of_several_for_one_key_the_last_counts():
+    for first, last in (("a", "b c"), ("b c", "a"), ("[x]", "a"), ("a", "[x]")):
+        assert load(f"output_dir={first}", f"output_dir={last}").output_dir == last
+    assert load("rl.shaping={lam:0.4}", "rl.shaping.lam=0.3").rl.shaping.lam == 0.3
+    assert load("rl.shaping.lam=0.3", "rl.shaping={lam:0.4}").rl.shaping.lam == 0.4
+
+
+@settings(max_examples=60)
+@given(st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Zl", "Zp"]), min_size=1, max_size=12))
+def test_any_text_is_what_was_typed(text):
+    if text != "null" and "${" not in text and not text.startswith(("'", '"', "~")) and text == text.strip():
+        tree = OmegaConf.structured(Config)
+        apply(tree, [f"output_dir={text}"])
+        assert tree.output_dir == text
 
 
 @settings(max_examples=15)
@@ -264,6 +300,7 @@ EQUAL = [
     ["rl.n_on=3", "seed=7"], ["rl.shaping.lam=1e-1", "model.path=/a-b/c.d"], ["dry_run=true", "rl.vcrs=False"],
     ["ablation=wo_tas", "rl.shaping.shape=parabolic"], ["~stages.localisation", "stages.visual.steps=9"],
     ["+stages.visual.rewards.judge=0.3", "stages.visual.rewards.judge=0.2"], ["rl.dual_clip=null", "rl.beta=2"],
+    ["output_dir=1e3", "name=007", "model.path=a,b"],
     ["name=other", "output_dir=runs/x"], ["rl.replay.draw_share=[0.2,0.3,0.5]"], ["stages.visual.lr=1e-6"],
     ["parallel=a100_40g", "parallel.tp=8", "cluster=local", "cluster.gpus=8"], ["rl.n_on=3", "rl.n_on=5"],
 ]  # fmt: skip

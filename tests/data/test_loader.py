@@ -7,8 +7,9 @@ import sys
 import textwrap
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -251,3 +252,57 @@ def test_where_several_are_made_at_once_the_guilty_one_alone_is_set_aside(marks)
 
 def announce(requests, root):
     """Decodes nothing ahead."""
+
+
+# ---- what a foreign file or text makes a decoder raise --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [
+    RuntimeError("libavif"), MemoryError(), TypeError("a str"), OSError(36, "File name too long"), KeyError("x"),
+    av.error.OSError(5, "Input/output error"), ZeroDivisionError(), UnicodeDecodeError("utf-8", b"\xff", 0, 1, "x"),
+])  # fmt: skip
+def test_whatever_a_decoder_raises_sets_its_sample_aside_by_name(error, tmp_path, monkeypatch):
+    def decode(*_, **__):
+        raise error
+
+    monkeypatch.setattr("megatron_avatar.data.prompt.decode_image", decode)
+    data = DataConfig(frame_min_pixels=28 * 28, frame_max_pixels=84 * 84)
+    builder = PromptBuilder(make_tokenizer(), make_config(), data, 10_000)
+    good, odd = named("good"), named("odd", Media("odd.png", "image", height=56, width=56))
+    loader = MediaLoader(builder, tmp_path, 0, 10.0)
+    assert [prompt is None for prompt in loader.get([(odd, "plain"), (good, "plain")])] == [True, False]
+    assert "odd.png" in loader.quarantined["odd"] and type(error).__name__ in loader.quarantined["odd"]
+    loader.close()
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left"), OSError(5, "Input/output error"), ImportError("PIL")])
+def test_what_is_this_machines_fault_sets_nothing_aside(error, tmp_path, monkeypatch):
+    def decode(*_, **__):
+        raise error
+
+    monkeypatch.setattr("megatron_avatar.data.prompt.decode_image", decode)
+    builder = PromptBuilder(make_tokenizer(), make_config(), DataConfig(), 10_000)
+    loader = MediaLoader(builder, tmp_path, 0, 10.0)
+    with pytest.raises(type(error)):
+        loader.get([(named("odd", Media("odd.png", "image", height=56, width=56)), "plain")])
+    assert not loader.quarantined
+    loader.close()
+
+
+def test_odd_samples_are_set_aside_in_a_worker(tmp_path):
+    """Real files and texts: a name too long, a NUL, a text without UTF-8, a sound declared longer than all memory."""
+    make_video(tmp_path / "v.webm")
+    clip = Media("v.webm", "video", 16, 8.0, None, 84, 84)
+    data = DataConfig(decoder="pyav", fps=4.0, frame_min_pixels=28 * 28, frame_max_pixels=84 * 84)
+    builder = PromptBuilder(make_tokenizer(), make_config(), data, 10_000)
+    odd = [
+        named("long", replace(clip, path="y" * 300)), named("nul", replace(clip, path="a\0b")),
+        replace(named("text", clip), question="what \ud83d moves ?"),
+        named("vast", Media("a", "audio", audio_samples=10**17)),
+        named("gone", Media("gone.png", "image", height=56, width=56)),
+    ]  # fmt: skip
+    loader = MediaLoader(builder, tmp_path, 1, 60.0)
+    prompts = loader.get([(sample, "plain") for sample in [*odd, named("good", clip)]])
+    assert [prompt is None for prompt in prompts] == [True] * 5 + [False]
+    assert loader.quarantined.keys() == {"long", "nul", "text", "vast", "gone"}
+    loader.close()

@@ -138,6 +138,22 @@ def test_a_messages_parts_are_its_text():
             as_text(odd, "q")
 
 
+def test_a_missing_package_ends_the_work_and_blames_no_row(model, mapping, tmp_path, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("a package can't be imported here")
+
+    rows = text_rows(tmp_path / "rows.jsonl")
+    monkeypatch.setattr("data_tools.prepare.judge_row.accuracy_reward", broken)
+    with pytest.raises(RuntimeError, match="can't be imported"):
+        run("mapping", rows, tmp_path / "out", model, mapping)
+    monkeypatch.setattr("data_tools.prepare.judge_row.accuracy_reward", lambda *_: 1 / 0)
+    with pytest.raises(ValueError, match=r"no row is left, mostly because of fault \(40\)"):
+        run("mapping", rows, tmp_path / "again", model, mapping)
+    monkeypatch.undo()
+    whole, out = (run("mapping", rows, tmp_path / name, model, mapping) for name in ("whole", "out"))
+    assert (whole / "manifest.jsonl").read_bytes() == (out / "manifest.jsonl").read_bytes()
+
+
 def text_rows(path, count=40):
     """Rows without media: numbers, letters that repeat, and some that are refused."""
     asked = [f"how many beeps in {'long ' * (k % 5)}sound {k % 33} ?" for k in range(count)]

@@ -1,19 +1,22 @@
 """Predictions on file: resuming, settings, failures, ranks, several completions."""
 
 import json
+import resource
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from eval import score
 from eval.asking.benchmark import load_benchmark
 from eval.asking.items import Item
 from eval.asking.prompts import as_sample
-from eval.predict import predict
+from eval.predict import lock_of, predict
 from eval.run import Request, _score_anew, main, parse, settings_hash
 from eval.score import rescore
 from eval.scoring.predictions import correct, read_predictions
 from megatron_avatar.config import Config
+from megatron_avatar.locks import held
 from megatron_avatar.training.evaluate import Answer
 
 HELD_OUT = load_benchmark("held_out")
@@ -104,6 +107,41 @@ def test_only_the_first_rank_writes_and_all_agree_on_what_is_done(tmp_path):
     known = {p["id"]: [p] for p in done}
     predictions = ask(system, out, chunk=4, rank=1, share=lambda value: [(known, None), value])
     assert system.asked == ["s5", "s6"] and len(predictions) == 7 and out.read_text() == content
+
+
+def test_after_room_was_made_the_predictions_are_as_if_there_had_been_room(tmp_path, capsys):
+    whole, out = tmp_path / "whole.jsonl", tmp_path / "a.jsonl"
+    ask(System(n=2), whole, chunk=3, n=2)
+    before, size = resource.getrlimit(resource.RLIMIT_FSIZE), whole.stat().st_size
+    for limit in (100, size // 3, size - 5):  # an item's completions are written together or not at all
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+        try:
+            with pytest.raises(ValueError, match="make room, or raise the limit, and run the same command .*a.jsonl"):
+                ask(System(n=2), out, chunk=3, n=2)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert whole.read_bytes().startswith(out.read_bytes()) and out.read_bytes()[-1:] in (b"\n", b"")
+    system = System(n=2)
+    ask(system, out, chunk=3, n=2)
+    assert out.read_bytes() == whole.read_bytes() and len(system.asked) < 6
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size - 5, before[1]))
+    try:
+        with pytest.raises(OSError, match="make room"):
+            rescore(out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert out.read_bytes() == whole.read_bytes() and rescore(out) == read_predictions(whole)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "whole.jsonl"]
+
+
+def test_who_scores_while_others_write_is_refused(tmp_path, capsys):
+    out = tmp_path / "a.jsonl"
+    ask(System(), out, chunk=4)
+    content = out.read_bytes()
+    with held(lock_of(out), "eval.run"):
+        assert score.main([str(out)]) == 2
+    assert "held by eval.run (process" in capsys.readouterr().err and out.read_bytes() == content
+    assert score.main([str(out)]) == 0
 
 
 def test_the_settings_hash_follows_what_changes_a_completion(tmp_path):

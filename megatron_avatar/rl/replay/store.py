@@ -40,6 +40,7 @@ _ROW = np.dtype([
     ("serial", "<i8"), ("tokens", "<i8"), ("meta", "<i8"), ("step", "<i8"), ("policy_version", "<i8"),
     ("reward", "<f8"), ("kl_ref", "<f8"), ("finished", "?"),
 ])  # fmt: skip
+TABLES = {"rows": _ROW, "token_ids": np.dtype(np.int32), "logprobs": np.dtype(np.float32), "meta": np.dtype(np.uint8)}
 
 
 def write_shards(
@@ -79,17 +80,26 @@ def read_shards(
 ) -> tuple[dict[int, Trajectory], list[str]]:
     """Read the live trajectories of `index` by serial number, oldest first, and name damaged shards.
 
-    A missing or altered shard is set aside as NAME.damaged, reported and left out: replay goes on with the rest.
+    A shard that is missing, altered or no shard is set aside as NAME.damaged, reported and left out: replay goes on
+    with the rest.
     `share` may call `read` on one rank and pass what it returned to the others, so that the disk is read once.
     """
     found: dict[int, Trajectory] = {}
     damaged = []
     for name, shard in index.items():
-        image = share(partial(_read_whole, folder / name, shard))
-        if image is None:
+        if Path(name).name != name:
+            log.error("replay shard %s is left out: its name leads out of %s", name, folder)
             damaged.append(name)
-        else:
-            found.update(_decode(image, shard["live"]))
+            continue
+        try:
+            image = share(partial(_read_whole, folder / name, shard))
+            if image is None:
+                damaged.append(name)
+            else:
+                found.update(_decode(image, shard["live"]))
+        except ValueError as error:  # on all ranks alike
+            _set_aside(folder / name, str(error), len(shard["live"]))
+            damaged.append(name)
     return {serial: found[serial] for serial in sorted(found)}, damaged
 
 
@@ -151,11 +161,39 @@ def _encode(trajectories: Mapping[int, Trajectory]) -> bytes:
         return file.id.get_file_image()
 
 
+def read_tables(image: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray, bytes]:
+    """A shard's rows [n], token_ids [T] int32, logprobs [T] float32 and meta. ValueError for any other content.
+
+    The file may be foreign: what lies outside of it is not followed, and nothing is allocated whose bytes aren't there.
+    """
+    try:
+        with h5py.File.in_memory(image) as file:
+            rows, token_ids, logprobs, meta = (_table(file, name, dtype) for name, dtype in TABLES.items())
+    except (OSError, RuntimeError, KeyError, TypeError) as error:  # as HDF5 and h5py raise on damaged files
+        raise ValueError(f"it is no shard ({type(error).__name__}: {error})") from None
+    sizes = {"tokens": len(token_ids), "meta": len(meta)}
+    if len(token_ids) != len(logprobs) or any(
+        (rows[name] < 0).any() or sum(rows[name].tolist()) != size for name, size in sizes.items()
+    ):
+        raise ValueError("its rows don't add up to its tokens and texts")
+    return rows, token_ids, logprobs, meta.tobytes()
+
+
+def _table(file: h5py.File, name: str, dtype: np.dtype) -> np.ndarray:
+    """One dataset of the file itself, whole in it as it was written."""
+    if not isinstance(file.get(name, getlink=True), h5py.HardLink) or not isinstance(file[name], h5py.Dataset):
+        raise ValueError(f"its {name} is no dataset of its own")
+    table = file[name]
+    if table.ndim != 1 or table.dtype != dtype or table.external is not None or table.is_virtual:
+        raise ValueError(f"its {name} is not what a shard holds")
+    if table.id.get_storage_size() != table.size * dtype.itemsize:
+        raise ValueError(f"its {name} declares {table.size} values, whose bytes it doesn't hold")
+    return table[:]
+
+
 def _decode(image: bytes, live: Mapping[str, str]) -> dict[int, Trajectory]:
-    """The live trajectories of a shard's file image, by serial number."""
-    with h5py.File.in_memory(image) as file:
-        rows, token_ids, logprobs = file["rows"][:], file["token_ids"][:], file["logprobs"][:]
-        meta = file["meta"][:].tobytes()
+    """The live trajectories of a shard's file image, by serial number. ValueError where it doesn't hold them."""
+    rows, token_ids, logprobs, meta = read_tables(image)
     trajectories = {}
     token_end = meta_end = 0
     for serial, tokens, meta_bytes, step, version, reward, kl_ref, finished in rows.tolist():
@@ -169,23 +207,31 @@ def _decode(image: bytes, live: Mapping[str, str]) -> dict[int, Trajectory]:
             logprobs=logprobs[token_start:token_end].copy(),
             finished=finished,
         )
-        trajectories[serial] = Trajectory(
-            completion=completion, reward=reward, kl_ref=kl_ref, step=step, policy_version=version,
-            **json.loads(meta[meta_start:meta_end]),
-        )
-    assert trajectories.keys() == set(map(int, live)), "the index names rows that its shard doesn't hold"
+        try:
+            about = json.loads(meta[meta_start:meta_end])
+            trajectories[serial] = Trajectory(
+                completion=completion, reward=reward, kl_ref=kl_ref, step=step, policy_version=version, **about
+            )
+        except (ValueError, TypeError, RecursionError) as error:
+            raise ValueError(f"row {serial} can't be read ({type(error).__name__}: {error})") from None
+    if trajectories.keys() != set(map(int, live)):
+        raise ValueError("it doesn't hold the rows that the index names")
     return trajectories
 
 
 def _read_whole(path: Path, shard: Mapping[str, Any]) -> bytes | None:
     """The file image of a shard; None, with the file set aside, where it is missing or altered."""
     if reason := damage(path, shard["sha256"]):
-        with suppress(OSError):  # missing, or a read-only folder: the loss is logged either way
-            path.rename(path.with_name(path.name + ".damaged"))
-        log.error("replay shard %s is lost (%s): its %d trajectories are left out of the buffer; "
-                  "restore the file from a copy to have them back", path, reason, len(shard["live"]))
+        _set_aside(path, reason, len(shard["live"]))
         return None
     return path.read_bytes()
+
+
+def _set_aside(path: Path, reason: str, rows: int) -> None:
+    with suppress(OSError):  # missing, or a read-only folder: the loss is logged either way
+        path.rename(path.with_name(path.name + ".damaged"))
+    log.error("replay shard %s is lost (%s): its %d trajectories are left out of the buffer; "
+              "restore the file from a copy to have them back", path, reason, rows)
 
 
 def _write_whole(folder: Path, name: str, image: bytes) -> None:

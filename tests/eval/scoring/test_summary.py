@@ -105,6 +105,14 @@ def test_what_is_shown():
     assert (rows["headline"], rows["mae"], rows["rmse"], rows["task: t"]) == ("50.0 %", "1.2", "1.8", "50.0 %")
 
 
+def test_the_owners_words_are_shown_as_they_are(capsys):
+    """Nothing in them is read as markup, and nothing of them is lost."""
+    lines = [line("a", 1.0, task="[audio] event"), line("b", 0.0, task="[/INST]")]
+    show(summarise(made(), lines), "runs/[/x]")
+    text = " ".join(capsys.readouterr().out.split())
+    assert "task: [audio] event" in text and "task: [/INST]" in text and "runs/[/x]" in text
+
+
 def test_a_summary_as_json():
     found = as_json(summarise(made(), [line("a", 1.0), line("b", 1.0)]))
     assert json.loads(json.dumps(found)) == found

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import logging
 import os
@@ -13,9 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_tools.show import read_rows
 from megatron_avatar.records import Completion, Trajectory
 from megatron_avatar.rl.replay import store
-from megatron_avatar.rl.replay.store import collect_garbage, read_shards, write_shards
+from megatron_avatar.rl.replay.store import TABLES, collect_garbage, read_shards, read_tables, write_shards
 
 number = st.floats(allow_nan=False, allow_infinity=False)
 
@@ -257,3 +259,120 @@ def test_nothing_to_do(tmp_path: Path) -> None:
     assert write_shards(tmp_path / "new", {}, known={}) == {}
     assert read_shards(tmp_path / "new", {}) == ({}, [])
     assert collect_garbage(tmp_path / "new", []) == []
+
+
+# ---- shards that others have made ----------------------------------------------------------------------------------
+
+
+def foreign(folder, change):
+    """A sound shard that `change(file, tables)` makes into another one; its index, with the right checksum."""
+    (name, shard), = write_shards(folder, make(5), known={}).items()
+    with h5py.File(folder / name) as file:
+        tables = {table: file[table][:] for table in TABLES}
+    (folder / name).unlink()
+    with h5py.File(folder / "made.h5", "w") as file:
+        change(file, tables)
+        for table, values in tables.items():
+            if file.get(table, getlink=True) is None:
+                file[table] = values
+    image = (folder / "made.h5").read_bytes()
+    digest = hashlib.sha256(image).hexdigest()
+    (folder / "made.h5").rename(folder / f"shard-{digest[:16]}.h5")
+    return {f"shard-{digest[:16]}.h5": {**shard, "sha256": digest}}
+
+
+def outside(link):
+    def change(file, tables):
+        secret = Path(file.filename).with_name("secret.h5")
+        with h5py.File(secret, "w") as other:
+            for name, values in tables.items():
+                other[name] = values
+        link(file, secret)
+
+    return change
+
+
+def virtual(file, secret):
+    layout = h5py.VirtualLayout((5,), TABLES["rows"])
+    layout[:] = h5py.VirtualSource(str(secret), "rows", (5,), TABLES["rows"])
+    file.create_virtual_dataset("rows", layout)
+
+
+def external(file, secret):
+    secret.write_bytes(b"\0" * 1000)
+    file.create_dataset("token_ids", (15,), np.int32, external=[(str(secret), 0, 60)])
+
+
+def changed(table, key, value):
+    def change(file, tables):
+        tables[table][key] = value
+
+    return change
+
+
+def dataset(name, make, **options):
+    return lambda file, tables: file.create_dataset(name, data=make(tables), **options)
+
+
+def linked_inside(file, tables):
+    file["other"], file["rows"] = tables["rows"], h5py.SoftLink("/other")
+
+
+def undeclared(file, tables):
+    file.create_dataset("token_ids", (2 * 10**9,), np.int32, chunks=(1024,))
+
+
+MADE = {
+    "external link": outside(lambda file, secret: file.__setitem__("rows", h5py.ExternalLink(str(secret), "rows"))),
+    "soft link": linked_inside,
+    "virtual": outside(virtual),
+    "external storage": outside(external),
+    "sizes without bytes": undeclared,
+    "packed": dataset("logprobs", lambda tables: np.zeros(10**6, np.float32), compression="gzip"),
+    "group": lambda file, tables: file.create_group("meta"),
+    "other numbers": dataset("token_ids", lambda tables: tables["token_ids"].astype(np.int64)),
+    "two axes": dataset("logprobs", lambda tables: tables["logprobs"][None]),
+    "negative": changed("rows", "tokens", -1),
+    "too many": changed("rows", "meta", 10**12),
+    "other rows": changed("rows", "serial", 77),
+    "no JSON": changed("meta", slice(0, 1), ord("[")),
+    "other keys": changed("meta", slice(2, 3), ord("X")),
+}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_a_foreign_shard_is_set_aside_and_names_no_other_file(name, tmp_path, caplog):
+    index = foreign(tmp_path, MADE[name])
+    (shard,) = index
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    rows, (told,) = read_rows(tmp_path, {"replay": index})
+    assert rows == [] and (told["damage"] or name == "other rows")  # which is none of those alive
+    sound = write_shards(tmp_path, make(3, first=50), known={})
+    found, damaged = read_shards(tmp_path, {**index, **sound})
+    assert list(found) == [50, 51, 52] and damaged == [shard] and f"{shard} is lost" in caplog.text
+    assert (tmp_path / f"{shard}.damaged").exists()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**19  # KiB
+
+
+def test_a_shards_name_stays_in_its_folder(tmp_path, caplog):
+    index = write_shards(tmp_path / "a", make(2), known={})
+    (tmp_path / "replay").mkdir()
+    away = {f"../a/{name}": shard for name, shard in index.items()}
+    assert read_shards(tmp_path / "replay", away) == ({}, list(away)) and "leads out of" in caplog.text
+    assert files(tmp_path / "a") == set(index)  # and nothing there is renamed
+    assert read_rows(tmp_path / "replay", {"replay": away})[0] == []
+
+
+@settings(max_examples=60)
+@given(st.data())
+def test_damage_anywhere_is_a_shard_or_none(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("replay")
+    (name,) = write_shards(folder, make(4), known={})
+    image = bytearray((folder / name).read_bytes())
+    for place in data.draw(st.lists(st.integers(0, len(image) - 1), min_size=1, max_size=4)):
+        image[place] = data.draw(st.integers(0, 255))
+    try:
+        rows, tokens, logprobs, meta = read_tables(bytes(image[: data.draw(st.integers(0, len(image)))]))
+        assert rows["tokens"].sum() == len(tokens) == len(logprobs) and rows["meta"].sum() == len(meta)
+    except ValueError:
+        pass
