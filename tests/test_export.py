@@ -126,5 +126,5 @@ def test_mistakes_are_named(folder, capsys):
     assert "config.yaml doesn't exist: name the output_dir of a run" in say(capsys, folder, out)[1]
     save_config(Config(model=ModelConfig(path=str(folder / "hf"))), folder / "config.yaml")
     status, said = say(capsys, folder, out)
-    assert status == 1 and "has no checkpoint: the run has none yet" in said
+    assert status == 1 and "has no checkpoint: the run has none" in said
 
