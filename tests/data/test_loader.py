@@ -266,7 +266,7 @@ def test_whatever_a_decoder_raises_sets_its_sample_aside_by_name(error, tmp_path
         raise error
 
     monkeypatch.setattr("megatron_avatar.data.prompt.decode_image", decode)
-    data = DataConfig(frame_min_pixels=28 * 28, frame_max_pixels=84 * 84)
+    data = DataConfig(frame_min_pixels=28 * 28, frame_max_pixels=84 * 84, instruction="")
     builder = PromptBuilder(make_tokenizer(), make_config(), data, 10_000)
     good, odd = named("good"), named("odd", Media("odd.png", "image", height=56, width=56))
     loader = MediaLoader(builder, tmp_path, 0, 10.0)
@@ -281,7 +281,7 @@ def test_what_is_this_machines_fault_sets_nothing_aside(error, tmp_path, monkeyp
         raise error
 
     monkeypatch.setattr("megatron_avatar.data.prompt.decode_image", decode)
-    builder = PromptBuilder(make_tokenizer(), make_config(), DataConfig(), 10_000)
+    builder = PromptBuilder(make_tokenizer(), make_config(), DataConfig(instruction=""), 10_000)
     loader = MediaLoader(builder, tmp_path, 0, 10.0)
     with pytest.raises(type(error)):
         loader.get([(named("odd", Media("odd.png", "image", height=56, width=56)), "plain")])
@@ -293,7 +293,7 @@ def test_odd_samples_are_set_aside_in_a_worker(tmp_path):
     """Real files and texts: a name too long, a NUL, a text without UTF-8, a sound declared longer than all memory."""
     make_video(tmp_path / "v.webm")
     clip = Media("v.webm", "video", 16, 8.0, None, 84, 84)
-    data = DataConfig(decoder="pyav", fps=4.0, frame_min_pixels=28 * 28, frame_max_pixels=84 * 84)
+    data = DataConfig(instruction="", decoder="pyav", fps=4.0, frame_min_pixels=784, frame_max_pixels=7056)
     builder = PromptBuilder(make_tokenizer(), make_config(), data, 10_000)
     odd = [
         named("long", replace(clip, path="y" * 300)), named("nul", replace(clip, path="a\0b")),
