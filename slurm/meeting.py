@@ -92,12 +92,14 @@ class _Host:
             while len(self.ready) < self._world and not self.reason:
                 for key, _ in selector.select(timeout=0.1):
                     self._accept(selector) if key.fileobj is self._server else self._read(key.fileobj, selector)
+                if time.monotonic() < min(say, end) or not (missing := self._missing()):  # rank 0 may just be ready
+                    continue
                 if time.monotonic() > end:
-                    self.reason = (f"after {JOIN_S:.0f} s it still waits for {self._missing()}: look at these nodes, "
-                                   "or leave them out (sbatch --exclude)")  # fmt: skip
-                elif time.monotonic() > say:
+                    self.reason = (f"after {JOIN_S:.0f} s it still waits for {missing}: look at these nodes, or leave "
+                                   "them out (sbatch --exclude)")  # fmt: skip
+                else:
                     say = time.monotonic() + SAY_S
-                    print(f"pre-flight: waiting for {self._missing()}", file=sys.stderr, flush=True)
+                    print(f"pre-flight: waiting for {missing}", file=sys.stderr, flush=True)
         for line in self._lines:  # the port is free again by now
             with line, suppress(OSError):
                 if not self.reason:
