@@ -20,7 +20,7 @@ from PIL import Image
 
 from data_tools.prepare.damage import Refused
 from data_tools.prepare.store import Handling, Source, read_card, store
-from eval.run import fitting
+from eval.engine import fitting
 from megatron_avatar.config import Config
 from megatron_avatar.data.picture import to_rgb
 from megatron_avatar.data.prompt import MEDIUM

@@ -31,7 +31,7 @@ def read_profile(
     wanted = {*re.findall(r'"[^"\n]*{(\w+)}', text)} - {"out"}
     optional = {*re.findall(r'"[^"\n]*{(\w+)\?}', text)}
     own = {k: v for k, _, v in (item.partition("=") for item in settings) if k in wanted | optional}
-    found = {k: own.get(k) or given(k, _site(settings)) for k in wanted | optional} if wanted else dict(own)
+    found = {k: own.get(k) or given(k, site_paths(settings)) for k in wanted | optional} if wanted else dict(own)
     missing = [f"{key} is not given: {_ways(key)}" for key in sorted(wanted) if not found.get(key)]
     missing += [f"{key}={value} doesn't exist: correct it" for key, value in sorted(found.items())
                 if value and not Path(value).exists()]  # fmt: skip
@@ -56,7 +56,7 @@ def _filled(part: Any, values: dict[str, str]) -> Any:
     return re.sub(r"\{(\w+)\??\}", lambda found: values.get(found[1], found[0]), part)
 
 
-def _site(settings: list[str]) -> dict[str, str]:
+def site_paths(settings: list[str]) -> dict[str, str]:
     """cluster.paths of the site that the settings name."""
     site = [item for item in settings if item.startswith("cluster")]
     return load_config(["recipe=tiny_sft", "model.path=-", "data.manifest=-", *site]).cluster.paths

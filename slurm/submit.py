@@ -39,7 +39,7 @@ SHORT = {"A": "account", "C": "constraint", "G": "gpus", "J": "job-name", "N": "
 SHARED = ("data.", "cluster", "parallel", "log.", "model.dtype", "model.context")  # the cold start's too
 JUDGE_MINUTES = 60  # that a judge's job may last beyond the training's
 JUDGE_GIB = 64
-PLACE = ("partition", "account", "qos", "constraint", "reservation", "clusters", "time")  # the judge's too
+PLACE = ("partition", "account", "qos", "constraint", "reservation", "clusters", "cpus-per-task", "time")  # the judge's
 
 
 @dataclass
@@ -146,10 +146,11 @@ def said(config: Config, settings: list[str]) -> list[str]:
 
 def sbatch(job: Job, *more: str) -> str:
     """Submit; the job's number."""
-    return _sbatch([*job.line(job.request), *more, str(job.script), *job.settings])
+    return submitted([*job.line(job.request), *more, str(job.script), *job.settings])
 
 
-def _sbatch(line: list[str]) -> str:
+def submitted(line: list[str]) -> str:
+    """The number of the job that such a line of sbatch queues."""
     return queue.ask("sbatch", "--parsable", *line).strip().split(";")[0]
 
 
@@ -247,8 +248,10 @@ def _with_judge(job: Job, behind: list[str]) -> tuple[str, str]:
         asked = request.make(config, 1, 1, 0, JUDGE_GIB << 30)
         asked = replace(asked, minutes=min(config.cluster.minutes, job.request.minutes + JUDGE_MINUTES))
         where = [o for o in job.options if o.partition("=")[0].removeprefix("--") in PLACE]
+        asked = request.first_accepted([asked, replace(asked, memory=0)],
+                                       lambda one: [*request.without(one, where).line(), *where])  # fmt: skip
         script = [str(ROOT / "slurm" / "judge.sh"), str(folder), config.judge.model]
-        judge = _sbatch([*request.without(asked, where).line(), *where, *behind, *script])
+        judge = submitted([*request.without(asked, where).line(), *where, *behind, *script])
     except BaseException:
         queue.ask("scancel", training)
         raise

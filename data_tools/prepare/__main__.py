@@ -6,6 +6,8 @@ source: avatar_rl, vision_r1_rl, video_r1, or mapping with mapping=FILE.yaml. in
 lists or parquet, or OWNER/NAME of the hub with revision=COMMIT. The other keys: data_tools/prepare/settings.py. Keys
 with a dot change the recipe that the data are for (recipe=avatar_7b): data.max_frames=8.
 
+--sources says where data sets and models are, how large, and what fetches them.
+
 source=teacher input=MANIFEST endpoint=URL asks a teacher for reasoning traces (data_tools/traces.py).
 
 The same command again continues what was interrupted. In a Slurm array every task does its shard, the last one merges.
@@ -24,6 +26,10 @@ def main(arguments: list[str]) -> int:
     if not arguments or {"-h", "--help", "help"} & set(arguments):
         print(__doc__)
         return 0 if arguments else 2
+    if arguments == ["--sources"]:
+        from data_tools.prepare.published import show
+
+        return show()
     from rich.console import Console
 
     from data_tools.prepare.settings import parse

@@ -32,6 +32,7 @@ class Source:
     files: list[str] = field(default_factory=list)
     items: int = 0
     note: str = ""  # what a user has to know to get it
+    media: str = ""  # how many, and how large where that is known
 
 
 @dataclass

@@ -11,8 +11,10 @@ from eval import score
 from eval.asking.benchmark import load_benchmark
 from eval.asking.items import Item
 from eval.asking.prompts import as_sample
+from eval.engine import _score_anew, settings_hash
 from eval.predict import lock_of, predict
-from eval.run import Request, _score_anew, main, parse, settings_hash
+from eval.request import Request, parse
+from eval.run import main
 from eval.score import rescore
 from eval.scoring.predictions import correct, read_predictions
 from megatron_avatar.config import Config

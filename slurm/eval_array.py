@@ -1,0 +1,153 @@
+"""What slurm/eval.sh asks: how an array over benchmarks is submitted, and what one of its tasks runs.
+
+    python slurm/eval_array.py submit SCRIPT [sbatch's options] [key=value ...]     check, say, submit
+    python slurm/eval_array.py task [key=value ...]                                 shell text for one task
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)
+
+from eval.asking.benchmark import load_benchmark, names  # noqa: E402
+from eval.request import parse  # noqa: E402
+from megatron_avatar.config import Config  # noqa: E402
+from megatron_avatar.config.paths import given, variable  # noqa: E402
+from megatron_avatar.planning import outline  # noqa: E402
+from slurm import container, launch, request  # noqa: E402
+from slurm.profile import site_paths  # noqa: E402
+from slurm.submit import split, submitted  # noqa: E402
+
+OUT = "runs/eval"
+MARGIN = 3.0  # of the time limit over the planned hours: items differ more than steps
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One task: its benchmark, eval.run's words, and the engine's configuration."""
+
+    benchmark: str
+    words: list[str]
+    config: Config
+
+
+def evaluations(settings: list[str]) -> list[Evaluation]:
+    """A task for each benchmark, in an order that stays. ValueError with what is missing."""
+    own = dict(item.partition("=")[::2] for item in settings if item.partition("=")[0] in ("data", "benchmarks"))
+    rest = [item for item in settings if item.partition("=")[0] not in own]
+    folder = Path(own.get("data") or given("benchmarks", site_paths(rest)))
+    if not own.get("data") and folder == Path():
+        raise ValueError(f"data is missing: write data=FOLDER, or export {variable('benchmarks')}=FOLDER, with one "
+                         "folder a benchmark: python -m eval.run --benchmarks says what fetches them")  # fmt: skip
+    if not folder.is_dir():
+        raise ValueError(f"data={folder} is no folder; python -m eval.run --benchmarks says what fetches it")
+    named = [name for name in own.get("benchmarks", "").split(",") if name]
+    there = [name for name in names() if (folder / name).is_dir()]
+    for name in named:
+        load_benchmark(name)
+    if lacking := [name for name in named if name not in there]:
+        raise ValueError(f"data={folder} has no folder {', '.join(lacking)}: python -m eval.run --benchmarks "
+                         f"{' '.join(lacking)} says what fetches them")  # fmt: skip
+    if not there:
+        raise ValueError(f"data={folder} has none of the benchmarks' folders ({', '.join(names()[:3])} ...)")
+    keys = {item.partition("=")[0]: item.partition("=")[2] for item in rest}
+    run = Path(keys.get("model", ""), "config.yaml").is_file()
+    more = [] if run or "recipe" in keys else ["recipe=avatar_7b"]
+    more += [] if "out" in keys else [f"out={OUT}"]
+    found = []
+    for name in named or there:
+        words = [f"benchmark={name}", f"data={folder / name}", *rest, *more]
+        found.append(Evaluation(name, words, parse(words)[1]))
+    return found
+
+
+def asked(tasks: list[Evaluation], nodes: int, per_node: int) -> request.Request:
+    """What each task of the array asks for: the longest one's time."""
+    config = tasks[0].config
+    where = outline.of(config, nodes, per_node)
+    n = next((int(w.partition("=")[2]) for w in tasks[0].words if w.startswith("n=")), 1)
+    hours = max(outline.evaluation_hours(t.config, where, load_benchmark(t.benchmark).source.items or 1000, n)
+                for t in tasks)  # fmt: skip
+    return request.make(config, nodes, per_node, hours, outline.evaluation_memory(config, where), margin=MARGIN)
+
+
+def submit(script: Path, arguments: list[str]) -> int:
+    words = split(arguments)
+    tasks = evaluations(words.settings)
+    config = tasks[0].config
+    replica = config.parallel.tp * config.parallel.pp
+    spread = outline.layout(replace_gpus(config, config.cluster.gpus or replica))
+    nodes = words.number("nodes", spread.gpus // spread.per_node)
+    per_node = words.number("ntasks-per-node", spread.per_node)
+    if nodes * per_node % replica:
+        raise ValueError(f"{nodes} x {per_node} processes don't divide into parallel.tp={config.parallel.tp} x "
+                         f"parallel.pp={config.parallel.pp}: take a multiple of {replica}")  # fmt: skip
+    container.check(config)
+    one = asked(tasks, nodes, per_node)
+    array = [] if any(o.startswith("--array") for o in words.options) else [f"--array=0-{len(tasks) - 1}"]
+    signal = [] if os.environ.get("SBATCH_SIGNAL") else [f"--signal=USR1@{config.cluster.signal_s}"]
+    own = request.without(one, words.options).line()
+    if not any(option.startswith(("--gres", "--gpus")) for option in [*own, *words.options]):
+        own.append("--gres=none")  # the script's own line asks for GPUs
+    line = [*own, *signal, *array, *words.options]
+    request.first_accepted([one], lambda _: line)
+    out = next(w.partition("=")[2] for w in tasks[0].words if w.startswith("out="))
+    print(f"{len(tasks)} benchmarks: {', '.join(task.benchmark for task in tasks)}\n  each on {nodes} x {per_node} "
+          f"processes, {one.minutes // 60}:{one.minutes % 60:02} h at most, into {out}")  # fmt: skip
+    if "--check" in words.own:
+        return 0
+    job = submitted([*line, str(script), *with_names(words.settings, tasks)])
+    print(f"job {job}: tasks 0 to {len(tasks) - 1}; logs: slurm-avatar-eval-{job}_N.out")
+    return 0
+
+
+def with_names(settings: list[str], tasks: list[Evaluation]) -> list[str]:
+    """The settings with the benchmarks and their folder named: what is there may change until the tasks start."""
+    rest = [s for s in settings if s.partition("=")[0] not in ("benchmarks", "data")]
+    folder = next(w.partition("=")[2] for w in tasks[0].words if w.startswith("data="))
+    site = os.environ.get("AVATAR_CLUSTER")
+    site = [f"cluster={site}"] if site and not any(s.startswith("cluster=") for s in rest) else []
+    return [f"data={Path(folder).parent}", f"benchmarks={','.join(t.benchmark for t in tasks)}", *rest, *site]
+
+
+def replace_gpus(config: Config, gpus: int) -> Config:
+    return replace(config, cluster=replace(config.cluster, gpus=gpus))
+
+
+def task(arguments: list[str]) -> str:
+    """Shell text: the words of this task's eval.run, and how it starts."""
+    tasks, number = evaluations(arguments), int(os.environ["SLURM_ARRAY_TASK_ID"])
+    if number >= len(tasks):
+        raise ValueError(f"the array has a task {number}, and there are {len(tasks)} benchmarks: write "
+                         f"--array=0-{len(tasks) - 1}")  # fmt: skip
+    one, config = tasks[number], tasks[number].config
+    config.data.manifest = next(w.partition("=")[2] for w in one.words if w.startswith("data=")) + "/records"
+    config.model.path = config.model.path or next(w.partition("=")[2] for w in one.words if w.startswith("model="))
+    lines = [f"module load {shlex.join(config.cluster.modules)}"] if config.cluster.modules else []
+    lines += [f"export {name}={shlex.quote(value)}" for name, value in launch.environment(config, ROOT).items()]
+    lines += [f"words=({shlex.join(one.words)})", f"command=({shlex.join(launch.command(config, ROOT))})",
+              f"srun_options=({shlex.join(launch.srun_options(config, ROOT))})",
+              f"master={shlex.quote(config.cluster.master)}"]  # fmt: skip
+    return "\n".join(lines)
+
+
+def main(arguments: list[str]) -> int:
+    try:
+        if arguments[0] == "submit":
+            return submit(Path(arguments[1]), arguments[2:])
+        print(task(arguments[1:]))
+        return 0
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
