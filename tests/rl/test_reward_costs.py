@@ -55,7 +55,7 @@ def test_a_missing_unit_library_is_no_unknown_unit(monkeypatch):
         accuracy_reward("36 km/h", make("numerical", "10 m/s"))
 
 
-LONG = ["\\frac{", "\\boxed{", " ", "\n", "1", "1 ", "111 ", "1,", "½", "²", "km/", "```\n", "**", "(4)", "选",
+LONG = ["\\frac{", "\\boxed{", " ", "\n", "1", "1 ", "111 ", "1,", "½", "²", "km/", "```\n", "**", "- ", "(4)", "选",
 "A ", "B, ",
         "the answer is ", "twenty one ", "half a ", "1 million ", "not ", "三百", "a\u2003", "<answer>"]  # fmt: skip
 

@@ -15,7 +15,7 @@ _IS_RIGHT = re.compile(
     r"选?项?(?:是?(?:正确|对)的?)|选项|项|です|だ|입니다|번)[.!\s]*+\Z",
     re.IGNORECASE,
 )
-_BEHIND = re.compile(r"[\s,:;-]*+[(\[]([A-Za-z])[)\]][.\s]*+\Z")
+_BEHIND = re.compile(r"(?<![\s,:;-])[\s,:;-]*+[(\[]([A-Za-z])[)\]][.\s]*+\Z")
 _SECOND = re.compile(r"(?:\b(?:or|and)\s+|[,/&]\s*+|[(\[])[(\[]?([A-Z])(?![A-Za-z0-9_'])")
 _ARTICLE = re.compile(r"\A(?:an?|the)\s+")
 _DENIED = re.compile(r"\W*+(?:is|are|was|were)\s+(?:not|wrong|incorrect|false)\b")
