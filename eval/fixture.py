@@ -32,8 +32,8 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from eval.asking.benchmark import Benchmark, load_benchmark
-from eval.asking.prompts import as_asked, as_sample
+from eval.asking.benchmark import Benchmark, as_asked, load_benchmark
+from eval.asking.prompts import as_sample
 from eval.predict import predict
 from eval.prepare import prepare
 from eval.scoring.predictions import Prediction, score_line

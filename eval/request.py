@@ -8,8 +8,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from eval.asking.benchmark import PROTOCOLS, load_benchmark
-from eval.asking.prompts import as_asked
+from eval.asking.benchmark import PROTOCOLS, as_asked, load_benchmark
 from megatron_avatar.config import Config, load_config
 from megatron_avatar.config.load import apply
 from megatron_avatar.config.paths import check_model, home, refuse

@@ -45,8 +45,7 @@ def main(arguments: list[str]) -> int:
             return fixture.check(arguments[1:])
         request, config, judge = parse(arguments)
         check_processes(config, "eval.run", arguments)
-        print(f"{request.benchmark}: starting", file=sys.stderr)  # what follows imports torch for a while
-        from eval.engine import run
+        from eval.engine import run  # torch only once the request is sound
         from eval.scoring.summary import show, summarise
 
         predictions = run(request, config, judge)

@@ -6,13 +6,15 @@ under each protocol, and how scores become the headline. There is no code of a s
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+
+from megatron_avatar.config.schema import DataConfig
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 PROTOCOLS = ("ours", "released")
@@ -110,6 +112,11 @@ class Benchmark:
     records: Records = field(default_factory=Records)
     protocols: dict[str, Protocol] = field(default_factory=dict)
     aggregate: Aggregate = field(default_factory=Aggregate)
+
+
+def as_asked(data: DataConfig, protocol: Protocol) -> DataConfig:
+    """The settings with the words that the protocol puts into every prompt: those of training, or its own."""
+    return data if protocol.as_trained else replace(data, instruction="", system=protocol.system)
 
 
 def names() -> list[str]:

@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 import string
-from dataclasses import replace
 
 from eval.asking.benchmark import Protocol
 from eval.asking.items import Item, problem_type
-from megatron_avatar.config.schema import DataConfig
 from megatron_avatar.data.prompt import MEDIUM
 from megatron_avatar.records import Media, Sample
-
-
-def as_asked(data: DataConfig, protocol: Protocol) -> DataConfig:
-    """The settings with the words that the protocol puts into every prompt: those of training, or its own."""
-    return data if protocol.as_trained else replace(data, instruction="", system=protocol.system)
 
 
 def render(item: Item, protocol: Protocol) -> str:
