@@ -38,7 +38,7 @@ RL = ("optim.lr=1e-4", "rl.sampling.max_new_tokens=64", "rl.replay.min_fill=4", 
 RUNS = {
     "sft": ("recipe=tiny_sft", "optim.lr=2e-3", "stages.sft.steps=40", "stages.sft.prompts_per_step=8"),
     "grpo": ("recipe=tiny_grpo", *RL),
-    "avatar": ("recipe=tiny_avatar", *RL),
+    "avatar": ("recipe=tiny_avatar", *RL, "rl.revisit_share=0.25", "rl.replay.max_age=100"),
 }
 Curves = dict[str, list[dict[str, Any]]]
 
