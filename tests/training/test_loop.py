@@ -281,7 +281,7 @@ def test_buffer_and_baselines_go_into_the_next_stage_together(world):
 def test_a_bfloat16_run_that_ends_between_two_stages_continues_bit_for_bit(world):
     """Main weights come out of the first stage's last checkpoint; the encoders, which the second one trains too, have
     theirs from the start. What a stage moves, mostly by weight decay, is less than bfloat16 holds."""
-    settings = ("model.dtype=bfloat16", "optim.lr=1e-3", "optim.weight_decay=0.5", "~stages.localisation",
+    settings = ("model.dtype=bfloat16", "optim.lr=1e-3", "optim.weight_decay=1.5", "~stages.localisation",
                 "stages.audio_visual.train_towers=true")  # fmt: skip
     whole, ended = world / "half_whole", world / "half_ended"
     command = [a for a in arguments(world, whole, *settings) if "localisation." not in a]
