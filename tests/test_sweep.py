@@ -175,7 +175,7 @@ def test_every_task_comes_behind_what_it_needs(name, tmp_path):
         lam, wo_sft = "omni_7b.tas_lambda_lam_2.0.0", "omni_7b.avatar_wo_sft.0"
         assert {"omni_7b.avatar.0", wo_sft, "vl_7b.wo_tas.0", lam} <= trained
         assert "prepare.worldsense" in by_name["eval.omni_7b.avatar.0.worldsense"].needs
-        step = by_name["eval.omni_7b.avatar.0.step_300.tomato"]
+        step = by_name["eval.omni_7b.avatar.0.step_400.tomato"]
         assert not any(a.startswith(("cluster=", "recipe=")) for a in step.arguments), "a run has its own"
         assert "eval.omni_7b.wo_tas.0.tomato" not in by_name
         assert "eval.vl_7b.vlaathinker_7b.0.mmk12" in by_name and "eval.vl_7b.openvlthinker_7b.0.mmk12" not in by_name

@@ -16,7 +16,6 @@ import hashlib
 import io
 import json
 import os
-import pickle
 import shutil
 import sys
 import warnings
@@ -42,19 +41,14 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_avatar.policy.backend import Backend
 from megatron_avatar.policy.weights import put_away
 from megatron_avatar.resilience import room
-from megatron_avatar.resilience.index import read_index
+from megatron_avatar.resilience.index import WEIGHTS, CheckpointError, check_main_weights, refuse_code
 
 FORMAT = 4
 HIDDEN = ".unfinished_"
 CHECKPOINTS, MILESTONES = "checkpoints", "milestones"
-WEIGHTS, STATE, GENERATORS, MANIFEST = "weights", "state.json", "rng.pt", "manifest.json"
+STATE, GENERATORS, MANIFEST = "state.json", "rng.pt", "manifest.json"
 POLICY = "policy."
-MAIN = "optimizer.state.fp32_param."  # Megatron-Core's name of float32 main weights
 CHUNK = 1 << 22
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint could not be written or used; the message names the folder and the remedy."""
 
 
 class Resumable(Protocol):
@@ -132,10 +126,8 @@ def save(
     milestones: Collection[int] = (),
 ) -> Path:
     """`take` and `write` at once."""
-    snapshot = take(
-        step, policy=policy, optimization=optimization, reference=reference, state=state, backend=backend
-    )
-    return write(run_dir, snapshot, backend=backend, keep=keep, milestones=milestones)
+    taken = take(step, policy=policy, optimization=optimization, reference=reference, state=state, backend=backend)
+    return write(run_dir, taken, backend=backend, keep=keep, milestones=milestones)
 
 
 def write(
@@ -379,11 +371,11 @@ def load(
     What is passed as None is not loaded. The random generators are restored where the layout is the saved one.
     Raises CheckpointError where tensors don't fit the model, or the files would run code.
     """
-    names = _refuse_code(path)
+    names = refuse_code(path)
     wanted = _sharded_state(policy, optimization, reference, loading=True)
     if optimization is not None:
         asked = {shard.key for shard in nested_values(wanted) if isinstance(shard, ShardedBase)}
-        _check_main_weights(path, names, asked, backend)
+        check_main_weights(path, names, asked, backend)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
@@ -429,42 +421,6 @@ def _damage(path: Path, backend: Backend) -> list[str]:
         elif found["sha256"] != entry["sha256"]:
             damage.append(f"{name} has other contents than were written")
     return damage
-
-
-def _refuse_code(path: Path) -> set[str]:
-    """The names of the checkpoint's tensors. torch unpickles its index without restriction, and Megatron its common
-    state as the environment says: both are read with care here first."""
-    try:
-        name = ".metadata"
-        names = read_index(path / WEIGHTS / name)
-        name = "common.pt"
-        torch.load(path / WEIGHTS / name, map_location="cpu", weights_only=True)  # AdamW's step was saved on a GPU
-        return names
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path / WEIGHTS / name} could run code on loading ({error}): it was not written by this program; use "
-            "another checkpoint"
-        ) from error
-
-
-def _check_main_weights(path: Path, saved: set[str], wanted: set[str], backend: Backend) -> None:
-    """CheckpointError where the checkpoint's float32 main weights aren't those that the run goes on with."""
-    saved, wanted = ({n for n in names if n.startswith(MAIN)} for names in (saved, wanted))
-    wanted = wanted.union(*backend.all_gather_object(wanted))  # of all pipeline stages
-    remedy = (f"or make a folder of it (python -m megatron_avatar.export {path.parents[1]} out=FOLDER step="
-              f"{int(path.name.removeprefix('step_'))}) and start a run of its own there, with model.path=FOLDER")
-    if missing := sorted(wanted - saved):
-        raise CheckpointError(
-            f"the checkpoint {path} has no float32 main weights for {len(missing)} of the tensors that bfloat16 trains "
-            f"({missing[0].removeprefix(MAIN)}, …): it was saved with model.dtype=float32, or without training these. "
-            f"Go on with the model.dtype and the stages (train_towers) that it was saved with, {remedy}"
-        )
-    if dropped := sorted(saved - wanted):
-        raise CheckpointError(
-            f"the checkpoint {path} has float32 main weights beside bfloat16 ones ({dropped[0].removeprefix(MAIN)}, …) "
-            "that the run's settings would leave behind. Go on with model.dtype=bfloat16 and the stages (train_towers) "
-            f"that it was saved with, {remedy}"
-        )
 
 
 def _reason(error: BaseException) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import io
 import itertools
 import json
 import multiprocessing
@@ -21,7 +20,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 
 from megatron_avatar.config.schema import OptimConfig, ParallelConfig
 from megatron_avatar.policy.backend import Backend
-from megatron_avatar.resilience import checkpoint, index, room
+from megatron_avatar.resilience import checkpoint, room
 from megatron_avatar.training.optim import build_optimizer
 from tests.policy.tiny import thinker_logits, tiny_completions, tiny_config, tiny_prompts, tiny_thinker
 from tests.ranks import launch
@@ -378,21 +377,6 @@ def test_files_that_would_run_code_are_refused(trainer, tmp_path, name):
     with pytest.raises(checkpoint.CheckpointError, match=f"{name} could run code"):
         trainer.load(path)
     assert not proof.exists()
-
-
-class Lookup:
-    """Asks a loader for an attribute of a class of the index that is no member of its enumeration."""
-
-    def __reduce__(self):
-        return getattr, (index._MEM_FORMAT_ENCODING, "mro")
-
-
-def test_an_index_may_name_members_of_its_enumeration_only():
-    member = index._MEM_FORMAT_ENCODING.TORCH_CONTIGUOUS_FORMAT
-    assert index._IndexUnpickler(io.BytesIO(pickle.dumps(member))).load() is member
-    assert index._memory_format(type(member), member.name) is member
-    with pytest.raises(pickle.UnpicklingError, match="getattr"):
-        index._IndexUnpickler(io.BytesIO(pickle.dumps(Lookup()))).load()
 
 
 def test_another_model_is_refused(trainer, backend, tmp_path):

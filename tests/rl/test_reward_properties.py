@@ -126,3 +126,11 @@ def test_a_unit_keeps_its_value_and_excludes_others(value, unit, other):
 def test_a_wrong_letter_is_never_right(said, gold, form):
     assert accuracy_reward(form.format(said), make("multiple_choice", gold)) == (said == gold)
     assert grade(make("multiple_choice", gold), form.format(said))["correct"] == (said == gold)
+
+
+@pytest.mark.parametrize(("answer", "graded", "exact"), [("4", 1, 1), ("4.003", 0.99925, 1), ("4.005", 0.99875, 0),
+                                                         ("3", 0.75, 0), ("12", 0, 0), (None, 0, 0), ("four", 1, 1)])
+def test_a_number_is_graded_or_exact(answer, graded, exact):
+    sample = Sample("n", "visual", "train", "count", "How many?", "4", "numerical")
+    assert accuracy_reward(answer, sample) == pytest.approx(graded)
+    assert accuracy_reward(answer, sample, numerical="exact") == exact
