@@ -24,6 +24,7 @@ from eval.scoring.ask import asker
 from eval.scoring.predictions import Prediction, check_names
 from megatron_avatar.config import Config
 from megatron_avatar.config.asked import asked, other_words, read_asked
+from megatron_avatar.config.schema import HOW_DECODED
 from megatron_avatar.files import replacing
 from megatron_avatar.locks import held
 from megatron_avatar.records import Sample
@@ -38,7 +39,7 @@ def settings_hash(config: Config, request: Request, benchmark: Benchmark, weight
         for file in sorted(weights.rglob("*"))
         if file.is_file() and file.suffix in (".json", ".safetensors", ".distcp")
     ]
-    data = {key: value for key, value in asdict(config.data).items() if key not in ("manifest", "workers")}
+    data = {key: value for key, value in asdict(config.data).items() if key == "decoder" or key not in HOW_DECODED}
     words = _words(benchmark, request, config)
     drawn = [request.n, request.temperature, request.seed if request.temperature else 0]
     if request.temperature:

@@ -80,16 +80,21 @@ def _lines(
 
 
 def on_first(rank: int, share: Callable[[Any], list[Any]], work: Callable[[], Any]) -> Any:
-    """What `work` gives on rank 0; its mistake is raised on all ranks, which would wait for one that is gone."""
-    found, mistake = None, None
+    """What `work` gives on rank 0; its error is raised on all ranks, which would wait for one that is gone.
+
+    ValueError for a user's mistake, a file that is missing too; OSError for what a repeat may find mended.
+    """
+    found, failed = None, None
     if rank == 0:
         try:
             found = work()
         except (ValueError, OSError) as error:
-            mistake = str(error)
-    found, mistake = share((found, mistake))[0]
-    if mistake is not None:
-        raise ValueError(mistake)
+            again = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+            failed = OSError if again else ValueError, str(error)
+    found, failed = share((found, failed))[0]
+    if failed is not None:
+        kind, said = failed
+        raise kind(said)
     return found
 
 
@@ -108,6 +113,7 @@ def _resume(out: Path, settings: str, n: int) -> dict[str, list[Prediction]]:
             try:
                 prediction = json.loads(line)
                 other, key = prediction["settings"] != settings, (prediction["id"], prediction.get("k", 0))
+                unanswered = prediction["error"] is not None
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(
                     f"{out}, line {number}: no prediction ({error!r}); remove the line or the file"
@@ -120,7 +126,7 @@ def _resume(out: Path, settings: str, n: int) -> dict[str, list[Prediction]]:
                                  "evaluations write at once; remove one of them")  # fmt: skip
             known.setdefault(prediction["id"], []).append(prediction)
             position += len(line)
-            if len(known[prediction["id"]]) == n or prediction["error"] is not None:
+            if len(known[prediction["id"]]) == n or unanswered:
                 whole = position
     known = {key: lines for key, lines in known.items() if len(lines) == n or lines[0]["error"] is not None}
     with open(out, "rb+") as file:

@@ -10,8 +10,11 @@ FOLDER = "benchmarks"  # where the commands below put them, one folder each
 
 def show(wanted: list[str]) -> int:
     """Print all benchmarks, or those that are named. ValueError for one that there isn't."""
-    found = [load_benchmark(name) for name in wanted or names() if name != "held_out"]
+    found = [load_benchmark(name) for name in wanted or names() if wanted or name != "held_out"]
     for benchmark in found:
+        if benchmark.name == "held_out":
+            print("held_out: what a manifest of your own holds out; nothing to fetch: benchmark=held_out data=MANIFEST")
+            continue
         source = benchmark.source
         media = f", {source.media}" if source.media else ""
         print(f"{benchmark.name}: {benchmark.title}, {source.items:,} questions{media}")

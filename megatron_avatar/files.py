@@ -18,9 +18,12 @@ FAILING = frozenset({errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EHOSTDOWN, e
 
 def is_machines(error: BaseException) -> bool:
     """Whether an error says something of this machine: no input is to blame then, and the work has to stop."""
-    number = getattr(error, "errno", None)
-    own = type(error).__module__ == "builtins"
-    return isinstance(error, ImportError) or number in FULL or (own and number in FAILING)
+    number, room = getattr(error, "errno", None), type(error).__module__
+    if isinstance(error, ImportError) or number in FULL:
+        return True
+    if isinstance(error, MemoryError):
+        return not room.startswith("av.")  # FFmpeg's own is one of a header that claims too much
+    return room == "builtins" and number in FAILING
 
 
 @contextmanager

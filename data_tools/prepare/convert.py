@@ -14,7 +14,7 @@ import soundfile
 from data_tools.prepare.damage import Refused
 from data_tools.prepare.measure import Clip, opened
 from megatron_avatar.data.container import Posture, clip_stream, sound_stream
-from megatron_avatar.data.sound import SAMPLE_RATE, read_track
+from megatron_avatar.data.sound import SAMPLE_RATE, UNKNOWN, read_track
 from megatron_avatar.files import writing
 
 ENCODERS = {
@@ -44,8 +44,8 @@ def ready_sound(path: Path) -> tuple[int, float] | None:
     """Samples, all of them read, and the loudest, of a file that is 16 kHz mono FLAC of known length already."""
     try:
         with soundfile.SoundFile(path) as file:
-            if (file.format, file.samplerate, file.channels) != ("FLAC", SAMPLE_RATE, 1) or file.frames >= 2**40:
-                return None  # one that was written into a pipe says no length
+            if (file.format, file.samplerate, file.channels) != ("FLAC", SAMPLE_RATE, 1) or file.frames >= UNKNOWN:
+                return None
             samples, loudest = 0, 0.0
             for block in file.blocks(SAMPLE_RATE):
                 samples, loudest = samples + len(block), max(loudest, float(np.abs(block).max()))

@@ -16,7 +16,7 @@ from PIL import Image
 
 from data_tools.prepare.damage import Refused, refusal
 from megatron_avatar.data.container import AV_ERRORS, MediaError, Posture, clip_stream, posture, require_upright
-from megatron_avatar.data.picture import to_rgb
+from megatron_avatar.data.picture import PICTURES, to_rgb
 from megatron_avatar.data.sound import MAX_SECONDS
 from megatron_avatar.data.whole import require_whole
 from megatron_avatar.files import is_machines, writing
@@ -29,7 +29,6 @@ OPEN = {
     "protocol_whitelist": "file",
     "format_whitelist": "mov,matroska,avi,flv,mpegts,mpeg,ogg,asf,mp3,wav,flac,aac,gif",
 }
-PICTURES = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 MAX_SIDE = 16_384
 MAX_RATE = 1000
 ROUNDED_S = 0.002  # containers round times to milliseconds: so near, the declared rate holds

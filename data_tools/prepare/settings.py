@@ -18,11 +18,11 @@ from data_tools.prepare.rows import Input, find_input
 from data_tools.prepare.sources import DATASETS, Dataset
 from megatron_avatar.config import Config, load_config
 from megatron_avatar.config.paths import check_model, home, refuse
+from megatron_avatar.config.schema import HOW_DECODED
 from megatron_avatar.files import replacing
 from megatron_avatar.locks import held
 
 HOW = ("processes", "shard", "merge", "deadline_s")  # change how fast a result comes, not what it is
-ELSEWHERE = ("manifest", "decoder", "workers", "decode_deadline_s")  # of the recipe's data: matter in training alone
 ONE_OF = {"check": ("packets", "decode"), "transcode": ("none", "needed", "h264", "vp9")}
 
 
@@ -119,7 +119,7 @@ def claim(settings: Settings, config: Config, source: Input) -> Path:
     identity |= {
         "input": source.fingerprint(),
         "mapping": mapping,
-        "data": {key: value for key, value in asdict(config.data).items() if key not in ELSEWHERE},
+        "data": {key: value for key, value in asdict(config.data).items() if key not in HOW_DECODED},
         "context": config.model.context,
         "max_new_tokens": config.rl.sampling.max_new_tokens,
         "model": _model_fingerprint(settings.model),
@@ -129,7 +129,7 @@ def claim(settings: Settings, config: Config, source: Input) -> Path:
     marker = out / "settings.json"
     if not marker.exists():
         with held(out / "shards" / "settings.lock", "the start of a shard", wait=True):
-            if any(path.name not in ("shards", "settings.json") for path in out.iterdir()):
+            if any(path.name not in ("shards", marker.name, marker.name + ".part") for path in out.iterdir()):
                 raise ValueError(f"out={out}: holds other files; write an empty folder")
             if not marker.exists():
                 with replacing(marker) as file:

@@ -11,9 +11,9 @@ from PIL import Image
 
 from data_tools.prepare.convert import bounded_size, upright
 from data_tools.prepare.damage import Refused
-from data_tools.prepare.measure import MAX_SIDE, PICTURES, measure_video, opened
+from data_tools.prepare.measure import MAX_SIDE, measure_video, opened
 from megatron_avatar.data.container import clip_stream, sound_stream
-from megatron_avatar.data.picture import to_rgb
+from megatron_avatar.data.picture import PICTURES, to_rgb
 from megatron_avatar.data.sound import SAMPLE_RATE, read_track
 
 OPTIONS = {"preset": "veryfast", "crf": "16", "threads": "1"}

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from eval.scoring.cells import Scored, check_headline, scored
+from megatron_avatar.config.schema import HOW_DECODED
 
 # What must agree wherever numbers stand side by side. `settings` must agree inside a file alone: it is a hash that also
 # holds the weights, so it differs with system and seed.
 COMPARED = ("protocol", "control", "n", "temperature", "new_tokens", "context", "dtype", "aggregate")
 WHERE_KNOWN = ("prompts", "judges")  # older files don't say the one, and answers that wait for a judge have no other
-MACHINE = ("manifest", "decoder", "workers", "decode_deadline_s")  # what of `data` changes no prompt
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Run:
     def compared(self) -> dict[str, Any]:
         """What has to be the same for all numbers that are compared with this one's."""
         meta = self.meta
-        media = {f"data.{key}": value for key, value in meta.get("data", {}).items() if key not in MACHINE}
+        media = {f"data.{key}": value for key, value in meta.get("data", {}).items() if key not in HOW_DECODED}
         data = {f"dataset.{key}": meta["dataset"][key] for key in ("name", "fingerprint")}
         known = {"prompts": meta.get("prompts"), "judges": sorted(self.scored.judges)}
         return {key: meta.get(key) for key in COMPARED} | data | media | {key: v for key, v in known.items() if v}

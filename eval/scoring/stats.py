@@ -3,8 +3,8 @@
 Scores come as an array [seeds, items], NaN where a seed has no answer to an item. Seeds and items are both samples, and
 all seeds answer the same items: a crossed design with two random effects. The variance of the mean is that of the
 seeds' means plus that of the items' means less what the chance in a single answer counts twice (mean squares of a
-two-way analysis of variance, Cornfield and Tukey, 1956), with Satterthwaite's degrees of freedom for Student's t. A
-third of the items' part, or of the chance's if that is larger, is the least that it may be, since a difference of
+two-way analysis of variance, Cornfield and Tukey, 1956), with Satterthwaite's degrees of freedom for Student's t. Three
+tenths of the items' part, or of the chance's if that is larger, are the least that it may be, since a difference of
 estimates can come out near zero. Other statistics than the mean go through their influence function. With one seed the
 items alone vary.
 """

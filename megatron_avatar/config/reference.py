@@ -73,6 +73,11 @@ def _default(item: Field) -> str:
     return names[value] if isinstance(value, bool | str | None) and value in names else str(value).replace("'", "")
 
 
+def _cell(text: str) -> str:
+    """A comment in a table: " | " stands between choices, another bar is |A|, which a table would split at."""
+    return text.replace(" | ", " or ").replace("|", r"\|")
+
+
 def markdown() -> str:
     """The page."""
     parts = [INTRODUCTION]
@@ -80,7 +85,7 @@ def markdown() -> str:
         parts.append(f"## {f'`{prefix}`' if prefix else 'Of the run'}\n")
         if about:
             parts.append(f"{about}\n")
-        rows = [f"| `{s.key}` | {s.kind} | `{s.default}` | {s.meaning.replace('|', 'or')} |" for s in settings]
+        rows = [f"| `{s.key}` | {s.kind} | `{s.default}` | {_cell(s.meaning)} |" for s in settings]
         parts.append("\n".join(["| key | type | default | meaning |", "|---|---|---|---|", *rows]) + "\n")
     return "\n".join(parts)
 

@@ -84,6 +84,10 @@ class ClusterConfig:
     env: dict[str, str] = field(default_factory=dict)  # of every rank: NCCL and fabric settings go here
 
 
+# Keys of `data` that change how a prompt comes to be and not what it is.
+HOW_DECODED = ("manifest", "decoder", "workers", "decode_deadline_s")
+
+
 @dataclass
 class DataConfig:
     manifest: str = ""  # JSONL; media paths are relative to its folder

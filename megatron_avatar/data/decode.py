@@ -26,15 +26,14 @@ from megatron_avatar.data.container import (
     require_upright,
 )
 from megatron_avatar.data.features import TEMPORAL_PATCH, resize
-from megatron_avatar.data.picture import to_rgb
-from megatron_avatar.data.sound import MUTE, SAMPLE_RATE, Mix, read_track, require_length, require_rate
+from megatron_avatar.data.picture import PICTURES, to_rgb
+from megatron_avatar.data.sound import MUTE, SAMPLE_RATE, UNKNOWN, Mix, read_track, require_length, require_rate
 from megatron_avatar.data.whole import require_whole
 from megatron_avatar.files import is_machines
 from megatron_avatar.records import Media
 
 MAX_FRAME_PIXELS = 2**27  # a header that claims more is damaged, or meant to fill the memory
 RESIZED_AT_ONCE = 4  # frames: with three planes each they fill the resize's pictures of four
-UNKNOWN = 2**40  # samples; FLAC that was written into a pipe says none, which libsndfile reads as more than this
 TO_RGB = (
     ("scale", "flags=bilinear+full_chroma_int+accurate_rnd:in_color_matrix=bt601"),
     ("format", "gbrp"),  # planes: the same bytes as rgb24 in less than half of the time
@@ -79,7 +78,7 @@ def _require_content(path: Path) -> None:
 
 def _raise_machines(error: Exception) -> None:
     """An error of this machine ends the run: no sample is set aside for it."""
-    if is_machines(error) or type(error) is MemoryError:  # FFmpeg's own is one of a header that claims too much
+    if is_machines(error):
         raise error
 
 
@@ -257,7 +256,7 @@ def decode_image(path: Path) -> np.ndarray:
     path = Path(path)
     _require_content(path)
     try:
-        with Image.open(path) as picture:
+        with Image.open(path, formats=PICTURES) as picture:
             return np.asarray(to_rgb(picture))[None]
     except Exception as error:  # whatever Pillow's formats raise on damaged bytes
         _raise_machines(error)

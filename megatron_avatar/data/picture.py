@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image, ImageOps
 
+PICTURES = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # that are read; Pillow has others, EPS by a program
+
 
 def to_rgb(picture: Image.Image) -> Image.Image:
     """The picture turned upright; transparent parts lie on white, as Qwen's own reader lays them; 16 bits become 8.

@@ -17,6 +17,7 @@ from megatron_avatar.data.container import MediaError, sound_stream
 from megatron_avatar.data.whole import require_end, require_whole
 
 SAMPLE_RATE = 16_000
+UNKNOWN = 2**40  # samples; FLAC that was written into a pipe says none, which libsndfile reads as more than this
 RATES = (1_000, 768_000)  # Hz; a header that claims another is damaged, or meant to fill the memory
 MAX_SECONDS = 24 * 3600
 ALIGNED_S = 0.01  # a track that starts so near to the picture is left as it is

@@ -39,7 +39,7 @@ VOCABULARY = 1024  # of the shortened model: its layers are what is measured
 
 
 def calibrate(path: Path) -> dict[str, Any]:
-    """Measure, and write `path` (rank 0). Returns what was found: what plan_time.read_rates reads, and of what."""
+    """Measure, and write `path` (rank 0). Returns what was found: what seconds.read_rates reads, and of what."""
     threads = torch.get_num_threads()
     backend = start(ParallelConfig(threads=threads))
     try:

@@ -63,13 +63,30 @@ def shard_on_meta(
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of all tensors that are made while it is on: `live` now, and `peak` since `peak` was set.
 
-    Tensors from before don't count. A storage counts once, until its last view is gone.
+    Tensors from before don't count. A storage counts once, until its last view is gone, and as large as it is resized:
+    what is computed again in the backward pass is dropped that way.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.live = self.peak = 0
         self._storages: dict[int, weakref.ref] = {}
+        self._sizes: dict[int, int] = {}
+
+    def __enter__(self) -> LiveBytes:
+        resize = torch.UntypedStorage.resize_
+
+        def counted(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
+            if storage._cdata in self._storages:
+                self._grow(storage._cdata, size)
+            return resize(storage, size)
+
+        torch.UntypedStorage.resize_ = counted
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        del torch.UntypedStorage.resize_  # StorageBase's own again
+        super().__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
@@ -80,14 +97,18 @@ class LiveBytes(TorchDispatchMode):
         return out
 
     def _count(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
+        key = storage._cdata
         if key in self._storages:
             return
 
         def gone(_: weakref.ref) -> None:
             del self._storages[key]
-            self.live -= size
+            self.live -= self._sizes.pop(key)
 
-        self._storages[key] = weakref.ref(storage, gone)
-        self.live += size
+        self._storages[key], self._sizes[key] = weakref.ref(storage, gone), 0
+        self._grow(key, storage.nbytes())
+
+    def _grow(self, key: int, size: int) -> None:
+        self.live += size - self._sizes[key]
+        self._sizes[key] = size
         self.peak = max(self.peak, self.live)

@@ -153,8 +153,6 @@ def evaluation_hours(config: Config, where: Layout, items: int, completions: int
     return math.ceil(items / (BATCH * where.dp)) * part / 3600
 
 
-
-
 def preparation_hours(items: int, cores: int) -> float:
     """Estimated hours of preparing a benchmark."""
     return items * PREPARE_S / cores / 3600
@@ -219,7 +217,8 @@ def check_space(config: Config) -> str:
             f"output_dir={folder}: a checkpoint takes about {size / GIB:.1f} GiB, but the disk of {there} has "
             f"{free / GIB:.1f} GiB free: make room there, or choose another output_dir"
         )
-    begun = sum(path.stat().st_size for path in (folder / "checkpoints").rglob("*") if path.is_file())
+    begun = sum(path.stat().st_size for own in ("checkpoints", "milestones", "export")
+                for path in (folder / own).rglob("*") if path.is_file())  # fmt: skip
     if free + begun < most:
         return (f"output_dir={folder}: the run keeps up to {most / GIB:.0f} GiB (checkpoints of {size / GIB:.1f}), and "
                 f"{free / GIB:.0f} GiB are free: lower checkpoint.keep or checkpoint.milestones, or make "

@@ -18,7 +18,7 @@ from megatron_avatar.config.load import CONFIG_DIR
 from megatron_avatar.config.schema import Config
 from megatron_avatar.config.validate import check_world
 from megatron_avatar.planning.memory import GIB, RankMemory, largest, rank_memories
-from megatron_avatar.planning.prospects import assumptions, prospects
+from megatron_avatar.planning.prospects import prospects
 from megatron_avatar.planning.seconds import Rates, read_rates, step_seconds
 from megatron_avatar.planning.work import Work, stage_work
 from megatron_avatar.policy.architecture import read_config
@@ -170,7 +170,8 @@ def _changes(config: Config, layout: tuple[int, int]) -> Iterator[dict[str, str 
     steps = [
         ("parallel.distributed_optimizer", "true", replicas > 1 and not parallel.distributed_optimizer),
         ("parallel.sequence_parallel", "true", tp > 1 and not parallel.sequence_parallel),
-        ("parallel.recompute", "selective", parallel.recompute == "none"),
+        ("parallel.recompute", "light", parallel.recompute == "none"),
+        ("parallel.recompute", "selective", parallel.recompute in ("none", "light")),
         ("parallel.recompute", "full", parallel.recompute != "full"),
         ("rl.tokens_per_micro_batch", context, config.rl.tokens_per_micro_batch > context),
     ]
@@ -275,9 +276,9 @@ def dry_run(config: Config) -> int:
     """Print the plan of a configuration; exit status 0 where it fits, 2 where something has to change."""
     plan, console = make_plan(config), Console(soft_wrap=False)
     show(plan, console)
-    table, warnings = prospects(config)
-    if table is not None:
-        console.print(table, assumptions(config), sep="\n")
+    expected, warnings = prospects(config)
+    if expected is not None:
+        console.print(expected)
     for warning in warnings:
         console.print(f"[yellow]warning[/]: {warning}", highlight=False)
     return 2 if plan.problems else 0

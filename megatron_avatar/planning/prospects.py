@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.console import Group
 from rich.table import Table
 
 from megatron_avatar.config.schema import Config, HintConfig, StageConfig
@@ -71,8 +72,8 @@ def _most_visits(config: Config, name: str, pool: Pool | None) -> int:
     return in_turn + (stage.steps - 1 if share > 0 else 0)
 
 
-def prospects(config: Config) -> tuple[Table | None, list[str]]:
-    """A table of what each RL stage is expected to do, and what is to be said about it; None without such a stage."""
+def prospects(config: Config) -> tuple[Group | None, list[str]]:
+    """A table of what each RL stage is expected to do, what it rests on, and warnings; None without such a stage."""
     found = pools(config)
     expected = {
         name: outlook(config, name, pool.prompts, pool.hinted / max(pool.prompts, 1)) if (pool := found.get(name))
@@ -85,13 +86,13 @@ def prospects(config: Config) -> tuple[Table | None, list[str]]:
     for name, what in expected.items():
         if not any(warning.startswith(f"stages.{name}:") for warning in warnings):
             warnings += _warnings(config, name, what)
-    return _table(expected, found), warnings
+    return Group(_table(expected, found), _assumptions(bool(found))), warnings
 
 
-def assumptions(config: Config) -> str:
+def _assumptions(read: bool) -> str:
     """What the table rests on, in words."""
     a, b = SUCCESS
-    pool = "of the manifest" if pools(config) else "so many that none comes up twice in its turn"
+    pool = "of the manifest" if read else "so many that none comes up twice in its turn"
     return (
         f"Expected of a policy that keeps the format in {FORMAT:.0%} and answers {a / (a + b):.0%} right, each prompt "
         f"with a probability of its own (Beta({a}, {b})), that a hint helps in {HINT_LIFT:.0%} of its failures, and "

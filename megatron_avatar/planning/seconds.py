@@ -172,8 +172,8 @@ def step_seconds(
     passes = 1 + backward + (parallel.recompute == "full")
     again = total.feed_forward if parallel.recompute == "selective" else 0.0
     flops = passes * total.layers + again + (2 + backward) * total.head  # logits are made again in the backward pass
-    # Forward, backward, and what is computed again: all, the feed-forward's, or none.
-    reduced *= 2 + {"full": 1, "selective": 0.5, "none": 0}[parallel.recompute]
+    # Forward, backward, and what is computed again: all, the feed-forward's, or no product.
+    reduced *= 2 + {"full": 1, "selective": 0.5, "light": 0, "none": 0}[parallel.recompute]
     parts["update"] = updates * (flops / rates.train / tp / pp * bubble + (passes + 1) * gaps + reduced)
     share = dp if parallel.distributed_optimizer else 1
     reduce = 4 * trainable * 2 * (dp - 1) / dp / rates.network

@@ -57,9 +57,6 @@ class HintPolicy:
             return kl < self._config.kl_threshold
         return self._tracker.streak(sample_id) >= self._config.patience
 
-    def reset(self) -> None:
-        self._visits.clear()
-
     def state_dict(self) -> dict[str, Any]:
         return {"visits": dict(self._visits)}
 

@@ -31,7 +31,7 @@ class RewardTracker:
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything: at a stage change the reward's scale changes."""
+        """Forget everything."""
         self.solved: set[str] = set()  # prompts solved at least once, in either variant
         self.solved_plain: set[str] = set()  # the same without a hint
         self._streaks: dict[str, int] = {}

@@ -68,6 +68,7 @@ class Learner:
         self.guard = guard or Guard(rl.guard, exact=policy.config.params_dtype is torch.float32)
         self.masked: list[tuple[int, int]] = []  # of the latest rollout: (index of the group, of its trajectory)
         self.error: StepError | None = None  # of its first update
+        self.usable = True  # whether its first update may be applied, and so may the others
         self.reference: dict[str, torch.Tensor] | None = None
 
     # ---- micro-batches -------------------------------------------------------------------------
@@ -188,7 +189,7 @@ class Learner:
         n_on and n_off count the completions of the whole step, over all ranks. Returns summed
         statistics of the step; raises LogprobMismatch before anything is applied, and NonFiniteUpdates. With
         `check_logprobs`, in a rollout's first update, completions on which generation and training disagree are masked:
-        for its other updates too.
+        for its other updates too. Where the guard refuses the first, none is applied and all of them are `masked`.
         """
         rl, shaping = self.rl, self.rl.shaping
         per_token: dict[str, list[list[np.ndarray]]] = {
@@ -262,13 +263,13 @@ class Learner:
         self.masked = [places[serial] for serial in sorted(self.backend.broadcast_from_last_stage(found))]
         stats["masked"] = sum(self.backend.all_gather_object_dp(len(self.masked)))
         error = step_error(stats)
-        applied = True
         if check_logprobs:
-            self.error = error
-            applied = self.guard.judge(error, speaks=self.backend.rank == 0)
+            self.error, self.usable = error, self.guard.judge(error, speaks=self.backend.rank == 0)
+            if not self.usable:  # then none of it is replayed either
+                self.masked = [(i, k) for i, k in places if groups[i].on_policy[k]]
         stats |= (self.error or error).record() | self._loads(micros)
         # Where every prompt of the step was set aside, momentum alone must not move the weights.
-        applied = applied and n_on + n_off > 0
+        applied = self.usable and n_on + n_off > 0
         stats["grad_norm"], stats["skipped"] = self._step(math.isfinite(error.mean)) if applied else (0.0, True)
         return stats
 

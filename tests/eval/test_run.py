@@ -118,7 +118,7 @@ def test_after_room_was_made_the_predictions_are_as_if_there_had_been_room(tmp_p
     for limit in (100, size // 3, size - 5):  # an item's completions are written together or not at all
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
         try:
-            with pytest.raises(ValueError, match="make room, or raise the limit, and run the same command .*a.jsonl"):
+            with pytest.raises(OSError, match="make room, or raise the limit, and run the same command .*a.jsonl"):
                 ask(System(n=2), out, chunk=3, n=2)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)

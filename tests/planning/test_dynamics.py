@@ -15,7 +15,7 @@ from megatron_avatar.config import Config, StageConfig, load_config
 from megatron_avatar.config.schema import HintConfig, ReplayConfig, RLConfig
 from megatron_avatar.data.manifest import write_manifest
 from megatron_avatar.planning.dynamics import FORMAT, HINT_LIFT, SUCCESS, FixedPolicy, outlook
-from megatron_avatar.planning.prospects import Pool, assumptions, never, pools, prospects
+from megatron_avatar.planning.prospects import Pool, never, pools, prospects
 from megatron_avatar.records import Sample
 from megatron_avatar.rl.step import Visit
 
@@ -118,8 +118,9 @@ def test_pools_are_those_of_the_manifest(tmp_path):
     write_manifest(tmp_path / "m.jsonl", samples)
     config = stage(40, 2, revisit_share=0.5)
     config.stages["s"].data, config.data.manifest = ["s"], str(tmp_path / "m.jsonl")
-    assert pools(config) == {"s": Pool(8, 4)} and "of the manifest" in assumptions(config)
-    table, _ = prospects(config)
+    assert pools(config) == {"s": Pool(8, 4)}
+    table, rests_on = prospects(config)[0].renderables
+    assert "of the manifest" in rests_on
     assert list(table.columns[1].cells)[0] == "8, 4" and table.columns[1].header == "s"
     config.data.manifest = ""
-    assert pools(config) == {} and "comes up twice" in assumptions(config)
+    assert pools(config) == {} and "comes up twice" in prospects(config)[0].renderables[1]

@@ -211,7 +211,7 @@ SIZES = {  # model, groups (prompt, completions)
 }
 
 
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("recompute", ["none", "light", "selective", "full"])
 @pytest.mark.parametrize("size", SIZES)
 def test_activations_are_the_saved_tensors_of_a_real_model(tmp_path, size, recompute):
     kwargs, groups = SIZES[size]

@@ -155,6 +155,25 @@ def test_a_completion_on_which_both_disagree_is_masked_and_counted(world, backen
     assert not all(torch.allclose(ended["masked"][key], ended["plain"][key], atol=1e-4) for key in start)
 
 
+def test_a_step_that_the_guard_refuses_moves_nothing_in_any_update_and_is_not_replayed(world, backend):
+    policy, groups = world
+    fresh = [(i, k) for i, group in enumerate(groups) for k, on in enumerate(group.on_policy) if on]
+    before, generated = weights(policy), [groups[i].trajectories[k].completion.logprobs.copy() for i, k in fresh]
+    ours = learner(policy, backend, guard=GuardConfig(exact=0, mask=0, stop=1.1))
+    for i, k in fresh:
+        groups[i].trajectories[k].completion.logprobs[:] += np.float32(1.0)
+    try:
+        for first in (True, False):
+            assert update(ours, groups, check_logprobs=first)["skipped"]
+            assert ours.masked == fresh
+    finally:
+        for (i, k), row in zip(fresh, generated, strict=True):
+            groups[i].trajectories[k].completion.logprobs[:] = row
+    assert fresh and all(torch.equal(tensor, before[name]) for name, tensor in weights(policy).items())
+    ours.guard = learner(policy, backend, guard=OFF).guard
+    assert not update(ours, groups)["skipped"] and not ours.masked, "the next step is its own"
+
+
 def test_a_number_that_is_not_finite_skips_the_update_and_three_in_a_row_end_the_run(world, backend, monkeypatch):
     policy, groups = world
     ours = learner(policy, backend, guard=OFF)

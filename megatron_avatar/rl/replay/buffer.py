@@ -41,7 +41,7 @@ class ReplayBuffer:
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything, at a stage change."""
+        """Forget everything."""
         self._rows: dict[int, Trajectory] = {}
         self._next_serial = 0
 
