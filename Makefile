@@ -50,6 +50,7 @@ doctor: $(INSTALLED) ## what this machine can run, and what is missing
 
 lint: $(INSTALLED) ## static checks
 	@$(VENV) -m ruff check .
+	@$(VENV) -m mypy
 
 clean: ## remove .venv and caches, keep runs/
 	rm -rf .venv .pytest_cache .hypothesis .ruff_cache .mypy_cache $(COVERAGE)

@@ -161,6 +161,7 @@ def _clip(folder: Path, codec: str) -> bytes:
     path = folder / "clip.mkv"
     with av.open(str(path), "w") as container:
         stream = container.add_stream(CODECS[codec], rate=4)
+        assert isinstance(stream, av.VideoStream)
         stream.width, stream.height = 64, 64
         stream.pix_fmt = "yuvj420p" if codec == "MJPEG" else "yuv420p"
         for level in (50, 100, 150, 200):
@@ -174,7 +175,7 @@ def _dali_decodes(clip: bytes) -> bool:
     import numpy as np
     from nvidia.dali import fn, pipeline_def
 
-    @pipeline_def(batch_size=1, num_threads=1, device_id=None)
+    @pipeline_def(batch_size=1, num_threads=1, device_id=None)  # type: ignore[call-overload]  # None: without a GPU
     def pipeline() -> object:
         return fn.decoders.video(fn.external_source([[np.frombuffer(clip, np.uint8)]], cycle=True), device="cpu")
 

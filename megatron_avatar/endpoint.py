@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from email.utils import formatdate, parsedate_to_datetime
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import httpx2 as httpx
 import openai
@@ -183,12 +183,12 @@ class Endpoint(Generic[T]):
         return None
 
     async def _chat(self, url: str, messages: Messages) -> str:
-        options = {}
+        options: dict[str, Any] = {}
         if self._schema is not None:
             form = {"name": "reply", "schema": self._schema, "strict": True}
             options["response_format"] = {"type": "json_schema", "json_schema": form}
         reply = await self._client(url).chat.completions.with_raw_response.create(
-            model=self.model, messages=messages, max_tokens=self._max_tokens,
+            model=self.model, messages=cast(Any, messages), max_tokens=self._max_tokens,
             temperature=self._temperature, **options,
         )
         text, reasoning = read_reply(reply.content)
@@ -339,7 +339,7 @@ class _Bounded(httpx.AsyncHTTPTransport):
 
 
 class _Counted(httpx.AsyncByteStream):
-    def __init__(self, stream: httpx.AsyncByteStream, request: httpx.Request) -> None:
+    def __init__(self, stream: Any, request: httpx.Request) -> None:
         self._stream, self._request = stream, request
 
     async def __aiter__(self):

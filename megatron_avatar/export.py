@@ -53,6 +53,7 @@ def export(request: Request) -> None:
 
     saved = OmegaConf.load(request.run / "config.yaml")
     config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), saved))
+    assert isinstance(config, Config)
     model, parallel = config.model, config.parallel
     alone = request.adapters != "false"
     if alone and not model.lora.rank:

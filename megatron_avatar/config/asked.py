@@ -32,6 +32,8 @@ def read_asked(folder: str | Path) -> dict[str, str] | None:
 
 def other_words(trained: dict[str, str] | None, data: DataConfig) -> str:
     """In what today's words differ from those of a note, for a warning; empty where they don't, or nothing is noted."""
+    if trained is None:
+        return ""
     now = asked(data)
-    different = [key for key in now if trained is not None and trained[key] != now[key]]
+    different = [key for key in now if trained[key] != now[key]]
     return "; ".join(f"data.{key}={now[key]!r}, but it was trained with {trained[key]!r}" for key in different)

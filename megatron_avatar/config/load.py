@@ -100,7 +100,7 @@ def _check_numbers(group: Any, prefix: str = "") -> None:
     items = group.items() if isinstance(group, dict) else enumerate(group) if isinstance(group, list) else (
         (item.name, getattr(group, item.name)) for item in fields(group))  # fmt: skip
     for name, value in items:
-        key = f"{prefix}[{name}]" if isinstance(group, list) else f"{prefix}.{name}" if prefix else name
+        key = f"{prefix}[{name}]" if isinstance(group, list) else f"{prefix}.{name}" if prefix else str(name)
         if isinstance(value, dict | list) or is_dataclass(value):
             _check_numbers(value, key)
         elif isinstance(value, float) and not math.isfinite(value):
@@ -150,10 +150,12 @@ def _compose(folder: Path, overrides: tuple[str, ...]) -> tuple[DictConfig, str]
     with initialize_config_dir(str(folder), version_base=None):
         composed = compose("config", list(overrides), return_hydra_config=True)
     plain = OmegaConf.to_container(composed, resolve=False)
+    assert isinstance(plain, dict)
     recipe = composed.hydra.runtime.choices.recipe
     del plain["hydra"]
     # Merging once more refuses unknown keys that a leading + slipped past the schema.
     tree = OmegaConf.merge(OmegaConf.structured(Config), plain)
+    assert isinstance(tree, DictConfig)
     OmegaConf.set_struct(tree, True)
     return tree, recipe
 
@@ -226,13 +228,13 @@ def _explain(error: BaseException, overrides: list[str]) -> str:
     cause = next((e for e in _chain(error) if getattr(e, "full_key", None)), None)
     if cause is None:
         return str(error)
-    key = cause.full_key
+    key: str = cause.full_key  # type: ignore[attr-defined]  # OmegaConf's and Hydra's errors have it
     where = re.match(r"In '?([\w/]+)'?:", str(error))
     prefix = f"{where[1]}.yaml: " if where else ""
     expected = _schema().get(_pattern(key))
     if isinstance(cause, ValidationError) and expected is not None:
         value = next((item.split("=", 1)[1] for item in overrides if item.lstrip("+").startswith(f"{key}=")), None)
-        got = f", got '{value}'" if value is not None else f" ({cause.msg.splitlines()[0]})"
+        got = f", got '{value}'" if value is not None else f" ({str(cause.msg).splitlines()[0]})"
         return f"{prefix}{key}: expected {expected}{got}"
     parent = _schema().get(_pattern(key.rpartition(".")[0]), "")
     if parent.startswith("dict"):
@@ -260,11 +262,12 @@ def _schema(cls: type = Config, prefix: str = "") -> dict[str, str]:
     for item in fields(cls):
         hint, key = hints[item.name], prefix + item.name
         keys[key] = _type_name(hint)
-        if is_dataclass(hint):
+        if isinstance(hint, type) and is_dataclass(hint):
             keys |= _schema(hint, f"{key}.")
         elif get_origin(hint) is dict:
             value = get_args(hint)[1]
-            keys |= _schema(value, f"{key}.*.") if is_dataclass(value) else {f"{key}.*": _type_name(value)}
+            nested = isinstance(value, type) and is_dataclass(value)
+            keys |= _schema(value, f"{key}.*.") if nested else {f"{key}.*": _type_name(value)}
     return keys
 
 

@@ -38,10 +38,12 @@ def sections() -> Iterator[tuple[str, str, list[Setting]]]:
 
 
 def _sections(cls: type, prefix: str) -> Iterator[tuple[str, str, list[Setting]]]:
-    hints, comments, own, below = get_type_hints(cls), _comments(cls), [], []
+    hints, comments = get_type_hints(cls), _comments(cls)
+    own: list[Setting] = []
+    below: list[tuple[type, str]] = []
     for item in fields(cls):
         kind, key = hints[item.name], prefix + item.name
-        inner = next((part for part in (kind, *get_args(kind)) if is_dataclass(part)), None)
+        inner = next((part for part in (kind, *get_args(kind)) if isinstance(part, type) and is_dataclass(part)), None)
         if inner is None:
             own.append(Setting(key, _words(kind), _default(item), comments.get(item.name, "")))
         else:

@@ -73,7 +73,7 @@ class Chat:
         ids: list[int] = []
         for place, piece in enumerate(self._control.split(self._rendered(disarmed))):
             if place % 2:
-                ids.append(self.tokenizer.convert_tokens_to_ids(piece))
+                ids.append(int(self.tokenizer.convert_tokens_to_ids(piece)))  # type: ignore[arg-type]  # of one token
             elif piece:
                 ids += self.text_ids(piece.replace(mark, ""))
         return ids
@@ -89,18 +89,19 @@ class Chat:
         return part | {"text": self._control.sub(lambda token: token[0][0] + mark + token[0][1:], part["text"])}
 
     def _rendered(self, messages: list[Message]) -> str:
-        return self.tokenizer.apply_chat_template(
+        return str(self.tokenizer.apply_chat_template(
             messages, chat_template=self.template, tokenize=False, add_generation_prompt=True
-        )
+        ))  # fmt: skip
 
     def _fault(self) -> str:
         """What the template does to a message that prompts may hold; empty for one that holds them all."""
         if not isinstance(self.tokenizer.chat_template, str):
             return "is one of several"
         for kinds in ((), *((kind,) for kind in self.placeholders), tuple(self.placeholders)):
-            content = [*({"type": kind} for kind in kinds), {"type": "text", "text": TRIED}]
-            system = {"role": "system", "content": [{"type": "text", "text": TRIED}]}
-            for messages in ([{"role": "user", "content": content}], [system, {"role": "user", "content": content}]):
+            content: list[dict[str, str]] = [*({"type": str(kind)} for kind in kinds), {"type": "text", "text": TRIED}]
+            system: Message = {"role": "system", "content": [{"type": "text", "text": TRIED}]}
+            user: Message = {"role": "user", "content": content}
+            for messages in ([user], [system, user]):
                 what = f"a message of {' and '.join((*kinds, 'text'))}"
                 try:
                     text = self._rendered(messages)

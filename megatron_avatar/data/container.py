@@ -131,13 +131,14 @@ def _chosen(streams: Sequence[Any], best: Any) -> Any:
 def picture_start(container: av.container.InputContainer) -> float | None:
     """Seconds at which the film of a file begins; None without a film."""
     film = clip_stream(container)
-    return None if film is None else float((film.start_time or 0) * film.time_base)
+    return None if film is None else float((film.start_time or 0) * (film.time_base or 0))
 
 
 def posture(path: Path, stream: av.VideoStream, frame: av.VideoFrame) -> Posture:
     """Of a stream, by its first frame. MediaError for a matrix that is no quarter turn and no mirror."""
     aspect = stream.sample_aspect_ratio or Fraction(1)
-    matrix = next((side for side in frame.side_data if side.type == Type.DISPLAYMATRIX), None)
+    entries: Any = frame.side_data  # PyAV types its entries as keys
+    matrix = next((side for side in entries if side.type == Type.DISPLAYMATRIX), None)
     if matrix is None:
         return Posture((1, 0, 0, 1), aspect)
     a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()

@@ -101,7 +101,9 @@ def _build() -> Any:
         local_rank = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0"
         device, device_id = "mixed", int(local_rank) % torch.cuda.device_count()
 
-    @pipeline_def(batch_size=1, num_threads=1, device_id=device_id, prefetch_queue_depth=1, exec_dynamic=True)
+    options: dict[str, Any] = {"device_id": device_id, "exec_dynamic": True}  # DALI's types know neither as it is meant
+
+    @pipeline_def(batch_size=1, num_threads=1, prefetch_queue_depth=1, **options)
     def pipeline():
         encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
         frames = fn.external_source(name="frames", dtype=types.INT32, ndim=1)

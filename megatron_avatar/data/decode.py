@@ -7,6 +7,7 @@ whatever the stream's tag says, so PyAV is told to do the same.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -214,7 +215,8 @@ class _Frames:
         if (frame.height, frame.width) != self._size:  # FFmpeg would stretch it
             raise MediaError(self._path, f"its size changes before frame {index}", "encode it anew")
         self._graph.push(frame)
-        picture = self._graph.pull()
+        picture: Any = self._graph.pull()
+        assert self._rgb is not None
         rgb = self._rgb[self._places[index]] if self._large is None else self._large[len(self._held)]
         for channel, plane in zip((1, 2, 0), picture.planes, strict=True):
             rows = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)
@@ -243,6 +245,7 @@ class _Frames:
 
     def _resize(self) -> None:
         if self._held:
+            assert self._rgb is not None and self._large is not None and self._fit is not None
             large = self._large[: len(self._held)].transpose(0, 2, 3, 1)
             self._rgb[self._held] = resize(large, *self._fit.size).transpose(0, 3, 1, 2)
             self._held.clear()

@@ -121,7 +121,7 @@ class MediaLoader:
 
     def _more(self) -> list[tuple[Future[Prompt | Refusal], Request]]:
         """Further requests that wait already, where the builder decodes ahead."""
-        tasks = []
+        tasks: list[tuple[Future[Prompt | Refusal], Request]] = []
         while len(tasks) < getattr(self._builder, "ahead", 1) - 1:
             try:
                 task = self._tasks.get_nowait()
@@ -231,7 +231,7 @@ def _serve(pipe: Connection, builder: PromptBuilder, root: Path) -> None:
         for request in requests:
             try:
                 outcome = _attempt(builder, root, request)
-                reply = outcome if isinstance(outcome, Refusal) else _to_arrays(outcome)
+                reply: Any = outcome if isinstance(outcome, Refusal) else _to_arrays(outcome)
             except Exception:
                 reply = traceback.format_exc()
             pipe.send_bytes(pickle.dumps(reply, protocol=5))
@@ -257,7 +257,8 @@ def _to_arrays(prompt: Prompt) -> dict[str, Any]:
 
 def _from_arrays(values: dict[str, Any]) -> Prompt:
     tensors = ("pixels", "grid_thw", "mel", "mel_lengths")
-    return Prompt(**{k: torch.from_numpy(v) if k in tensors and v is not None else v for k, v in values.items()})
+    made: dict[str, Any] = {k: torch.from_numpy(v) if k in tensors and v is not None else v for k, v in values.items()}
+    return Prompt(**made)
 
 
 def _bytes(prompt: Prompt) -> int:

@@ -82,7 +82,8 @@ def load_manifest(
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such manifest; set data.manifest to a JSONL file")
-    chosen, lines_of = [], {}
+    chosen: list[Sample] = []
+    lines_of: dict[str, int] = {}
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():

@@ -45,7 +45,9 @@ def read_index(container: av.container.InputContainer, stream: av.VideoStream, s
     name, hold = codec.canonical_name, size <= HOLD_BYTES
     if not (codec.intra_only or name in SEEKABLE):
         raise Untrusted(name)
-    times, starts, packets = [], [], []
+    times: list[int] = []
+    starts: list[int] = []
+    packets: list[av.Packet] = []
     for packet in container.demux(stream):
         if packet.size == 0:  # the end
             continue

@@ -102,7 +102,7 @@ def check_words(chat: Chat, key: str, text: str) -> None:
     """ValueError where the tokenizer can't hold the `text` of a setting: it doesn't know a word or give it back
     (spaces may go)."""
     tokenizer = chat.tokenizer
-    back = tokenizer.decode(chat.text_ids(text), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    back = str(tokenizer.decode(chat.text_ids(text), skip_special_tokens=False, clean_up_tokenization_spaces=False))
     unknown = tokenizer.unk_token_id
     lost = [word for word in text.split() if unknown is not None and unknown in chat.text_ids(word)]
     if lost:
@@ -148,7 +148,7 @@ class PromptBuilder:
         self.chat = Chat(tokenizer, self.placeholders)
         check_words(self.chat, "data.instruction", data.instruction)
         check_words(self.chat, "data.system", data.system)
-        self.end_id: int = tokenizer.convert_tokens_to_ids(END)
+        self.end_id = int(tokenizer.convert_tokens_to_ids(END))  # type: ignore[arg-type]  # of one token
 
     def completion_ids(self, text: str) -> np.ndarray:
         """Token ids [L] int64 of a completion, end token included."""
@@ -156,11 +156,11 @@ class PromptBuilder:
 
     def decode(self, ids: np.ndarray) -> str:
         """Text of token ids [L], special tokens dropped."""
-        return self.tokenizer.decode(ids.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return str(self.tokenizer.decode(ids.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def pieces(self, ids: np.ndarray) -> list[str]:
         """The text of each of the token ids [L] by itself, in the tokenizer's own alphabet: ASCII reads as it is."""
-        return self.tokenizer.convert_ids_to_tokens(ids.tolist())
+        return list(self.tokenizer.convert_ids_to_tokens(ids.tolist()))
 
     def length(self, sample: Sample, variant: Variant = "plain") -> int:
         """Prompt tokens P, from the manifest alone: no file is opened. Raises ValueError beyond the context."""
@@ -173,7 +173,7 @@ class PromptBuilder:
 
     def announce(self, requests: Sequence[tuple[Sample, Variant]], root: Path) -> None:
         """Let DALI begin with the videos of the samples that are going to be built, in this order."""
-        clips = []
+        clips: list[tuple[Path, np.ndarray, Fit | None]] = []
         for sample, _ in requests:
             for media in sample.media:
                 plan = plan_media(media, self.data)
@@ -218,7 +218,7 @@ class PromptBuilder:
     def _patches(self, plan: MediaPlan, root: Path) -> torch.Tensor:
         """[N, 1176] float32."""
         path, fit = root / plan.media.path, plan.fit
-        if plan.kind == "video":
+        if plan.indices is not None:
             return features.patchify(decode_frames(path, plan.indices, self.data.decoder, fit))[0]
         picture = decode_image(path)
         fit.check(path, picture.shape[1:3])
@@ -238,7 +238,8 @@ class PromptBuilder:
         """The user's turn: media first, or where the question has a MEDIUM for each of them."""
         first, *texts = self._text(sample, variant).split(MEDIUM)
         if not texts:
-            return [*({"type": plan.kind} for plan in plans), {"type": "text", "text": first}]
+            kinds: list[dict[str, str]] = [{"type": plan.kind} for plan in plans]
+            return [*kinds, {"type": "text", "text": first}]
         if len(texts) != len(sample.media):
             raise ValueError(
                 f"sample {sample.id}: its question has {len(texts)} places for {len(sample.media)} media; write one "
@@ -357,7 +358,7 @@ def _chunks(positions: np.ndarray, size: int) -> list[np.ndarray]:
 
     As in transformers a token makes at most one cut: where frames are further apart than a chunk, the cuts lag behind.
     """
-    cuts = []
+    cuts: list[int] = []
     for index, time in enumerate(positions[0].tolist()):
         if time >= size * (len(cuts) + 1):
             cuts.append(index)

@@ -147,9 +147,10 @@ class _Timeline:
         silence that is due before them, in blocks of at most a second."""
         if time is not None and self._start is None:
             self._start = time
-        late = 0 if time is None else round((time - self._start) * self._rate) - self._done
+        start = self._start or 0.0  # it is None only where no frame has had a time
+        late = 0 if time is None else round((time - start) * self._rate) - self._done
         if not self._begun and abs(late) < ALIGNED_S * self._rate and time is not None:
-            self._start, late = self._start + late / self._rate, 0
+            self._start, late = start + late / self._rate, 0
         elif self._begun and abs(late) <= SLACK_S * self._rate:
             late = 0
         if late > HOLE_S * self._rate or (self._begun and late < -BACK_S * self._rate):

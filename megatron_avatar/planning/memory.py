@@ -178,7 +178,7 @@ def rank_memories(
     """
     model, parallel, n_on = config.model, config.parallel, config.rl.n_on
     towers_ever = any(stage.train_towers for stage in config.stages.values())
-    ranks = []
+    ranks: list[RankMemory] = []
     for pp_rank, tp_rank in itertools.product(range(parallel.pp), range(parallel.tp if every_rank else 1)):
         with shard_on_meta(folder, model, parallel, tp_rank, pp_rank) as policy:
             memory = static_memory(policy, model, parallel, work, dp, towers_ever=towers_ever)

@@ -40,12 +40,13 @@ def shard_on_meta(
     redirect_cuda_to_cpu()
     tp, pp = parallel.tp, parallel.pp
     rank = pp_rank * tp + tp_rank
-    current_device = torch.cuda.current_device
+    cuda: Any = torch.cuda
+    current_device = cuda.current_device
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=tp * pp)
     try:
         parallel_state.initialize_model_parallel(tp, pp, create_gloo_process_groups=False)
         megatron_random.model_parallel_cuda_manual_seed(0)
-        torch.cuda.current_device = lambda: META  # where Megatron-Core puts its buffers
+        cuda.current_device = lambda: META  # where Megatron-Core puts its buffers
         backend = Backend(META, rank, tp * pp, tp, pp, 1, tp_rank, pp_rank, 0)
         with META:
             policy = build_policy(hf_folder, backend, model, parallel)
@@ -55,7 +56,7 @@ def shard_on_meta(
             warnings.simplefilter("ignore", FutureWarning)  # Megatron-Core's names of collectives
             yield policy
     finally:
-        torch.cuda.current_device = current_device
+        cuda.current_device = current_device
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
 
@@ -81,7 +82,7 @@ class LiveBytes(TorchDispatchMode):
                 self._grow(storage._cdata, size)
             return resize(storage, size)
 
-        torch.UntypedStorage.resize_ = counted
+        torch.UntypedStorage.resize_ = counted  # type: ignore[method-assign, assignment]
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:

@@ -158,7 +158,8 @@ def _layouts(config: Config) -> list[tuple[int, int]]:
 def _changes(config: Config, layout: tuple[int, int]) -> Iterator[dict[str, str | int]]:
     """Overrides that save more and more memory in a layout; the last has all of them."""
     tp, pp = layout
-    parallel, change = config.parallel, {}
+    parallel = config.parallel
+    change: dict[str, str | int] = {}
     if layout != (parallel.tp, parallel.pp):
         change = {"parallel.tp": tp, "parallel.pp": pp}
         if parallel.first_stage_layers is not None:
@@ -167,7 +168,7 @@ def _changes(config: Config, layout: tuple[int, int]) -> Iterator[dict[str, str 
             change["parallel.sequence_parallel"] = "false"
         yield dict(change)
     replicas, context = config.cluster.gpus // (tp * pp), config.model.context
-    steps = [
+    steps: list[tuple[str, str | int, bool]] = [
         ("parallel.distributed_optimizer", "true", replicas > 1 and not parallel.distributed_optimizer),
         ("parallel.sequence_parallel", "true", tp > 1 and not parallel.sequence_parallel),
         ("parallel.recompute", "light", parallel.recompute == "none"),
@@ -189,7 +190,7 @@ def _changed(config: Config, change: dict[str, str | int]) -> Config:
     groups: dict[str, dict] = {"parallel": {}, "rl": {}}
     for key, value in change.items():
         group, name = key.split(".")
-        groups[group][name] = words.get(value, value)
+        groups[group][name] = words.get(str(value), value)
     parallel, rl = (replace(getattr(config, name), **settings) for name, settings in groups.items())
     return replace(config, parallel=parallel, rl=rl)
 

@@ -15,7 +15,7 @@ HEAD = ("recipe", "GPUs", "layout", "steps", "hours", "disk, GiB")
 
 def rows(overrides: list[str]) -> list[tuple[str, ...]]:
     """A row a recipe, under the settings that are given; a recipe that doesn't take them is left out."""
-    found = []
+    found: list[tuple[str, ...]] = []
     for path in sorted((CONFIG_DIR / "recipe").glob("*.yaml")):
         if path.stem.startswith("tiny_"):
             continue

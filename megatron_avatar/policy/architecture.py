@@ -15,7 +15,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5OmniThinkerConfig
 from megatron_avatar.config.schema import ModelConfig, ParallelConfig
 from megatron_avatar.config.validate import DTYPES
 from megatron_avatar.policy.fusions import choose_fusions
-from megatron_avatar.policy.shape import hears
+from megatron_avatar.policy.shape import Shape, hears
 
 # parallel.recompute -> LayerConfig. A feed-forward keeps three quarters of what a layer keeps; the core attention keeps
 # nothing that its neighbours don't. `light` computes norms and SwiGLU again, a third of what is kept, and no product.
@@ -35,12 +35,13 @@ class LayerConfig(TransformerConfig):
 
 
 # model_type of config.json -> the configuration's class.
-CONFIGS = {
+CONFIGS: dict[str, Any] = {
     "qwen2_5_omni": Qwen2_5OmniThinkerConfig,
     "qwen2_5_omni_thinker": Qwen2_5OmniThinkerConfig,
     "qwen2_5_vl": Qwen2_5_VLConfig,
 }
-PolicyConfig = Qwen2_5OmniThinkerConfig | Qwen2_5_VLConfig
+# Qwen2.5-Omni's Thinker or Qwen2.5-VL; transformers types the parts of both as dictionaries or None.
+PolicyConfig = Shape
 
 
 def read_model_type(hf_folder: str | Path) -> str:

@@ -61,7 +61,9 @@ class Backend:
 
     def all_gather_object(self, value: Any) -> list[Any]:
         """`value` of every rank, in rank order."""
-        return _gather_objects(value, self.group or dist.group.WORLD)
+        group = self.group or dist.group.WORLD
+        assert group is not None, "start() comes first"
+        return _gather_objects(value, group)
 
     def broadcast_object(self, value: Any) -> Any:
         """`value` of rank 0 on every rank."""
@@ -175,6 +177,7 @@ def _place_from_environment() -> tuple[int, int, int]:
         return int(env["RANK"]), int(env.get("LOCAL_RANK", 0)), int(env["WORLD_SIZE"])
     if "SLURM_STEP_ID" in env and "SLURM_PROCID" in env:  # a batch script has SLURM_PROCID, but is no step
         host = re.match(r"([^,\[]+)(?:\[(\d+))?", env["SLURM_STEP_NODELIST"])
+        assert host is not None, env["SLURM_STEP_NODELIST"]
         env.setdefault("MASTER_ADDR", host[1] + (host[2] or ""))
         env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 20000))
         return int(env["SLURM_PROCID"]), int(env["SLURM_LOCALID"]), int(env["SLURM_STEP_NUM_TASKS"])
@@ -204,7 +207,7 @@ def redirect_cuda_to_cpu() -> None:
     """
     if torch.cuda.is_available() or getattr(redirect_cuda_to_cpu, "done", False):
         return
-    redirect_cuda_to_cpu.done = True
+    setattr(redirect_cuda_to_cpu, "done", True)  # noqa: B010  (a function's own attribute has no type)
     with torch.device("cpu"):  # `with torch.device(...)` remembers the factories of its first use: the real ones
         torch.empty(0)
 
@@ -212,17 +215,18 @@ def redirect_cuda_to_cpu() -> None:
         setattr(torch, name, _factory_on_cpu(getattr(torch, name)))
 
     tensor_to, tensor_type = torch.Tensor.to, torch.Tensor.type
-    torch.Tensor.to = lambda self, *args, **kwargs: tensor_to(
+    tensor: Any = torch.Tensor  # whose methods are replaced
+    tensor.to = lambda self, *args, **kwargs: tensor_to(
         self, *map(_cpu_if_cuda, args), **{key: _cpu_if_cuda(value) for key, value in kwargs.items()}
     )
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self
-    torch.Tensor.pin_memory = lambda self, *args, **kwargs: self
+    tensor.cuda = lambda self, *args, **kwargs: self
+    tensor.pin_memory = lambda self, *args, **kwargs: self
 
     def type_name_of_cuda(self, *args, **kwargs):  # Megatron's optimizer and clipping compare these names
         result = tensor_type(self, *args, **kwargs)
         return result.replace("torch.", "torch.cuda.") if isinstance(result, str) else result
 
-    torch.Tensor.type = type_name_of_cuda
+    tensor.type = type_name_of_cuda
 
     def get_rng_state(device=None, clone=False, graph_safe=False):
         return torch.get_rng_state()
@@ -230,10 +234,11 @@ def redirect_cuda_to_cpu() -> None:
     def set_rng_state(new_state, device=None, graph_safe=False):
         torch.set_rng_state(new_state)
 
-    torch.cuda.current_device = lambda: torch.device("cpu")
+    cuda: Any = torch.cuda
+    cuda.current_device = lambda: torch.device("cpu")
     torch.cuda.synchronize = lambda device=None: None
-    torch.cuda.manual_seed = torch.manual_seed
-    for module in (torch.cuda, torch.cuda.random):
+    cuda.manual_seed = torch.manual_seed
+    for module in (cuda, cuda.random):
         module.get_rng_state, module.set_rng_state = get_rng_state, set_rng_state
     megatron_random._get_cuda_rng_state, megatron_random._set_cuda_rng_state = get_rng_state, set_rng_state
 

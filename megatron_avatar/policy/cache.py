@@ -184,7 +184,7 @@ class KeyValueCache:
         if self._layout is None:
             self._layout = self._fill()
         self._even = not self.static and longest == lengths.min() + 1
-        return Shape(*self._layout, self._own_room if self.static else longest)
+        return Shape._make((*self._layout, self._own_room if self.static else longest))
 
     def _fill(self) -> tuple[int, ...]:
         """Write the tables of a step: rows that read a page, [U, n]; where a row finds its parts among U * n results,
@@ -201,7 +201,7 @@ class KeyValueCache:
         parts, absent = np.zeros((rows, most_parts), np.int64), np.ones((rows, most_parts), bool)
         read, tokens, ordinal = np.zeros((3, pages), np.int64)
         own_pages = np.zeros(rows, np.int64)
-        seen = Counter()
+        seen: Counter[int] = Counter()
         for row, prompt in enumerate(self.prompts):
             own = self._pages_of[prompt]
             readers[own, seen[prompt]] = row
@@ -216,16 +216,17 @@ class KeyValueCache:
                 empty[own[-1], tokens[own[-1]] :] = True
         mask = torch.zeros(empty.shape, dtype=self.dtype).masked_fill_(torch.from_numpy(empty), float("-inf"))
         arrays = (readers, read, tokens, ordinal, own_pages, parts, absent)
-        tables = Tables(*map(torch.from_numpy, arrays), mask[:, None, None])
+        tables = Tables._make((*map(torch.from_numpy, arrays), mask[:, None, None]))
         if self.static and layout in self._tables:
             for old, new in zip(self._tables[layout], tables, strict=True):
+                assert old is not None and new is not None, "static tables are whole"
                 old.copy_(new)
             return layout
         if not self.static:  # what hides nothing need not be looked at
             self._tables.clear()
             tables = tables._replace(absent=tables.absent if absent.any() else None,
                                      empty=tables.empty if empty.any() else None)  # fmt: skip
-        self._tables[layout] = Tables(*(None if table is None else table.to(self.device) for table in tables))
+        self._tables[layout] = Tables._make(None if table is None else table.to(self.device) for table in tables)
         return layout
 
     def begin(self, shape: Shape, lengths: Tensor) -> None:
@@ -241,7 +242,8 @@ class KeyValueCache:
         softmax: mixed [R, groups, share + 2, d] as the projection leaves it, angles [2, R, d] -> [R, heads * d]."""
         keys, values = self._own[layer]
         query = decode_rope(mixed, angles, keys, values, self._lengths)
-        return attend(query, *self._pages[layer], keys, values, self._lengths, self._later, self._step,
+        page_keys, page_values = self._pages[layer]
+        return attend(query, page_keys, page_values, keys, values, self._lengths, self._later, self._step,
                       self._own_tokens, scale)  # fmt: skip
 
 

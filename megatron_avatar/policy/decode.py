@@ -37,7 +37,7 @@ class Decoder:
             if getattr(owner, "sequence_parallel", False) is True
         ]
         self._graphs: dict[Shape, tuple[torch.cuda.CUDAGraph, Tensor, Tensor | None, Tensor]] = {}
-        self._steps = Counter()  # of each shape, without a graph
+        self._steps: Counter[Shape] = Counter()  # of each shape, without a graph
         self._uses_graphs = policy.backend.device.type == "cuda"
 
     def forget(self) -> None:
@@ -50,9 +50,9 @@ class Decoder:
         Returns hidden states [shape.rows, 1, H]; on the last stage tokens, log-probabilities and the
         probability cut off by top_k and top_p, float64 [3, R].
         """
-        inputs = np.zeros((INPUTS, shape.rows))
-        inputs[:, : rows.shape[1]] = rows
-        inputs = to_device(torch.from_numpy(inputs), self.cache.device)
+        padded = np.zeros((INPUTS, shape.rows))
+        padded[:, : rows.shape[1]] = rows
+        inputs = to_device(torch.from_numpy(padded), self.cache.device)
         with self._whole_rows():
             output = (self._replay if self._uses_graphs else self.step)(shape, inputs, received)
         return output[:, : rows.shape[1]] if self.policy.post_process else output
@@ -78,7 +78,7 @@ class Decoder:
             self._graphs[shape] = self._capture(shape, inputs, received)
         graph, kept_inputs, kept_received, output = self._graphs[shape]
         kept_inputs.copy_(inputs)
-        if received is not None:
+        if received is not None and kept_received is not None:
             kept_received.copy_(received)
         graph.replay()
         return output

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -109,7 +109,7 @@ def _batched(rows: Tensor, count: int) -> Tensor:
     return rows.unflatten(0, (count, -1)).transpose(1, 2)
 
 
-def _packed(parts: list[Tensor]) -> Tensor:
+def _packed(parts: Sequence[Tensor]) -> Tensor:
     """The opposite, for all runs: a copy only where there are several."""
     rows = [part.transpose(1, 2).flatten(0, 1) for part in parts]
     return rows[0] if len(rows) == 1 else torch.cat(rows)

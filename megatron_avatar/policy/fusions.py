@@ -44,9 +44,10 @@ class RMSNorm(torch.nn.RMSNorm):
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        self.weight.sequence_parallel = config.sequence_parallel
+        setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010  (Megatron-Core's mark)
 
     def forward(self, stream: torch.Tensor) -> torch.Tensor:
+        assert self.eps is not None
         return norm(stream, self.weight, self.eps)
 
 

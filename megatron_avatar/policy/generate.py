@@ -152,11 +152,11 @@ class Generation:
                     return
                 here, before, leaving = ((tick - place) % stages for place in (stage, stage - 1, stages - 1))
                 output = None
-                if turns[here]:
-                    output = self._forward(here, turns[here], batches[here], received)
+                if (now := turns[here]) and (batch := batches[here]) is not None:
+                    output = self._forward(here, now, batch, received)
                 received = self._exchange(output, batches[before])
-                if turns[leaving]:
-                    self._record(self.lanes[leaving], turns[leaving], output)
+                if done := turns[leaving]:
+                    self._record(self.lanes[leaving], done, output)
                 tick += 1
         finally:
             for attention in self.attentions:
@@ -169,7 +169,7 @@ class Generation:
         if not turn.jobs:
             return lane.cache.prepare(self.counts[turn.rows])
         prompts = [self.prompts[job.prompt] for job in turn.jobs]
-        lane.cache.read([job.rows[0] for job in turn.jobs], np.cumsum([0, *map(len, prompts[:-1])]))
+        lane.cache.read([job.rows[0] for job in turn.jobs], np.cumsum([0, *map(len, prompts[:-1])]).tolist())
         # A group of one completion of one token is the prompt itself.
         batch = pack_groups(prompts, [[np.zeros(1, np.int64)]] * len(prompts))
         return batch.pad_to(self.backend.tp if self.policy.config.sequence_parallel else 1)
@@ -248,6 +248,7 @@ class Generation:
         backend = self.backend
         packet = torch.zeros(3 * rows + 1, dtype=torch.float64, device=backend.device)  # exact for ids and float32
         if backend.is_last_stage and rows:
+            assert output is not None
             packet[:-1] = output.flatten()
         if self.stop is not None and self.stop():
             packet[-1] = 1

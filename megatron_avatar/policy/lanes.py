@@ -90,7 +90,8 @@ class Lane:
         A lane leaves jobs in the queue to the `empty_lanes` (itself among them, if it is empty).
         """
         share = -(-len(queue) // max(1, empty_lanes)) if self.empty or not empty_lanes else 0
-        reading, tokens = [], 0
+        reading: list[Job] = []
+        tokens = 0
         while queue and len(reading) < share and len(self.rows) + len(self._waiting) < self.cache.room.rows:
             length = queue[0].length
             if not self.cache.fits(length) or (reading and tokens + length > READ_TOKENS):

@@ -54,6 +54,7 @@ class OmniLayer(TransformerLayer):
         mixed = heads_of(attention, attention.linear_qkv(normed)[0])
         if keeper is not None:
             keeper.discard_output_and_register_recompute(mixed)
+        assert rotary_pos_emb is not None
         query, key, value = (x[:, None] for x in split_rope(mixed, rotary_pos_emb))
         branch = attention.linear_proj(attention.core_attention(query, key, value, attention_mask))[0]
         if self.recompute_mlp:
@@ -66,7 +67,7 @@ class OmniLayer(TransformerLayer):
         stream, normed = add_norm(branch, hidden_states, weight, eps)
         return stream + self.mlp.linear_fc2(swiglu(self.mlp.linear_fc1(normed)[0]))[0], None
 
-    def _norm(self, module: nn.Module, stream: Tensor, keeper: CheckpointWithoutOutput | None) -> Tensor:
+    def _norm(self, module: Any, stream: Tensor, keeper: CheckpointWithoutOutput | None) -> Tensor:
         eps = self.config.layernorm_epsilon
         if keeper is None:
             return norm(stream, module.weight, eps)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,13 +41,13 @@ class LoraAdapter(MegatronModule):
         self.gated = len(slot.shapes) == 2
         targeted = [name for name in slot.shapes if leaf(name) in lora.targets]
         outputs, inputs = weight.shape
-        like = dict(dtype=weight.dtype, device=weight.device)
+        like: dict[str, Any] = dict(dtype=weight.dtype, device=weight.device)
         self.a = nn.Parameter(torch.empty(len(targeted) * lora.rank, inputs, **like))
         self.b = nn.Parameter(torch.zeros(outputs, lora.rank, **like))
         sharded, replicated, axis = (self.b, self.a, 0) if self.splits_outputs else (self.a, self.b, 1)
         tensor_parallel.set_tensor_model_parallel_attributes(sharded, True, axis, 1)
         # Under sequence parallelism each rank sees its own tokens: Megatron-Core then sums this gradient over them.
-        replicated.sequence_parallel = self.config.sequence_parallel
+        setattr(replicated, "sequence_parallel", self.config.sequence_parallel)  # noqa: B010  (Megatron-Core's mark)
 
         columns = next(iter(slot.shapes.values()))[1]
         self.a_slot = Slot(

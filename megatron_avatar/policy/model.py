@@ -7,6 +7,7 @@ a call; with sequence parallelism the decoder holds S / tp of them a rank.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -102,7 +103,7 @@ class OmniPolicy(MegatronModule):
         """The hidden states [S, 1, H] that the previous pipeline stage sent."""
         self.language_model.set_input_tensor(input_tensor)
 
-    def shared_embedding_or_output_weight(self) -> Tensor | None:
+    def shared_embedding_or_output_weight(self) -> Any:
         return self.language_model.shared_embedding_or_output_weight()
 
     # ------------------------------------------------------------------------------------------------------------
@@ -126,9 +127,10 @@ class OmniPolicy(MegatronModule):
         recompute = self._set_recompute()
         if self.pre_process:
             decoder_input = self.language_model.embedding(token_ids, None)
-            features = [features for features in media or () if features is not None]
-            if features:
-                features = torch.cat(features).to(decoder_input.dtype)
+            parts = [part for part in media or () if part is not None]
+            if parts:
+                features = torch.cat(parts).to(decoder_input.dtype)
+                assert media_index is not None
                 assert len(features) == len(media_index), "media embeddings and placeholders differ in number"
                 decoder_input = decoder_input[:, 0].index_copy(0, media_index, features)[:, None]
             if self.config.sequence_parallel:
@@ -146,9 +148,14 @@ class OmniPolicy(MegatronModule):
 
         `received` [R, 1, H] is the stream of the stage before. Returns the stream [R, 1, H], normed on the last stage.
         """
-        model = self.language_model
-        stream = model.embedding(token_ids[None], None)[:, 0] if self.pre_process else received[:, 0]
-        angles, branch = model.rotary_pos_emb(positions[:, None], self.config.mrope_section), None
+        model: Any = self.language_model
+        if self.pre_process:
+            stream = model.embedding(token_ids[None], None)[:, 0]
+        else:
+            assert received is not None
+            stream = received[:, 0]
+        angles = model.rotary_pos_emb(positions[:, None], self.config.mrope_section)
+        branch: Any = None  # a stage has a layer at least, which gives it
         for layer in model.decoder.layers:
             branch, stream = layer.decode(branch, stream, angles, cache)
         if not self.post_process:

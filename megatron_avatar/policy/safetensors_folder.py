@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator
 from math import prod
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -115,7 +115,8 @@ class SafetensorsWriter:
     def _begin(self, file: str) -> int:
         """Write the header of a file and return its descriptor."""
         own = {name: entry for name, entry in self.entries.items() if entry.file == file}
-        header, offsets, end = {"__metadata__": {"format": "pt"}}, {}, 0
+        header: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"}}
+        offsets, end = {}, 0
         for name in sorted(own, key=lambda name: (-own[name].dtype.itemsize, name)):  # wide types first: all aligned
             entry, offsets[name] = own[name], end
             end += entry.nbytes

@@ -20,6 +20,8 @@ class Shape(Protocol):
     text_config: Any
     vision_config: Any
 
+    def __getattr__(self, name: str) -> Any: ...  # audio_config, where the model hears
+
 
 def read_shape(folder: str | Path) -> Shape:
     """text_config, vision_config and, where the model hears, audio_config of Qwen2.5-Omni (the whole class or its
@@ -31,7 +33,7 @@ def read_shape(folder: str | Path) -> Shape:
         text = found.get("text_config", found)  # VL's older files have the sizes at their top
         tied = bool(found.get("tie_word_embeddings", text.get("tie_word_embeddings", False)))
         head = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
-        shape = SimpleNamespace(
+        shape: Any = SimpleNamespace(
             text_config=SimpleNamespace(tie_word_embeddings=tied, head_dim=head, **{k: text[k] for k in TEXT}),
             vision_config=SimpleNamespace(**{k: found["vision_config"][k] for k in VISION}),
         )

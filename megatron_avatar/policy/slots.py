@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -54,7 +55,7 @@ class Slot:
         return (part.flatten(0, 1).contiguous() for part in parts)
 
 
-def linear_slots(policy: OmniPolicy, layer: torch.nn.Module) -> dict[str, Slot]:
+def linear_slots(policy: OmniPolicy, layer: Any) -> dict[str, Slot]:
     """The weights of a decoder layer's four fused linear layers, by the fused layers' names."""
     text, attention, mlp = policy.hf_config.text_config, layer.self_attention, layer.mlp
     hidden, size, prefix = text.hidden_size, policy.config.kv_channels, f"model.layers.{layer.layer_number - 1}."

@@ -7,6 +7,7 @@ under a name with "flash" in it, ours gets all windows at once.
 from __future__ import annotations
 
 from collections import defaultdict
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +40,8 @@ def window_attention(
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # [S, heads, D]
     if flash.kernel_for(query.device, query.dtype, query.shape[-1]) is flash.FLASH_VARLEN:
         bounds, longest = cu_seq_lens_q, max(2, max_length_q)  # length 1 would take a path made for decoding
-        return varlen_attn(query, key, value, bounds, bounds, longest, longest, scale=scaling)[None], None
+        output: Any = varlen_attn(query, key, value, bounds, bounds, longest, longest, scale=scaling)  # one tensor
+        return output[None], None
     return _by_length(query, key, value, cu_seq_lens_q.tolist(), scaling)[None], None
 
 
@@ -55,7 +57,7 @@ def _by_length(query: Tensor, key: Tensor, value: Tensor, bounds: list[int], sca
     ).to(query.device)
     sizes = [length * len(first) for length, first in starts.items()]
     parts = zip(*(tensor[rows].split(sizes) for tensor in (query, key, value)), starts, strict=True)
-    return torch.cat([_batched(*part, scaling) for part in parts])[rows.argsort()]
+    return torch.cat([_batched(q, k, v, length, scaling) for (q, k, v, length) in parts])[rows.argsort()]
 
 
 def _batched(query: Tensor, key: Tensor, value: Tensor, length: int, scaling: float) -> Tensor:

@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -69,7 +70,8 @@ class Towers(nn.Module):
             if hears(hf_config):
                 self.audio_tower = Qwen2_5OmniAudioEncoder._from_config(deepcopy(hf_config.audio_config), dtype=dtype)
         for tower in self.children():  # their configurations are copies: hf_config stays what the folder says
-            tower.config._attn_implementation = tower_attention.NAME
+            config: Any = tower.config
+            config._attn_implementation = tower_attention.NAME
 
     @property
     def device(self) -> torch.device:
@@ -82,7 +84,7 @@ class Towers(nn.Module):
             # The Thinker embeds these two tokens as text: their parameter never gets a gradient.
             self.audio_tower.audio_bos_eos_token.requires_grad_(False)
         for parameter in self.parameters():  # each tensor-parallel rank's gradient is that of its share
-            parameter.average_gradients_across_tp_domain = True
+            setattr(parameter, "average_gradients_across_tp_domain", True)  # noqa: B010  (Megatron-Core's mark)
 
     def forward(self, prompts: Sequence[Prompt], grad: bool = False) -> list[Tensor | None]:
         """Embeddings [M, H] of each prompt's media, in the order of its placeholders; None without media.
@@ -114,15 +116,15 @@ class Towers(nn.Module):
 
     def _slices(self, prompt: Prompt) -> Units:
         """The pictures: attention, full or in windows, stays inside of a slice of time."""
-        if prompt.pixels is None:
+        if prompt.pixels is None or prompt.grid_thw is None:
             return Units(torch.empty(0, 0), [], [])
-        shapes = [(h, w) for t, h, w in prompt.grid_thw.tolist() for _ in range(t)]
+        shapes: list[tuple[int, ...]] = [(h, w) for t, h, w in prompt.grid_thw.tolist() for _ in range(t)]
         merged = self.hf_config.vision_config.spatial_merge_size**2
         return Units(prompt.pixels, shapes, [h * w // merged for h, w in shapes])
 
     def _chunks(self, prompt: Prompt) -> Units:
         """The sounds: convolutions, positions, attention and pooling stay inside of a chunk."""
-        if prompt.mel is None:
+        if prompt.mel is None or prompt.mel_lengths is None:
             return Units(torch.empty(0, 0), [], [])
         assert self.audio_tower is not None, f"{prompt.sample_id}: sound for a model that doesn't hear"
         longest = 2 * self.audio_tower.n_window
@@ -148,6 +150,7 @@ class Towers(nn.Module):
 
     def _hear(self, rows: Tensor, shapes: Sequence[tuple[int, ...]]) -> Tensor:
         lengths = torch.tensor([length for (length,) in shapes], device=rows.device)
+        assert self.audio_tower is not None
         return self.audio_tower(rows.T, lengths).last_hidden_state
 
     def _encode(
@@ -166,9 +169,9 @@ class Towers(nn.Module):
             own.append(encoder(rows.to(self.device, self.dtype), units.shapes[low:high]))
         if grad and not own:
             own.append(encoder(dummy.rows.to(self.device, self.dtype), dummy.shapes)[:0])
-        own = torch.cat(own) if own else self._nothing()
-        assert len(own) == counts[group.rank()]
-        return own if group.size() == 1 or not sum(counts) else _GatherShares.apply(own, counts, group)
+        share = torch.cat(own) if own else self._nothing()
+        assert len(share) == counts[group.rank()]
+        return share if group.size() == 1 or not sum(counts) else _GatherShares.apply(share, counts, group)
 
     def _nothing(self) -> Tensor:
         return torch.empty(0, self.hf_config.text_config.hidden_size, dtype=self.dtype, device=self.device)

@@ -181,7 +181,7 @@ def _export(
         gathered = _gather(policy, slots, value, dtype, listings)
     else:
         gathered = iter(())
-    outcome = [None]
+    outcome: list[str | None] = [None]
     if backend.rank == 0:
         try:
             with _replacing(folder) as aside:

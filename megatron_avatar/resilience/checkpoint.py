@@ -227,7 +227,8 @@ def _sharded_state(
     """Megatron's description of this rank's tensors and their place in the whole."""
     # Extra states are objects, hold nothing without FP8, and would be unpickled on loading.
     _, weights = extract_matching_values(
-        policy.sharded_state_dict(prefix=POLICY), lambda value: isinstance(value, ShardedObject)
+        policy.sharded_state_dict(prefix=POLICY),  # type: ignore[operator]  # a method of Megatron-Core's modules
+        lambda value: isinstance(value, ShardedObject)
     )
     state: dict[str, Any] = {"policy": weights}
     if optimization is not None:
@@ -322,8 +323,8 @@ def find(run_dir: Path, step: int | None, backend: Backend) -> Path:
     milestones, whole = backend.all_gather_object(own)[0]
     steps = milestones | whole
     if step is None:
-        if whole:
-            return latest(run_dir, backend)
+        if whole and (newest := latest(run_dir, backend)):
+            return newest
         step = max(milestones, default=None)
     if step not in steps:
         there = f"there are steps {', '.join(map(str, sorted(steps)))}" if steps else "the run has none"

@@ -71,7 +71,7 @@ class Watchdog:
     def _all_silent(self) -> bool:
         """Whether no rank's latest sign of life, in seconds of the nodes' clocks, is younger than the deadline."""
         limit = time.time() - self._deadline
-        return not any(self._has(key) and float(self._store.get(key)) > limit
+        return not any(self._has(key) and self._store is not None and float(self._store.get(key)) > limit
                        for key in (f"alive {rank}" for rank in range(self._backend.world)))
 
     def _spread_stop(self) -> None:

@@ -52,7 +52,8 @@ def choose_prompts(
     rng = keyed_rng(*key, "revisit")
     n_revisit = min(int(n * revisit_share + rng.random()), len(hard))
     revisits = list(rng.choice(hard, n_revisit, replace=False)) if n_revisit else []
-    visits, seen = [], {}
+    visits: list[Visit] = []
+    seen: dict[str, int] = {}
     for index, sample_id in enumerate([*order.take(n - n_revisit), *map(str, revisits)]):
         occurrence = seen[sample_id] = seen.get(sample_id, -1) + 1
         variant: Variant = "plain"
@@ -135,8 +136,9 @@ def commit(
     for visit, rows in made:
         solved = any(t.parts["correct"] > 0 for t in rows)
         tracker.update(visit.sample_id, visit.variant, [t.reward for t in rows], solved=solved)
-    for visit, rows in made if hints is not None else []:
-        hints.update(visit.sample_id, visit.variant, kl=float(np.mean([t.kl_ref for t in rows])))
+    if hints is not None:
+        for visit, rows in made:
+            hints.update(visit.sample_id, visit.variant, kl=float(np.mean([t.kl_ref for t in rows])))
     if buffer is not None:
         # Of a step that was skipped as not finite, what is finite itself can be replayed.
         fresh = [t for k in sorted(by_visit) for number, t in enumerate(by_visit[k])

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -183,7 +184,7 @@ class Learner:
 
     def update(self, groups: list[Group], media: list, reference: list[list[np.ndarray]],
                *, n_on: int, n_off: int, check_logprobs: bool = True, poll: Poll | None = None
-               ) -> dict[str, np.ndarray]:
+               ) -> dict[str, Any]:
         """One optimizer step on the paper's objective J = J_on + alpha J_off - beta KL.
 
         n_on and n_off count the completions of the whole step, over all ranks. Returns summed
@@ -198,7 +199,7 @@ class Learner:
         serial = 0
         for group, ref in zip(groups, reference, strict=True):
             lengths = [len(t.completion) for t in group.trajectories]
-            surrogate_w, kl_w = token_weights(lengths, group.on_policy, n_on, n_off, rl.alpha)
+            surrogate_w, kl_w = token_weights(lengths, group.on_policy.tolist(), n_on, n_off, rl.alpha)
             bounds = np.cumsum(lengths)[:-1]
             rows: dict[str, list[np.ndarray]] = {
                 "surrogate_weight": np.split(np.asarray(surrogate_w) * group.weight, bounds),
@@ -210,7 +211,10 @@ class Learner:
             }
             for trajectory, advantage, on in zip(group.trajectories, group.advantages, group.on_policy, strict=True):
                 length, ids = len(trajectory.completion), trajectory.completion.token_ids
-                inside = between_tags(self.pieces(ids)) if shaping.span == "between_tags" else None
+                inside = None
+                if shaping.span == "between_tags":
+                    assert self.pieces is not None
+                    inside = between_tags(self.pieces(ids))
                 shaped = advantage * temporal_weights(length, shaping.shape, shaping.lam, inside).numpy()
                 rows["advantage"].append(shaped.astype(np.float32))
                 rows["completion"].append(np.full(length, serial))
@@ -311,7 +315,7 @@ class Learner:
         loads = self.backend.all_gather_object_dp(sum(len(micro.batch) for micro in micros))
         return {"packed_tokens": sum(loads), "imbalance": imbalance(loads)}
 
-    def _reduce(self, stored: list[dict[str, torch.Tensor]]) -> dict[str, np.ndarray]:
+    def _reduce(self, stored: list[dict[str, torch.Tensor]]) -> dict[str, Any]:
         """Add the micro-batches' statistics over the schedule and all data-parallel ranks (max for *_max)."""
         local: dict[str, np.ndarray] = {}
         for stats in stored:

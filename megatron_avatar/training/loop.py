@@ -86,15 +86,18 @@ class Run:
         self.saver, self.apart = Saver(), backend.apart()
         self.format = FormatWatch()
         self.guard = Guard(config.rl.guard, exact=config.model.dtype == "float32")
-        self.optimization: Optimization | None = None
-        self.buffer: ReplayBuffer | None = None  # the stage's
+        self._optimization: Optimization | None = None  # made with the first stage
+        self.buffer: ReplayBuffer | None = None  # the stage's, as are tracker and hints
+        self.tracker = RewardTracker(window=config.rl.vcrs_window)
+        self.hints: HintPolicy | None = None
         self.shards = ReplayShards(self.folder, self.apart)
         self.step = 0  # optimizer steps applied, over all stages
         self.saved: int | None = None  # step of the newest checkpoint
         self.saved_at = time.monotonic()  # when it was taken, or the run began
         self.completions_generated = 0
         self.fresh: list[Trajectory] = []  # of the latest step
-        self.stage_name, self.working_on = "", []  # for the last words
+        self.stage_name = ""  # this and the next for the last words
+        self.working_on: list[str] = []
         self.watchdog: Watchdog | None = None
         if (deadline := config.log.watchdog_s) > 0:
             self.watchdog = Watchdog(
@@ -109,6 +112,11 @@ class Run:
         return (f"{'/'.join(phases) or 'between steps'}, step {self.step + 1}, stage {self.stage_name}, samples "
                 f"{', '.join(samples[:8]) or 'none'}{more}")  # fmt: skip
 
+    @property
+    def optimization(self) -> Optimization:
+        assert self._optimization is not None, "no stage was entered"
+        return self._optimization
+
     # ---- stages --------------------------------------------------------------------------------
 
     def enter_stage(self, name: str) -> None:
@@ -121,10 +129,10 @@ class Run:
         self.hintable = {i for i, sample in self.pool.items() if sample.hint}
         lr = stage.lr or config.optim.lr
         updates = stage.steps * (config.rl.updates_per_rollout if stage.kind == "rl" else 1)
-        if self.optimization is None:  # for all that trains in any stage
+        if self._optimization is None:  # for all that trains in any stage
             self.policy.set_train_towers(any(s.train_towers for s in config.stages.values()))
-            self.optimization = build_optimizer(self.policy, config.optim, lr=lr, total_steps=updates,
-                                                parallel=config.parallel)
+            self._optimization = build_optimizer(self.policy, config.optim, lr=lr, total_steps=updates,
+                                                 parallel=config.parallel)
         else:
             self.optimization.renew(config.optim, lr=lr, total_steps=updates)
         self.policy.set_train_towers(stage.train_towers)
@@ -279,10 +287,10 @@ class Run:
                                 self.hints, self.pool, self.hintable, key)
         owners = share_visits(visits, owners, self.estimates[self.stage_name], backend.dp)
         mine = [k for k, owner in enumerate(owners) if owner == backend.dp_rank]
-        prompts = self.prompts([(self.pool[visits[k].sample_id], visits[k].variant) for k in mine])
+        found = self.prompts([(self.pool[visits[k].sample_id], visits[k].variant) for k in mine])
         self.prefetch()
-        mine = [k for k, p in zip(mine, prompts, strict=True) if p is not None]
-        prompts = [p for p in prompts if p is not None]
+        mine = [k for k, p in zip(mine, found, strict=True) if p is not None]
+        prompts = [p for p in found if p is not None]
         media = self.embed(prompts)
 
         with timer("generate"):
@@ -338,7 +346,7 @@ class Run:
 
     def now_and_then(self, fresh: list[Trajectory]) -> dict:
         """What only some runs have to log."""
-        record = {"replay/damaged_shards": self.shards.damaged} if self.shards.damaged else {}
+        record: dict[str, Any] = {"replay/damaged_shards": self.shards.damaged} if self.shards.damaged else {}
         if truncates(self.config.rl.sampling):
             record["sampling/cut_off"] = metrics.mean_or_none([t.completion.cut_off for t in fresh])
         return record
@@ -351,7 +359,7 @@ class Run:
         They even out `loads`, the packed tokens of every data-parallel rank's fresh groups.
         """
         owners = deal([self.tokens(d[0].sample_id, d) for d in drawn], loads)
-        share = [pair for owner, *pair in zip(owners, drawn, advantages, strict=True) if owner == self.backend.dp_rank]
+        share = [(d, a) for owner, d, a in zip(owners, drawn, advantages, strict=True) if owner == self.backend.dp_rank]
         prompts = self.prompts([(self.samples[d[0].sample_id], d[0].variant) for d, _ in share])
         groups = [Group(p, d, a, np.zeros(len(d), bool)) for p, (d, a) in zip(prompts, share, strict=True) if p]
         return groups, self.update_media(groups)

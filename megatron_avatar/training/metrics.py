@@ -23,13 +23,13 @@ def set_kl(groups: Sequence[Group], reference: Sequence[Sequence[np.ndarray]]) -
             trajectory.kl_ref = float(np.mean(np.exp(delta) - delta - 1))
 
 
-def mean_or_none(values: Sequence[float]) -> float | None:
+def mean_or_none(values: Sequence[float] | np.ndarray) -> float | None:
     """Mean of the values that are not masked (NaN); None when there is none."""
     real = [v for v in values if not np.isnan(v)]
     return float(np.mean(real)) if real else None
 
 
-def histogram(values: Sequence[float], edges: np.ndarray) -> list[int]:
+def histogram(values: Sequence[float] | np.ndarray, edges: np.ndarray) -> list[int]:
     """Counts in the bins between `edges`; what lies beyond them counts in the outermost."""
     return np.histogram(np.clip(values, edges[0], edges[-1]), edges)[0].tolist()
 

@@ -102,8 +102,9 @@ def compare(now: dict[str, Any], logged: dict[str, Any], console: Console) -> bo
     table = Table("key", "logged", "now", "relative difference", title=f"step {logged['step']} differs")
     for key in different:
         before, after = logged.get(key), now.get(key)
-        numbers = all(isinstance(v, int | float) for v in (before, after))
-        ratio = f"{abs(after - before) / max(abs(before), 1e-30):.1e}" if numbers else ""
+        ratio = ""
+        if isinstance(before, int | float) and isinstance(after, int | float):
+            ratio = f"{abs(after - before) / max(abs(before), 1e-30):.1e}"
         table.add_row(key, str(before), str(after), ratio)
     console.print(table)
     return False

@@ -48,7 +48,7 @@ class Scoring:
         self._scores = backend.tp_rank == 0 and backend.is_last_stage
         self._asks = bool(config.judge.endpoint) and any(s.rewards.get("judge") for s in config.stages.values())
         self._endpoint: Endpoint | None = None
-        self._judge = RuleJudge()
+        self._judge: RuleJudge | HttpJudge = RuleJudge()
         if self._asks and self._scores:
             owner = f"rank-{backend.rank}"
             replies = Replies(Path(config.output_dir) / "judge", owner, write=not config.replay_step)
@@ -126,7 +126,7 @@ class Scoring:
 
     def _reasons(self) -> str:
         failures = self._endpoint.failures if self._endpoint is not None else {}
-        most = sorted(failures, key=failures.get, reverse=True)[:3]
+        most = sorted(failures, key=failures.__getitem__, reverse=True)[:3]
         return f" ({', '.join(f'{reason}: {failures[reason]} times' for reason in most)})" if most else ""
 
     def close(self) -> None:

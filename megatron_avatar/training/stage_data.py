@@ -73,9 +73,9 @@ def measure_lengths(
         estimates = expected[name] = {}
         for sample in stage_samples(samples, stage).values():
             length = builder.length(sample, "hinted" if sample.hint else "plain")
-            room, traced = rl.sampling.max_new_tokens, stage.kind == "sft" and sample.trace
+            room, traced = rl.sampling.max_new_tokens, sample.trace if stage.kind == "sft" else None
             if traced:
-                room = len(builder.completion_ids(sample.trace))
+                room = len(builder.completion_ids(traced))
             if length + room > context:
                 raise ValueError(
                     f"{config.data.manifest}: sample {sample.id} has a prompt of {length} tokens and needs "

@@ -196,7 +196,7 @@ def _start_wandb(folder: Path, config: Config) -> Any:
     if not id_file.exists():
         id_file.write_text(secrets.token_hex(4))
     online = config.log.wandb == "auto" and bool(os.environ.get("WANDB_API_KEY"))
-    arguments = {
+    arguments: dict[str, Any] = {
         "project": config.log.wandb_project,
         "name": f"{config.name}-{folder.name}",
         "id": id_file.read_text().strip(),

@@ -227,7 +227,7 @@ def _attend(
     later: Tensor | None, tables: list[Tensor | None], own: int, scale: float,
 ) -> Tensor:  # fmt: skip
     run = triton_attend if runs_triton(query) else torch_attend
-    return run(query, page_keys, page_values, keys, values, lengths, later, Tables(*tables), own, scale)
+    return run(query, page_keys, page_values, keys, values, lengths, later, Tables._make(tables), own, scale)
 
 
 @_attend.register_fake

@@ -8,7 +8,7 @@ the answer right.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from megatron_avatar.config.validate import REWARDS
 from megatron_avatar.records import Sample
@@ -87,7 +87,7 @@ def _correct(sample: Sample, text: str, accuracy: float) -> float:
     return float(is_right(accuracy, sample)) if "<answer>" in text else grade(sample, text)["correct"]
 
 
-def combine(parts: dict[str, float], weights: dict[str, float]) -> float:
+def combine(parts: Mapping[str, float], weights: Mapping[str, float]) -> float:
     """Weighted mean, in [0, 1], of the parts that are there and not masked; 0 if none of them has weight.
 
     With weights that sum to one this is the paper's weighted sum, a masked part's weight shared out.

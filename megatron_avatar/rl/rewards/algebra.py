@@ -12,7 +12,7 @@ import math
 import operator
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from fractions import Fraction
 
@@ -39,6 +39,7 @@ _FUNCTIONS |= {
     "sec": lambda z: 1 / cmath.cos(z), "csc": lambda z: 1 / cmath.sin(z), "cot": lambda z: 1 / cmath.tan(z),
     "!": lambda z: _factorial(z),
 }  # fmt: skip
+_OPERATIONS: dict[str, Callable[..., Fraction]] = {"+": operator.add, "*": operator.mul, "/": operator.truediv}
 _CONSTANTS = {"π": complex(cmath.pi), "e": complex(cmath.e), "i": 1j}
 
 
@@ -149,7 +150,7 @@ def _unordered(free: bool, one: Sequence[Item], other: Sequence[Item]) -> bool |
     return None if unsure else True
 
 
-def _all(verdicts: Sequence[bool | None]) -> bool | None:
+def _all(verdicts: Iterable[bool | None]) -> bool | None:
     found = list(verdicts)
     return False if False in found else None if None in found else True
 
@@ -164,7 +165,7 @@ def _same_item(one: Item, other: Item) -> bool | None:
             return None if value.sides[0].kind == "group" and statement.relation in "<≤" else False
     if one.relation != other.relation:
         return False
-    return _proportional(*map(_two_sides, (one, other)), one.relation)
+    return _proportional(_two_sides(one), _two_sides(other), one.relation)
 
 
 def _same_name(one: str, other: str) -> bool:
@@ -251,6 +252,7 @@ def _rounded(decimal: Node, other: Node) -> bool:
         value = exact if exact is not None else Fraction(_real(_value(other, 0)[0]))
     except _ERRORS:
         return False
+    assert isinstance(literal.value, Fraction), literal
     return not _names(other) and abs(value - sign * literal.value) <= Fraction(1, 2 * 10**literal.places)
 
 
@@ -274,8 +276,8 @@ def _exact(node: Node) -> Fraction | None:
     """The value of a rational constant whose digits are few enough to be computed; None for everything else."""
     if node.kind == "number":
         return node.value  # type: ignore[return-value]
-    parts = [_exact(part) for part in node.parts]
-    if None in parts or not parts:
+    parts = [exact for part in node.parts if (exact := _exact(part)) is not None]
+    if len(parts) < len(node.parts) or not parts:
         return None
     try:
         match node.kind:
@@ -286,12 +288,12 @@ def _exact(node: Node) -> Fraction | None:
             case "percent":
                 return parts[0] / 100
             case "+" | "*" | "/":
-                return {"+": operator.add, "*": operator.mul, "/": operator.truediv}[node.kind](*parts)
+                return _OPERATIONS[node.kind](*parts)
             case "call" if node.value == "!":
                 return Fraction(round(_factorial(complex(parts[0])).real)) if parts[0] < 20 else None
             case "^" if parts[1].denominator == 1:
                 bits = abs(parts[1]) * max(parts[0].numerator.bit_length(), parts[0].denominator.bit_length())
-                return parts[0] ** int(parts[1]) if bits <= _MAX_BITS else None
+                return Fraction(parts[0] ** int(parts[1])) if bits <= _MAX_BITS else None
     except ArithmeticError:
         pass
     return None
@@ -303,7 +305,8 @@ def _value(node: Node, point: int) -> tuple[complex, float]:
         case "number":
             value, noise = complex(node.value), 0.0
         case "name":
-            value, noise = _CONSTANTS.get(node.value) or _drawn(node.value, point), 0.0
+            name = str(node.value)
+            value, noise = _CONSTANTS.get(name) or _drawn(name, point), 0.0
         case _:
             values = [_value(part, point) for part in node.parts]
             value = _apply(node, [value for value, _ in values])

@@ -94,7 +94,8 @@ def unwrap(text: str) -> str:
 def _without_commands(text: str) -> str:
     """One pass with a stack: a wrapper's opening and its closing brace go together."""
     pieces: list[str] = []
-    end, open_at = 0, []  # places in `pieces` of the braces that are open; None of a plain one
+    end = 0
+    open_at: list[int | None] = []  # places in `pieces` of the braces that are open; None of a plain one
     for found in _BRACES.finditer(text):
         pieces.append(text[end : found.start()])
         end = found.end()
