@@ -152,3 +152,4 @@ def test_a_decoders_error_is_no_machines():
         assert not is_machines(av.error.OSError(number, "x"))
     assert is_machines(OSError(errno.EIO, "x")) and is_machines(av.error.OSError(errno.ENOSPC, "x"))
     assert is_machines(ModuleNotFoundError("x")) and not is_machines(ValueError("x"))
+    assert is_machines(MemoryError()) and not is_machines(av.error.MemoryError(errno.ENOMEM, "a header claims it"))

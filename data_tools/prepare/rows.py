@@ -108,11 +108,17 @@ def _parsed(text: bytes) -> dict[str, Any] | Refused:
 def _json(path: Path, wanted: Wanted) -> Iterator[tuple[str, Values]]:
     """The elements of one list, each read as a line of JSONL would be."""
     with open(path, "rb") as file:
-        if file.read(256).lstrip(BLANK)[:1] != b"[":
+        if not is_list(file):
             raise ValueError(f"{path}: holds no list of rows; write input=FILE for the file that does")
-        file.seek(0)
         for index, text in enumerate(_elements(file, path)):
             yield f"item {index}", _parsed(text) if wanted(index) else None
+
+
+def is_list(file: BinaryIO) -> bool:
+    """Whether a JSON file that was just opened holds a list; it is at its start again."""
+    first = file.read(256).lstrip(BLANK)[:1]
+    file.seek(0)
+    return first == b"["
 
 
 def _elements(file: BinaryIO, path: Path) -> Iterator[bytes]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from data_tools.prepare.cells import columns_of
 from data_tools.prepare.damage import Refused
-from data_tools.prepare.rows import BLANK, FIRST, find_input, read_rows
+from data_tools.prepare.rows import FIRST, find_input, is_list, read_rows
 from data_tools.prepare.rows import READERS as ROWS
 from eval.asking.benchmark import Benchmark
 
@@ -77,7 +77,7 @@ def _as_rows(path: Path) -> Iterator[Any]:
 def _json(path: Path) -> Iterator[Any]:
     """A list of rows (in an object of its own or not), an object of rows by key, or an object of columns."""
     with open(path, "rb") as file:
-        if file.read(256).lstrip(BLANK)[:1] == b"[":
+        if is_list(file):
             yield from _as_rows(path)
             return
     try:

@@ -23,6 +23,9 @@ _LEAD_IN = re.compile(
 )
 _LETTERS = re.compile(r"(?<![A-Za-z])(?!and(?![A-Za-z]))[A-Za-z]+")
 _TAG = re.compile("<(/?)answer>", re.IGNORECASE)
+_DENIED = re.compile(
+    r"(?:\b(?:not(?!\s+only\b)|nor|except)\b|不是|而非)[^,;.，；。\n]*?(?=[,;.，；。\n]|\bbut\b|$)", re.IGNORECASE
+)
 
 
 def tagged(text: str, line: Line) -> str | None:
@@ -42,12 +45,13 @@ def tagged_yes_no(text: str, line: Line) -> str | None:
 
 def tagged_letters(text: str, line: Line) -> str | None:
     """The letters between the answer tags, sorted: `A,C`, side by side too (`AC`); of words between them the capitals
-    that stand alone. Without a tag, a reply that is nothing but letters, or states them: `The answers are A and C`."""
+    that stand alone; `A, not C` is A. Without a tag, a reply that is nothing but letters, or states them: `The answers
+    are A and C`."""
     inside = parse(text)[1] if "<answer>" in text else text.rpartition("</think>")[2]
     if inside is None:
         return None
     inside = inside.translate({full + 0xFEE0: full for full in range(0x21, 0x7F)})  # full-width forms
-    inside = re.sub(r"\\[A-Za-z]+", " ", inside)  # \boxed, \text
+    inside = _DENIED.sub(" ", re.sub(r"\\[A-Za-z]+", " ", inside))  # \boxed, \text
     *stated, behind = re.split(r"(?i)\banswers?\s(?:is|are)\b|\banswers?\s?:|答案[是为:]|选", inside)
     said = only_letters(behind.partition("\n")[0] if stated else inside, line["letters"])
     if said is None and "<answer>" in text:

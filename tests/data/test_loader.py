@@ -258,8 +258,9 @@ def announce(requests, root):
 
 
 @pytest.mark.parametrize("error", [
-    RuntimeError("libavif"), MemoryError(), TypeError("a str"), OSError(36, "File name too long"), KeyError("x"),
-    av.error.OSError(5, "Input/output error"), ZeroDivisionError(), UnicodeDecodeError("utf-8", b"\xff", 0, 1, "x"),
+    RuntimeError("libavif"), av.error.MemoryError(12, "a header claims it"), TypeError("a str"), KeyError("x"),
+    OSError(36, "File name too long"), av.error.OSError(5, "Input/output error"), ZeroDivisionError(),
+    UnicodeDecodeError("utf-8", b"\xff", 0, 1, "x"),
 ])  # fmt: skip
 def test_whatever_a_decoder_raises_sets_its_sample_aside_by_name(error, tmp_path, monkeypatch):
     def decode(*_, **__):
@@ -275,7 +276,8 @@ def test_whatever_a_decoder_raises_sets_its_sample_aside_by_name(error, tmp_path
     loader.close()
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left"), OSError(5, "Input/output error"), ImportError("PIL")])
+@pytest.mark.parametrize("error", [OSError(28, "No space left"), OSError(5, "Input/output error"), ImportError("PIL"),
+                                   MemoryError("host memory")])  # fmt: skip
 def test_what_is_this_machines_fault_sets_nothing_aside(error, tmp_path, monkeypatch):
     def decode(*_, **__):
         raise error

@@ -2,6 +2,8 @@
 
 import json
 import resource
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -194,6 +196,30 @@ def test_a_users_mistake_is_explained(tmp_path, capsys, change, message):
     assert main(given if "=" in change else [*given, change]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(("error", "status"), [(ValueError("write x"), 2), (OSError(28, "No space left"), 1)])
+def test_a_launcher_is_told_whether_to_try_again(tmp_path, monkeypatch, capsys, error, status):
+    def parse(_):
+        raise error
+
+    monkeypatch.setattr("eval.run.parse", parse)
+    monkeypatch.setenv("AVATAR_ENDED", str(tmp_path / "ended"))
+    assert main(["model=m"]) == status and str(error) in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == [f"ended-{status}"]
+
+
+WITHOUT_TORCH = """
+import sys
+sys.modules.update(torch=None, transformers=None)
+from eval.run import main
+sys.exit(main(["model=nowhere", "benchmark=held_out", "data=d", "out=o", "recipe=tiny_avatar"]))
+"""
+
+
+def test_a_mistake_is_named_before_torch_is_imported(tmp_path):
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH], capture_output=True, text=True)
+    assert done.returncode == 2 and "model=nowhere" in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
 def test_a_protocols_frames_hold_unless_the_user_says_otherwise():

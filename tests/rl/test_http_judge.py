@@ -17,6 +17,7 @@ from megatron_avatar.endpoint import Endpoint, Replies, Unusable, read_reply
 from megatron_avatar.records import Sample
 from megatron_avatar.rl.rewards import CRITERIA, judge_reward
 from megatron_avatar.rl.rewards.http_judge import HttpJudge, Verdict, fenced, judge_messages, probe, read_verdict
+from tests.costs import costs_its_length
 from tests.servers import VERDICT, ChatServer
 
 SAMPLE = Sample("s", "localisation", "train", "f", "Where is the bell?", "B", "multiple_choice", ("left", "right"),
@@ -99,8 +100,7 @@ def test_a_wait_that_is_none_is_an_attempt(serve, asked):
     server, client = serve(lambda body, n: (503, {"retry-after": asked}), retries=1)
     assert math.isnan(scores(client)[0]) and len(server.requests) == 2
     server, client = serve(lambda body, n: (429, {"retry-after": "1e9"}), retries=1)
-    began = time.monotonic()
-    assert math.isnan(scores(client)[0]) and len(server.requests) == 1 and time.monotonic() - began < 3
+    assert math.isnan(scores(client)[0]) and len(server.requests) == 1, "and nobody waits for thirty years"
 
 
 def test_a_slow_question_holds_up_no_other_and_few_are_asked_at_once(serve):
@@ -200,12 +200,7 @@ def test_a_secret_in_an_address_is_refused_and_not_shown(url):
 @pytest.mark.parametrize("piece", ["a", "a://", "a://b?", "a://b@", "@", "?", "a b://c"])
 def test_masking_a_long_text_costs_no_more_than_its_length(piece):
     text = piece * (20_000 // len(piece))
-    times = []
-    for _ in range(2):  # a busy machine counts double
-        began = time.process_time()
-        mask(text)
-        times.append(time.process_time() - began)
-    assert min(times) < 0.2
+    assert costs_its_length(mask, text)
 
 
 @settings(deadline=None)
@@ -287,11 +282,12 @@ def test_anything_but_four_scores_is_no_verdict(reply):
 
 
 def test_a_long_blank_is_read_in_no_time():
-    began = time.process_time()
-    for reply in ("```\n" + "\n" * 2**20, "```json\n" + " \n```" * 2**17 + "x"):
+    def read(reply: str) -> None:
         with pytest.raises(ValueError, match="no verdict"):
             read_verdict(reply)
-    assert time.process_time() - began < 2
+
+    for reply in ("```\n" + "\n" * 2**20, "```json\n" + " \n```" * 2**17 + "x"):
+        assert costs_its_length(read, reply)
 
 
 @settings(deadline=None)

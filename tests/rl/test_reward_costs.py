@@ -1,7 +1,7 @@
 """What answers cost: foreign code is given up in time, its machine's faults are raised, and long texts stay cheap."""
 
 import sys
-import time
+from functools import partial
 
 import pytest
 
@@ -11,6 +11,7 @@ from megatron_avatar.rl.rewards import bounded as rewards_bounded
 from megatron_avatar.rl.rewards.accuracy import canonical
 from megatron_avatar.rl.rewards.bounded import bounded
 from megatron_avatar.rl.rewards.symbolic import latex_equal
+from tests.costs import costs_its_length
 from tests.rl import foreign
 from tests.rl.reward_cases import CHOICES
 
@@ -64,8 +65,6 @@ LONG = ["\\frac{", "\\boxed{", " ", "\n", "1", "1 ", "111 ", "1,", "½", "²", "
 @pytest.mark.parametrize("kind", ["multiple_choice", "numerical", "math", "ocr", "free_form", "code", "other"])
 def test_a_long_answer_costs_no_more_than_its_length(kind, monkeypatch):
     """Whoever answers \\frac{ and thousands of blanks must not stop the interpreter, and with it the GPU.
-
-    0.2 s of processor time for 20,000 characters; a second try, since a busy machine counts double.
     """
     monkeypatch.setattr(accuracy, "bounded", lambda function, *args: function(*args))
     gold = {"multiple_choice": "B", "free_form": "a dog barks twice at the red car"}.get(kind, "3 km")
@@ -74,10 +73,4 @@ def test_a_long_answer_costs_no_more_than_its_length(kind, monkeypatch):
     for piece in LONG:
         for text in (piece * (20_000 // len(piece)), "The answer is 1" + piece * (19_985 // len(piece))):
             for read in (accuracy_reward, canonical, lambda text, sample: read_answer(text, sample)):
-                assert _seconds(read, text, sample) < 0.2 or _seconds(read, text, sample) < 0.2, (piece, read)
-
-
-def _seconds(function, *args):
-    began = time.process_time()
-    function(*args)
-    return time.process_time() - began
+                assert costs_its_length(partial(read, sample=sample), text), (piece, read)
