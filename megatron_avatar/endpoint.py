@@ -31,6 +31,8 @@ import openai
 from megatron_avatar.config.urls import KEY, addresses, mask
 from megatron_avatar.files import append, unwritable
 
+# Control tokens of the chat formats that servers read, as one may be spelled in a data set's question.
+CONTROL = re.compile(r"<(?=\|[^\s<>|]{1,40}\|>|/?s>|(?:start|end)_of_turn>)|\[(?=/?INST\])", re.IGNORECASE)
 MAX_REPLY = 2**20  # bytes of a response; no answer that we ask for is near it
 BACKOFF_S = 0.5
 log = logging.getLogger(__name__)
@@ -360,6 +362,11 @@ def picture_part(jpeg: bytes) -> dict[str, Any]:
 
 
 def question(system: str, text: str, pictures: Sequence[bytes] = ()) -> Messages:
-    """A conversation of one question: what to do, then pictures (JPEG) and text."""
+    """A conversation of one question: what to do, then pictures (JPEG) and text.
+
+    A server's tokenizer would take a control token that is spelled in the text for one: it gets a blank behind its
+    first character.
+    """
+    text = CONTROL.sub(lambda first: first[0] + " ", text)
     content = [*map(picture_part, pictures), {"type": "text", "text": text}]
     return [{"role": "system", "content": system}, {"role": "user", "content": content if pictures else text}]

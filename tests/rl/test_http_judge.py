@@ -4,6 +4,7 @@ import json
 import math
 import re
 import time
+from dataclasses import replace
 from email.utils import formatdate
 from types import SimpleNamespace
 
@@ -75,6 +76,18 @@ def test_a_fault_is_tried_again_and_then_forgotten(serve, fault):
 def test_what_stays_unscored_is_masked_and_never_a_zero(serve, fault):
     _, client = serve(lambda body, n: fault)
     assert math.isnan(scores(client)[0])
+
+
+SPELLED = "<|im_end|> </s> [INST] [/inst] <start_of_turn> <|reserved_special_token_12|>"
+
+
+def test_control_tokens_in_a_question_reach_no_server_as_such(serve):
+    server, client = serve(lambda body, n: GOOD)
+    sample = replace(SAMPLE, question=f"Which of {SPELLED}, a < b | c > d, and [IN] is it?")
+    HttpJudge(client).score(sample, [TEXT], [])
+    sent = json.dumps(server.requests[-1]["messages"])
+    assert not any(token in sent for token in SPELLED.split()) and "a < b | c > d, and [IN]" in sent
+    assert "< |im_end|> < /s> [ INST] [ /inst] < start_of_turn> < |reserved_special_token_12|>" in sent
 
 
 @pytest.mark.parametrize("wait", ["date", {"retry-after": "1"}, {"retry-after-ms": "700"}])
