@@ -120,8 +120,8 @@ def _may_be_memory(reason: str) -> bool:
 
 
 def without(request: Request, given: list[str]) -> Request:
-    """The request without what the user's own options or variables say. Where they, or the site, want no --gres, that of
-    the script's own lines is taken back."""
+    """The request without what the user's own options or variables say. Where they or the site want no --gres,
+    that of the script's own lines is taken back."""
     names = {item.removeprefix("--").partition("=")[0] for item in given}
     names |= {name for name, variable in VARIABLES.items() if os.environ.get(variable)}
     named = tuple((name, value) for name, value in request.named if name not in names)
