@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from pathlib import Path
 
@@ -150,6 +151,12 @@ def test_where_nothing_answers_the_draft_holds_the_defaults_and_says_so(monkeypa
 ])  # fmt: skip
 def test_a_gpus_name(words, gpu):
     assert site.model(words) == gpu
+
+
+def test_the_page_names_every_key():
+    page = (Path(site.__file__).parents[1] / "docs" / "cluster.md").read_text()
+    keys = re.findall(r"`(\w+)`", page[page.index("## A site's file"):page.index("## What a job does")])
+    assert vars(ClusterConfig()).keys() <= set(keys)
 
 
 def test_it_is_printed(monkeypatch, capsys, tmp_path):
