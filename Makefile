@@ -27,7 +27,7 @@ test: $(INSTALLED) ## something of every part, in minutes
 test-all: $(INSTALLED) ## all that needs neither Slurm nor a GPU, and which lines and branches it ran
 	@rm -rf $(COVERAGE) && status=0 && \
 	  $(VENV) -m coverage run -m pytest $(PYTEST) -m "not slurm and not gpu" || status=$$?; \
-	$(VENV) -m coverage combine --quiet && $(VENV) -m tests.covered; exit $$status
+	{ $(VENV) -m coverage combine --quiet && $(VENV) -m tests.covered; } || status=$$((status ? status : 1)); exit $$status
 
 test-slurm: $(INSTALLED) ## real jobs on a Slurm of this machine; installs Debian's packages where it may
 	@command -v slurmctld /usr/sbin/slurmctld >/dev/null || if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \

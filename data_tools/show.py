@@ -20,6 +20,7 @@ from rich.table import Table
 from megatron_avatar.config.schema import DataConfig
 from megatron_avatar.data.decode import decode_frames, plan_frames
 from megatron_avatar.data.manifest import load_manifest, sample_to_dict
+from megatron_avatar.files import step_folders
 from megatron_avatar.records import Media
 from megatron_avatar.rl.replay.buffer import UNRANKED
 from megatron_avatar.rl.replay.store import damage, read_tables
@@ -62,8 +63,8 @@ def replay_state(path: Path) -> tuple[Path, dict[str, Any]]:
     """
     if (path / "state.json").is_file():
         return path.parent.parent / "replay", json.loads((path / "state.json").read_text())
-    states = sorted(path.glob("checkpoints/step_*/state.json"))
-    if states:
+    states = [folder / "state.json" for folder in step_folders(path / "checkpoints").values()]
+    if states := [state for state in states if state.is_file()]:
         return path / "replay", json.loads(states[-1].read_text())
     if any(path.glob("shard-*.h5")):
         return path, {}

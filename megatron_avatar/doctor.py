@@ -2,9 +2,11 @@
 
     python -m megatron_avatar.doctor [--json]
     python -m megatron_avatar.doctor --calibrate [FILE]
+    python -m megatron_avatar.doctor --site
 
 Reports and never fails: every check stands alone, and anything may be absent. With --calibrate it measures the rates
-that a dry run's plan counts with, on one machine or, under torchrun or srun, on all ranks.
+that a dry run's plan counts with, on one machine or, under torchrun or srun, on all ranks. With --site it prints a
+draft of this site's settings (config/cluster), from what Slurm says.
 """
 
 from __future__ import annotations
@@ -212,7 +214,8 @@ def _slurm() -> Result:
     if lacking:
         return Result("missing", f"without {', '.join(lacking)}", "the scripts in slurm/ need them")
     run = subprocess.run(["sinfo", "--version"], capture_output=True, text=True, timeout=10)
-    return Result("ok", run.stdout.strip() or "installed")
+    meaning = "python -m megatron_avatar.doctor --site drafts this site's settings"
+    return Result("ok", run.stdout.strip() or "installed", meaning)
 
 
 def _version(package: str) -> str | None:
@@ -248,7 +251,13 @@ def main() -> None:
         "--calibrate", nargs="?", const="runs/calibration.json", metavar="FILE", type=Path,
         help="measure the rates that a dry run's plan counts with (two minutes), into FILE (runs/calibration.json)",
     )
+    parser.add_argument("--site", action="store_true", help="print a draft of this site's settings, for config/cluster")
     options = parser.parse_args()
+    if options.site:
+        from megatron_avatar import site
+
+        site.show()
+        return
     if options.calibrate is not None:
         from megatron_avatar.planning.calibrate import calibrate
 

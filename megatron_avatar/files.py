@@ -1,9 +1,11 @@
-"""Files that are written whole or not at all, texts that they can hold, and errors that are this machine's."""
+"""Files that are written whole or not at all, texts that they can hold, errors that are this machine's, and the folders
+of a run's checkpoints."""
 
 from __future__ import annotations
 
 import errno
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from io import FileIO
@@ -81,3 +83,10 @@ def unwritable(text: str) -> str:
 def repaired(text: str) -> str:
     """The text with U+FFFD for what UTF-8 can't hold."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def step_folders(folder: Path) -> dict[int, Path]:
+    """Step -> its folder, in order, of a run's `checkpoints` or `milestones`: step_00000010, and nothing else that lies
+    there (a copy, step_00000010.bak). Empty where there is no such folder."""
+    found = (path for path in folder.glob("step_*") if re.fullmatch(r"step_[0-9]{8}", path.name))
+    return {int(path.name[-8:]): path for path in sorted(found)}

@@ -17,8 +17,8 @@ from megatron_avatar.config import Config
 
 MOST_ENTRIES = 1000  # of a folder, looked through for links
 # What a job's shell sets beside the site's variables: pyxis takes an image's values unless they are named.
-PASSED = ("MASTER_ADDR", "MASTER_PORT", "AVATAR_NODES", "AVATAR_SNAPSHOT", "AVATAR_ATTEMPT", "AVATAR_UNTIL",
-          "AVATAR_CHAIN", "AVATAR_ENDED", "AVATAR_ENDPOINT_KEY", "WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_MODE",
+PASSED = ("MASTER_ADDR", "MASTER_PORT", "AVATAR_NODES", "AVATAR_SNAPSHOT", "AVATAR_ATTEMPT", "AVATAR_CHAIN",
+          "AVATAR_ENDED", "AVATAR_ENDPOINT_KEY", "WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_MODE",
           "HF_HOME", "HF_TOKEN", "TMPDIR")  # fmt: skip
 
 

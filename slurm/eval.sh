@@ -34,5 +34,4 @@ export MASTER_ADDR="${master//\{node\}/$MASTER_ADDR}" MASTER_PORT=$((20000 + SLU
 trap : USR1 USR2 TERM # the tasks get these too, and leave with what is answered kept
 srun --kill-on-bad-exit=1 --ntasks-per-node="$SLURM_NTASKS_PER_NODE" ${srun_options[@]+"${srun_options[@]}"} \
   "${command[@]}" -m eval.run "${words[@]}" || status=$?
-[[ "$status" != 75 ]] || "$python" -m megatron_avatar.resilience.queue || true # 75: stopped, to be continued
-exit "$status"
+(trap '' USR1 USR2 TERM && exec "$python" "$code/slurm/eval_array.py" end "$status") # over, or to be continued

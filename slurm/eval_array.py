@@ -2,6 +2,7 @@
 
     python slurm/eval_array.py submit SCRIPT [sbatch's options] [key=value ...]     check, say, submit
     python slurm/eval_array.py task [key=value ...]                                 shell text for one task
+    python slurm/eval_array.py end STATUS                                           behind its last process
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ from eval.asking.benchmark import load_benchmark, names  # noqa: E402
 from eval.request import parse  # noqa: E402
 from megatron_avatar.config import Config  # noqa: E402
 from megatron_avatar.config.paths import given, variable  # noqa: E402
+from megatron_avatar.config.world import torchrun  # noqa: E402
 from megatron_avatar.planning import outline  # noqa: E402
+from megatron_avatar.resilience import ended, queue  # noqa: E402
 from slurm import container, launch, request  # noqa: E402
 from slurm.profile import site_paths  # noqa: E402
 from slurm.submit import split, submitted  # noqa: E402
 
 OUT = "runs/eval"
-MARGIN = 3.0  # of the time limit over the planned hours: items differ more than steps
 
 
 @dataclass(frozen=True)
@@ -75,11 +77,14 @@ def asked(tasks: list[Evaluation], nodes: int, per_node: int) -> request.Request
     n = next((int(w.partition("=")[2]) for w in tasks[0].words if w.startswith("n=")), 1)
     hours = max(outline.evaluation_hours(t.config, where, load_benchmark(t.benchmark).source.items or 1000, n)
                 for t in tasks)  # fmt: skip
-    return request.make(config, nodes, per_node, hours, outline.evaluation_memory(config, where), margin=MARGIN)
+    return request.make(config, nodes, per_node, hours, outline.evaluation_memory(config, where),
+                        margin=request.COMMAND_MARGIN)  # fmt: skip
 
 
 def submit(script: Path, arguments: list[str]) -> int:
     words = split(arguments)
+    if trained := words.own - {"--check"}:
+        raise ValueError(f"{', '.join(sorted(trained))}: of a training (bash slurm/avatar_7b.sh), not of an evaluation")
     tasks = evaluations(words.settings)
     config = tasks[0].config
     replica = config.parallel.tp * config.parallel.pp
@@ -93,14 +98,14 @@ def submit(script: Path, arguments: list[str]) -> int:
     one = asked(tasks, nodes, per_node)
     array = [] if any(o.startswith("--array") for o in words.options) else [f"--array=0-{len(tasks) - 1}"]
     signal = [] if os.environ.get("SBATCH_SIGNAL") else [f"--signal=USR1@{config.cluster.signal_s}"]
-    own = request.without(one, words.options).line()
-    if not any(option.startswith(("--gres", "--gpus")) for option in [*own, *words.options]):
-        own.append("--gres=none")  # the script's own line asks for GPUs
-    line = [*own, *signal, *array, *words.options]
-    request.first_accepted([one], lambda _: line)
+    one = request.without(one, words.options)
+    line = [*one.line(), *signal, *array, *words.options]
+    here = torchrun(replica, "eval.run", tasks[0].words)
+    request.first_accepted([one], lambda _: line, otherwise=f"without Slurm ask one after the other here: {here}")
     out = next(w.partition("=")[2] for w in tasks[0].words if w.startswith("out="))
+    limit = "" if one.minutes is None else f", {one.minutes // 60}:{one.minutes % 60:02} h at most"
     print(f"{len(tasks)} benchmarks: {', '.join(task.benchmark for task in tasks)}\n  each on {nodes} x {per_node} "
-          f"processes, {one.minutes // 60}:{one.minutes % 60:02} h at most, into {out}")  # fmt: skip
+          f"processes{limit}, into {out}")  # fmt: skip
     if "--check" in words.own:
         return 0
     job = submitted([*line, str(script), *with_names(words.settings, tasks)])
@@ -130,16 +135,35 @@ def task(arguments: list[str]) -> str:
     one, config = tasks[number], tasks[number].config
     config.data.manifest = next(w.partition("=")[2] for w in one.words if w.startswith("data=")) + "/records"
     config.model.path = config.model.path or next(w.partition("=")[2] for w in one.words if w.startswith("model="))
+    out = Path(next(w.partition("=")[2] for w in one.words if w.startswith("out="))).absolute()
+    out.mkdir(parents=True, exist_ok=True)
+    prefix = str(out / f".ended-{queue.own_job()}")  # the tasks' words: srun loses their statuses
+    ended.forget(prefix)
     lines = [f"module load {shlex.join(config.cluster.modules)}"] if config.cluster.modules else []
     lines += [f"export {name}={shlex.quote(value)}" for name, value in launch.environment(config, ROOT).items()]
     lines += [f"words=({shlex.join(one.words)})", f"command=({shlex.join(launch.command(config, ROOT))})",
               f"srun_options=({shlex.join(launch.srun_options(config, ROOT))})",
-              f"master={shlex.quote(config.cluster.master)}"]  # fmt: skip
+              f"master={shlex.quote(config.cluster.master)}", f"export AVATAR_ENDED={shlex.quote(prefix)}"]  # fmt: skip
     return "\n".join(lines)
+
+
+def end(status: int) -> int:
+    """The job's exit status, from its launcher's and from what its processes told. What was stopped with its answers
+    kept is put back into the queue."""
+    means = ended.settled(os.environ["AVATAR_ENDED"], status)
+    if means == ended.INTERRUPTED:
+        try:
+            queue.requeue(queue.own_job())
+        except (queue.SlurmRefused, queue.SlurmSilent) as error:
+            print(f"error: job {queue.own_job()} can't be queued again ({error}); its answers are kept: submit the "
+                  "same again", file=sys.stderr)  # fmt: skip
+    return means
 
 
 def main(arguments: list[str]) -> int:
     try:
+        if arguments[0] == "end":
+            return end(int(arguments[1]))
         if arguments[0] == "submit":
             return submit(Path(arguments[1]), arguments[2:])
         print(task(arguments[1:]))

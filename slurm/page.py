@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron_avatar.config import Config
 from megatron_avatar.config.paths import cold_start, origin
+from megatron_avatar.files import step_folders
 from megatron_avatar.planning import outline
 from megatron_avatar.planning.outline import GIB
 from megatron_avatar.planning.seconds import read_rates
@@ -77,5 +78,5 @@ def progress(run: Path) -> str:
     """Where a run stands, from its files."""
     if (run / "done.json").is_file():
         return "complete"
-    steps = sorted(int(path.name.removeprefix("step_")) for path in run.glob("checkpoints/step_*"))
-    return f"goes on at step {steps[-1]}" if steps else "new"
+    steps = step_folders(run / "checkpoints")
+    return f"goes on at step {max(steps)}" if steps else "new"

@@ -16,21 +16,22 @@ from megatron_avatar.resilience import queue
 
 REFUSAL_S = 300.0  # for Slurm's opinion of a job, while a person waits
 STEP_GIB = 10  # memory is asked for in such steps
+COMMAND_MARGIN = 3.0  # of a command's time limit over its planned hours: items differ more than steps
 # sbatch's options, as far as they have a variable of the user's that says the same.
 VARIABLES = {
     "partition": "SBATCH_PARTITION", "account": "SBATCH_ACCOUNT", "qos": "SBATCH_QOS", "time": "SBATCH_TIMELIMIT",
-    "mem": "SBATCH_MEM_PER_NODE", "gres": "SBATCH_GRES", "signal": "SBATCH_SIGNAL",
+    "mem": "SBATCH_MEM_PER_NODE", "gres": "SBATCH_GRES",
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Request:
-    """nodes, tasks a node, minutes, and GiB of a node's memory (None: not asked for, 0: all of it). `gpus`: one a task.
+    """nodes, tasks a node, minutes (None: the user says it), and GiB of a node's memory (None: likewise, 0: all of it).
     `sbatch`: the site's further options."""
 
     nodes: int
     tasks: int
-    minutes: int
+    minutes: int | None
     memory: int | None
     cpus: int
     gres: str = ""
@@ -39,8 +40,10 @@ class Request:
 
     def options(self) -> dict[str, object]:
         """By sbatch's long names."""
-        found: dict[str, object] = {"nodes": self.nodes, "ntasks-per-node": self.tasks, "cpus-per-task": self.cpus,
-                                    "time": self.minutes, **dict(self.named)}  # fmt: skip
+        found: dict[str, object] = {"nodes": self.nodes, "ntasks-per-node": self.tasks, "cpus-per-task": self.cpus}
+        if self.minutes is not None:
+            found["time"] = self.minutes
+        found |= dict(self.named)
         if self.gres:
             found["gres"] = self.gres
         if self.memory is not None:
@@ -84,13 +87,17 @@ def trainings(config: Config, nodes: int, tasks: int) -> list[Request]:
     return list(dict.fromkeys(make(config, nodes, tasks, hours, size) for size in sizes))
 
 
-def first_accepted(requests: list[Request], more: Callable[[Request], list[str]] = Request.line) -> Request:
-    """The first that Slurm would take, asked without queueing anything. `more`: sbatch's arguments of one.
+def first_accepted(
+    requests: list[Request], more: Callable[[Request], list[str]] = Request.line, *, otherwise: str = ""
+) -> Request:  # fmt: skip
+    """The first that Slurm would take, asked without queueing anything. `more`: sbatch's arguments of one; `otherwise`:
+    what would do without a Slurm, in words.
 
     Raises ValueError with sbatch's own reason where it takes none, SlurmSilent where it says nothing.
     """
     if shutil.which("sbatch") is None:
-        raise ValueError("sbatch is not on this machine: run this on a login node, or write cluster=local")
+        ways = f"run this on a login node{f', or {otherwise}' if otherwise else ''}"
+        raise ValueError(f"sbatch is not on this machine: {ways}")
     for k, request in enumerate(requests):
         line = more(request)
         try:
@@ -113,11 +120,12 @@ def _may_be_memory(reason: str) -> bool:
 
 
 def without(request: Request, given: list[str]) -> Request:
-    """The request without what the user's own options or variables say. Where they ask for GPUs in another way, the
-    scripts' --gres is taken back."""
+    """The request without what the user's own options or variables say. Where they or the site want no --gres,
+    that of the script's own lines is taken back."""
     names = {item.removeprefix("--").partition("=")[0] for item in given}
     names |= {name for name, variable in VARIABLES.items() if os.environ.get(variable)}
     named = tuple((name, value) for name, value in request.named if name not in names)
+    minutes = None if "time" in names else request.minutes
     memory = None if names & {"mem", "mem-per-cpu", "mem-per-gpu"} else request.memory
-    gres = "" if "gres" in names else "none" if any(n.startswith("gpus") for n in names) else request.gres
-    return replace(request, named=named, memory=memory, gres=gres)
+    gres = "" if "gres" in names else "none" if any(n.startswith("gpus") for n in names) else request.gres or "none"
+    return replace(request, named=named, minutes=minutes, memory=memory, gres=gres)

@@ -22,14 +22,15 @@ if __name__ == "__main__":
 
 from megatron_avatar.config import Config, load_config  # noqa: E402
 from megatron_avatar.config.paths import home  # noqa: E402
+from megatron_avatar.files import step_folders  # noqa: E402
 from megatron_avatar.planning import outline  # noqa: E402
 from megatron_avatar.planning.outline import GIB  # noqa: E402
 from megatron_avatar.resilience import attempts, ended, lock, queue  # noqa: E402
 from slurm import launch  # noqa: E402
+from slurm.ending import LINKS  # noqa: E402
 from slurm.page import page  # noqa: E402
 from slurm.snapshot import snapshot  # noqa: E402
 
-LINKS = Path(".jobs")  # where a job was submitted: JOB -> its snapshot
 ASK_S = 20.0  # for the time limit, while the job's nodes wait
 EARLY_S = 120.0  # Slurm sends its notice up to a minute before its time, and the run takes some to end
 
@@ -52,12 +53,12 @@ def batch_shell(arguments: list[str]) -> str:
         print(page(config, nodes, tasks, memory=memory / GIB), file=sys.stderr)
     logs = run / "logs" / f"{job}.{os.environ.get('SLURM_RESTART_COUNT', '0')}.log"
     logs.parent.mkdir(parents=True, exist_ok=True)
-    saved = sorted(int(path.name.removeprefix("step_")) for path in run.glob("checkpoints/step_*"))
+    saved = max(step_folders(run / "checkpoints"), default=0)
     told = str(run / f".ended-{job}")  # the tasks' words; there still, where the last attempt's end was sudden
     if (when := ended.noticed(told)) is not None:
         attempts.excuse(run, when)
     ended.forget(told)
-    attempts.begin(run, saved[-1] if saved else 0, config.checkpoint.restarts, changed,
+    attempts.begin(run, saved, config.checkpoint.restarts, changed,
                    _until(config.cluster.signal_s))  # before what may fail at once  # fmt: skip
     modules = config.cluster.modules
     lines = [f"module load {shlex.join(modules)}"] if modules else []

@@ -26,6 +26,7 @@ if __name__ == "__main__":
 
 from megatron_avatar.config import Config, load_config  # noqa: E402
 from megatron_avatar.config.paths import cold_start, home  # noqa: E402
+from megatron_avatar.config.world import torchrun  # noqa: E402
 from megatron_avatar.resilience import lock, queue  # noqa: E402
 from slurm import launch, request  # noqa: E402
 from slurm.page import page  # noqa: E402
@@ -96,8 +97,13 @@ def recipe_of(script: Path) -> str:
 
 def configure(script: Path, settings: list[str], *more: str) -> Config:
     """The configuration that a script's job will have."""
+    return load_config([*with_recipe(script, settings), *more])
+
+
+def with_recipe(script: Path, settings: list[str]) -> list[str]:
+    """The trainer's words: the settings, behind the script's recipe unless they name another."""
     named = any(item.startswith("recipe=") for item in settings)
-    return load_config([*([] if named else [f"recipe={recipe_of(script)}"]), *settings, *more])
+    return settings if named else [f"recipe={recipe_of(script)}", *settings]
 
 
 @dataclass
@@ -109,10 +115,6 @@ class Job:
     settings: list[str]
     request: request.Request
     options: list[str]
-
-    def own(self, name: str, asked: int | None) -> int | None:
-        """What is asked for, unless the user's options say it in another way."""
-        return None if any(o.startswith(f"--{name}") for o in self.options) else asked
 
     def line(self, asked: request.Request) -> list[str]:
         """sbatch's options: the site's and the plan's, then the user's."""
@@ -132,7 +134,8 @@ def plan(script: Path, given: Given, *, made: str = "") -> Job:
         raise ValueError(f"{config.output_dir}: {problem}, or choose another output_dir")
     requests = request.trainings(config, nodes, tasks)
     job = Job(script, config, said(config, given.settings), requests[0], given.options)
-    job.request = request.first_accepted(requests, job.line)
+    here = torchrun(nodes * tasks, "megatron_avatar.train", with_recipe(script, job.settings))
+    job.request = request.first_accepted(requests, job.line, otherwise=f"without Slurm start it here: {here}")
     return job
 
 
@@ -180,8 +183,8 @@ def _submit(script: Path, given: Given) -> int:
     jobs = [j for j in (cold, job) if j is not None]
     for one in jobs:
         after = f"behind {cold.config.name}" if cold is not None and one is job else ""
-        print(page(one.config, one.request.nodes, one.request.tasks, minutes=one.own("time", one.request.minutes),
-                   memory=one.own("mem", one.request.memory), after=after))  # fmt: skip
+        own = request.without(one.request, one.options)
+        print(page(one.config, own.nodes, own.tasks, minutes=own.minutes, memory=own.memory, after=after))
         print(f"  {'sbatch':<8}{shlex.join(one.line(one.request))}")
     if "--check" in given.own:
         return 0

@@ -131,7 +131,7 @@ def check(tasks: list[Task], *, slurm: bool, made: str = "") -> None:
             if slurm:
                 requests = tuple(task.requests())
                 if requests not in taken:
-                    taken[requests] = first_accepted(list(requests))
+                    taken[requests] = first_accepted(list(requests), otherwise="write cluster=local")
                 task.asked = taken[requests]
         except ValueError as error:
             wrong.setdefault(str(error), []).append(task.name)

@@ -24,7 +24,6 @@ from megatron_avatar.resilience.ended import INTERRUPTED, REFUSED, SIGNALS
 from slurm import launch, request
 from slurm.request import Request
 
-MARGIN = 3.0  # of a command's time limit over its planned hours: items differ more than steps
 STEPS = (60, 120, 240, 480, 720, 1440, 2880, 4320, 10080)  # minutes
 
 
@@ -32,8 +31,6 @@ STEPS = (60, 120, 240, 480, 720, 1440, 2880, 4320, 10080)  # minutes
 def composed(*settings: str) -> Config:
     """A task's configuration, to be read only: a graph asks for the same hundreds of times."""
     return load_config(list(settings))
-
-NOTICES = (128 + signal.SIGUSR1, 128 + signal.SIGUSR2)  # nobody but Slurm sends these
 
 
 class TaskFailed(RuntimeError):
@@ -75,7 +72,8 @@ class Task:
         """What its job asks Slurm for, and behind it what would do as well; ValueError where no node would."""
         config, (nodes, tasks) = self.config(), self.layout()
         if self.module:
-            found = [request.make(config, nodes, tasks, self.hours, self.memory, gpus=self.parallel, margin=MARGIN)]
+            found = [request.make(config, nodes, tasks, self.hours, self.memory, gpus=self.parallel,
+                                  margin=request.COMMAND_MARGIN)]  # fmt: skip
         else:
             found = request.trainings(config, nodes, tasks)
         return [replace(one, minutes=_step(one.minutes, config.cluster.minutes)) for one in found]
@@ -130,9 +128,7 @@ class Task:
 
     def told(self, status: int) -> int:
         """What its launcher's status means; a command that doesn't tell was ended by Slurm's notice or by itself."""
-        means = ended.told(self.ended, INTERRUPTED if status in NOTICES else status)
-        ended.forget(self.ended)
-        return means
+        return ended.settled(self.ended, status)
 
     def opened_log(self) -> IO[str]:
         path = self.log if self.module else self.log / "local.log"

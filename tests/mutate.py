@@ -96,11 +96,13 @@ def mutated(mutation: Mutation, text: str) -> str:
 
 
 def misplaced(mutations: list[Mutation]) -> dict[Mutation, str]:
-    """Faults whose text is no longer where it stood, and why: code moves on."""
+    """Faults whose text or nearest tests are no longer where they stood, and why: code moves on."""
     problems = {}
     for mutation in mutations:
         try:
             mutated(mutation, (ROOT / mutation.file).read_text())
+            if gone := [name for name in mutation.tests.split() if not (ROOT / name).exists()]:
+                raise ValueError(f"{mutation.area}: {mutation.what}: there is no {', '.join(gone)}")
         except (ValueError, OSError) as problem:
             problems[mutation] = str(problem)
     return problems
@@ -166,7 +168,7 @@ def try_one(mutation: Mutation, folder: Path, without: list[str], *, everything:
     """Put the fault in, ask, take it out."""
     path, verdict, began = folder / mutation.file, Verdict(mutation.area, mutation.what), time.monotonic()
     original = path.read_text()
-    nearest = [name for name in mutation.tests.split() if (folder / name).exists()]
+    nearest = mutation.tests.split()
     rounds = [("make test", nearest, FAST), ("make test-all", nearest, SLOW)]
     if everything:
         rounds += [("make test", ["tests"], FAST), ("make test-all", ["tests"], SLOW)]
@@ -203,7 +205,7 @@ def _fails_anyhow(test: str, path: Path, original: str, folder: Path) -> bool:
 
 def unsound(folder: Path, mutations: list[Mutation]) -> list[str]:
     """Tests that fail without a fault, as those that measure a process's memory do in a fork: they have no say."""
-    tests = sorted({name for m in mutations for name in m.tests.split() if (folder / name).exists()})
+    tests = sorted({name for m in mutations for name in m.tests.split()})
     return ask(folder, tests, FAST, [], all_of_them=True)
 
 
@@ -224,7 +226,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--all", action="store_true", help="ask the whole suite about what the nearest tests don't see")
     parser.add_argument("--keep", type=Path, help="write the verdicts there as they come; those there already are kept")
-    parser.add_argument("--check", action="store_true", help="only see whether every fault's text is there")
+    parser.add_argument("--check", action="store_true", help="only see whether every fault's text and tests are there")
     parser.add_argument("chosen", nargs="*")
     arguments = parser.parse_args()
     console, mutations = Console(), load()

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+from pathlib import Path
+
 import pytest
 
 from megatron_avatar.config import load_config
@@ -62,3 +66,42 @@ def test_the_runtimes_program_has_to_be_on_the_node(site, monkeypatch):
     monkeypatch.setattr(container.shutil, "which", lambda name: None)
     with pytest.raises(ValueError, match="cluster.runtime=singularity: there is no such program on"):
         container.check(config)
+
+
+RECIPES = Path(container.__file__).parent / "containers"
+
+
+@pytest.mark.parametrize("brings_torch", [True, False])
+def test_an_images_steps_leave_its_own_torch_alone(tmp_path, brings_torch):
+    """The script that both recipes run, with fakes of the image's Python: which pins are installed, and how."""
+    fake, record = tmp_path / "python3", tmp_path / "record"
+    fake.write_text(f"""#!/bin/bash
+echo "$*" >> {record}
+echo "constraint=${{PIP_CONSTRAINT-none}}" >> {record}
+case "$*" in
+  *"import torch") exit {0 if brings_torch else 1} ;;
+  *install*) cp "${{@: -1}}" {tmp_path}/wanted ;;
+esac
+""")
+    fake.chmod(0o755)
+    text = (RECIPES / "install.sh").read_text().replace("/avatar", str(tmp_path / "avatar"))
+    (tmp_path / "avatar/bin").mkdir(parents=True)
+    (tmp_path / "avatar/bin/python").symlink_to(fake)
+    (tmp_path / "install.sh").write_text(text)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PIP_CONSTRAINT": "/etc/pip/constraint.txt"}
+    pins = RECIPES.parents[1] / "requirements.txt"
+    subprocess.run(["bash", str(tmp_path / "install.sh"), str(pins)], env=environment, check=True)
+    told, wanted = record.read_text(), (tmp_path / "wanted").read_text()
+    assert "venv --system-site-packages --without-pip" in told and "constraint=/etc" not in told
+    assert ("\ntorch==" in wanted) == (not brings_torch) and ("\ntriton==" in wanted) == (not brings_torch)
+    assert "\nmegatron-core==" in wanted
+
+
+def test_the_recipes_run_that_script_and_copy_what_is_there():
+    docker, apptainer = (RECIPES / "Dockerfile").read_text(), (RECIPES / "avatar.def").read_text()
+    for name in ("requirements.txt", "slurm/containers/install.sh"):
+        assert (RECIPES.parents[1] / name).is_file() and name in docker and f"\n    {name} /build/" in apptainer
+        assert f"!{name}\n" in (RECIPES / "Dockerfile.dockerignore").read_text()
+    for text in (docker, apptainer):
+        assert "bash /build/install.sh /build/requirements.txt" in text and "nvcr.io/nvidia/pytorch" in text
+        assert "PATH=/avatar/bin:$PATH PYTHONNOUSERSITE=1 NVIDIA_DRIVER_CAPABILITIES=" in text

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_avatar import locks
-from megatron_avatar.files import append, is_machines, replacing
+from megatron_avatar.files import append, is_machines, replacing, step_folders
 from megatron_avatar.locks import Busy, held
 
 HOLD = """
@@ -145,6 +145,13 @@ def test_an_error_of_the_writers_own_leaves_the_old_file(tmp_path):
         file.write("new")
         raise KeyError
     assert (tmp_path / "a").read_text() == "old" and os.listdir(tmp_path) == ["a"]
+
+
+def test_only_checkpoints_are_steps(tmp_path):
+    for name in ("step_00000010", "step_00000002", "step_00000010.bak", "step_3", ".unfinished_00000011", "step_x"):
+        (tmp_path / name).mkdir()
+    assert list(step_folders(tmp_path)) == [2, 10] and step_folders(tmp_path)[10].name == "step_00000010"
+    assert step_folders(tmp_path / "none") == {}
 
 
 def test_a_decoders_error_is_no_machines():

@@ -35,9 +35,12 @@ def test_one_sound_node_passes(rank, tmp_path, capfd):
     assert not list((tmp_path / "run").iterdir())
 
 
-def join(rank: int, port: int, work, monkeypatch_s: tuple[float, float], results) -> None:
-    """One rank of four, in a process of its own."""
-    meeting.JOIN_S, meeting.SAY_S = monkeypatch_s
+def join(rank: int, port: int, work, seconds: tuple[float, float] | float, results) -> None:
+    """One rank of four, in a process of its own. seconds: (JOIN_S, SAY_S), or how much faster the clock runs."""
+    if isinstance(seconds, tuple):
+        meeting.JOIN_S, meeting.SAY_S = seconds
+    else:
+        meeting.time = SimpleNamespace(monotonic=lambda: seconds * time.monotonic(), sleep=time.sleep)
     began = time.monotonic()
     try:
         meeting.meet(rank, 4, "localhost", port, "7", work, lambda rank: f"rank {rank} on n{rank // 2}")
@@ -59,11 +62,11 @@ def look_on() -> None:
     BEGUN.wait()
 
 
-def all_join(works: dict, port: int, *, join_s: float = 20.0, say_s: float = 0.3) -> dict[int, tuple]:
+def all_join(works: dict, port: int, *, join_s: float = 20.0, say_s: float = 0.3, faster: float = 0) -> dict:
     """Rank -> why it didn't join, when it began and ended; without those that die."""
     context = multiprocessing.get_context("fork")
     results = context.Queue()
-    children = [context.Process(target=join, args=(rank, port, work, (join_s, say_s), results), daemon=True)
+    children = [context.Process(target=join, args=(rank, port, work, faster or (join_s, say_s), results), daemon=True)
                 for rank, work in works.items()]  # fmt: skip
     for child in children:
         child.start()
@@ -86,6 +89,16 @@ def test_a_slow_import_is_waited_for_and_named_meanwhile(rank, capfd, slow):
     assert all(ended >= found[slow][1] + 2.0 for _, _, ended in found.values()), "nobody goes on without it"
     said = capfd.readouterr().err
     assert f"pre-flight: waiting for rank {slow} on n{slow // 2}, importing torch for " in said, said
+
+
+def test_ninety_seconds_of_importing_pass_with_the_intervals_as_they_are(rank, capfd):
+    """By a clock that runs 45 times as fast."""
+    works = {k: (lambda k=k: time.sleep(2.0 if k == 3 else 0.0)) for k in range(4)}
+    found = all_join(works, int(os.environ["MASTER_PORT"]), faster=45)
+    assert {reason for reason, _, _ in found.values()} == {""}, found
+    lines = capfd.readouterr().err.splitlines()
+    assert all("waiting for rank 3 on n1, importing torch for " in line for line in lines)
+    assert 3 <= len(lines) <= 7, "every quarter of a minute"
 
 
 def test_ranks_that_never_begin_or_die_are_named(rank, capfd):

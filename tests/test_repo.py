@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = ("megatron_avatar", "data_tools", "eval", "slurm")
 REQUIREMENTS = ("requirements.txt", "requirements-bench.txt", "requirements-lmms.txt")
 PYTHON_FILES = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]
-# What a room may import of the project besides itself, records.py and keyed.py; None: everything below floor 5.
+MOST_LINES = 500
+# What a room may import of the project besides itself and the ground floor's single files.
 FLOORS = {
     "config": set(),
     "rl": {"config"},
@@ -98,6 +99,29 @@ def test_the_ground_floor_stands_on_nothing(name):
     assert not {name for name in imports(ROOT / "megatron_avatar" / name) if name.startswith("megatron_avatar")}
 
 
+def test_no_file_is_long():
+    long = {path.name: count for path in tracked() if path.suffix in (".py", ".sh")
+            and (count := len(path.read_text(encoding="utf-8").splitlines())) > MOST_LINES}  # fmt: skip
+    assert not long, "look twice: one file, one thing"
+
+
+def test_every_fault_that_tests_are_measured_by_is_in_its_place():
+    from tests import mutate
+
+    assert not list(mutate.misplaced(mutate.load()).values())
+
+
+def test_a_fault_without_its_text_or_its_tests_is_named():
+    from tests import mutate
+
+    here = dict(area="a", what="w", file="tests/mutate.py", old="FAST = ", new="QUICK = ", tests="tests/mutate.py")
+    assert not mutate.misplaced([mutate.Mutation(**here)])
+    for change, says in (({"old": "no such text"}, "stands 0 times"), ({"tests": "tests/gone.py"}, "no tests/gone.py"),
+                         ({"file": "gone.py"}, "No such file")):  # fmt: skip
+        (problem,) = mutate.misplaced([mutate.Mutation(**here | change)]).values()
+        assert says in problem
+
+
 def test_endpoints_need_settings_alone():
     used = {name for name in imports(ROOT / "megatron_avatar" / "endpoint.py") if name.startswith("megatron_avatar.")}
     assert all(name.startswith(("megatron_avatar.config", "megatron_avatar.files")) for name in used)
@@ -161,6 +185,21 @@ def test_make_says_what_a_bare_machine_lacks(tmp_path, refuses, message):
     run = subprocess.run(["make", "test", f"PYTHON={python}"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert run.returncode and message in run.stderr
     assert not (tmp_path / ".venv").exists()
+
+
+@pytest.mark.parametrize(("fails", "status"), [("", 0), ("pytest", 3), ("combine", 4), ("tests.covered", 5)])
+def test_test_all_ends_as_its_parts_do(tmp_path, fails, status):
+    for name in ("Makefile", "requirements.txt"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    (tmp_path / ".venv" / ".installed").touch()
+    python.write_text(f'#!/bin/bash\necho "$*" >> seen\n[[ "$*" != *{fails or "nothing"}* ]] || exit {status}\n')
+    python.chmod(0o755)
+    run = subprocess.run(["make", "test-all"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (run.returncode == 0) == (status == 0), run.stderr
+    seen = (tmp_path / "seen").read_text()
+    assert "coverage combine" in seen, "also behind a test that fails"
 
 
 def test_nothing_names_a_machines_folders():

@@ -300,6 +300,26 @@ def test_scripts_are_submitted_from_any_folder(submit, tmp_path, script):
     assert done.returncode == 2 and f"{elsewhere} is no checkout" in done.stderr
 
 
+def test_paths_need_neither_quotes_nor_another_homes_meaning(submit, tmp_path):
+    """A word's `~` is the submitting user's home, as inside of a container there may be another."""
+    done, seen = submit(SCRIPTS[0], "output_dir=~/größe/lauf", HOME=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "größe" / "lauf" / "done.json").exists()
+    assert f"output_dir={tmp_path}/größe/lauf" in seen[seen.index("megatron_avatar.train"):]
+
+
+def test_the_command_for_several_nodes(submit):
+    """sbatch --nodes=2 --ntasks-per-node=8 --gpus-per-node=8 slurm/avatar_7b_cluster.sh, as docs/cluster.md says."""
+    script = ROOT / "slurm" / "avatar_7b_cluster.sh"
+    assert "sbatch --nodes=2 --ntasks-per-node=8 --gpus-per-node=8 slurm/avatar_7b_cluster.sh" in (
+        ROOT / "docs" / "cluster.md").read_text()  # fmt: skip
+    done, seen = submit(script, SLURM_JOB_NUM_NODES="2", SLURM_NTASKS_PER_NODE="8", SLURM_GPUS_PER_NODE="8",
+                        SLURM_GPUS_ON_NODE="8", SLURM_MEM_PER_NODE=str(170 * 1024))  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "16 a100 GPUs" in done.stderr or "16 h100 GPUs" in done.stderr
+    assert "recipe=avatar_7b_cluster" in seen and "--ntasks-per-node=8" in seen
+
+
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can take root's rights from itself")
 def test_a_folder_that_cannot_be_written_is_one_to_submit_from(submit, tmp_path):
     locked = tmp_path / "locked"

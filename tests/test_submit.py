@@ -138,6 +138,13 @@ def test_where_no_node_has_the_memory_checkpoints_are_written_in_pieces(prompt):
 def test_what_the_user_asks_for_wins(prompt):
     done, lines = prompt(AVATAR, "--gpus-per-node=a100:4", **prompt.given, SBATCH_TIMELIMIT="9", SBATCH_PARTITION="p")
     assert "--gres=none" in lines[-1] and "--gpus-per-node=a100:4" in lines[-1]
+    assert "--time" not in lines[-1] and "--partition" not in lines[-1], "the variables' words"
+    assert "time limit" not in done.stdout
+    done, lines = prompt(AVATAR, "cluster.partition=q", "cluster.minutes=100", **prompt.given)
+    assert "--time=100" in lines[-1] and "--partition=q" in lines[-1] and "time limit 1:40 h" in done.stdout
+    done, lines = prompt(AVATAR, "-t", "50", "cluster.gres=", **prompt.given)
+    assert lines[-1].count("--time") == 1 and "--time=50" in lines[-1]
+    assert "--gres=none" in lines[-1], "a site without GRES: the script's own line asks for GPUs"
     done, lines = prompt(AVATAR, "--nodes=2", "--ntasks-per-node=8", **prompt.given)
     assert done.returncode == 2 and "leaves some of 4 data-parallel ranks idle" in done.stderr and not lines
     for words, says in ((["-Q", "x"], "in its long form"), (["model"], "neither an option nor key=value"),
@@ -146,6 +153,17 @@ def test_what_the_user_asks_for_wins(prompt):
                         (["cluster.gpu_memory_gib=40"], "take 41 GiB of a GPU")):  # fmt: skip
         done, lines = prompt(AVATAR, *words, **prompt.given)
         assert done.returncode == 2 and says in done.stderr and not lines, done.stderr
+
+
+def test_without_slurm_it_says_what_to_type_instead(monkeypatch, tmp_path):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    config = load_config(["recipe=avatar_7b", "model.path=m", "data.manifest=d"])
+    with pytest.raises(ValueError, match="run this on a login node, or type it"):
+        request.first_accepted(request.trainings(config, 1, 4), otherwise="type it")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(submit.launch, "check", lambda *a, **k: {})
+    with pytest.raises(ValueError, match="torchrun --nproc-per-node 4 -m megatron_avatar.train recipe=avatar_7b model"):
+        submit.plan(Path(AVATAR), submit.split(["model.path=m", "data.manifest=d"]))
 
 
 def test_a_complete_run_is_not_submitted_again(prompt):

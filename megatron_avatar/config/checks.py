@@ -12,6 +12,7 @@ from typing import Any
 
 from megatron_avatar.config.load import CONFIG_DIR, differences
 from megatron_avatar.config.schema import Config
+from megatron_avatar.files import step_folders
 
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
 
@@ -34,14 +35,16 @@ def check_same_run(config: Config) -> dict[str, Any]:
 
 def check_same_model(config: Config) -> None:
     """Raise ValueError where output_dir's newest checkpoint is of a model of other sizes than model.path's."""
-    states = sorted(Path(config.output_dir).glob("checkpoints/step_*/state.json"))
+    newest = next(reversed(step_folders(Path(config.output_dir) / "checkpoints").values()), None)
+    if newest is None:
+        return
     try:
-        saved = json.loads(states[-1].read_text())["model"]
-    except (IndexError, OSError, ValueError, KeyError):
-        return  # none yet, or a damaged one, which is named and passed over when it is loaded
+        saved = json.loads((newest / "state.json").read_text())["model"]
+    except (OSError, ValueError, KeyError):
+        return  # a damaged one, which is named and passed over when it is loaded
     if different := _difference(model_sizes(config), saved):
         raise ValueError(
-            f"{states[-1].parent} is a checkpoint of another model than {config.model.path} ({different}): correct "
+            f"{newest} is a checkpoint of another model than {config.model.path} ({different}): correct "
             "model.path, or choose another output_dir"
         )
 

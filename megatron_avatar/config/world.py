@@ -9,14 +9,25 @@ from megatron_avatar.config.schema import Config
 from megatron_avatar.config.validate import check_world
 
 
-def world_size() -> int:
-    """Processes of this run, as torchrun or an srun step says; one without either."""
+def place() -> tuple[int, int, int]:
+    """(rank, local rank, world size), as torchrun or an srun step says; one process without either."""
     env = os.environ
+    if in_step():
+        return int(env["SLURM_PROCID"]), int(env["SLURM_LOCALID"]), int(env["SLURM_STEP_NUM_TASKS"])
     if "RANK" in env and "WORLD_SIZE" in env:
-        return int(env["WORLD_SIZE"])
-    if "SLURM_STEP_ID" in env and "SLURM_PROCID" in env:  # a batch script has SLURM_PROCID, but is no step
-        return int(env["SLURM_STEP_NUM_TASKS"])
-    return 1
+        return int(env["RANK"]), int(env.get("LOCAL_RANK", 0)), int(env["WORLD_SIZE"])
+    return 0, 0, 1
+
+
+def in_step() -> bool:
+    """Whether srun started this process, and not torchrun below it. A batch script has SLURM_PROCID, but is no step."""
+    torchrun = {"RANK", "WORLD_SIZE"} <= os.environ.keys()
+    return not torchrun and {"SLURM_STEP_ID", "SLURM_PROCID"} <= os.environ.keys()
+
+
+def world_size() -> int:
+    """Processes of this run."""
+    return place()[2]
 
 
 def check_processes(config: Config, module: str, arguments: list[str]) -> None:

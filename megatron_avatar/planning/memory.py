@@ -14,7 +14,7 @@ import torch
 from megatron_avatar.config.schema import Config, ModelConfig, ParallelConfig
 from megatron_avatar.planning.batches import micro_batches, reading_batch
 from megatron_avatar.planning.meta import META, LiveBytes, shard_on_meta
-from megatron_avatar.planning.outline import MARGIN, MARGIN_CPU
+from megatron_avatar.planning.outline import GIB, MARGIN, MARGIN_CPU, itemsizes
 from megatron_avatar.planning.work import Work
 from megatron_avatar.policy.architecture import PolicyConfig
 from megatron_avatar.policy.groups import GroupBatch
@@ -24,7 +24,6 @@ from megatron_avatar.policy.model import OmniPolicy
 from megatron_avatar.policy.shape import hears
 from megatron_avatar.policy.towers import ROWS_PER_CALL
 
-GIB = 2**30
 SAMPLING_BYTES = 40  # a logit while a token is drawn: float32 and float64 copies of the row (sampling.py)
 
 
@@ -72,8 +71,7 @@ def static_memory(
     count = sum(p.numel() for p in everything if p.requires_grad)
     policy.set_train_towers(work.train_towers)
     trainable = [p for p in everything if p.requires_grad]
-    # Two moments, and float32 main weights beside bfloat16 ones.
-    state = count * (12 if model.dtype == "bfloat16" else 8)
+    state = count * itemsizes(model)[1]
     return RankMemory(
         tp_rank=policy.backend.tp_rank,
         pp_rank=policy.backend.pp_rank,

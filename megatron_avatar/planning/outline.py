@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_avatar.config.load import CONFIG_DIR
-from megatron_avatar.config.schema import Config, StageConfig
+from megatron_avatar.config.schema import Config, ModelConfig, ParallelConfig, StageConfig
 from megatron_avatar.planning.seconds import read_rates, step_seconds
 from megatron_avatar.planning.work import stage_work
 from megatron_avatar.policy.shape import (
@@ -59,7 +59,12 @@ def layout(config: Config) -> Layout:
 def of(config: Config, nodes: int, per_node: int) -> Layout:
     """Of a job of so many nodes and processes a node."""
     gpus = nodes * per_node
-    return Layout(gpus, per_node, max(1, gpus // (config.parallel.tp * config.parallel.pp)))
+    return Layout(gpus, per_node, replicas(gpus, config.parallel))
+
+
+def replicas(gpus: int, parallel: ParallelConfig) -> int:
+    """Of the model on so many GPUs; fewer than one takes count as one."""
+    return max(1, gpus // (parallel.tp * parallel.pp))
 
 
 def shape_of(config: Config) -> Shape:
@@ -114,7 +119,7 @@ def check_weights_fit(config: Config, shape: Shape, where: Layout) -> None:
     if config.cluster.gpu == "cpu":
         return
     text, towers = rank_parameters(config, shape)
-    weight, state = _itemsizes(config)
+    weight, state = itemsizes(config.model)
     share = where.dp if config.parallel.distributed_optimizer else 1
     trained = rank_trained(config, shape)
     reference = weight if any(stage.kind == "rl" for stage in config.stages.values()) else 0
@@ -168,20 +173,20 @@ def limit_minutes(hours: float, most: int, margin: float = LIMIT_MARGIN) -> int:
 # ---- disk ------------------------------------------------------------------------------------------------------------
 
 
-def _itemsizes(config: Config) -> tuple[int, int]:
+def itemsizes(model: ModelConfig) -> tuple[int, int]:
     """Bytes of a weight, and of what AdamW keeps for it: two moments, and float32 main weights beside bfloat16."""
-    return (2, 12) if config.model.dtype == "bfloat16" else (4, 8)
+    return (2, 12) if model.dtype == "bfloat16" else (4, 8)
 
 
 def weights_bytes(config: Config, shape: Shape) -> int:
     """Of a checkpoint's weights alone: a milestone, or about an export."""
     adapters = lora_parameters(config, shape) if config.model.lora.rank else 0
-    return _itemsizes(config)[0] * (text_parameters(shape) + tower_parameters(shape) + adapters)
+    return itemsizes(config.model)[0] * (text_parameters(shape) + tower_parameters(shape) + adapters)
 
 
 def checkpoint_bytes(config: Config, shape: Shape) -> int:
     """Weights, the optimizer's numbers, and a stage's reference."""
-    weight, state = _itemsizes(config)
+    weight, state = itemsizes(config.model)
     reference = weight if any(stage.kind == "rl" for stage in config.stages.values()) else 0
     return weights_bytes(config, shape) + trained_parameters(config, shape) * (state + reference)
 
@@ -253,7 +258,7 @@ def host_memory(config: Config, where: Layout) -> HostMemory:
     processes = where.per_node * ((PROCESS_CPU if cpu else PROCESS) + config.data.workers * WORKER)
     shape = shape_of(config)
     ranks = config.parallel.tp * config.parallel.pp
-    weight, state = _itemsizes(config)
+    weight, state = itemsizes(config.model)
     if cpu:  # weights, gradients, optimizer and reference live there too
         text, towers = rank_parameters(config, shape)
         processes += where.per_node * (text + towers) * (2 * weight + 4 + state)

@@ -17,7 +17,8 @@ from rich.table import Table
 from megatron_avatar.config.load import CONFIG_DIR
 from megatron_avatar.config.schema import Config
 from megatron_avatar.config.validate import check_world
-from megatron_avatar.planning.memory import GIB, RankMemory, largest, rank_memories
+from megatron_avatar.planning.memory import RankMemory, largest, rank_memories
+from megatron_avatar.planning.outline import GIB, replicas
 from megatron_avatar.planning.prospects import prospects
 from megatron_avatar.planning.seconds import Rates, read_rates, step_seconds
 from megatron_avatar.planning.work import Work, stage_work
@@ -82,7 +83,7 @@ def make_plan(config: Config) -> Plan:
         check_world(config, config.cluster.gpus)
     except ValueError as error:
         problems.append(str(error))
-    dp = max(1, config.cluster.gpus // (config.parallel.tp * config.parallel.pp))
+    dp = replicas(config.cluster.gpus, config.parallel)
     ranks, longest = _memory(config, folder, dp, rates, every_rank=True)
     trainable = max(rank.trainable for rank in ranks)
     stages = []
@@ -120,7 +121,7 @@ def _remedy(config: Config, folder: str, rates: Rates) -> str:
         key = tuple(change.items())
         if key not in found:
             candidate = _changed(config, change)
-            dp = config.cluster.gpus // (candidate.parallel.tp * candidate.parallel.pp)  # 1 or more: _layouts divide
+            dp = replicas(config.cluster.gpus, candidate.parallel)
             try:
                 ranks, _ = _memory(candidate, folder, dp, rates, every_rank=False)
                 found[key] = largest(ranks).total / GIB
@@ -167,9 +168,9 @@ def _changes(config: Config, layout: tuple[int, int]) -> Iterator[dict[str, str 
         if tp == 1 and parallel.sequence_parallel:
             change["parallel.sequence_parallel"] = "false"
         yield dict(change)
-    replicas, context = config.cluster.gpus // (tp * pp), config.model.context
+    dp, context = config.cluster.gpus // (tp * pp), config.model.context
     steps: list[tuple[str, str | int, bool]] = [
-        ("parallel.distributed_optimizer", "true", replicas > 1 and not parallel.distributed_optimizer),
+        ("parallel.distributed_optimizer", "true", dp > 1 and not parallel.distributed_optimizer),
         ("parallel.sequence_parallel", "true", tp > 1 and not parallel.sequence_parallel),
         ("parallel.recompute", "light", parallel.recompute == "none"),
         ("parallel.recompute", "selective", parallel.recompute in ("none", "light")),

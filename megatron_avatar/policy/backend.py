@@ -22,6 +22,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import random as megatron_random
 
 from megatron_avatar.config.schema import ParallelConfig
+from megatron_avatar.config.world import in_step, place
 from megatron_avatar.policy.devices import claim, own_device
 
 # A rank that finished generation waits for the slowest one: longer than NCCL's default of 10 minutes.
@@ -171,17 +172,14 @@ def _gather_objects(value: Any, group: dist.ProcessGroup) -> list[Any]:
 
 
 def _place_from_environment() -> tuple[int, int, int]:
-    """(rank, local rank, world size); inside an `srun` step also sets MASTER_ADDR and MASTER_PORT if missing."""
+    """`place`; inside an `srun` step also sets MASTER_ADDR and MASTER_PORT if missing."""
     env = os.environ
-    if "RANK" in env and "WORLD_SIZE" in env:
-        return int(env["RANK"]), int(env.get("LOCAL_RANK", 0)), int(env["WORLD_SIZE"])
-    if "SLURM_STEP_ID" in env and "SLURM_PROCID" in env:  # a batch script has SLURM_PROCID, but is no step
+    if in_step():
         host = re.match(r"([^,\[]+)(?:\[(\d+))?", env["SLURM_STEP_NODELIST"])
         assert host is not None, env["SLURM_STEP_NODELIST"]
         env.setdefault("MASTER_ADDR", host[1] + (host[2] or ""))
         env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 20000))
-        return int(env["SLURM_PROCID"]), int(env["SLURM_LOCALID"]), int(env["SLURM_STEP_NUM_TASKS"])
-    return 0, 0, 1
+    return place()
 
 
 def _check_master() -> None:

@@ -38,6 +38,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_avatar.files import step_folders
 from megatron_avatar.policy.backend import Backend
 from megatron_avatar.policy.weights import put_away
 from megatron_avatar.resilience import room
@@ -270,7 +271,7 @@ def _own_files(working: Path, rank: int) -> list[Path]:
 def _prune(root: Path, step: int, keep: int, milestones: Collection[int]) -> None:
     """Keep the newest `keep`, and milestones that have no folder of their own yet (as earlier versions wrote them);
     later steps than this one belong to an abandoned continuation."""
-    steps, apart = _steps(root), _steps(root.parent / MILESTONES)
+    steps, apart = step_folders(root), step_folders(root.parent / MILESTONES)
     kept = {*[s for s in sorted(steps) if s <= step][-keep:], *(s for s in milestones if s <= step and s not in apart)}
     for number, path in [*steps.items(), *((s, path) for s, path in apart.items() if s > step)]:
         if number not in kept:
@@ -298,7 +299,7 @@ def latest(run_dir: Path, backend: Backend) -> Path | None:
     stderr and the one before it is tried; CheckpointError if all are damaged. Nothing is changed on the disk.
     """
     root = Path(run_dir) / CHECKPOINTS
-    steps = backend.all_gather_object(_steps(root))[0]
+    steps = backend.all_gather_object(step_folders(root))[0]
     for step in sorted(steps, reverse=True):
         damage = [d for part in backend.all_gather_object(_damage(steps[step], backend)) for d in part]
         if not damage:
@@ -319,7 +320,7 @@ def find(run_dir: Path, step: int | None, backend: Backend) -> Path:
     Raises ValueError naming the steps that are there where that one isn't, CheckpointError where it is damaged.
     """
     run_dir = Path(run_dir)
-    own = _steps(run_dir / MILESTONES), _steps(run_dir / CHECKPOINTS)
+    own = step_folders(run_dir / MILESTONES), step_folders(run_dir / CHECKPOINTS)
     milestones, whole = backend.all_gather_object(own)[0]
     steps = milestones | whole
     if step is None:
@@ -344,14 +345,14 @@ def read_state(path: Path) -> dict[str, Any]:
 
 def drop(run_dir: Path) -> None:
     """Delete a finished run's checkpoints; its milestones and exports stay. Called by rank 0 alone."""
-    for path in _steps(Path(run_dir) / CHECKPOINTS).values():
+    for path in step_folders(Path(run_dir) / CHECKPOINTS).values():
         _discard(path)
 
 
 def all_states(run_dir: Path) -> list[dict[str, Any]]:
     """The readable states of the checkpoints that are there, oldest first; empty where there is none."""
     states = []
-    for _, path in sorted(_steps(Path(run_dir) / CHECKPOINTS).items()):
+    for path in step_folders(Path(run_dir) / CHECKPOINTS).values():
         try:
             states.append(read_state(path))
         except (OSError, ValueError) as error:
@@ -433,11 +434,6 @@ def _reason(error: BaseException) -> str:
 
 # ----------------------------------------------------------------------------------------------------------------
 # Files and generators
-
-
-def _steps(root: Path) -> dict[int, Path]:
-    """Step number -> directory of every checkpoint that is visible in `root`."""
-    return {int(path.name.removeprefix("step_")): path for path in root.glob("step_" + "[0-9]" * 8)}
 
 
 def _serialise(value: Any) -> bytes:

@@ -17,6 +17,7 @@ LEFT = 74  # told to stop before there was anything to save
 INTERRUPTED = 75  # EX_TEMPFAIL: state is saved, the same command continues
 HUNG = 76  # no sign of life: the same command continues
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+NOTICES = (128 + signal.SIGUSR1, 128 + signal.SIGUSR2)  # nobody but Slurm sends these
 
 
 def tell(status: int) -> bool:
@@ -38,6 +39,13 @@ def told(prefix: str, status: int) -> int:
     """
     meanings = {REFUSED: REFUSED, INTERRUPTED: INTERRUPTED, HUNG: HUNG, FAILED: status or FAILED, LEFT: INTERRUPTED}
     return next((means for number, means in meanings.items() if Path(f"{prefix}-{number}").exists()), status)
+
+
+def settled(prefix: str, status: int) -> int:
+    """`told`, of a command that may not tell: it was ended by Slurm's notice or by itself. The files are removed."""
+    means = told(prefix, INTERRUPTED if status in NOTICES else status)
+    forget(prefix)
+    return means
 
 
 def forget(prefix: str) -> None:

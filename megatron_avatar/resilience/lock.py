@@ -130,7 +130,13 @@ def _alive(other: Owner) -> str:
     if not other.job:
         return (f"process {other.pid} on {other.host} works on this run, or has ended without a word: once it has, "
                 f"remove the folder {FOLDER} in it")  # fmt: skip
-    state = queue.state(other.job)
+    try:
+        state = queue.state(other.job)
+    except queue.SlurmSilent as error:
+        raise queue.SlurmSilent(
+            f"{error}. Job {other.job} was the last to work on this run, and nobody says whether it still does: try "
+            f"again once Slurm answers, or, where you know that it is over, remove the folder {FOLDER} in the run's"
+        ) from None
     who = f"job {other.job}" + (f" (process {other.pid} on {other.host})" if other.pid else "")
     if state == "COMPLETING":
         return f"{who} works on this run and is leaving: wait for its end"

@@ -129,13 +129,18 @@ def seconds_left(job: str, patience_s: float = PATIENCE_S) -> float | None:
         found = ask("squeue", "--noheader", f"--jobs={job}", "--format=%L", patience_s=patience_s).strip()
     except (SlurmRefused, SlurmSilent):
         return None
-    if found == "UNLIMITED":
+    return seconds(found)
+
+
+def seconds(text: str) -> float | None:
+    """Of a time as Slurm writes it (1-00:00:00, 30:00), infinite where it is none; None for other words."""
+    if text.upper() in ("UNLIMITED", "INFINITE"):
         return math.inf
-    match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", found)
+    match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text)
     if match is None:
         return None
-    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
-    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+    days, hours, minutes, rest = (int(part or 0) for part in match.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60 + rest
 
 
 if __name__ == "__main__":

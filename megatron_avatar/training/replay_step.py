@@ -18,6 +18,7 @@ from rich.table import Table
 
 from megatron_avatar.config.checks import check_same_run
 from megatron_avatar.config.schema import Config
+from megatron_avatar.files import step_folders
 from megatron_avatar.policy.backend import Backend
 from megatron_avatar.resilience import checkpoint
 from megatron_avatar.rl.replay.store import damage
@@ -77,7 +78,7 @@ def read_metrics(folder: Path, wanted: int) -> dict[int, dict[str, Any]]:
 
 def checkpoint_before(folder: Path, wanted: int, backend: Backend) -> Path | None:
     """The newest sound checkpoint before step `wanted`; None: the run's beginning. ValueError for lost shards."""
-    steps = sorted(int(path.name.removeprefix("step_")) for path in folder.glob("checkpoints/step_*"))
+    steps = list(step_folders(folder / checkpoint.CHECKPOINTS))
     for step in reversed([s for s in backend.all_gather_object(steps)[0] if s < wanted]):
         try:
             path = checkpoint.find(folder, step, backend)

@@ -115,6 +115,19 @@ def test_a_process_on_another_host_is_judged_by_its_job(states, tmp_path):
         take(tmp_path, lock.process_owner())
 
 
+def test_where_slurm_is_silent_the_user_is_told_what_to_do(states, tmp_path, monkeypatch):
+    take(tmp_path, job("7"))
+
+    def silent(name):
+        raise queue.SlurmSilent("squeue: Socket timed out")
+
+    monkeypatch.setattr(queue, "state", silent)
+    with pytest.raises(queue.SlurmSilent, match="Socket timed out. Job 7 was the last .* remove the folder .lock"):
+        take(tmp_path, job("8"))
+    with pytest.raises(queue.SlurmSilent, match="try again once Slurm answers"):
+        lock.worker(tmp_path)
+
+
 def test_a_torn_lock_is_nobodys(states, tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "TORN_S", 0.0)
     take(tmp_path, job("7"))

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from megatron_avatar.training.replay_step import checkpoint_before
 from tests.training.small import arguments, train
 
 SETTINGS = ("checkpoint.every=2", "checkpoint.keep=9", "eval.every=4", "eval.samples=2")
@@ -47,3 +49,8 @@ def test_any_step_comes_out_equal_and_a_changed_one_is_named(world, run):
 def test_what_cannot_be_repeated_is_refused(world, run):
     done = train(*arguments(world, run, *SETTINGS, "replay_step=7", steps=2))
     assert done.returncode == 2 and "has steps 1 to 6" in done.stderr
+
+
+def test_a_copy_beside_the_checkpoints_is_none(tmp_path):
+    (tmp_path / "checkpoints" / "step_00000010.bak").mkdir(parents=True)
+    assert checkpoint_before(tmp_path, 11, SimpleNamespace(all_gather_object=lambda value: [value])) is None

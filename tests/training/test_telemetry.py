@@ -218,10 +218,10 @@ for name in ("with_key", "without"):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(subprocess.run(["unshare", "--net", "true"]).returncode != 0, reason="may not leave the network")
+@pytest.mark.skipif(subprocess.run(["unshare", "-rn", "true"]).returncode != 0, reason="may not leave the network")
 def test_on_nodes_without_a_way_out_wandb_stays_on_the_disk(tmp_path):
     environment = {**os.environ, "WANDB_API_KEY": KEY, "WANDB_INIT_TIMEOUT": "2"}
-    done = subprocess.run(["unshare", "--net", sys.executable, "-c", OFFLINE, tmp_path], cwd=ROOT, env=environment,
+    done = subprocess.run(["unshare", "-rn", sys.executable, "-c", OFFLINE, tmp_path], cwd=ROOT, env=environment,
                           capture_output=True, text=True, timeout=120)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "wandb is out of reach" in done.stderr and KEY not in done.stdout + done.stderr
