@@ -16,7 +16,7 @@ import numpy as np
 
 from megatron_avatar.config.schema import ReplayConfig
 from megatron_avatar.keyed import keyed_rng
-from megatron_avatar.records import Trajectory, Variant
+from megatron_avatar.records import Completion, Trajectory, Variant
 from megatron_avatar.rl.advantages import ADVANTAGE_CLIP, EQUAL, SIGMA_FLOOR
 from megatron_avatar.rl.tracker import TIERS, Tier
 
@@ -75,8 +75,8 @@ class ReplayBuffer:
         for trajectory in sorted(trajectories, key=_content_order):
             assert math.isfinite(trajectory.reward) and math.isfinite(trajectory.kl_ref), trajectory
             completion = trajectory.completion
-            completion = replace(completion, token_ids=completion.token_ids.astype(np.int32), cut_off=0.0)
-            fresh.append(replace(trajectory, completion=completion, text=""))
+            completion = Completion(completion.token_ids.astype(np.int32), completion.logprobs, completion.finished)
+            fresh.append(Trajectory(**{**vars(trajectory), "completion": completion, "text": ""}))
         self._add(dict(enumerate(fresh, self._next_serial)))
         if len(self) <= min(self._capacity.values()):
             return
