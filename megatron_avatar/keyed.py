@@ -10,7 +10,7 @@ import numpy as np
 def keyed_rng(*key: object) -> np.random.Generator:
     """The generator of `key`, whose parts count by their text: keyed_rng("a", 1) and keyed_rng("a/1") are equal."""
     digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=16).digest()
-    return np.random.Generator(np.random.Philox(_Key(np.frombuffer(digest, "<u8"))))
+    return np.random.Generator(np.random.Philox(_Key(np.frombuffer(digest, "<u8"))))  # type: ignore[arg-type]
 
 
 class _Key(np.random.bit_generator.ISeedSequence):

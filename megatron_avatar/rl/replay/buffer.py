@@ -11,6 +11,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -106,8 +107,10 @@ class ReplayBuffer:
                 self._numbers[name] = len(self._names)
                 self._names.append(name)
             groups.append(self._numbers[name])
-        fresh = {"serial": list(rows), "group": groups, "step": [t.step for t in rows.values()],
-                 "reward": [t.reward for t in rows.values()], "kl": [t.kl_ref for t in rows.values()]}  # fmt: skip
+        fresh: dict[str, list[Any]] = {
+            "serial": list(rows), "group": groups, "step": [t.step for t in rows.values()],
+            "reward": [t.reward for t in rows.values()], "kl": [t.kl_ref for t in rows.values()],
+        }  # fmt: skip
         self._columns = {
             name: np.concatenate([column, np.array(fresh[name], column.dtype)])
             for name, column in self._columns.items()
