@@ -5,20 +5,22 @@
 recipes: what the stages of each recipe do with their prompts, at fixed success probabilities (planning/dynamics.py);
 `before` is the same with the settings that the recipes had before, and the choices as published. worlds: held-out
 success of a tabular policy (bench/tabular.py) after training by each system: mean over seeds, Student's 95 % interval,
-and completions generated. agreement: two rules of the self reward, and weights under which none is needed. carried:
-what a stage change leaves of a stage's movement (bench/carried.py). With --json and the default seeds the results go
-to bench/results/dynamics.json and dynamics.svg.
+and completions generated. agreement: two rules of the self reward, and weights under which none is needed; `early` is
+the success after a quarter of the steps. carried: what a stage change leaves of a stage's movement (bench/carried.py).
+With --json and the default seeds the results go to bench/results/dynamics.json and dynamics.svg.
+
+About ten minutes of one core. Each training is kept in runs/dynamics.jsonl until the command has ended: after a stop
+the same command goes on from there.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 import torch
@@ -26,6 +28,7 @@ from scipy import stats
 
 from bench.carried import carried
 from bench.dynamics_figure import draw
+from bench.dynamics_journal import ROOT, Journal
 from bench.tabular import Kind, Tabular, World
 from bench.timing import JSON_HELP, RESULTS, is_default, report
 from megatron_avatar.config import StageConfig, load_config
@@ -36,6 +39,9 @@ from megatron_avatar.rl.advantages import on_policy_advantages
 from megatron_avatar.rl.rewards import weigh_group
 
 STEPS, BATCH, POOL, HELD_OUT = 150, 8, 160, 200
+SIZES = (STEPS, BATCH, POOL, HELD_OUT)
+EARLY = 0.25  # of the steps
+JOURNAL = ROOT / "runs" / "dynamics.jsonl"
 
 EASY = Kind(0.5, 1, success=0.5, hinted=0.7)
 GAP = World((EASY, Kind(0.5, 3, success=0.0156, hinted=0.3)), lr=2.0)
@@ -119,36 +125,51 @@ def train(world: World, overrides: Sequence[str], share: float, seed: int) -> tu
     return policy.success(), steps * BATCH * config.rl.n_on
 
 
+def trainings(
+    journal: Journal, world: World, overrides: Sequence[str], share: float, seeds: int
+) -> list[tuple[float, int]]:
+    """`train` with every seed."""
+    return [
+        journal.result(repr((world, *overrides, share, *SIZES, seed)), partial(train, world, overrides, share, seed))
+        for seed in range(seeds)
+    ]
+
+
 def summary(runs: Sequence[tuple[float, int]]) -> dict[str, object]:
-    """Mean of the successes, Student's 95 % interval over seeds, and completions of one run."""
+    """Mean of the successes, Student's 95 % interval over seeds, the successes by seed, and completions of one run."""
     values = np.array([value for value, _ in runs])
     half = float(stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5)
     mean = float(values.mean())
-    return {"final": mean, "interval": [mean - half, mean + half], "completions": runs[0][1]}
+    return {"final": mean, "interval": [mean - half, mean + half], "completions": runs[0][1],
+            "by_seed": values.tolist()}  # fmt: skip
 
 
-def worlds(seeds: int, say: bool) -> dict[str, dict[str, dict]]:
+def systems_of(name: str) -> list[str]:
+    """The systems that are tried in a world."""
+    return [system for system in SYSTEMS if "learning rate" not in name or system in AT_EVERY_RATE]
+
+
+def worlds(seeds: int, journal: Journal) -> dict[str, dict[str, dict]]:
     found: dict[str, dict[str, dict]] = {}
     for name, world in WORLDS.items():
-        for system, (overrides, share) in SYSTEMS.items():
-            if "learning rate" in name and system not in AT_EVERY_RATE:
-                continue
-            what = summary([train(world, overrides, share, seed) for seed in range(seeds)])
-            found.setdefault(name, {})[system] = what
-            if say:
-                print(f"{name:<30} {system:<42} {100 * what['final']:5.1f}", file=sys.stderr, flush=True)
+        for system in systems_of(name):
+            what = found.setdefault(name, {})[system] = summary(trainings(journal, world, *SYSTEMS[system], seeds))
+            journal.say(f"{name:<30} {system:<42} {100 * what['final']:5.1f}")
     return found
 
 
 # ---- agreement ---------------------------------------------------------------------------------
 
 
-def agreement(seeds: int) -> dict[str, dict]:
+def agreement(seeds: int, journal: Journal) -> dict[str, dict]:
     """By rule: how a policy that is right once in twenty is drawn to the right answer, and what becomes of it."""
     found = {}
     for name, (override, rewards) in AGREEMENT.items():
-        runs = [train(replace(LURED, rewards=rewards), [override], 1, seed) for seed in range(seeds)]
-        found[name] = {"drift": drift(dict(rewards), override.partition("=")[2])} | summary(runs)
+        world = replace(LURED, rewards=rewards)
+        early, late = (summary(trainings(journal, world, [override], share, seeds)) for share in (EARLY, 1))
+        found[name] = {"drift": drift(dict(rewards), override.partition("=")[2]), "early": early["final"],
+                       "early_interval": early["interval"]} | late  # fmt: skip
+        journal.say(f"{name:<73} {100 * found[name]['early']:5.1f} {100 * found[name]['final']:5.1f}")
     return found
 
 
@@ -220,15 +241,17 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help=JSON_HELP)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    result = {
-        "recipes": recipes(), "before": recipes(before=True), "worlds": worlds(arguments.seeds, say=True),
-        "agreement": agreement(arguments.seeds), "carried": carried()["carried"],
-    }  # fmt: skip
-    keep = is_default(parser, arguments)
-    report("dynamics", json.loads(json.dumps(result), parse_float=lambda x: round(float(x), 4)),
-           as_json=arguments.json, keep=keep)  # fmt: skip
-    if arguments.json and keep:
-        draw(result, RESULTS / "dynamics.svg")
+    total = arguments.seeds * (sum(len(systems_of(name)) for name in WORLDS) + 2 * len(AGREEMENT))
+    with Journal(JOURNAL, total) as journal:
+        result = {
+            "recipes": recipes(), "before": recipes(before=True), "worlds": worlds(arguments.seeds, journal),
+            "agreement": agreement(arguments.seeds, journal), "carried": carried()["carried"],
+        }  # fmt: skip
+        keep = is_default(parser, arguments)
+        report("dynamics", json.loads(json.dumps(result), parse_float=lambda x: round(float(x), 4)),
+               as_json=arguments.json, keep=keep)  # fmt: skip
+        if arguments.json and keep:
+            draw(result, RESULTS / "dynamics.svg")
 
 
 if __name__ == "__main__":

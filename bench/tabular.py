@@ -19,12 +19,13 @@ from torch import Tensor
 from megatron_avatar.config.schema import RLConfig
 from megatron_avatar.keyed import keyed_rng
 from megatron_avatar.planning.dynamics import trajectory
-from megatron_avatar.records import Completion, Group, Trajectory, Variant
+from megatron_avatar.records import Completion, Group, Trajectory
 from megatron_avatar.rl.objective import kl_k3, policy_loss, token_weights
 from megatron_avatar.rl.shaping import temporal_weights
 from megatron_avatar.rl.step import Visit
 
 OPTIONS = 8  # of a decision; the first one is right
+VARIANTS = ("plain", "hinted")
 SPREAD = 0.5  # standard deviation of what a prompt adds to the logit of its right options
 
 
@@ -78,6 +79,28 @@ class Tabular:
         self._lift = [self._logit(kind.hinted, kind) - self._logit(kind.success, kind) for kind in world.kinds]
         self.tables = torch.stack([start, start.clone()]).requires_grad_()  # [plain or hinted, row, decision, option]
         self._reference = self.tables.detach().clone()
+        self._lay_out(deepest)
+
+    def _lay_out(self, deepest: int) -> None:
+        """Of every prompt, plain and hinted: which tables it reads, and what it adds to the right options' logits."""
+        names = list(self._prompts)
+        self._number = {(name, variant): (v, k) for k, name in enumerate(names) for v, variant in enumerate(VARIANTS)}
+        kinds = np.array([k for k, _ in self._prompts.values()])
+        learnable = np.array([kind.learnable for kind in self.world.kinds])[kinds]
+        rows = np.where(learnable, kinds, [self._own[name] for name in names])
+        table = np.array([0, int(not self.world.transfer)])  # hinted prompts' own, where nothing carries over
+        place = table[:, None, None] * len(self.tables[0]) + rows[:, None]
+        self._depth = np.array([kind.decisions for kind in self.world.kinds])[kinds]
+        self._place = place * deepest + np.arange(deepest)  # [variant, prompt, decision] among all tables' decisions
+        own = np.stack([own for _, own in self._prompts.values()])
+        self._shift = own + np.array([0.0, 1.0])[:, None, None] * np.array(self._lift)[kinds][:, None]
+        self._shift_of, self._place_of = torch.from_numpy(self._shift), torch.from_numpy(self._place)
+        self._before = self._all_logprobs(self._reference)
+        self._now: tuple[np.ndarray, np.ndarray] | None = None  # log-probabilities and k3 as the tables stand
+
+    def _all_logprobs(self, tables: Tensor) -> Tensor:
+        """Log-probabilities [variant, prompt, decision, option]."""
+        return _shifted(tables.reshape(-1, OPTIONS)[self._place_of], self._shift_of).log_softmax(-1)
 
     def _logit(self, success: float, kind: Kind) -> float:
         """The right option's logit under which a completion succeeds so often."""
@@ -86,26 +109,18 @@ class Tabular:
 
     # ---- generation ----------------------------------------------------------------------------
 
-    def _place(self, sample_id: str, variant: Variant) -> tuple[int, int, np.ndarray]:
-        """Which tables a prompt reads, and what it adds to the right options' logits [decisions]."""
-        k, own = self._prompts[sample_id]
-        kind, hinted = self.world.kinds[k], variant == "hinted"
-        row = k if kind.learnable else self._own[sample_id]
-        table = int(hinted and not self.world.transfer)
-        return table, row, own[: kind.decisions] + self._lift[k] * hinted
-
     def complete(self, visit: Visit, n: int, step: int) -> tuple[list[Trajectory], list[str | None]]:
-        table, row, added = self._place(visit.sample_id, visit.variant)
-        depth = len(added)
-        logprobs, reference = (
-            _shifted(tables[table, row, :depth], torch.from_numpy(added)).log_softmax(-1)
-            for tables in (self.tables.detach(), self._reference)
-        )
-        noise = torch.from_numpy(keyed_rng("tabular", visit.key).gumbel(size=(n, depth, OPTIONS)))
-        chosen = (logprobs + noise).argmax(-1)  # [n, depth]
-        taken, ref = (table.expand(n, -1, -1).gather(-1, chosen[..., None])[..., 0] for table in (logprobs, reference))
-        kl, right = kl_k3(taken, ref).mean(-1).tolist(), (chosen == 0).all(-1).double().tolist()
-        ids, scores = chosen.numpy(), taken.float().numpy()
+        if self._now is None:
+            logprobs = self._all_logprobs(self.tables.detach())
+            self._now = logprobs.numpy(), kl_k3(logprobs, self._before).numpy()
+        number = self._number[visit.sample_id, visit.variant]
+        depth = self._depth[number[1]]
+        logprobs, kls = (values[number][:depth] for values in self._now)
+        noise = keyed_rng("tabular", visit.key).gumbel(size=(n, depth, OPTIONS))
+        ids = (logprobs + noise).argmax(-1)  # [n, depth]
+        decision = np.arange(depth)
+        scores, kl = logprobs[decision, ids].astype(np.float32), kls[decision, ids].mean(-1).tolist()
+        right = (ids == 0).all(-1).astype(float).tolist()
         rows = [
             trajectory(visit, Completion(ids[i], scores[i], True), step, kl[i], format=1.0, accuracy=right[i],
                        correct=right[i])
@@ -120,17 +135,14 @@ class Tabular:
         rl, groups = self.rl, [*fresh, *replayed]
         counts = [sum(len(g.trajectories) for g in part) for part in (fresh, replayed)]
         rows = [t for g in groups for t in g.trajectories]
-        lengths = [len(t.completion) for t in rows]
+        numbers = tuple(np.array([self._number[t.sample_id, t.variant] for t in rows]).T)
+        lengths = self._depth[numbers[1]]
+        there = np.arange(self._place.shape[-1]) < lengths[:, None]
+        at, shift = torch.from_numpy(self._place[numbers][there]), torch.from_numpy(self._shift[numbers][there])
         surrogate, kl = token_weights(lengths, np.concatenate([g.on_policy for g in groups]), *counts, rl.alpha)
-        where, added, shape = [], [], []
-        for g in groups:
-            n, (table, row, shift) = len(g.trajectories), self._place(g.prompt.sample_id, g.prompt.variant)
-            place = np.stack([np.full(len(shift), table), np.full(len(shift), row), np.arange(len(shift))])
-            where.append(np.tile(place, n)), added.append(np.tile(shift, n))
-            shape.append(np.tile(_weights(len(shift), rl.shaping.shape, rl.shaping.lam), n))
-        advantages = np.concatenate([g.advantages for g in groups]).repeat(lengths) * np.concatenate(shape)
-        index = torch.arange(len(rows)).repeat_interleave(torch.tensor(lengths))
-        at, shift = torch.from_numpy(np.concatenate(where, axis=1)), torch.from_numpy(np.concatenate(added))
+        shape = np.concatenate([_weights(length, rl.shaping.shape, rl.shaping.lam) for length in lengths.tolist()])
+        advantages = np.concatenate([g.advantages for g in groups]).repeat(lengths) * shape
+        index = torch.arange(len(rows)).repeat_interleave(torch.from_numpy(lengths))
         ids = torch.from_numpy(np.concatenate([t.completion.token_ids for t in rows])).long()
         old = torch.from_numpy(np.concatenate([t.completion.logprobs for t in rows])).double()
         ref = self._scores(self._reference, at, shift, ids)
@@ -143,12 +155,13 @@ class Tabular:
             (gradient,) = torch.autograd.grad(loss, self.tables)
             with torch.no_grad():
                 self.tables -= self.world.lr * gradient
-            self.updates += 1
+            self.updates, self._now = self.updates + 1, None
 
     @staticmethod
     def _scores(tables: Tensor, where: Tensor, shift: Tensor, ids: Tensor) -> Tensor:
-        """Log-probabilities [N] of the chosen options."""
-        return _shifted(tables[tuple(where)], shift).log_softmax(-1).gather(-1, ids[:, None])[:, 0]
+        """Log-probabilities [N] of the chosen options; `where` [N] numbers the tables' decisions."""
+        logits = tables.reshape(-1, OPTIONS).index_select(0, where)
+        return _shifted(logits, shift).log_softmax(-1).gather(-1, ids[:, None])[:, 0]
 
     # ---- evaluation ----------------------------------------------------------------------------
 

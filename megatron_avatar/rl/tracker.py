@@ -41,7 +41,8 @@ class RewardTracker:
         self._windows: dict[tuple[str, Variant], deque[float]] = {}
         self._means: dict[tuple[str, Variant], float] = {}  # of those that were asked for since they last moved
         self._count, self._mean, self._square_sum = 0, 0.0, 0.0  # Welford over all rewards
-        self._ranks: dict[str, float] | None = None
+        self._ranks: dict[str, float] | None = None  # these two as they stand, None once a reward came in
+        self._tiers: dict[str, Tier] | None = None
 
     # ---- feeding -------------------------------------------------------------------------------
 
@@ -72,7 +73,7 @@ class RewardTracker:
         self._mean += delta / self._count
         self._square_sum += delta * (reward - self._mean)
         self._means.pop(key, None)
-        self._ranks = None
+        self._ranks = self._tiers = None
 
     # ---- reading -------------------------------------------------------------------------------
 
@@ -110,7 +111,10 @@ class RewardTracker:
 
     def tiers(self) -> dict[str, Tier]:
         """Tier of every prompt that has a plain history."""
-        return {sample_id: _tier_of(rank) for sample_id, rank in self._ranking().items()}
+        ranks = self._ranking()
+        if self._tiers is None:
+            self._tiers = {sample_id: _tier_of(rank) for sample_id, rank in ranks.items()}
+        return dict(self._tiers)
 
     def _ranking(self) -> dict[str, float]:
         if self._ranks is None:

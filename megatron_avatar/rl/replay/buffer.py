@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from megatron_avatar.config.schema import ReplayConfig
 from megatron_avatar.keyed import keyed_rng
-from megatron_avatar.records import Trajectory, Variant
+from megatron_avatar.records import Completion, Trajectory, Variant
 from megatron_avatar.rl.advantages import ADVANTAGE_CLIP, EQUAL, SIGMA_FLOOR
 from megatron_avatar.rl.tracker import TIERS, Tier
 
 UNRANKED: Tier = "medium"  # a prompt without plain history: nothing is known of its difficulty
+
+COLUMNS = {"serial": np.int64, "group": np.int64, "step": np.int64, "reward": np.float64, "kl": np.float64}
 
 Baseline = Callable[[str, Variant], float | None]
 
@@ -44,6 +46,10 @@ class ReplayBuffer:
         """Forget everything."""
         self._rows: dict[int, Trajectory] = {}
         self._next_serial = 0
+        self._names: list[tuple[str, Variant]] = []  # of the groups, by number
+        self._numbers: dict[tuple[str, Variant], int] = {}
+        # What a draw asks of every trajectory, in the order of _rows: a loop over 10,000 objects a step is slow.
+        self._columns = {name: np.zeros(0, kind) for name, kind in COLUMNS.items()}
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -57,8 +63,8 @@ class ReplayBuffer:
 
     def restore(self, trajectories: Mapping[int, Trajectory]) -> None:
         """Take over what the store read."""
-        self._rows = {serial: trajectories[serial] for serial in sorted(trajectories)}
-        self._next_serial = max(self._rows, default=-1) + 1
+        self.reset()
+        self._add({serial: trajectories[serial] for serial in sorted(trajectories)})
 
     def append(self, trajectories: Iterable[Trajectory], tiers: Mapping[str, Tier]) -> None:
         """Add a step's trajectories, then cut every tier to its capacity, its own oldest first.
@@ -66,44 +72,66 @@ class ReplayBuffer:
         Texts are dropped, as the token ids hold them, and ids take four bytes: a trajectory stays at 8 bytes a token,
         in memory and on disk.
         """
+        fresh = []
         for trajectory in sorted(trajectories, key=_content_order):
             assert math.isfinite(trajectory.reward) and math.isfinite(trajectory.kl_ref), trajectory
             completion = trajectory.completion
-            completion = replace(completion, token_ids=completion.token_ids.astype(np.int32), cut_off=0.0)
-            self._add(replace(trajectory, completion=completion, text=""))
+            completion = Completion(completion.token_ids.astype(np.int32), completion.logprobs, completion.finished)
+            fresh.append(Trajectory(**{**vars(trajectory), "completion": completion, "text": ""}))
+        self._add(dict(enumerate(fresh, self._next_serial)))
         if len(self) <= min(self._capacity.values()):
             return
-        excess = {tier: max(size - self._capacity[tier], 0) for tier, size in self.tier_sizes(tiers).items()}
-        oldest_first = iter(list(self._rows.items()) if any(excess.values()) else [])
-        while any(excess.values()):
-            serial, trajectory = next(oldest_first)
-            tier = tiers.get(trajectory.sample_id, UNRANKED)
-            if excess[tier] > 0:
-                excess[tier] -= 1
-                del self._rows[serial]
+        tier_of, stays = self._tier_of(tiers), np.ones(len(self), bool)
+        for tier, capacity in enumerate(self._capacity.values()):
+            of_tier = np.flatnonzero(tier_of == tier)
+            stays[of_tier[: max(len(of_tier) - capacity, 0)]] = False  # its oldest
+        for serial in self._columns["serial"][~stays].tolist():
+            del self._rows[serial]
+        self._columns = {name: column[stays] for name, column in self._columns.items()}
 
     def rescore(self, score: Callable[[Mapping[str, float]], float]) -> None:
         """Recompute every reward from its stored parts, for a stage with other weights."""
-        rows, self._rows = self._rows, {}
-        for trajectory in rows.values():
-            self._add(replace(trajectory, reward=score(trajectory.parts)))
+        rows, start = list(self._rows.values()), self._next_serial
+        self.reset()
+        self._next_serial = start
+        self._add({start + k: replace(t, reward=score(t.parts)) for k, t in enumerate(rows)})
 
-    def _add(self, trajectory: Trajectory) -> None:
-        self._rows[self._next_serial] = trajectory
-        self._next_serial += 1
+    def _add(self, rows: Mapping[int, Trajectory]) -> None:
+        """Take in trajectories by serial number, younger than all that are held."""
+        if not rows:
+            return
+        groups = []
+        for trajectory in rows.values():
+            name = trajectory.sample_id, trajectory.variant
+            if name not in self._numbers:
+                self._numbers[name] = len(self._names)
+                self._names.append(name)
+            groups.append(self._numbers[name])
+        fresh: dict[str, list[Any]] = {
+            "serial": list(rows), "group": groups, "step": [t.step for t in rows.values()],
+            "reward": [t.reward for t in rows.values()], "kl": [t.kl_ref for t in rows.values()],
+        }  # fmt: skip
+        self._columns = {
+            name: np.concatenate([column, np.array(fresh[name], column.dtype)])
+            for name, column in self._columns.items()
+        }
+        self._rows.update(rows)
+        self._next_serial = fresh["serial"][-1] + 1
+
+    def _tier_of(self, tiers: Mapping[str, Tier]) -> np.ndarray:
+        """Tier [rows] of every trajectory as tiers stand now, as its place in TIERS."""
+        of_group = [TIERS.index(tiers.get(sample_id, UNRANKED)) for sample_id, _ in self._names]
+        return np.array(of_group, int)[self._columns["group"]]
 
     def tier_sizes(self, tiers: Mapping[str, Tier]) -> dict[Tier, int]:
         """Trajectories a tier, as tiers stand now."""
-        sizes: dict[Tier, int] = dict.fromkeys(TIERS, 0)
-        for sample_id, count in Counter([t.sample_id for t in self._rows.values()]).items():
-            sizes[tiers.get(sample_id, UNRANKED)] += count
-        return sizes
+        return dict(zip(TIERS, np.bincount(self._tier_of(tiers), minlength=len(TIERS)).tolist(), strict=True))
 
     @property
     def reward_std(self) -> float:
         """Population standard deviation of the rewards held now (0 without any): sigma_off that a step's few groups
         can't make small by chance."""
-        return float(np.std([t.reward for t in self._rows.values()])) if self._rows else 0.0
+        return float(np.std(self._columns["reward"])) if self._rows else 0.0
 
     # ---- drawing -------------------------------------------------------------------------------
 
@@ -121,17 +149,19 @@ class ReplayBuffer:
         draws.
         """
         assert n_off >= 1, n_off
-        max_age = self._config.max_age or math.inf
-        rows = [t for t in self._rows.values() if 0 < step - t.step <= max_age]
+        columns, max_age = self._columns, self._config.max_age or math.inf
+        age = step - columns["step"]
+        rows = np.flatnonzero((0 < age) & (age <= max_age))
         if len(rows) < max(self._config.min_fill, 1):
             return []
         rng = keyed_rng(rng_key)
-        names = list(dict.fromkeys((t.sample_id, t.variant) for t in rows))
-        place = {name: k for k, name in enumerate(names)}
-        group_of = np.array([place[t.sample_id, t.variant] for t in rows])
-        rbar = np.array([math.nan if (mean := baselines(*name)) is None else mean for name in names])[group_of]
-        gaps = np.array([t.reward for t in rows]) - rbar  # NaN without history
-        keys = self._sort_keys(rows, gaps / max(sigma, SIGMA_FLOOR), rng)
+        group_of = columns["group"][rows]
+        rbar = np.full(len(self._names), math.nan)
+        for group in set(group_of.tolist()):
+            mean = baselines(*self._names[group])
+            rbar[group] = math.nan if mean is None else mean
+        gaps = columns["reward"][rows] - rbar[group_of]  # NaN without history
+        keys = self._sort_keys(columns["kl"][rows], gaps / max(sigma, SIGMA_FLOOR), rng)
         order = np.argsort(-keys, kind="stable")
         if self._config.live:
             order = order[~(np.abs(gaps[order]) <= EQUAL)]
@@ -139,7 +169,7 @@ class ReplayBuffer:
         present, first = np.unique(group_of[order], return_index=True)
         queues: dict[Tier, list[int]] = {tier: [] for tier in TIERS}
         for group in present[np.argsort(first)].tolist():
-            queues[tiers.get(names[group][0], UNRANKED)].append(group)
+            queues[tiers.get(self._names[group][0], UNRANKED)].append(group)
 
         drawn: list[list[Trajectory]] = []
         taken = dict.fromkeys(TIERS, 0)
@@ -150,23 +180,23 @@ class ReplayBuffer:
                 group = queues[tier][taken[tier]]
                 taken[tier] += 1
                 members = order[group_of[order] == group][: min(n_off, missing)]
-                drawn.append([rows[k] for k in members])
+                drawn.append([self._rows[k] for k in columns["serial"][rows[members]].tolist()])
                 missing -= len(members)
                 if missing == 0:
                     break
         return drawn
 
-    def _sort_keys(self, rows: list[Trajectory], advantages: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Keys [rows] whose descending order is the order of drawing without replacement, from the `advantages`
-        [rows] under today's R-bar (NaN: unknown).
+    def _sort_keys(self, kl: np.ndarray, advantages: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Keys [rows] whose descending order is the order of drawing without replacement, from the stored `kl` [rows]
+        and the `advantages` [rows] under today's R-bar (NaN: unknown).
 
         Log-weight plus Gumbel noise: sorting is then successive sampling with probability proportional to weight:
         |A|^(1/T) for advantage, exp(score / T) for priority, 1 for uniform.
         """
         config = self._config
         if config.order == "fifo":
-            return -np.arange(len(rows), dtype=np.float64)
-        noise = rng.gumbel(size=len(rows))
+            return -np.arange(len(kl), dtype=np.float64)
+        noise = rng.gumbel(size=len(kl))
         if config.order == "uniform":
             return noise
         clipped = np.clip(advantages, -self._advantage_clip, self._advantage_clip)
@@ -175,7 +205,6 @@ class ReplayBuffer:
             size = np.abs(np.where(np.isnan(clipped), 1.0, clipped))
             return np.log(np.maximum(size, EQUAL)) / config.temperature + noise
         assert config.order == "priority", config.order
-        kl = np.array([t.kl_ref for t in rows])
         scores = config.w_reward * np.where(np.isnan(clipped), 0.0, clipped) - config.w_kl * kl
         return scores / config.temperature + noise
 

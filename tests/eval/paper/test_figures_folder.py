@@ -109,6 +109,24 @@ def test_figure_1_is_flat_for_grpo_and_parabolic_for_avatar(out):
     assert any(file.endswith("held_out.ours-g8.jsonl") for file in entry.sources["files"])
 
 
+def test_figure_1_has_a_panel_for_what_is_weighted_between_the_tags(tmp_path):
+    """A sweep's member has it where AVATAR is weighted over the whole completion; no system stands in both panels."""
+    for system in ("grpo", "avatar", "shaping_between_tags"):
+        write_training(tmp_path, system, 10)
+    swept = tmp_path / "runs" / "tiny" / "shaping_between_tags" / "seed_10"
+    (swept / "config.yaml").write_text(
+        json.dumps({"rl": {"shaping": {"shape": "parabolic", "lam": 0.3, "span": "between_tags"}}})
+    )
+    lines = [json.loads(line) for line in (swept / "metrics.jsonl").read_text().splitlines()]
+    write_lines(swept / "metrics.jsonl", [line | {"surrogate_position": [0.75] * 20} for line in lines])
+    entry = from_predictions.position(Folder(tmp_path, "tiny"))
+    np.testing.assert_allclose(drawn(panel(entry.figure, from_predictions.BETWEEN), "AVATAR")[1], 0.75)
+    assert drawn(panel(entry.figure, "training"), "AVATAR")[1][0] < 0.7
+    assert "Between the tags: places count over the reasoning and the answer alone." in entry.caption
+    shutil.rmtree(swept)
+    assert "Between the tags" not in from_predictions.position(Folder(tmp_path, "tiny")).caption
+
+
 def test_figure_2_shows_the_headlines(out):
     entry = from_predictions.on_off_ratio(Folder(out, "tiny"))
     x, y = np.array(panel(entry.figure, "held-out samples").containers[0][0].get_data(), float)
