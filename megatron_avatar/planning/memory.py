@@ -72,8 +72,8 @@ def static_memory(
     count = sum(p.numel() for p in everything if p.requires_grad)
     policy.set_train_towers(work.train_towers)
     trainable = [p for p in everything if p.requires_grad]
-    # Two moments, and float32 main weights beside bfloat16 ones.
-    state = count * (12 if model.dtype == "bfloat16" else 8)
+    # Two moments, and float32 main weights beside half-precision ones.
+    state = count * (8 if model.dtype == "float32" else 12)
     return RankMemory(
         tp_rank=policy.backend.tp_rank,
         pp_rank=policy.backend.pp_rank,

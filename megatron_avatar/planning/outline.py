@@ -169,8 +169,8 @@ def limit_minutes(hours: float, most: int, margin: float = LIMIT_MARGIN) -> int:
 
 
 def _itemsizes(config: Config) -> tuple[int, int]:
-    """Bytes of a weight, and of what AdamW keeps for it: two moments, and float32 main weights beside bfloat16."""
-    return (2, 12) if config.model.dtype == "bfloat16" else (4, 8)
+    """Bytes of a weight, and of what AdamW keeps for it: two moments, and in half precision float32 main weights."""
+    return (4, 8) if config.model.dtype == "float32" else (2, 12)
 
 
 def weights_bytes(config: Config, shape: Shape) -> int:
