@@ -33,7 +33,7 @@ class ModelConfig:
     cold_start: str = ""  # recipe whose export (runs/RECIPE/export/sft) is begun with where it is there
     shape: str = ""  # the published model that the recipe is for; a dry run needs no folder: config/shapes/SHAPE
     context: int = 16384  # prompt + completion tokens; a longer prompt is refused
-    dtype: str = "float32"  # float32 | bfloat16; bfloat16 keeps float32 main weights in the optimizer
+    dtype: str = "float32"  # float32 | bfloat16 | float16 (with loss scaling); main weights are float32 in each
     residual: str = "float32"  # float32 | model: the stream that branches add to; the latter rounds it in every layer
     lora: LoraConfig = field(default_factory=LoraConfig)
 

@@ -174,8 +174,8 @@ def limit_minutes(hours: float, most: int, margin: float = LIMIT_MARGIN) -> int:
 
 
 def itemsizes(model: ModelConfig) -> tuple[int, int]:
-    """Bytes of a weight, and of what AdamW keeps for it: two moments, and float32 main weights beside bfloat16."""
-    return (2, 12) if model.dtype == "bfloat16" else (4, 8)
+    """Bytes of a weight, and of what AdamW keeps for it: two moments, and in half precision float32 main weights."""
+    return (4, 8) if model.dtype == "float32" else (2, 12)
 
 
 def weights_bytes(config: Config, shape: Shape) -> int:

@@ -190,7 +190,7 @@ def reduction_seconds(
     tp, text = config.parallel.tp, shape.text_config
     if tp == 1:
         return 0.0
-    sent = 2 * (tp - 1) / tp * tokens * text.hidden_size * (2 if config.model.dtype == "bfloat16" else 4)
+    sent = 2 * (tp - 1) / tp * tokens * text.hidden_size * (4 if config.model.dtype == "float32" else 2)
     return 2 * text.num_hidden_layers * (passes * rates.reduce_gap + sent / rates.links)
 
 
@@ -198,7 +198,7 @@ def _generation(config: Config, shape: Shape, work: Work, rates: Rates) -> dict[
     """Reading the fresh prompts and decoding their completions to the full length. Stages work one after the other."""
     text, tp = shape.text_config, config.parallel.tp
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    itemsize = 2 if config.model.dtype == "bfloat16" else 4
+    itemsize = 4 if config.model.dtype == "float32" else 2
     gap = text.num_hidden_layers * rates.layer_gap
     read = forward_flops(shape, work.fresh * work.prompt, work.fresh * work.prompt**2 / 2, work.fresh)
     rows = sum(work.completions[: work.fresh])

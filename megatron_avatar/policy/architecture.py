@@ -133,6 +133,7 @@ def transformer_config(
         pipeline_dtype=torch.float32 if wide else dtype,
         fp32_residual_connection=wide,
         bf16=dtype is torch.bfloat16,
+        fp16=dtype is torch.float16,
         perform_initialization=False,
         use_cpu_initialization=on_cpu,
         variable_seq_lengths=True,

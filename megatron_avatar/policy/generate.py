@@ -91,6 +91,7 @@ class Generation:
         self.uniforms = np.zeros((rows, 0 if greedy else self.limit))
         if not greedy:
             self.uniforms[:] = [uniforms(key, i, self.limit) for key in keys for i in range(n)]
+        self.half = policy.config.params_dtype is torch.float16
         self.last_ids = np.array([prompt.token_ids[-1] for prompt in prompts])
         assert not np.isin(self.last_ids, policy.placeholder_ids).any(), "a prompt ends with text"
         self.last_positions = np.stack([prompt.positions[:, -1] for prompt in prompts], axis=1)
@@ -232,6 +233,7 @@ class Generation:
                 f"the policy's logits are not finite at token {self.counts[row]} of a completion of sample "
                 f"{self.prompts[row // self.n].sample_id!r}: its weights, or sums made with them, overflowed; "
                 "continue from an earlier checkpoint with a lower learning rate"
+                + (", or with model.dtype=bfloat16, which holds larger numbers" if self.half else "")
             )
         self.tokens[rows, self.counts[rows]] = ids
         self.logprobs[rows, self.counts[rows]] = logprobs

@@ -57,15 +57,15 @@ def check_main_weights(path: Path, saved: set[str], wanted: set[str], backend: B
               f"{int(path.name.removeprefix('step_'))}) and start a run of its own there, with model.path=FOLDER")
     if missing := sorted(wanted - saved):
         raise CheckpointError(
-            f"the checkpoint {path} has no float32 main weights for {len(missing)} of the tensors that bfloat16 trains "
-            f"({missing[0].removeprefix(MAIN)}, …): it was saved with model.dtype=float32, or without training these. "
-            f"Go on with the model.dtype and the stages (train_towers) that it was saved with, {remedy}"
+            f"the checkpoint {path} has no float32 main weights for {len(missing)} of the tensors that half "
+            f"precision trains ({missing[0].removeprefix(MAIN)}, …): it was saved with model.dtype=float32, or without "
+            f"training these. Go on with the model.dtype and the stages (train_towers) that it was saved with, {remedy}"
         )
     if dropped := sorted(saved - wanted):
         raise CheckpointError(
-            f"the checkpoint {path} has float32 main weights beside bfloat16 ones ({dropped[0].removeprefix(MAIN)}, …) "
-            "that the run's settings would leave behind. Go on with model.dtype=bfloat16 and the stages (train_towers) "
-            f"that it was saved with, {remedy}"
+            f"the checkpoint {path} has float32 main weights beside half-precision ones ({dropped[0].removeprefix(MAIN)}"
+            ", …) that the run's settings would leave behind. Go on with the model.dtype and the stages "
+            f"(train_towers) that it was saved with, {remedy}"
         )
 
 

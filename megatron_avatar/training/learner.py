@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,6 +30,8 @@ OUTSIDE = -1.0  # the place of a token that the temporal weighting leaves out
 Pieces = Callable[[np.ndarray], list[str]]  # token ids [L] to the text of each
 Poll = Callable[[], None]  # called by all ranks together; raises to drop what is not applied yet
 SKIPS_IN_ROW = 3  # one bad batch is skipped; a run that skips on and on learns nothing
+TOLD_OVERFLOWS = 5  # of a stage, a line each
+log = logging.getLogger(__name__)
 
 
 class NonFiniteUpdates(RuntimeError):
@@ -275,11 +278,16 @@ class Learner:
         # Where every prompt of the step was set aside, momentum alone must not move the weights.
         applied = self.usable and n_on + n_off > 0
         stats["grad_norm"], stats["skipped"] = self._step(math.isfinite(error.mean)) if applied else (0.0, True)
-        return stats
+        return stats | self._scaling()
 
     def _step(self, usable: bool) -> tuple[float, bool]:
         """Apply the gradient, or skip it where it, or what it was made from, is not finite: (norm, skipped)."""
+        overflows, scale = self.optimization.overflows, self.optimization.loss_scale
         norm, skipped = self.optimization.step(usable=usable)
+        if overflows < self.optimization.overflows <= TOLD_OVERFLOWS and self.backend.rank == 0:
+            log.warning("a gradient is beyond float16 at a loss scale of %g: this update is skipped, the next one has "
+                        "%g (number %d of the stage; a few are how the scale is found)", scale,
+                        self.optimization.loss_scale, self.optimization.overflows)  # fmt: skip
         if self.optimization.skipped_in_row >= SKIPS_IN_ROW:
             raise NonFiniteUpdates(
                 f"{SKIPS_IN_ROW} updates in a row were skipped: their log-probabilities or gradients are not finite. "
@@ -308,7 +316,12 @@ class Learner:
         grad_norm, skipped = self._step(math.isfinite(stats["nll"])) if tokens else (0.0, True)
         count = tokens or math.nan
         return {"loss": float(stats["nll"] / count), "entropy": float(stats["entropy_sum"] / count),
-                "grad_norm": grad_norm, "skipped": skipped, "tokens": tokens, **self._loads(micros)}
+                "grad_norm": grad_norm, "skipped": skipped, "tokens": tokens, **self._loads(micros), **self._scaling()}
+
+    def _scaling(self) -> dict[str, float]:
+        """What only float16 has to log: the next update's loss scale, and the stage's overflows."""
+        scale = self.optimization.loss_scale
+        return {} if scale is None else {"loss_scale": scale, "overflows": self.optimization.overflows}
 
     def _loads(self, micros: list[MicroBatch]) -> dict[str, float]:
         """Packed tokens of the step over all data-parallel ranks, and how unevenly they lie."""

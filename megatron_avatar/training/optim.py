@@ -13,6 +13,7 @@ from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_f
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.grad_scaler import DynamicGradScaler
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.utils import get_model_config
 from torch import nn
@@ -25,6 +26,9 @@ from megatron_avatar.resilience.shares import share
 DISTRIBUTED_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}  # tensors shaped like the weights
 # Names of the distributed optimizer's tensors -> those in a checkpoint, which are the plain optimizer's.
 NAMES = {"param": "fp32_param", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
+# float16's loss scale: where it begins, what it falls to, updates without overflow before it doubles. One overflow
+# halves it. A step of reinforcement learning is dear: it begins low and rises slowly.
+FIRST_SCALE, LEAST_SCALE, RISES_AFTER = 2.0**16, 1.0, 200
 
 
 class Optimization:
@@ -33,7 +37,9 @@ class Optimization:
     `model` is what the pipeline schedule runs: Megatron's data-parallel wrapper, whose fp32 buffers collect the
     gradients of every parameter that was trainable when it was built. One that is frozen later rests: neither gradient
     nor weight decay moves it. `lr` is the rate of the latest update, `skipped` counts the stage's updates refused for
-    non-finite numbers, `skipped_in_row` those since the latest one applied. With the distributed optimizer a rank
+    non-finite numbers, `skipped_in_row` those since the latest one applied. In float16 `loss_scale` is what gradients
+    are multiplied with on their way, and `overflows` counts those of the stage's skipped updates that a smaller scale
+    answers; they don't count as in a row. With the distributed optimizer a rank
     keeps main weights and moments of its share of the gradient buffer, and the weights themselves move into a buffer of
     their own.
     """
@@ -49,6 +55,9 @@ class Optimization:
         self.model = DistributedDataParallel(config, buffers, policy)
         config.finalize_model_grads_func = finalize_model_grads
         (self._optimizer,) = get_megatron_optimizer(optimizer_config, [self.model]).chained_optimizers
+        self._scaler: DynamicGradScaler | None = getattr(self._optimizer, "grad_scaler", None)
+        if self._scaler is not None:
+            config.grad_scale_func = lambda loss: loss * self._scaler.scale
         self._optimizer.sharded_param_state_fully_reshardable = self._shares
         self._torch_adam = isinstance(self._optimizer.optimizer, torch.optim.AdamW)
         for group in self._groups if self._torch_adam and torch.cuda.is_available() else ():
@@ -87,8 +96,13 @@ class Optimization:
         )
         self._scheduler.step(1)  # update k = 1, 2, … uses the schedule's point k: no update at a rate of zero
         self.lr = 0.0
-        self.skipped = self.skipped_in_row = 0
+        self.skipped = self.skipped_in_row = self.overflows = 0
         self._count_updates()
+
+    @property
+    def loss_scale(self) -> float | None:
+        """Of the next update; None but in float16."""
+        return None if self._scaler is None else float(self._scaler.scale)
 
     def main_weights(self) -> dict[str, torch.Tensor]:
         """Name -> float32 main weight of every parameter: in float32 the weight itself, with the distributed optimizer
@@ -112,8 +126,9 @@ class Optimization:
 
         Gradients must have been reduced over the ranks, which the pipeline schedule does. A norm that is not finite,
         or a caller who found the step not `usable`, skips the update on every rank alike; the schedule advances all
-        the same.
+        the same. In float16 the loss scale follows: where it can still fall, gradients beyond float16 are an overflow.
         """
+        before = self.loss_scale
         self._optimizer.prepare_grads()
         resting = [self._main(p) for p in self.model.params_with_grad if not p.requires_grad]
         for main in resting:
@@ -127,7 +142,10 @@ class Optimization:
             self._optimizer.step_with_ready_grads()
         self.lr = self._groups[0]["lr"]
         self.skipped += not applied
-        self.skipped_in_row = 0 if applied else self.skipped_in_row + 1
+        if usable and not applied and before is not None and before > LEAST_SCALE:
+            self.overflows += 1
+        else:
+            self.skipped_in_row = 0 if applied else self.skipped_in_row + 1
         self._scheduler.step(1)
         if resting:
             self._count_updates()  # AdamW counts for each alone, checkpoints know one count
@@ -139,7 +157,11 @@ class Optimization:
         Its tensors have the same names with and without the distributed optimizer.
         """
         state = self._optimizer.sharded_state_dict(model_state, loading, metadata=DISTRIBUTED_FORMAT)
+        state.pop("grad_scaler", None)  # which one optimizer of Megatron-Core reads back, and the other doesn't
         counts = {"points": self._scheduler.num_steps, "skipped": self.skipped, "skipped_in_row": self.skipped_in_row}
+        if self._scaler is not None:
+            scale = {**self._scaler.state_dict(), "scale": self.loss_scale}
+            counts |= {"overflows": self.overflows, "loss_scale": scale}
         return {"optimizer": state, "schedule": counts}
 
     @torch.no_grad()
@@ -148,6 +170,10 @@ class Optimization:
 
         The policy's weights must have been loaded before.
         """
+        counts = state["schedule"]
+        scale = counts.get("loss_scale")  # of a run that was float16 before, too
+        if self._scaler is not None and scale is not None:
+            self._scaler.load_state_dict({**scale, "scale": torch.tensor([scale["scale"]])})
         if not self._distributed:  # whose shares have been loaded in place
             adamw = state["optimizer"].get("optimizer", {})  # bf16 has main weights beside it
             adamw = adamw if "state" in adamw else state["optimizer"]
@@ -157,10 +183,12 @@ class Optimization:
             ]
             if self._torch_adam:  # the distributed optimizer, and a state without updates, leave it out
                 adamw["state"].setdefault("common_step", torch.tensor(0.0))
-            self._optimizer.load_state_dict(state["optimizer"])
-        self._scheduler.num_steps = state["schedule"]["points"]
+            own_scale = {} if self._scaler is None else {"grad_scaler": self._scaler.state_dict()}
+            self._optimizer.load_state_dict({**state["optimizer"], **own_scale})
+        self._scheduler.num_steps = counts["points"]
         self._scheduler.step(0)
-        self.skipped, self.skipped_in_row = state["schedule"]["skipped"], state["schedule"]["skipped_in_row"]
+        self.skipped, self.skipped_in_row = counts["skipped"], counts["skipped_in_row"]
+        self.overflows = counts.get("overflows", 0)
         self._count_updates()
 
     @property
@@ -229,6 +257,11 @@ def build_optimizer(
         adam_eps=optim.eps,
         clip_grad=optim.clip_grad,
         bf16=dtype is torch.bfloat16,
+        fp16=dtype is torch.float16,
+        initial_loss_scale=FIRST_SCALE,
+        min_loss_scale=LEAST_SCALE,
+        loss_scale_window=RISES_AFTER,
+        hysteresis=1,
         params_dtype=dtype,
         use_distributed_optimizer=parallel.distributed_optimizer,
     )

@@ -27,7 +27,7 @@ def tp4() -> Config:
         ("cluster.mounts=[/data]", "cluster.mounts: '/data' is no FROM:TO"),
         ("log.watchdog_s=30", "would end a job that waits for data.decode_deadline_s=60.0"),
         ("checkpoint.restarts=0", "checkpoint.restarts=0 must be at least 1"),
-        ("model.dtype=float16", "model.dtype: 'float16' is not one of float32, bfloat16"),
+        ("model.dtype=float64", "model.dtype: 'float64' is not one of float32, bfloat16, float16"),
         ("model.context=1", "model.context=1 must be at least 2"),
         ("model.lora.rank=-1", "model.lora.rank=-1 must be at least 0"),
         ("model.lora.rank=8 model.lora.alpha=0", "model.lora.alpha=0.0 must be above 0"),

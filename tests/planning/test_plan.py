@@ -92,12 +92,19 @@ REAL = [  # a model, a layout of four ranks
 LORA = ModelConfig(lora=LoraConfig(rank=3))
 
 
+HALF = ("bfloat16", "float16")
+
+
+def half(dtype: str) -> ModelConfig:
+    return ModelConfig(dtype=dtype)
+
+
 def real_rank(rank: int, port: int, folders: list[str], results: multiprocessing.Queue) -> None:
     """Build the real shards of one of four processes, and report their bytes."""
     os.environ.update(RANK=str(rank), WORLD_SIZE="4", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     for number, (folder, (_, parallel)) in enumerate(zip(folders, REAL, strict=True)):
         backend = start(parallel)
-        for model in (ModelConfig(), ModelConfig(dtype="bfloat16"), LORA):
+        for model in (ModelConfig(), *map(half, HALF), LORA):
             policy = build_policy(folder, backend, model, parallel)
             trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
             key = number, model.dtype, model.lora.rank, backend.tp_rank, backend.pp_rank
@@ -115,7 +122,7 @@ def test_parameter_bytes_are_those_of_real_ranks(tmp_path):
     ranks = [context.Process(target=real_rank, args=(rank, port, folders, results)) for rank in range(4)]
     for process in ranks:
         process.start()
-    real = dict(results.get(timeout=120) for _ in range(4 * 3 * len(REAL)))
+    real = dict(results.get(timeout=120) for _ in range(4 * 4 * len(REAL)))
     for process in ranks:
         process.join(60)
     for (number, dtype, lora, tp_rank, pp_rank), (size, trained) in real.items():
@@ -125,8 +132,8 @@ def test_parameter_bytes_are_those_of_real_ranks(tmp_path):
             memory = static_memory(policy, model, parallel, work, dp=1)
         assert memory.weights + memory.tower_weights == size
         assert memory.trainable == trained and memory.gradients == 4 * trained
-        assert memory.optimizer == trained * (12 if dtype == "bfloat16" else 8)
-        assert memory.reference == trained * (2 if dtype == "bfloat16" else 4)
+        assert memory.optimizer == trained * (12 if dtype in HALF else 8)
+        assert memory.reference == trained * (2 if dtype in HALF else 4)
 
 
 @pytest.mark.parametrize("train_towers", [False, True])
@@ -144,9 +151,10 @@ def test_the_reference_is_what_a_learner_copies(tmp_path, train_towers):
 
 
 @pytest.mark.parametrize("stages", [(True, True), (True, False)], ids=["train", "rest"])
-def test_the_optimizer_s_bytes_are_those_of_main_weights_and_moments(tmp_path, stages):
-    """In bfloat16, encoders included that train in some stage only: their state stays in every stage."""
-    model, (ever, now) = ModelConfig(dtype="bfloat16"), stages
+@pytest.mark.parametrize("dtype", HALF)
+def test_the_optimizer_s_bytes_are_those_of_main_weights_and_moments(tmp_path, dtype, stages):
+    """In half precision, encoders included that train in some stage only: their state stays in every stage."""
+    model, (ever, now) = half(dtype), stages
     folder, work = save(tmp_path), Work(True, now, 0, 0, 8, 4, 1, (2,), 64)
     with shard_on_meta(folder, model, ParallelConfig(), 0, 0) as policy:
         memory = static_memory(policy, model, ParallelConfig(), work, dp=1, towers_ever=ever)

@@ -14,6 +14,7 @@ from megatron_avatar.resilience import checkpoint, room
 from megatron_avatar.resilience.stopping import StopSignal
 from megatron_avatar.training import loop
 from megatron_avatar.training.learner import Learner
+from megatron_avatar.training.optim import Optimization
 
 
 def terminate(*_) -> None:
@@ -48,6 +49,31 @@ def terminate_before(step: int) -> None:
     loop.Run.take_step = take_step
 
 
+def kill_before(step: int) -> None:
+    """SIGKILL at that step's beginning, with all checkpoints so far on the disk."""
+    original = loop.Run.take_step
+
+    def take_step(self):
+        if self.step == step - 1:
+            self.saver.finish()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(self)
+
+    loop.Run.take_step = take_step
+
+
+def overflow_once() -> None:
+    """A gradient of the first update is beyond any number."""
+    original = Optimization.step
+
+    def step(self, **kwargs):
+        if self._scheduler.num_steps == 1:
+            next(p for p in self.model.parameters() if p.requires_grad).main_grad.view(-1)[0] = float("inf")
+        return original(self, **kwargs)
+
+    Optimization.step = step
+
+
 PLACES = {"evaluation": (loop, "evaluate"), "reward": (loop, "make_groups"), "update": (Learner, "_attach")}
 
 
@@ -70,6 +96,10 @@ def disturb(what: str, arguments: list[str]) -> None:
         slow_write(Path(next(a for a in arguments if a.startswith("output_dir=")).partition("=")[2]))
     elif what.startswith("step_"):
         terminate_before(int(what.removeprefix("step_")))
+    elif what.startswith("killed_at_"):
+        kill_before(int(what.removeprefix("killed_at_")))
+    elif what == "overflow":
+        overflow_once()
     elif what == "short_memory":
         room.available = lambda: 0
     elif what == "hang":
@@ -85,7 +115,7 @@ def disturb(what: str, arguments: list[str]) -> None:
 
 def train(what: str, arguments: list[str]) -> int:
     """The trainer's entry point; with nothing (`what` is empty) it is the product's own."""
-    if what:
-        disturb(what, arguments)
+    for one in what.split(",") if what else ():
+        disturb(one, arguments)
     entry.leave_on_signals()
     return entry.main(arguments)

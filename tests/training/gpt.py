@@ -22,7 +22,7 @@ def build_gpt(
     config = TransformerConfig(
         num_layers=layers, hidden_size=hidden, num_attention_heads=4, num_query_groups=2, ffn_hidden_size=2 * hidden,
         tensor_model_parallel_size=backend.tp, pipeline_model_parallel_size=backend.pp, pipeline_dtype=dtype,
-        params_dtype=dtype, bf16=dtype is torch.bfloat16,
+        params_dtype=dtype, bf16=dtype is torch.bfloat16, fp16=dtype is torch.float16,
         use_cpu_initialization=True, gated_linear_unit=True, activation_func=torch.nn.functional.silu,
         normalization="RMSNorm", add_bias_linear=False, add_qkv_bias=True, attention_dropout=0.0, hidden_dropout=0.0,
         persist_layer_norm=False, bias_activation_fusion=False, masked_softmax_fusion=False, bias_dropout_fusion=False,

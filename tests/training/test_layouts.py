@@ -47,9 +47,12 @@ TRAINED = {  # tied embeddings, encoders in training
         tied(4, tp=2, pp=2),
     ],
 }
-HALF = {  # bfloat16 with float32 main weights, bit for bit
-    "whole": [leg(8, dtype="bfloat16", tp=2, **SHARED)],
-    "continued": [leg(5, dtype="bfloat16", tp=2, **SHARED), leg(3, dtype="bfloat16", tp=2, **SHARED)],
+HALF = {  # float32 main weights, bit for bit; float16 on another layout, with its loss scale
+    dtype: {
+        "whole": [leg(8, dtype=dtype, tp=2, **more)],
+        "continued": [leg(5, dtype=dtype, tp=2, **more), leg(3, dtype=dtype, tp=2, **more)],
+    }
+    for dtype, more in {"bfloat16": SHARED, "float16": {"pp": 2}}.items()
 }
 
 
@@ -59,7 +62,7 @@ def curves(tmp_path_factory) -> dict[str, list[list[float]]]:
     folder = tmp_path_factory.mktemp("layouts")
     for name in ("untied", "tied"):
         tiny_thinker(tiny_config(layers=4, tied=name == "tied")).save_pretrained(folder / name)
-    groups = {"frozen": FROZEN, "trained": TRAINED, "bfloat16": HALF}
+    groups = {"frozen": FROZEN, "trained": TRAINED, **HALF}
     cases = {f"{group}/{name}": legs for group, cases in groups.items() for name, legs in cases.items()}
     launch(layouts_world.main, 4, folder, cases, timeout=800)
     return json.loads((folder / "curves.json").read_text())
@@ -86,5 +89,15 @@ def test_layouts_give_the_same_losses_and_gradients(curves, group):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_bfloat16_continues_bit_for_bit(curves):
-    assert curves["bfloat16/whole"] == curves["bfloat16/continued"]
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_continues_bit_for_bit(curves, dtype):
+    assert curves[f"{dtype}/whole"] == curves[f"{dtype}/continued"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_float16_trains_as_float32_does(curves):
+    """Through two stages and two tensor ranks, scaled losses give the norms of float32 to its rounding."""
+    half, whole = curves["float16/whole"], curves["frozen/plain"]
+    assert max(abs(ours[0] - theirs[0]) for ours, theirs in zip(half[:4], whole, strict=False)) < 1e-2
+    assert max(abs(ours[1] / theirs[1] - 1) for ours, theirs in zip(half[:4], whole, strict=False)) < 2e-2

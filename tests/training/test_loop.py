@@ -278,6 +278,29 @@ def test_buffer_and_baselines_go_into_the_next_stage_together(world):
 
 
 @pytest.mark.slow
+def test_a_float16_run_that_was_killed_comes_to_the_same_bits(world):
+    """Its first update overflows: it is skipped, said and counted, and the scale that it left goes into checkpoints."""
+    settings = ("model.dtype=float16", "optim.lr=1e-3", "~stages.audio_visual", "~stages.localisation",
+                "stages.visual.train_towers=true", "checkpoint.every=2")  # fmt: skip
+    whole, killed = world / "float16_whole", world / "float16_killed"
+    command = [a for a in arguments(world, whole, *settings, steps=4) if "sual." not in a.split("=")[0]
+               or a.startswith("stages.visual.")]  # fmt: skip
+    done = train(*command, disturbed="overflow")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("beyond float16 at a loss scale of 65536") == 1
+    command = [a.replace(str(whole), str(killed)) for a in command]
+    assert train(*command, disturbed="overflow,killed_at_4").returncode not in (0, 75)
+    done = train(*command)
+    assert done.returncode == 0, done.stderr
+    records = metrics(whole)
+    assert records == metrics(killed) and [r["skipped"] for r in records] == [True, False, False, False]
+    assert [(r["loss_scale"], r["overflows"]) for r in records] == [(32768, 1)] * 4
+    left, right = weights(killed, "visual"), weights(whole, "visual")
+    assert all(torch.equal(left[name], right[name]) for name in right)
+    assert {value.dtype for value in right.values()} == {torch.float16}
+
+
+@pytest.mark.slow
 def test_a_bfloat16_run_that_ends_between_two_stages_continues_bit_for_bit(world):
     """Main weights come out of the first stage's last checkpoint; the encoders, which the second one trains too, have
     theirs from the start. What a stage moves, mostly by weight decay, is less than bfloat16 holds."""

@@ -79,7 +79,7 @@ def test_schedule_warms_up_and_never_wastes_an_update(backend, schedule):
     assert rates[2:] == pytest.approx(rest)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_non_finite_gradient_skips_the_update(backend, bad, dtype, parallel):
     policy = build_gpt(backend, dtype=dtype)
@@ -98,7 +98,7 @@ def test_non_finite_gradient_skips_the_update(backend, bad, dtype, parallel):
     assert not torch.equal(next(policy.parameters()), before["embedding.word_embeddings.weight"])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_stage_renews_moments_and_schedule_and_keeps_main_weights(backend, parallel, dtype):
     """Bit for bit; what follows is what a fresh optimizer would do from these main weights."""
     policy, twin = build_gpt(backend, dtype=dtype), build_gpt(backend, dtype=dtype)
@@ -129,7 +129,7 @@ def test_a_stage_renews_moments_and_schedule_and_keeps_main_weights(backend, par
         optimization.renew(optim, lr=3e-3, total_steps=0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_what_a_stage_freezes_rests_and_goes_on_later(backend, parallel, dtype):
     """Weight decay doesn't move it either; trained again, its main weight goes on from its last bit."""
     policy, name = build_gpt(backend, dtype=dtype), "decoder.layers.0.mlp.linear_fc1.weight"
@@ -169,6 +169,71 @@ def test_bfloat16_keeps_float32_weights_and_gradients(backend, parallel):
         optimization.step()
         assert float(weight.detach().max()) == seen
     assert float(weight.main_param.max()) == pytest.approx(0.997, abs=1e-6)
+
+
+def overflow(optimization, policy) -> tuple[float, bool]:
+    """A step whose gradient is beyond float16."""
+    optimization.zero_grad()
+    next(policy.parameters()).main_grad.view(-1)[3] = float("inf")
+    return optimization.step()
+
+
+def test_in_float16_the_loss_scale_falls_with_overflows_and_rises_without(backend, parallel, monkeypatch):
+    monkeypatch.setattr(optim_module, "RISES_AFTER", 2)
+    monkeypatch.setattr(optim_module, "FIRST_SCALE", 2.0**6)
+    policy = build_gpt(backend, dtype=torch.float16)
+    optimization = optimize(policy, backend, parallel=parallel)
+    scales = [optimization.loss_scale]
+    for step in range(3):
+        train_step(optimization, step)
+        scales.append(optimization.loss_scale)
+    assert scales == [64, 64, 128, 128]
+    for overflows in range(1, 8):
+        assert overflow(optimization, policy)[1] and optimization.loss_scale == 2.0 ** (7 - overflows)
+        assert (optimization.overflows, optimization.skipped, optimization.skipped_in_row) == (overflows, overflows, 0)
+    overflow(optimization, policy)  # no smaller scale answers this one
+    assert (optimization.loss_scale, optimization.overflows, optimization.skipped_in_row) == (1, 7, 1)
+    assert not train_step(optimization, 3)[1] and optimization.skipped_in_row == 0 and optimization.skipped == 8
+    before = main_weights(optimization)
+    optimization.zero_grad()
+    assert optimization.step(usable=False)[1] and optimization.overflows == 7 and optimization.skipped_in_row == 1
+    assert all(torch.equal(main, before[name]) for name, main in main_weights(optimization).items())
+    optimization.renew(OptimConfig(), lr=1e-2, total_steps=5)
+    assert optimization.loss_scale >= 1 and optimization.overflows == optimization.skipped == 0
+
+
+def test_a_float16_step_is_that_of_float32_within_its_rounding(backend, parallel):
+    """A large eps keeps AdamW from making whole steps of gradients that are rounding alone."""
+    half, whole = (build_gpt(backend, dtype=dtype) for dtype in (torch.float16, torch.float32))
+    with torch.no_grad():
+        for name, parameter in whole.named_parameters():
+            parameter.copy_(half.get_parameter(name))
+    optim = OptimConfig(eps=1e-2)
+    ours, theirs = (optimize(policy, backend, optim, lr=1e-3, parallel=parallel) for policy in (half, whole))
+    for step in range(4):
+        norm, skipped = train_step(ours, step)
+        assert not skipped and norm == pytest.approx(train_step(theirs, step)[0], rel=2e-3)
+    for name, main in main_weights(ours).items():
+        assert (main.flatten() - whole.get_parameter(name).flatten()).abs().max() < 2e-5, name
+
+
+@pytest.mark.parametrize("distributed", [False, True])
+def test_a_float16_checkpoint_continues_with_its_scale_bit_for_bit(backend, tmp_path, distributed, monkeypatch):
+    monkeypatch.setattr(optim_module, "RISES_AFTER", 3)
+    parallel = ParallelConfig(distributed_optimizer=distributed)
+    one, two = (Trainer(backend, seed=seed, parallel=parallel, dtype=torch.float16) for seed in range(2))
+    overflow(one.optimization, one.policy)
+    one.train(0, 4)  # the scale doubles after three, and one counts towards the next
+    path = one.save(tmp_path, 4)
+    scale = one.optimization.loss_scale
+    norms = one.train(4, 9)
+    two.train(7, 8)
+    two.load(path)
+    assert two.optimization.loss_scale == scale == optim_module.FIRST_SCALE
+    assert (two.optimization.overflows, two.optimization.skipped) == (1, 1)
+    assert two.train(4, 9) == norms and two.optimization.loss_scale == one.optimization.loss_scale > scale
+    ours, theirs = main_weights(one.optimization), main_weights(two.optimization)
+    assert all(torch.equal(main, theirs[name]) for name, main in ours.items())
 
 
 class FusedAdam(torch.optim.Optimizer):
