@@ -160,7 +160,9 @@ def facts(found: Measurements) -> list[tuple[str, str]]:
         ("seed", results.get("seed")),
         ("updates of each RL run", results.get("steps")),
         *((f"completions generated, {style.NAMES[name]}", generated.get(name)) for name in ("grpo", "avatar")),
-        *((f"time, {style.NAMES.get(name, name)}", wall.get(name)) for name in ("data", *TRAINED, "eval")),
+        *((f"time, {style.NAMES.get(name, name)}", wall.get(name)) for name in ("data", *TRAINED)),
+        ("time, evaluations", sum(s for name, s in wall.items() if name.startswith("eval")) or None),
+        ("time from first to last, parts side by side", wall.get("in all")),
         *shares(found.metrics.get("avatar", [])),
         ("peak memory, all processes", None if peak is None else f"{peak:,.0f} MiB"),
         ("machine", ", ".join(f"{key} {value}" for key, value in machine.items()) or None),
@@ -212,8 +214,9 @@ def clips(found: Measurements) -> list[Clip]:
     ]
 
 
-def render(root: Path) -> None:
-    """Write report.html (self-contained), report.md and figures/ into the run's folder."""
+def render(root: Path, *, growing: bool = False) -> None:
+    """Write report.html (self-contained), report.md and figures/ into the run's folder. `growing`: the run goes on, and
+    the page in a browser loads itself again."""
     root = Path(root)
     found = measurements(root)
     drawn = training.draw(found.metrics, found.estimates, found.floor)
@@ -235,6 +238,7 @@ def render(root: Path) -> None:
         "quarantined": found.quarantined,
         "n": len(next(iter(found.predictions.values()), [])),
         "missing": MISSING,
+        "growing": growing,
     }
     for name, escaped in (("report.html", True), ("report.md", False)):
         environment = Environment(
@@ -242,7 +246,9 @@ def render(root: Path) -> None:
         )
         environment.filters |= {"percent": percent, "p_value": p_value, "cell": _cell}
         text = environment.get_template(f"{name}.j2").render(values)
-        (root / name).write_text(text, encoding="utf-8")
+        aside = root / f".{name}"
+        aside.write_text(text, encoding="utf-8")
+        aside.replace(root / name)  # a browser may be reading
 
 
 def _cell(text: Any) -> str:
