@@ -166,6 +166,9 @@ def run_all(
                     running.remove(job)
                     have.add(job.name)
                     ended(job, time.monotonic() - job.began, True)
+                    if not console.is_terminal:  # where bars are drawn at the end alone
+                        told = f"{job.name} {command.value()}".strip()
+                        console.print(f"{told}: done, {time.monotonic() - job.began:.0f} s", highlight=False)
                 tick()
                 time.sleep(POLL_S)
     except KeyboardInterrupt:
