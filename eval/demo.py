@@ -2,129 +2,34 @@
 
     python -m eval.demo --out runs/demo --seed 0
 
-Every phase is a command of its own that continues where it stopped; running this again reuses what is done.
+Every part is a command of its own that continues where it stopped; running this again reuses what is done. The report
+is there from the first minute on, and grows.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import os
 import platform
-import signal
-import subprocess
-import sys
-import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-import psutil
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from megatron_avatar.config import Config, load_config
+from eval.jobs import Command, Job, PeakMemory, last_value, lines_of, run_all
 
 console = Console()
 SYSTEMS = ("base", "sft", "grpo", "avatar")
 PACKAGES = ("torch", "megatron-core", "transformers", "nvidia-dali-cuda130", "h5py", "hydra-core", "numpy", "av")
-
-
-@dataclass
-class Job:
-    """One command of a phase; `lines` names the file whose lines count its progress."""
-
-    name: str
-    command: list[str]
-    lines: Path
-    total: int
-    log: Path
-    config: Config | None = None
-    process: subprocess.Popen | None = field(default=None, repr=False)
-
-    def start(self) -> None:
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        parent = os.getpid()
-
-        def die_with_parent() -> None:
-            ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-            if os.getppid() != parent:
-                os._exit(1)
-
-        with self.log.open("a") as out:
-            self.process = subprocess.Popen(
-                [sys.executable, "-u", *self.command], stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-                preexec_fn=die_with_parent if sys.platform == "linux" else None,
-                # Threads that wait asleep: spinning ones would take the other job's core.
-                env={**os.environ, "COLUMNS": "120", "OMP_WAIT_POLICY": "PASSIVE"},
-            )
-
-    def done_lines(self) -> int:
-        return sum(1 for _ in self.lines.open("rb")) if self.lines.exists() else 0
-
-
-class PeakMemory(threading.Thread):
-    """Samples the resident memory of this process and its descendants, summed, twice a second."""
-
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self.peak_mib = 0.0
-
-    def run(self) -> None:
-        own = psutil.Process()
-        while True:
-            total = 0
-            for process in [own, *own.children(recursive=True)]:
-                try:
-                    total += process.memory_info().rss
-                except psutil.Error:
-                    continue
-            self.peak_mib = max(self.peak_mib, total / 2**20)
-            time.sleep(0.5)
-
-
-def run_phase(jobs: list[Job], title: str) -> dict[str, float]:
-    """Run the jobs side by side, a progress bar each; the seconds each took. SystemExit names what failed."""
-    began, seconds = time.monotonic(), {}
-    columns = (TextColumn("[bold]{task.description:<22}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-               TimeRemainingColumn())
-    for job in jobs:
-        job.start()
-    try:
-        with Progress(*columns, console=console) as progress:
-            bars = {j.name: progress.add_task(f"{title} {j.name}", total=j.total) for j in jobs}
-            while len(seconds) < len(jobs):
-                for job in jobs:
-                    assert job.process is not None
-                    progress.update(bars[job.name], completed=min(job.done_lines(), job.total))
-                    code = job.process.poll()
-                    if code is None or job.name in seconds:
-                        continue
-                    if code:
-                        tail = "\n".join(job.log.read_text(errors="replace").splitlines()[-15:])
-                        raise SystemExit(f"\n{job.name} failed with status {code}; the end of {job.log}:\n{tail}")
-                    progress.update(bars[job.name], completed=job.total)
-                    seconds[job.name] = time.monotonic() - began
-                time.sleep(0.2)
-    except KeyboardInterrupt:
-        console.print("\nstopping: saving state ...")
-        for job in jobs:  # the terminal has sent them the same signal
-            assert job.process is not None
-            job.process.wait()
-        raise
-    finally:
-        for job in jobs:
-            if job.process is not None and job.process.poll() is None:
-                job.process.terminate()
-                job.process.wait()
-    return seconds
+PROCESSES = 2  # side by side, one core each
+RENDER_S = 30.0  # between two states of the growing report, and at most a tenth of the time
 
 
 class Ledger:
-    """Which phases are done and how long each took, over all attempts of one demo: `settings` tell it from another.
+    """Which parts are done and how long each took, over all attempts of one demo: `settings` tell it from another.
 
     Raises ValueError where the file belongs to a demo of other settings.
     """
@@ -151,56 +56,119 @@ class Ledger:
         aside.replace(self.path)
 
 
-def training(out: Path, name: str, recipe: str, seed: int, *, smoke: bool = False) -> Job:
+def synthesis(out: Path, seed: int, smoke: bool) -> Command:
+    """The job that makes OUT's clips; it counts them."""
+    from data_tools.families import FAMILIES
+    from data_tools.synthesize import SIZES
+
+    size = "tiny" if smoke else "demo"
+    arguments = ["-m", "data_tools.synthesize", "--out", str(out / "data"), "--seed", str(seed), "--size", size,
+                 "--processes", str(PROCESSES)]  # fmt: skip
+    clips = out / "data" / "clips"
+    return Command(arguments, out / "data.log", len(FAMILIES) * sum(SIZES[size].values()),
+                   lambda: sum(1 for _ in clips.glob("*.webm")))  # fmt: skip
+
+
+def training(out: Path, name: str, recipe: str, seed: int, *, smoke: bool = False, processes: int = 1) -> Command:
     """The job that trains OUT/NAME; GRPO and AVATAR start from OUT's cold start."""
+    from megatron_avatar.config import load_config
+
     arguments = [f"recipe={recipe}", f"output_dir={out / name}", f"data.manifest={out / 'data' / 'manifest.jsonl'}",
-                 f"seed={seed}", f"name=demo_{name}"]
+                 f"seed={seed}", f"name=demo_{name}"]  # fmt: skip
     if recipe != "tiny_sft":
         arguments.append(f"model.path={out / 'sft' / 'export' / 'sft'}")
+    if processes > 1:
+        arguments.append("parallel.threads=1")
     config = load_config(arguments)
     if smoke:
         arguments += [f"stages.{stage}.steps=2" for stage in config.stages]
         config = load_config(arguments)
-    steps = sum(stage.steps for stage in config.stages.values())
-    command = ["-m", "megatron_avatar.train", *arguments]
-    return Job(name, command, out / name / "metrics.jsonl", steps, out / name / "train.log", config)
+    steps, metrics = sum(stage.steps for stage in config.stages.values()), out / name / "metrics.jsonl"
+    return Command(["-m", "megatron_avatar.train", *arguments], out / name / "train.log", steps,
+                   lambda: lines_of(metrics), lambda: last_value(metrics, "reward", "loss"))  # fmt: skip
 
 
-def evaluation(out: Path, name: str, model: Path) -> Job:
+def evaluation(out: Path, name: str, model: str) -> Command:
     """The job that answers OUT's held-out samples with the Hugging Face folder `model`."""
     manifest, file = out / "data" / "manifest.jsonl", predictions_file(out, name)
-    command = ["-m", "eval.run", f"model={model}", "benchmark=held_out", f"data={manifest}", "recipe=tiny_avatar",
-               f"out={file.parent}", f"system={name}", "family=tiny"]
-    return Job(name, command, file, count_samples(manifest, "eval"), out / "eval" / f"{name}.log")
+    arguments = ["-m", "eval.run", f"model={model}", "benchmark=held_out", f"data={manifest}", "recipe=tiny_avatar",
+                 f"out={file.parent}", f"system={name}", "family=tiny"]  # fmt: skip
+    return Command(arguments, out / "eval" / f"{name}.log", count_samples(manifest, "eval"), lambda: lines_of(file),
+                   lambda: right_so_far(file))  # fmt: skip
+
+
+def right_so_far(file: Path) -> str:
+    """The share of right answers among those that are there."""
+    try:
+        lines = map(json.loads, file.read_text(encoding="utf-8").splitlines())
+        scores = [next(iter(line["scores"].values())) or 0 for line in lines]
+    except (OSError, ValueError, KeyError, StopIteration):
+        return ""
+    return f"right {100 * sum(scores) / len(scores):.0f} %" if scores else ""
 
 
 def predictions_file(out: Path, name: str) -> Path:
     return out / "eval" / name / "held_out.ours.jsonl"
 
 
-def phases(out: Path, seed: int, smoke: bool) -> list[tuple[str, Callable[[], list[Job]]]]:
-    """The demo's phases in order; the jobs of one phase run side by side. `smoke`: a few steps on a few clips."""
-    size = "tiny" if smoke else "demo"
-    data = Job("data", ["-m", "data_tools.synthesize", "--out", str(out / "data"), "--seed", str(seed), "--size", size],
-               out / "data" / "manifest.jsonl", 1, out / "data.log")
+def exported(out: Path, name: str) -> str:
+    if name == "base":
+        from megatron_avatar.config import load_config
 
-    def exported(name: str) -> Path:
-        if name == "base":
-            return Path(load_config(["recipe=tiny_sft", "data.manifest=-"]).model.path)
-        return out / name / "export" / ("sft" if name == "sft" else "localisation")
+        return load_config(["recipe=tiny_sft", "data.manifest=-"]).model.path
+    return str(out / name / "export" / ("sft" if name == "sft" else "localisation"))
+
+
+def parts(out: Path, seed: int, smoke: bool) -> list[Job]:
+    """The demo's parts in their order of precedence. `smoke`: a few steps on a few clips.
+
+    The two that train longest begin side by side; whoever ends first leaves its core to evaluations.
+    """
+
+    def trains(name: str, recipe: str) -> Any:
+        return lambda n: training(out, name, recipe, seed, smoke=smoke, processes=n)
+
+    def answers(name: str) -> Any:
+        return lambda n: evaluation(out, name, exported(out, name))
 
     return [
-        ("data", lambda: [data]),
-        ("sft", lambda: [training(out, "sft", "tiny_sft", seed, smoke=smoke)]),
-        ("train", lambda: [training(out, n, f"tiny_{n}", seed, smoke=smoke) for n in ("grpo", "avatar")]),
-        ("eval", lambda: [evaluation(out, n, exported(n)) for n in ("base", "sft")]),
-        ("eval", lambda: [evaluation(out, n, exported(n)) for n in ("grpo", "avatar")]),
+        Job("data", lambda n: synthesis(out, seed, smoke), processes=1),
+        Job("sft", trains("sft", "tiny_sft"), needs=("data",), processes=PROCESSES),
+        Job("avatar", trains("avatar", "tiny_avatar"), needs=("sft",)),
+        Job("grpo", trains("grpo", "tiny_grpo"), needs=("sft",)),
+        Job("eval base", answers("base"), needs=("sft",)),
+        Job("eval sft", answers("sft"), needs=("sft",)),
+        Job("eval grpo", answers("grpo"), needs=("grpo",), grows=True),
+        Job("eval avatar", answers("avatar"), needs=("avatar",), grows=True),
     ]
 
 
 def count_samples(manifest: Path, split: str) -> int:
     with manifest.open() as lines:
         return sum(json.loads(line)["split"] == split for line in lines)
+
+
+class Growing:
+    """The report while its run goes on: written anew now and then, so that it can be opened at any time."""
+
+    def __init__(self, out: Path) -> None:
+        self._out, self._next, self._told = out, 0.0, False
+
+    def __call__(self) -> None:
+        if time.monotonic() < self._next or not any((self._out / n / "metrics.jsonl").exists() for n in SYSTEMS):
+            return
+        from eval.report import render  # matplotlib, once there is something to draw
+
+        began = time.monotonic()
+        try:
+            render(self._out, growing=True)
+        except (ValueError, OSError):  # a line that is being written
+            self._next = time.monotonic() + 1
+            return
+        if not self._told:
+            console.print(f"open [bold]{self._out / 'report.html'}[/] in a browser: it grows until the end")
+            self._told = True
+        self._next = time.monotonic() + max(RENDER_S, 9 * (time.monotonic() - began))
 
 
 def main() -> None:
@@ -218,24 +186,22 @@ def main() -> None:
     began = time.monotonic()
     memory = PeakMemory()
     memory.start()
-    for index, (title, jobs) in enumerate(phases(out, arguments.seed, arguments.smoke)):
-        mark = f"{index}-{title}"
-        if mark in ledger.state["done"]:
-            console.print(f"{title}: done before, reused")
-            continue
-        start = time.monotonic()
-        try:
-            seconds = run_phase(jobs(), title)
-        except KeyboardInterrupt:
-            ledger.add({title: time.monotonic() - start} if title != "train" else
-                       {n: time.monotonic() - start for n in ("grpo", "avatar")}, memory.peak_mib)
-            console.print("stopped; run the same command to continue.")
-            raise SystemExit(130) from None
-        if title == "eval":
-            seconds = {"eval": max(seconds.values())}
-        ledger.add(seconds, memory.peak_mib, done=mark)
+    jobs = parts(out, arguments.seed, arguments.smoke)
+    known = {job.name for job in jobs}
+    if reused := [name for name in ledger.state["done"] if name in known]:
+        console.print(f"done before, reused: {', '.join(reused)}")
+    else:
+        console.print(f"about ten minutes on two free cores; everything goes to [bold]{out}[/]; Ctrl-C saves and stops")
+    try:
+        run_all(jobs, reused, PROCESSES, console, tick=Growing(out), ended=lambda job, seconds, done: ledger.add(
+            {job.name: seconds}, memory.peak_mib, done=job.name if done else None))  # fmt: skip
+    except KeyboardInterrupt:
+        console.print("stopped; run the same command to continue.")
+        raise SystemExit(130) from None
+    ledger.add({"in all": time.monotonic() - began}, memory.peak_mib)
     write_results(out, arguments.seed, ledger)
     console.print(f"\nreport: [bold]{out / 'report.html'}[/]   ({(time.monotonic() - began) / 60:.1f} minutes)")
+    console.print(f"models: {', '.join(exported(out, name) for name in SYSTEMS[1:])}")
 
 
 def write_results(out: Path, seed: int, ledger: Ledger) -> None:

@@ -22,7 +22,7 @@ from rich.table import Table
 from eval.paper.figures import style, training
 from eval.paper.figures.series import WINDOW, Records, read_metrics, series
 from eval.paper.figures.side_by_side import Clip, load_clip
-from eval.scoring.predictions import Prediction, majority_scores, read_predictions
+from eval.scoring.predictions import Prediction, correct, majority_scores, read_predictions
 from eval.scoring.stats import Difference, Estimate, estimates, paired_difference
 from megatron_avatar.data.manifest import load_manifest
 from megatron_avatar.records import Sample
@@ -160,7 +160,9 @@ def facts(found: Measurements) -> list[tuple[str, str]]:
         ("seed", results.get("seed")),
         ("updates of each RL run", results.get("steps")),
         *((f"completions generated, {style.NAMES[name]}", generated.get(name)) for name in ("grpo", "avatar")),
-        *((f"time, {style.NAMES.get(name, name)}", wall.get(name)) for name in ("data", *TRAINED, "eval")),
+        *((f"time, {style.NAMES.get(name, name)}", wall.get(name)) for name in ("data", *TRAINED)),
+        ("time, evaluations", sum(s for name, s in wall.items() if name.startswith("eval")) or None),
+        ("time from first to last, parts side by side", wall.get("in all")),
         *shares(found.metrics.get("avatar", [])),
         ("peak memory, all processes", None if peak is None else f"{peak:,.0f} MiB"),
         ("machine", ", ".join(f"{key} {value}" for key, value in machine.items()) or None),
@@ -196,24 +198,35 @@ def _fact(name: str, value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) and name != "seed" else str(value)
 
 
+def judged(found: Measurements) -> str | None:
+    """The system whose right and wrong answers choose the clips: the furthest that was measured."""
+    return next((name for name in reversed(SYSTEMS) if name in found.predictions), None)
+
+
 def clips(found: Measurements) -> list[Clip]:
-    """The first held-out sample with a video of each stage: picked by the manifest's order, not by results."""
+    """Of each stage the first held-out sample with a video that the furthest system got right, and the first that it
+    got wrong, in the manifest's order."""
     manifest = found.root / "data" / "manifest.jsonl"
-    if not manifest.exists() or not found.predictions:
+    if not manifest.exists() or (chooses := judged(found)) is None:
         return []
     answers = {name: {p["id"]: p for p in found.predictions.get(name, [])} for name in SYSTEMS}
-    first: dict[str, Sample] = {}
+    first: dict[tuple[str, bool], Sample] = {}
+    stages: dict[str, None] = {}
     for sample in load_manifest(manifest, check_media=False):
-        if any(sample.id in by_id for by_id in answers.values()) and any(m.kind == "video" for m in sample.media):
-            first.setdefault(sample.stage, sample)
+        answer = answers[chooses].get(sample.id)
+        if answer is not None and any(m.kind == "video" for m in sample.media):
+            first.setdefault((sample.stage, correct(answer) == 1), sample)
+            stages.setdefault(sample.stage)
     return [
-        load_clip(sample, manifest.parent, [(style.NAMES[name], answers[name].get(sample.id)) for name in SYSTEMS])
-        for sample in list(first.values())[:3]
-    ]
+        load_clip(sample, manifest.parent, [(style.NAMES[name], answers[name].get(sample.id)) for name in SYSTEMS],
+                  f"{stage}, the first that {style.NAMES[chooses]} answered {'right' if right else 'wrong'}")
+        for stage in stages for right in (True, False) if (sample := first.get((stage, right))) is not None
+    ]  # fmt: skip
 
 
-def render(root: Path) -> None:
-    """Write report.html (self-contained), report.md and figures/ into the run's folder."""
+def render(root: Path, *, growing: bool = False) -> None:
+    """Write report.html (self-contained), report.md and figures/ into the run's folder. `growing`: the run goes on, and
+    the page in a browser loads itself again."""
     root = Path(root)
     found = measurements(root)
     drawn = training.draw(found.metrics, found.estimates, found.floor)
@@ -231,10 +244,12 @@ def render(root: Path) -> None:
         "svg": {name: Markup(element) for name, element in elements.items()},
         "unmeasured": [CAPTIONS[name] for name in CAPTIONS if name not in drawn],
         "clips": clips(found),
+        "judged": style.NAMES.get(judged(found) or "", MISSING),
         "facts": facts(found),
         "quarantined": found.quarantined,
         "n": len(next(iter(found.predictions.values()), [])),
         "missing": MISSING,
+        "growing": growing,
     }
     for name, escaped in (("report.html", True), ("report.md", False)):
         environment = Environment(
@@ -242,7 +257,9 @@ def render(root: Path) -> None:
         )
         environment.filters |= {"percent": percent, "p_value": p_value, "cell": _cell}
         text = environment.get_template(f"{name}.j2").render(values)
-        (root / name).write_text(text, encoding="utf-8")
+        aside = root / f".{name}"
+        aside.write_text(text, encoding="utf-8")
+        aside.replace(root / name)  # a browser may be reading
 
 
 def _cell(text: Any) -> str:

@@ -34,6 +34,10 @@ def main(arguments: list[str]) -> int:
             refuse(check_model(config.model.path, needs=("config.json",)) if config.model.path else [])
             return _plan(config)
         refuse(check_inputs(config))
+        if config.rl.rewards:  # before torch is read
+            from megatron_avatar.rl.rewards.own import check
+
+            check(config.rl.rewards)
         check_start(config, "megatron_avatar.train", arguments)
     except ValueError as error:
         return _refuse(error)
@@ -44,7 +48,7 @@ def main(arguments: list[str]) -> int:
     from megatron_avatar.training.learner import NonFiniteUpdates
     from megatron_avatar.training.loop import Interrupted, train
     from megatron_avatar.training.replay_step import replay_step
-    from megatron_avatar.training.scoring import JudgeSilent
+    from megatron_avatar.training.scoring import UNSCORED
 
     try:
         backend = start(config.parallel, seed=config.seed)
@@ -60,7 +64,7 @@ def main(arguments: list[str]) -> int:
         return 0 if tell(INTERRUPTED) else INTERRUPTED  # a launcher kills the others at the first rank that returns 75
     except (ValueError, NoProgress) as error:
         return _refuse(error)
-    except (LogprobMismatch, NonFiniteUpdates, CheckpointError, JudgeSilent, FloatingPointError, OSError) as error:
+    except (LogprobMismatch, NonFiniteUpdates, CheckpointError, *UNSCORED, FloatingPointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         tell(FAILED)
         return FAILED

@@ -11,7 +11,8 @@ import torch
 from megatron_avatar.config.schema import ModelConfig, OptimConfig, ParallelConfig, RLConfig
 from megatron_avatar.policy.build import build_policy
 from megatron_avatar.policy.weights import load_hf
-from megatron_avatar.records import Completion, Group, Trajectory
+from megatron_avatar.records import Completion, Group, Sample, Trajectory
+from megatron_avatar.rl.rewards import own
 from megatron_avatar.training.learner import Learner
 from megatron_avatar.training.optim import build_optimizer
 from tests.policy.tiny import tiny_config, tiny_prompts, tiny_thinker
@@ -73,3 +74,12 @@ def test_one_step_replays_and_hints():
 
 def test_one_step_is_short():
     assert len((EXAMPLES / "one_step.py").read_text().splitlines()) < 200
+
+
+def test_the_reward_of_ones_own_is_one(capsys):
+    sample = Sample("id", "visual", "train", "what", "Which colour is it?", "red", "free_form")
+    for name in ("short", "names_what_is_asked"):
+        place = f"{EXAMPLES / 'own_reward.py'}:{name}"
+        own.check({name: place})
+        own.try_on(name, place, sample)
+    assert own.score("short", f"{EXAMPLES / 'own_reward.py'}:short", ["a " * 60], sample) == [0.5]

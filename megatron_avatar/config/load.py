@@ -282,6 +282,7 @@ def _type_name(hint: Any) -> str:
 def _pattern(key: str) -> str:
     """The key with the names that the user gives, and places in a list, taken out."""
     key = re.sub(r"^stages\.[^.]+", "stages.*", re.sub(r"\[\d+\]$", "", key))
+    key = re.sub(r"^rl\.rewards\.[^.]+", "rl.rewards.*", key)
     return re.sub(r"^stages\.\*\.rewards\.[^.]+", "stages.*.rewards.*", key)
 
 

@@ -127,7 +127,7 @@ class StageConfig:
     data: list[str] = field(default_factory=list)  # manifest stages this stage draws from
     steps: int = 0
     prompts_per_step: int = 8  # fresh prompts (rl) or examples (sft) a step, over all ranks
-    rewards: dict[str, float] = field(default_factory=dict)  # format, accuracy, self, judge
+    rewards: dict[str, float] = field(default_factory=dict)  # format, accuracy, self, judge, names of rl.rewards
     lr: float | None = None  # overrides optim.lr
     train_towers: bool = False
 
@@ -204,6 +204,7 @@ class RLConfig:
     ratio_level: str = "token"  # token | sequence
     updates_per_rollout: int = 1
     numerical: str = "graded"  # reward of a number: graded (relative error, the paper) | exact (released trainer)
+    rewards: dict[str, str] = field(default_factory=dict)  # of one's own: NAME -> module:function or FILE.py:function
     self_reward: str = "right"  # agreement counts where the majority is right | majority: always (paper)
     std_floor: float = 0.05  # of a group's standard deviation; 0: none (paper)
     vcrs: bool = True  # off-policy baseline R-bar; False: the off-policy batch mean

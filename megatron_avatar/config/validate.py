@@ -42,10 +42,11 @@ def validate(config: Config) -> None:
     if not config.stages:
         raise ValueError("stages is empty: a recipe needs at least one stage, as stages: {visual: {kind: rl, ...}}")
     for name, stage in config.stages.items():
-        _check_stage(f"stages.{name}", stage)
+        _check_stage(f"stages.{name}", stage, config.rl.rewards)
         if stage.lr is not None and stage.lr < config.optim.min_lr:
             raise ValueError(f"stages.{name}.lr={stage.lr} is below optim.min_lr={config.optim.min_lr}: lower that")
     _check_forward(config)
+    _check_own_rewards(config)
     if any(stage.kind == "rl" for stage in config.stages.values()):
         _check_rl(config)
 
@@ -204,7 +205,7 @@ def _check_optim(config: Config) -> None:
         _between(f"optim.{key}", getattr(optim, key), 0, 1, open_top=True)
 
 
-def _check_stage(key: str, stage: StageConfig) -> None:
+def _check_stage(key: str, stage: StageConfig, own: Collection[str]) -> None:
     if not re.fullmatch(r"\w[\w-]*", key.removeprefix("stages.")):
         raise ValueError(f"{key}: a stage's name is a folder's name: use letters, digits, _ and -")
     _one_of(f"{key}.kind", stage.kind, STAGE_KINDS)
@@ -219,10 +220,27 @@ def _check_stage(key: str, stage: StageConfig) -> None:
             raise ValueError(f"{key}.rewards is set, but kind=sft trains on traces: remove it or write {key}.kind=rl")
         return
     for name, weight in stage.rewards.items():
-        _one_of(f"{key}.rewards", name, REWARDS)
+        if name not in (*REWARDS, *own):
+            raise ValueError(f"{key}.rewards: '{name}' is not one of {', '.join((*REWARDS, *own))}; one of your own is "
+                             f"named by +rl.rewards.{name}=FILE.py:FUNCTION")
         _at_least(f"{key}.rewards.{name}", weight, 0)
     if not sum(stage.rewards.values()) > 0:
         raise ValueError(f"{key}.rewards: no weight is above 0. Give some, as {{format: 0.5, accuracy: 0.5}}")
+
+
+def _check_own_rewards(config: Config) -> None:
+    """Names and places of rewards of one's own; whether there is such a function, rl/rewards/own.py finds out."""
+    for name, place in config.rl.rewards.items():
+        key = f"rl.rewards.{name}"
+        if name in (*REWARDS, "correct") or not name.isidentifier():
+            raise ValueError(f"{key}: a reward of one's own needs a name in letters, digits and _, other than "
+                             f"{', '.join(REWARDS)} and correct")
+        if not re.fullmatch(r"(\w+(\.\w+)*|[^:]+\.py):\w+", place):
+            raise ValueError(f"{key}={place}: write module:function, or FILE.py:function")
+        if not any(stage.rewards.get(name) for stage in config.stages.values()):
+            stage_name = next((k for k, s in config.stages.items() if s.kind == "rl"), "NAME")
+            raise ValueError(f"{key}: no stage gives it a weight: write +stages.{stage_name}.rewards.{name}=0.3, or "
+                             f"leave {key} out")
 
 
 def _check_forward(config: Config) -> None:

@@ -51,7 +51,7 @@ from megatron_avatar.training.learner import Learner
 from megatron_avatar.training.optim import Optimization, build_optimizer
 from megatron_avatar.training.provenance import about, introduce
 from megatron_avatar.training.rollout import load_prompts, make_groups, share_visits
-from megatron_avatar.training.scoring import JudgeSilent, Scoring
+from megatron_avatar.training.scoring import UNSCORED, Scoring
 from megatron_avatar.training.sft import sft_groups
 from megatron_avatar.training.stage_data import check_stages, held_out_samples, measure_lengths, stage_samples
 from megatron_avatar.training.telemetry import Telemetry, plain
@@ -341,7 +341,7 @@ class Run:
             vanished=gone / max(len(visits), 1), step=self.step, tracker=self.tracker, buffer=self.buffer,
             visits=len(visits), hinted=sum(v.variant == "hinted" for v in visits),
             in_use=self.hints.in_use if self.hints is not None else 0, pool=self.pool,
-            completions_generated=self.completions_generated, lr=self.optimization.lr,
+            completions_generated=self.completions_generated, lr=self.optimization.lr, own=rl.rewards,
         ) | self.now_and_then(fresh) | unscored
 
     def now_and_then(self, fresh: list[Trajectory]) -> dict:
@@ -389,10 +389,10 @@ class Run:
                 order = self.order.state_dict()
                 try:
                     record = self.take_step()
-                except (GenerationStopped, JudgeSilent) as reason:  # the step is dropped, as if it had not begun
+                except (GenerationStopped, *UNSCORED) as reason:  # the step is dropped, as if it had not begun
                     self.order.load_state_dict(order)
                     self.save()
-                    if isinstance(reason, JudgeSilent):
+                    if not isinstance(reason, GenerationStopped):
                         self.saver.finish()
                         raise
                     raise Interrupted from None

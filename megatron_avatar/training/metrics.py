@@ -38,11 +38,11 @@ def rl_record(
     *, fresh: list[Trajectory], plain: list[Trajectory], drawn: list[list[Trajectory]], stats: dict,
     on_advantages: list[list[np.ndarray]], off_advantages: list[np.ndarray], clipped: float, vanished: float, step: int,
     tracker: RewardTracker, buffer: ReplayBuffer | None, visits: int, hinted: int, in_use: int, pool: Collection[str],
-    completions_generated: int, lr: float,
+    completions_generated: int, lr: float, own: Collection[str] = (),
 ) -> dict:
     """What a step of reinforcement learning logs; statistics are those of the whole step, over all ranks.
 
-    plain: those of `fresh` whose prompt came in its turn and without a hint.
+    own: names of rewards of the user's. plain: those of `fresh` whose prompt came in its turn and without a hint.
     """
     replayed = [t for group in drawn for t in group]
     tiers = tracker.tiers()
@@ -57,7 +57,7 @@ def rl_record(
     off_tokens = max(float(stats["off_tokens"]), 1.0)
     return {
         "reward": mean_or_none([t.reward for t in fresh]),
-        **{f"reward/{n}": mean_or_none([t.parts.get(n, np.nan) for t in fresh]) for n in REWARDS},
+        **{f"reward/{n}": mean_or_none([t.parts.get(n, np.nan) for t in fresh]) for n in (*REWARDS, *own)},
         "correct": mean_or_none([t.parts.get("correct", np.nan) for t in fresh]),
         "accuracy/plain": mean_or_none([t.parts.get("accuracy", np.nan) for t in plain]),
         "vanished": vanished,

@@ -20,7 +20,7 @@ from megatron_avatar.policy.backend import Backend
 from megatron_avatar.policy.generate import GenerationStopped
 from megatron_avatar.records import Group, Prompt, Sample
 from megatron_avatar.resilience.stopping import StopSignal
-from megatron_avatar.rl.rewards import RuleJudge, judge_rewards, score_group
+from megatron_avatar.rl.rewards import RuleJudge, judge_rewards, own, score_group
 from megatron_avatar.rl.rewards.http_judge import VERDICT_TOKENS, HttpJudge, Verdict, probe, read_verdict
 
 THREADS = 16  # groups that are scored at once; they mostly wait
@@ -32,6 +32,9 @@ Scored = tuple[list[tuple[float, dict[str, float]]], list[float]]  # (reward, pa
 
 class JudgeSilent(RuntimeError):
     """The judge leaves too many completions without a verdict."""
+
+
+UNSCORED = (JudgeSilent, own.OwnRewardFailed)  # what stops a run whose completions can't be scored, its state saved
 
 
 class Scoring:
@@ -82,22 +85,29 @@ class Scoring:
         if weights.get("judge", 0) > 0:
             shown = [] if prompt is None else pictures(prompt, self._config.judge.frames)
             verdicts = judge_rewards(self._judge, sample, texts, shown)
-        scored = score_group(sample, texts, weights, verdicts, numerical=rl.numerical, self_reward=rl.self_reward)
+        mine = {name: own.score(name, place, texts, sample) for name, place in rl.rewards.items() if weights.get(name)}
+        scored = score_group(sample, texts, weights, verdicts, numerical=rl.numerical, self_reward=rl.self_reward,
+                             own=mine)
         return scored, verdicts
 
     def finish(self, groups: list[Group], scores: list[Future], stop: StopSignal) -> dict[str, float]:
         """Set reward and parts of every trajectory; all ranks call it. Returns what to log of an HTTP judge.
 
-        Raises GenerationStopped on all ranks if any was told to stop, and JudgeSilent likewise.
+        Raises GenerationStopped on all ranks if any was told to stop, and JudgeSilent and OwnRewardFailed likewise.
         """
 
-        def collect() -> list[Scored]:
+        def collect() -> list[Scored] | str:
             while wait(scores, POLL_S).not_done:
                 if stop.requested:  # no sign of life: a hung reward is the watchdog's
                     raise GenerationStopped
-            return [future.result() for future in scores]
+            try:
+                return [future.result() for future in scores]
+            except own.OwnRewardFailed as error:  # told to all ranks first: none may wait for another
+                return str(error)
 
         results = self._backend.broadcast_from_last_stage(stop.guard(collect, self._backend))
+        if self._config.rl.rewards:
+            self._refuse(self._backend.all_gather_object(results if isinstance(results, str) else None))
         unscored = asked = 0
         for group, (scored, verdicts) in zip(groups, results, strict=True):
             for trajectory, (reward, parts) in zip(group.trajectories, scored, strict=True):
@@ -105,6 +115,11 @@ class Scoring:
             asked += len(verdicts)
             unscored += sum(map(math.isnan, verdicts))
         return self._watch(unscored, asked) if self._asks else {}
+
+    @staticmethod
+    def _refuse(failures: list[str | None]) -> None:
+        if reasons := [reason for reason in failures if reason]:
+            raise own.OwnRewardFailed(f"{reasons[0]}. Mend it; the same command goes on from the latest checkpoint")
 
     def _watch(self, unscored: int, asked: int) -> dict[str, float]:
         """The step's unscored share over all ranks; JudgeSilent where that of the latest steps passes the limit."""

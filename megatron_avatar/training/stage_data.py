@@ -9,6 +9,7 @@ from megatron_avatar.config.schema import Config, StageConfig
 from megatron_avatar.data.prompt import PromptBuilder
 from megatron_avatar.planning.prospects import Pool, never
 from megatron_avatar.records import Sample
+from megatron_avatar.rl.rewards import own
 from megatron_avatar.training.sft import check_traces
 
 log = logging.getLogger(__name__)
@@ -32,23 +33,27 @@ def held_out_samples(samples: Mapping[str, Sample], stage: StageConfig, limit: i
 
 
 def check_stages(config: Config, samples: Mapping[str, Sample]) -> None:
-    """Raise ValueError for a stage without samples, traces or held-out samples where it needs them."""
+    """Raise ValueError for a stage without samples, traces or held-out samples where it needs them, or with a reward of
+    one's own that fails on its first sample."""
     manifest = config.data.manifest
     found: dict[str, Pool] = {}
     for name, stage in config.stages.items():
-        own = stage_samples(samples, stage)
-        if not own:
+        own_samples = stage_samples(samples, stage)
+        if not own_samples:
             raise ValueError(
                 f"{manifest}: no sample for stages.{name}: it needs stage in {stage.data} and "
                 f"split '{stage_split(stage)}'; prepare that data or correct stages.{name}.data"
             )
         if stage.kind == "sft":
-            check_traces(own.values())
-        if stage.rewards.get("judge") and not config.judge.endpoint and not any(s.scene for s in own.values()):
+            check_traces(own_samples.values())
+        for reward, place in config.rl.rewards.items():
+            if stage.rewards.get(reward):
+                own.try_on(reward, place, next(iter(own_samples.values())))
+        if stage.rewards.get("judge") and not config.judge.endpoint and not any(s.scene for s in own_samples.values()):
             log.warning("stages.%s weighs the judge, but the rule-based one knows synthetic scenes only: this part is "
                         "masked and its weight goes to the others; name a server with judge.endpoint", name)
         if stage.kind == "rl":
-            found[name] = Pool(len(own), sum(bool(s.hint) for s in own.values()))
+            found[name] = Pool(len(own_samples), sum(bool(s.hint) for s in own_samples.values()))
         if config.eval.every and not held_out_samples(samples, stage, config.eval.samples):
             raise ValueError(
                 f"{manifest}: no sample has split 'eval' and a stage in {stage.data}, so eval.every="

@@ -1,18 +1,60 @@
-"""The demo's ledger: what is reused, and what must not be."""
+"""The demo's ledger: what is reused, and what must not be; and its parts, which fit two cores."""
+
+import json
 
 import pytest
 
-from eval.demo import Ledger
+from eval import demo
+from eval.demo import Growing, Ledger
+from eval.jobs import startable
+from tests.eval.made_up import write_run
 
 
 def test_a_demo_is_continued_but_never_mixed_with_another(tmp_path):
     path, settings = tmp_path / "phases.json", {"seed": 0, "smoke": False}
     first = Ledger(path, settings)
-    first.add({"sft": 2.0}, 100.0, done="1-sft")
+    first.add({"sft": 2.0}, 100.0, done="sft")
     again = Ledger(path, settings)
     again.add({"sft": 1.0, "grpo": 4.0}, 50.0)
-    assert again.state["done"] == ["1-sft"] and again.state["wall_s"] == {"sft": 3.0, "grpo": 4.0}
+    assert again.state["done"] == ["sft"] and again.state["wall_s"] == {"sft": 3.0, "grpo": 4.0}
     assert again.state["peak_rss_mib"] == 100.0
     for other in ({"seed": 1, "smoke": False}, {"seed": 0, "smoke": True}):
         with pytest.raises(ValueError, match="remove that folder"):
             Ledger(path, other)
+
+
+def test_both_cores_have_work_from_the_data_to_the_last_evaluation(tmp_path):
+    """Parts end in the order in which they began: until the last evaluation two processes run."""
+    waiting, have, running, most = demo.parts(tmp_path, 0, False), {"data"}, [], []
+    waiting = [job for job in waiting if job.name != "data"]
+    while waiting or running:
+        started = startable(waiting, have, demo.PROCESSES - sum(n for _, n in running))
+        waiting = [job for job in waiting if job not in [job for job, _ in started]]
+        running += started
+        most.append(sum(n for _, n in running))
+        have.add(running.pop(0)[0].name)
+    assert set(most[:-1]) == {demo.PROCESSES}
+
+
+def test_the_report_is_there_while_the_run_goes_on(tmp_path):
+    grow = Growing(tmp_path)
+    grow()
+    assert not (tmp_path / "report.html").exists(), "nothing to show yet"
+    write_run(tmp_path, items=12, steps=3)
+    (tmp_path / "results.json").unlink()
+    grow()
+    page = (tmp_path / "report.html").read_text()
+    assert 'http-equiv="refresh"' in page and "The run goes on" in page and "<svg" in page
+    assert demo.right_so_far(demo.predictions_file(tmp_path, "avatar")).startswith("right ")
+
+
+def test_commands_name_their_progress(tmp_path):
+    data = tmp_path / "data"
+    (data / "clips").mkdir(parents=True)
+    (data / "clips" / "a.webm").touch()
+    command = demo.synthesis(tmp_path, 0, True)
+    assert command.done() == 1 < command.total
+    (data / "manifest.jsonl").write_text(json.dumps({"split": "eval"}) + "\n")
+    both = demo.training(tmp_path, "sft", "tiny_sft", 0, smoke=True, processes=2)
+    assert both.total == 2 and "parallel.threads=1" in both.arguments
+    assert demo.evaluation(tmp_path, "base", demo.exported(tmp_path, "base")).total == 1

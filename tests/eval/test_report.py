@@ -1,6 +1,7 @@
 """The figures and the report, on a made-up run and on runs that lack parts."""
 
 import base64
+import io
 import json
 import re
 from html.parser import HTMLParser
@@ -8,12 +9,14 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+import soundfile
 from matplotlib.image import imread
 
 from eval.demo import predictions_file
 from eval.report import SYSTEMS, clips, facts, main, measurements, print_table, render, table, verdict
 from eval.score import system_scores
 from eval.scoring.predictions import correct, read_predictions
+from megatron_avatar.data.manifest import load_manifest
 from tests.eval.made_up import ATTACK, write_lines, write_run
 
 
@@ -57,10 +60,10 @@ def test_the_page_stands_alone_and_nothing_foreign_is_markup(run):
     html = (run / "report.html").read_text()
     page = Page(html)
     assert "script" not in page.tags and "b" not in page.tags
-    assert all(source.startswith(("data:image/jpeg;base64,", "#")) for source in page.sources)
+    assert all(source.startswith(("data:image/jpeg;base64,", "data:audio/wav;base64,", "#")) for source in page.sources)
     text = "".join(page.text)
     for system in SYSTEMS:
-        assert text.count(f"{system} says {ATTACK}") == 3  # shown as the system wrote it
+        assert text.count(f"{system} says {ATTACK}") == 6  # shown as the system wrote it
     assert "Which shape is <b>red</b>? (0)" in text and "s<9>" in text and "clip.webm: damaged <file>" in text
     ids = re.findall(r'\sid="([^"]+)"', html)
     clashing = {i for i in ids if ids.count(i) > 1 and not i.startswith("DejaVu")}
@@ -80,7 +83,7 @@ def test_the_table_is_that_of_the_predictions(run):
     markdown = (run / "report.md").read_text()
     assert f"| AVATAR | {100 * rows[3][1][0].value:.1f} % (" in markdown
     answers = [line for line in markdown.splitlines() if line.startswith("|") and " says " in line]
-    assert len(answers) == 12  # pipes and backticks of a completion cannot break the table
+    assert len(answers) == 24  # pipes and backticks of a completion cannot break the table
     assert all(line.count("|") == 4 and line.count("`") == 2 for line in answers)
 
 
@@ -98,14 +101,29 @@ def test_the_verdict_follows_the_paired_test(run, tmp_path):
 
 def test_clips_show_pictures_sound_and_all_systems(run):
     shown = clips(measurements(run))
-    assert [clip.sample.id for clip in shown] == ["s0", "s2", "s3"]  # the first of each stage
+    samples, answers = load_manifest(run / "data" / "manifest.jsonl"), read_predictions(predictions_file(run, "avatar"))
+    right = {p["id"]: correct(p) == 1 for p in answers}
+    wanted = [next(s.id for s in samples if s.stage == stage and right[s.id] == good)
+              for stage in ("visual", "audio_visual", "localisation") for good in (True, False)]  # fmt: skip
+    assert [clip.sample.id for clip in shown] == wanted
+    assert shown[0].why == "visual, the first that AVATAR answered right" and shown[1].why.endswith("wrong")
     for clip in shown:
         assert len(clip.frames) == 8 and clip.trouble == [] and "<svg" in clip.sound
         assert [name for name, _ in clip.answers] == ["base", "SFT", "GRPO", "AVATAR"]
     picture = base64.b64decode(shown[0].frames[0].split(",")[1])
     assert picture[:3] == b"\xff\xd8\xff"  # JPEG
     html = (run / "report.html").read_text()
-    assert html.count('src="data:image/jpeg') == 24 and html.count('aria-label="waveform"') == 3
+    assert html.count('src="data:image/jpeg') == 48 and html.count('aria-label="waveform"') == 6
+    wave, rate = soundfile.read(io.BytesIO(base64.b64decode(shown[0].audio.split(",")[1])))
+    assert rate == 16000 and len(wave) == 32000 and wave.std() > 0.1 and html.count("<audio controls") == 6
+
+
+def test_every_table_scrolls_within_the_page_and_nothing_comes_from_elsewhere(run):
+    html = (run / "report.html").read_text()
+    assert html.count("<table") == html.count('<div class="wide"><table') + html.count('<div class="wide">\n<table')
+    assert "default-src 'none'" in html and "media-src data:" in html and "http-equiv=\"refresh\"" not in html
+    head = html[html.index("<thead>") : html.index("</thead>")]
+    assert head.count("<th>") == 6, "systems side by side, families below one another: it fits whatever their number"
 
 
 def test_a_damaged_clip_is_named_and_the_report_goes_on(run, tmp_path):
@@ -125,7 +143,7 @@ def test_facts_are_those_of_results_json(run):
     assert known["hinted, of AVATAR's visits"] == "12.5 %" and known["right, of the replayed"] == "50.0 %"
     assert known["without an advantage, of the replayed"] == "25.0 %", "over the steps that replayed"
     assert known["oldest replayed completion"] == "29 steps" and known["largest ratio of a replayed token"] == "3.9"
-    assert known["time, GRPO"] == "3 min 20 s" and known["time, eval"] == "not measured"
+    assert known["time, GRPO"] == "3 min 20 s" and known["time, evaluations"] == "not measured"
     assert known["peak memory, all processes"] == "3,457 MiB" and known["torch"] == "2.13.0"
     assert "50 % fewer" in (run / "report.md").read_text()
 

@@ -4,6 +4,8 @@ import base64
 import hashlib
 import io
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from megatron_avatar.records import Prompt
 from megatron_avatar.rl.rewards.http_judge import CRITERIA
 from megatron_avatar.training.scoring import pictures
 from tests.servers import ChatServer
-from tests.training.small import arguments, train
+from tests.training.small import ROOT, arguments, train
 from tests.training.test_loop import metrics
 
 
@@ -86,3 +88,23 @@ def test_one_rank_of_a_replica_asks_and_an_absent_judge_is_named_at_once(world):
                                          "judge.wait_s=0.5")))  # fmt: skip
     assert gone.returncode == 1 and "is not ready after 0.5 s" in gone.stderr
     assert [path.name for path in (world / "gone").iterdir()] == [".lock"], "nothing of a run is there"
+
+
+@pytest.mark.slow
+def test_a_reward_of_ones_own_trains_and_its_fault_stops_the_run(world):
+    """By the real command: a worker's worker of the tests' forked ranks would outlive its parent's end."""
+
+    def own(out, function):
+        settings = arguments(world, world / out, f"+rl.rewards.mine={function}", "+stages.visual.rewards.mine=0.5",
+                             "~stages.localisation", steps=1)  # fmt: skip
+        settings = [item for item in settings if not item.startswith("stages.localisation")]
+        command = [sys.executable, "-m", "megatron_avatar.train", *settings]
+        return subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=ROOT, check=False)
+
+    done = own("own", "examples/own_reward.py:short")
+    assert done.returncode == 0, done.stderr
+    first, second = (record["reward/mine"] for record in metrics(world / "own"))
+    assert 0 < first <= 1 and second is None
+    failed = own("failed", "tests/rl/own_rewards.py:only_on_answers")
+    assert failed.returncode == 1 and "never saw such a text" in failed.stderr and "Traceback" not in failed.stderr
+    assert "the same command goes on" in failed.stderr

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import soundfile
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 from matplotlib.axes import Axes
@@ -27,6 +28,7 @@ from megatron_avatar.records import Sample
 TEMPLATES = Path(__file__).resolve().parents[2]
 FRAMES = 8
 FRAME_HEIGHT = 120  # pixels of a picture on a page
+HEARD_S = 30  # of a sound on a page: a megabyte and a quarter
 COLUMN = 62  # characters in a line of a completion
 LINES = 60  # of a completion in the figure; the page has all of it
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -36,7 +38,7 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 class Clip:
     """A sample, its pictures [height, width, 3] and sound [n] at 16 kHz; `trouble` says what is missing of them.
 
-    answers: (system's name, its prediction or None).
+    answers: (system's name, its prediction or None). `why`: the rule by which the clip was chosen.
     """
 
     sample: Sample
@@ -44,11 +46,21 @@ class Clip:
     wave: np.ndarray | None
     trouble: list[str]
     answers: list[tuple[str, Prediction | None]]
+    why: str = ""
 
     @property
     def frames(self) -> list[str]:
         """The pictures as data URLs."""
         return [_data_url(picture) for picture in self.pictures]
+
+    @property
+    def audio(self) -> str | None:
+        """The sound, as much as a page holds of it, as a data URL that every browser plays."""
+        if self.wave is None:
+            return None
+        buffer = io.BytesIO()
+        soundfile.write(buffer, self.wave[: HEARD_S * SAMPLE_RATE], SAMPLE_RATE, format="WAV", subtype="PCM_16")
+        return f"data:audio/wav;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
     @property
     def sound(self) -> Markup | None:
@@ -58,7 +70,7 @@ class Clip:
         return Markup(to_svg(waveform(self.wave, SAMPLE_RATE), f"wave-{self.sample.id}"))
 
 
-def load_clip(sample: Sample, root: Path, answers: list[tuple[str, Prediction | None]]) -> Clip:
+def load_clip(sample: Sample, root: Path, answers: list[tuple[str, Prediction | None]], why: str = "") -> Clip:
     """Decode a sample's first video and its sound; `root` is what their paths are relative to. Damage is told."""
     media = next(m for m in sample.media if m.kind == "video")
     pictures, wave, trouble = [], None, []
@@ -74,7 +86,7 @@ def load_clip(sample: Sample, root: Path, answers: list[tuple[str, Prediction | 
             wave = decode_audio(root / media.audio_path, in_video=True)
     except MediaError as error:
         trouble.append(f"no sound: {error}")
-    return Clip(sample, pictures, wave, trouble, answers)
+    return Clip(sample, pictures, wave, trouble, answers, why)
 
 
 def first_with_sound(samples: Iterable[Sample], systems: Sequence[Mapping[str, Any]]) -> Sample | None:

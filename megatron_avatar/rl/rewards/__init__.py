@@ -1,14 +1,14 @@
 """The rewards of a prompt's completions, and their weighted sum (paper, rewards).
 
-Parts are raw values in [0, 1] by name (format, accuracy, self, judge); NaN marks a masked part, whose
-weight the other parts share in proportion. Beside them stands `correct`, which is no reward: 1 where evaluation calls
-the answer right.
+Parts are raw values in [0, 1] by name (format, accuracy, self, judge, and those of own.py); NaN marks a masked part,
+whose weight the other parts share in proportion. Beside them stands `correct`, which is no reward: 1 where evaluation
+calls the answer right.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from megatron_avatar.config.validate import REWARDS
 from megatron_avatar.records import Sample
@@ -39,16 +39,17 @@ __all__ = [
 
 def score_group(
     sample: Sample, texts: Sequence[str], weights: dict[str, float], verdicts: Sequence[float] | None = None, *,
-    numerical: str = "graded", self_reward: str = "right",
+    numerical: str = "graded", self_reward: str = "right", own: Mapping[str, Sequence[float]] | None = None,
 ) -> list[tuple[float, dict[str, float]]]:
     """Reward and parts of each completion in `texts`, all on-policy completions of one prompt.
 
     The parts always hold format, accuracy and correct (the tracker and the logs need them whatever their weight),
     and self and judge where their weight is above 0. `verdicts` are the judge's rewards, NaN where it has none.
     `self_reward` "right": agreement counts only where the majority is right, or where accuracy has no weight;
-    "majority": always (the paper). Raises ValueError for unusable weights.
+    "majority": always (the paper). `own`: verdicts of rewards of one's own by name. Raises ValueError for
+    unusable weights.
     """
-    check_weights(weights)
+    check_weights(weights, own or {})
     answers = [parse(text)[1] for text in texts]
     parts = [
         {"format": format_reward(text), "accuracy": accuracy_reward(answer, sample, numerical=numerical)}
@@ -59,6 +60,9 @@ def score_group(
     if weights.get("judge", 0) > 0:
         for part, verdict in zip(parts, verdicts or [math.nan] * len(texts), strict=True):
             part["judge"] = verdict
+    for name, values in (own or {}).items():
+        for part, value in zip(parts, values, strict=True):
+            part[name] = value
     named = [None if answer is None else canonical(answer, sample) for answer in answers]
     return weigh_group(parts, named, weights, self_reward=self_reward)
 
@@ -98,10 +102,10 @@ def combine(parts: Mapping[str, float], weights: Mapping[str, float]) -> float:
     return min(1.0, max(0.0, reward))  # a sum of rounded weights may pass 1 by one ulp
 
 
-def check_weights(weights: dict[str, float]) -> None:
+def check_weights(weights: dict[str, float], own: Collection[str] = ()) -> None:
     """Raises ValueError for a reward that doesn't exist, or a negative or infinite weight."""
     for name, weight in weights.items():
-        if name not in REWARDS:
-            raise ValueError(f"rewards: no reward is named {name!r}; choose from {', '.join(REWARDS)}")
+        if name not in (*REWARDS, *own):
+            raise ValueError(f"rewards: no reward is named {name!r}; choose from {', '.join((*REWARDS, *own))}")
         if not (math.isfinite(weight) and weight >= 0):
             raise ValueError(f"rewards.{name}: the weight is {weight}, but must be 0 or above and finite")

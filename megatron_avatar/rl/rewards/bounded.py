@@ -6,13 +6,13 @@ process) costs nobody's: it is raised.
 
 from __future__ import annotations
 
-import atexit
 import logging
 import multiprocessing
 import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.util import Finalize
 from typing import Any
 
 from pebble import ProcessExpired, ProcessPool
@@ -63,7 +63,7 @@ def _result(function: Callable[..., Any], args: tuple[Any, ...], deadline_s: flo
             if _pool is None or not _pool.active:
                 context = multiprocessing.get_context("forkserver")
                 _pool = ProcessPool(WORKERS, context=context, initializer=_begin)
-                atexit.register(_pool.stop)
+                Finalize(None, _pool.stop, exitpriority=10)  # before this process waits for its children
             future = _pool.schedule(_timed, args=(deadline_s, function, *args), timeout=PATIENCE * deadline_s)
     except (BrokenProcessPool, RuntimeError, OSError) as error:
         raise _WorkersFailed(f"{type(error).__name__}: {error or error.__cause__}") from error
