@@ -33,7 +33,8 @@ def small(monkeypatch, tmp_path):
         (dynamics, "JOURNAL", tmp_path / "journal.jsonl"), (dynamics, "_OUTLOOKS", {}),
         (dynamics, "WORLDS", {name: dynamics.WORLDS[name] for name in ("gap", "gap, low learning rate")}),
         (dynamics, "SYSTEMS", {name: dynamics.SYSTEMS[name] for name in ("GRPO", "AVATAR", "AVATAR w/o TAS")}),
-        (dynamics, "carried", lambda stages: {"carried": 1.0}), (planned, "MOST_VISITS", 40), (planned, "ENOUGH_VISITS", 40),
+        (dynamics, "carried", lambda stages: {"carried": 1.0}),
+        (planned, "MOST_VISITS", 40), (planned, "ENOUGH_VISITS", 40),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, value)
     yield tmp_path
