@@ -89,6 +89,9 @@ SYSTEMS: dict[str, tuple[list[str], float]] = {
 # What the other learning rates are tried with.
 AT_EVERY_RATE = ("GRPO", "GRPO, beta/2", "GRPO, beta/2 + revisits, hints", "GRPO half, two updates", "AVATAR",
                  "AVATAR, replay as published", "AVATAR w/o hints")  # fmt: skip
+# What the worlds are tried with that ask one thing each: do hints help where they can't, and does AVATAR waste visits?
+FEW = ("GRPO", "GRPO, beta/2 + revisits, hints", "GRPO half, two updates", "AVATAR", "AVATAR w/o hints")
+ASK_ONE_THING = ("needle, hints don't transfer", "45 % unlearnable")
 AGREEMENT = {
     "majority (published)": ("rl.self_reward=majority", SELF),
     "majority, weights 0.2, 0.5, 0.3": ("rl.self_reward=majority", (("format", 0.2), ("accuracy", 0.5), ("self", 0.3))),
@@ -146,7 +149,8 @@ def summary(runs: Sequence[tuple[float, int]]) -> dict[str, object]:
 
 def systems_of(name: str) -> list[str]:
     """The systems that are tried in a world."""
-    return [system for system in SYSTEMS if "learning rate" not in name or system in AT_EVERY_RATE]
+    tried = AT_EVERY_RATE if "learning rate" in name else FEW if name in ASK_ONE_THING else SYSTEMS
+    return [system for system in SYSTEMS if system in tried]
 
 
 def worlds(seeds: int, journal: Journal) -> dict[str, dict[str, dict]]:
@@ -245,7 +249,7 @@ def main() -> None:
     with Journal(JOURNAL, total) as journal:
         result = {
             "recipes": recipes(), "before": recipes(before=True), "worlds": worlds(arguments.seeds, journal),
-            "agreement": agreement(arguments.seeds, journal), "carried": carried()["carried"],
+            "agreement": agreement(arguments.seeds, journal), "carried": carried(stages=2)["carried"],
         }  # fmt: skip
         keep = is_default(parser, arguments)
         report("dynamics", json.loads(json.dumps(result), parse_float=lambda x: round(float(x), 4)),

@@ -17,7 +17,9 @@ RATE = "learning rate"
 def tables(result: Mapping[str, Any]) -> dict[str, str]:
     """Markdown by name: worlds, differences, rates, agreement, recipes."""
     plain = {name: found for name, found in result["worlds"].items() if RATE not in name}
-    rates = {name: found for name, found in result["worlds"].items() if name == "gap" or RATE in name}
+    rates = {name: found for name, found in result["worlds"].items() if RATE in name}
+    tried = next(iter(rates.values()))
+    rates["gap"] = {system: what for system, what in plain["gap"].items() if system in tried}
     return {
         "worlds": _by_world(plain, _success, completions=True),
         "differences": _by_world(plain, _difference, leave_out="AVATAR"),
@@ -32,14 +34,13 @@ def _rate(name: str) -> int:
 
 
 def _by_world(worlds: Mapping[str, Mapping], cell: Any, *, completions: bool = False, leave_out: str = "") -> str:
-    """A row a system that all worlds have, a column a world."""
-    systems = [
-        s for s in next(iter(worlds.values())) if s != leave_out and all(s in found for found in worlds.values())
-    ]
-    rows = []
-    for system in systems:
-        made = [f"{next(iter(worlds.values()))[system]['completions']:,}"] * completions
-        rows.append([system, *made, *(cell(found, system) for found in worlds.values())])
+    """A row a system, a column a world; a dash where a system isn't tried."""
+    first = max(worlds.values(), key=len)
+    rows = [
+        [system, *[f"{first[system]['completions']:,}"] * completions,
+         *(cell(found, system) if system in found else "-" for found in worlds.values())]
+        for system in first if system != leave_out
+    ]  # fmt: skip
     return _table(["system", *["completions"] * completions, *worlds], rows)
 
 

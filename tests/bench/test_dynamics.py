@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from bench import dynamics, tabular
-from bench.dynamics_journal import Journal
+from bench.dynamics_journal import ROOT, Journal
+from bench.dynamics_tables import tables
 from bench.tabular import Kind, Tabular, World
 from bench.timing import RESULTS
 from megatron_avatar.planning import dynamics as planned
@@ -32,7 +33,8 @@ def small(monkeypatch, tmp_path):
         (dynamics, "JOURNAL", tmp_path / "journal.jsonl"), (dynamics, "_OUTLOOKS", {}),
         (dynamics, "WORLDS", {name: dynamics.WORLDS[name] for name in ("gap", "gap, low learning rate")}),
         (dynamics, "SYSTEMS", {name: dynamics.SYSTEMS[name] for name in ("GRPO", "AVATAR", "AVATAR w/o TAS")}),
-        (dynamics, "carried", lambda: {"carried": 1.0}), (planned, "MOST_VISITS", 40), (planned, "ENOUGH_VISITS", 40),
+        (dynamics, "carried", lambda stages: {"carried": 1.0}),
+        (planned, "MOST_VISITS", 40), (planned, "ENOUGH_VISITS", 40),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, value)
     yield tmp_path
@@ -161,6 +163,9 @@ def test_the_kept_results_are_of_all_worlds_systems_and_recipes():
     assert {name: list(found) for name, found in kept["worlds"].items()} == {
         name: dynamics.systems_of(name) for name in dynamics.WORLDS
     }
+    page = (ROOT / "docs" / "dynamics.md").read_text()
+    for name, table in tables(kept).items():
+        assert table in page, f"docs/dynamics.md: {name}: python -m bench.dynamics_tables"
     assert list(kept["agreement"]) == list(dynamics.AGREEMENT) and kept["carried"] == 1
     assert set(kept["recipes"]) >= {"avatar_7b", "vl_7b", "avatar_7b_cluster", "grpo_7b", "tiny_avatar"}
     assert all(0.1 <= kept["recipes"][name]["hinted"] <= 0.3 for name in ("avatar_7b", "vl_7b", "avatar_7b_cluster"))
