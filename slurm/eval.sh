@@ -26,9 +26,13 @@ cd "$SLURM_SUBMIT_DIR"
 code=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's|^ *Command=\(.*\)/slurm/[^/]*\.sh.*|\1|p' | head -n 1)
 code=${code:-$PWD}
 python=${PYTHON:-$code/.venv/bin/python} status=0
+command -v "$python" >/dev/null || {
+  echo "error: $python is missing on $(uname -n): run 'make doctor' in the checkout, or export PYTHON=FILE" >&2
+  exit 2
+}
 settings=$("$python" "$code/slurm/eval_array.py" task "$@")
 eval "$settings"
-export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}" SLURM_EXPORT_ENV=ALL
+export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}" SLURM_EXPORT_ENV=ALL SLURM_WAIT="${SLURM_WAIT:-300}"
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR="${master//\{node\}/$MASTER_ADDR}" MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
 trap : USR1 USR2 TERM # the tasks get these too, and leave with what is answered kept

@@ -137,13 +137,16 @@ def task(arguments: list[str]) -> str:
     config.model.path = config.model.path or next(w.partition("=")[2] for w in one.words if w.startswith("model="))
     out = Path(next(w.partition("=")[2] for w in one.words if w.startswith("out="))).absolute()
     out.mkdir(parents=True, exist_ok=True)
+    if not any(out.is_relative_to(seen) for seen in (Path.cwd(), Path(config.output_dir).absolute())):
+        config.cluster.mounts = [*config.cluster.mounts, f"{out}:{out}"]  # a container has to see it
     prefix = str(out / f".ended-{queue.own_job()}")  # the tasks' words: srun loses their statuses
     ended.forget(prefix)
     lines = [f"module load {shlex.join(config.cluster.modules)}"] if config.cluster.modules else []
     lines += [f"export {name}={shlex.quote(value)}" for name, value in launch.environment(config, ROOT).items()]
     lines += [f"words=({shlex.join(one.words)})", f"command=({shlex.join(launch.command(config, ROOT))})",
               f"srun_options=({shlex.join(launch.srun_options(config, ROOT))})",
-              f"master={shlex.quote(config.cluster.master)}", f"export AVATAR_ENDED={shlex.quote(prefix)}"]  # fmt: skip
+              f"master={shlex.quote(config.cluster.master)}", f"export AVATAR_ENDED={shlex.quote(prefix)}",
+              f"export SLURM_NTASKS_PER_NODE={queue.tasks_per_node()}"]  # fmt: skip
     return "\n".join(lines)
 
 

@@ -15,7 +15,8 @@ from slurm import eval_array
 ROOT = Path(__file__).parents[1]
 WORDS = ["recipe=tiny_avatar", f"model={ROOT / 'assets/tiny_base'}"]
 PROGRAMS = {
-    "srun": '#!/bin/bash\nprintf "%s\\n" "$@" >> "$RECORD"\nfor n in $TELLS; do touch "$AVATAR_ENDED-$n"; done\n'
+    "srun": '#!/bin/bash\n{ printf "%s\\n" "$@"; env | grep ^SLURM_; } >> "$RECORD"\n'
+            'for n in $TELLS; do touch "$AVATAR_ENDED-$n"; done\n'
             'exit "${SRUN_STATUS:-0}"\n',
     "scontrol": '#!/bin/bash\ncase "$1 $2" in\n  "show hostnames") echo n1 ;;\n'
                 f'  "show job") echo "   Command={ROOT}/slurm/eval.sh a" ;;\n  *) echo "$*" >> "$RECORD" ;;\nesac\n',
@@ -93,6 +94,11 @@ def test_a_task_runs_its_benchmark(shell, data, tmp_path):
     assert done.returncode == 0, done.stderr
     assert seen[:2] == ["--kill-on-bad-exit=1", "--ntasks-per-node=2"] and seen[seen.index("-m") + 1] == "eval.run"
     assert {"benchmark=omnibench", f"data={data / 'omnibench'}", "out=o"} <= set(seen)
+    assert {"SLURM_WAIT=300", "SLURM_EXPORT_ENV=ALL"} <= set(seen), "as of trainings"
+    done, seen = shell("out=o", task=1, SLURM_NTASKS_PER_NODE="", SLURM_TASKS_PER_NODE="3(x1)")
+    assert "--ntasks-per-node=3" in seen
+    done, _ = shell("out=o", task=1, PYTHON="/no/python")
+    assert done.returncode == 2 and "/no/python is missing" in done.stderr
     done, seen = shell("out=o", task=2)
     assert done.returncode == 2 and "write --array=0-1" in done.stderr and not seen
 
@@ -117,6 +123,21 @@ def test_a_task_that_may_not_be_requeued_says_so(shell, data, tmp_path):
         '*) echo "$*" >> "$RECORD" ;;', '*) echo "Requested operation is presently disabled" >&2; exit 1 ;;'))
     done, _ = shell("out=o", task=0, SRUN_STATUS="75")
     assert done.returncode == 75 and "can't be queued again (Requested operation is presently disabled)" in done.stderr
+
+
+def test_a_container_sees_where_answers_go(data, tmp_path, monkeypatch):
+    (tmp_path / "image.sif").touch()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(f"model:\n  path: {ROOT / 'assets/tiny_base'}\n"
+                                                  f"output_dir: {tmp_path / 'run'}\n")
+    for name, value in {"SLURM_ARRAY_TASK_ID": "0", "SLURM_ARRAY_JOB_ID": "4", "SLURM_NTASKS_PER_NODE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    words = [f"data={data}", f"model={tmp_path / 'run'}", f"out={tmp_path / 'out'}", "cluster.runtime=pyxis",
+             f"cluster.container={tmp_path / 'image.sif'}"]
+    monkeypatch.chdir(ROOT)
+    text = eval_array.task(words)
+    for folder in ("run", "out", "data/mmk12"):
+        assert f"{tmp_path / folder}:{tmp_path / folder}" in text, folder
 
 
 def test_a_run_is_evaluated_with_its_own_configuration(data, tmp_path, monkeypatch):

@@ -121,3 +121,11 @@ def test_a_models_own_folder_counts_where_no_shape_is_published(tmp_path):
     (tmp_path / "model" / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="is no configuration of Qwen2.5-Omni"):
         outline.shape_of(config)
+
+
+@pytest.mark.parametrize(("gpus", "most", "nodes"), [(4, 4, 1), (8, 4, 2), (12, 8, 2), (4, 8, 1), (0, 2, 2)])
+def test_processes_spread_evenly_and_no_node_gets_too_many(gpus, most, nodes):
+    config, where = planned("avatar_7b", f"cluster.gpus={gpus}", f"cluster.gpus_per_node={most}")
+    assert where.per_node <= most and where.gpus == nodes * where.per_node == (gpus or 4)
+    with pytest.raises(ValueError, match="9 processes don't spread evenly over 2 nodes of cluster.gpus_per_node=8"):
+        planned("avatar_7b", "cluster.gpus=9", "cluster.gpus_per_node=8")
