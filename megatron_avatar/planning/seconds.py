@@ -2,10 +2,10 @@
 that one H100 reached, or what `doctor --calibrate` measured.
 
 Matrix products limit reading prompts, scoring and updating; memory bandwidth limits decoding. Where a pass has little
-to compute, the gaps between kernels limit it instead: a GPU works while the host launches, so the longer of both counts,
-and a replayed CUDA graph (decoding) has smaller gaps than operations launched one by one. The reductions of tensor
-parallelism come on top: nothing hides them. Not counted: sends between pipeline stages, decoding of media, rewards,
-checkpoints, evaluation.
+to compute, the gaps between kernels limit it instead: a GPU works while the host launches, so the longer of both
+counts, and a replayed CUDA graph (decoding) has smaller gaps than operations launched one by one. The reductions of
+tensor parallelism come on top: nothing hides them. Not counted: sends between pipeline stages, decoding of media,
+rewards, checkpoints, evaluation.
 """
 
 from __future__ import annotations
