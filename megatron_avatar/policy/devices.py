@@ -30,8 +30,8 @@ def no_gpu() -> str:
         return f"PyTorch {torch.__version__} is a build for CPUs{there}"
     if not driver:
         return f"PyTorch {torch.__version__} is built for CUDA {built}, but nvidia-smi shows no driver"
-    return (f"the driver is {driver} and PyTorch {torch.__version__} is built for CUDA {built}: PyPI's PyTorch 2.13 and "
-            "DALI's cuda130 wheel both want a driver of CUDA 13's generation (580 or later); update the driver, or "
+    return (f"the driver is {driver} and PyTorch {torch.__version__} is built for CUDA {built}: PyPI's PyTorch 2.13 "
+            "and DALI's cuda130 wheel both want a driver of CUDA 13's generation (580 or later); update the driver, or "
             "install a PyTorch for the driver's CUDA (pytorch.org) and nvidia-dali-cuda120")
 
 
