@@ -33,7 +33,7 @@ import torch
 from bench.timing import JSON_HELP, in_turns, is_default, medians, report
 from megatron_avatar import config
 from megatron_avatar.config.schema import ModelConfig, OptimConfig, ParallelConfig, RLConfig, SamplingConfig
-from megatron_avatar.planning.seconds import PEAKS, Peaks, forward_flops
+from megatron_avatar.planning.seconds import Peaks, forward_flops, peaks_of
 from megatron_avatar.policy import backend as backends
 from megatron_avatar.policy.build import build_policy
 from megatron_avatar.policy.decode import Decoder
@@ -222,8 +222,7 @@ def timed(work: Callable[[], Any]) -> float:
 
 def published_peak() -> Peaks | None:
     """Of this GPU, where it is known."""
-    name = torch.cuda.get_device_name().lower() if torch.cuda.is_available() else ""
-    return next((peaks for key, peaks in PEAKS.items() if key in name), None)
+    return peaks_of(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
 
 
 @torch.no_grad()

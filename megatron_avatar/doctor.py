@@ -106,13 +106,12 @@ def _packages() -> Result:
 
 
 def _gpus() -> Result:
-    driver = shutil.which("nvidia-smi") is not None
     import torch
 
     if not torch.cuda.is_available():
-        meaning = "the tiny recipes run on the CPU; those of the 3B and 7B models need GPUs"
-        if driver:
-            meaning = f"there is a driver, but PyTorch {torch.__version__} can't use it: install its CUDA build"
+        from megatron_avatar.policy.devices import no_gpu
+
+        meaning = f"{no_gpu()}; the tiny recipes run on the CPU, those of the 3B and 7B models need GPUs"
         return Result("missing", "none", meaning)
     devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     names = ", ".join(f"{d.name} ({d.total_memory / GIB:.0f} GiB)" for d in devices)

@@ -42,6 +42,7 @@ def main(arguments: list[str]) -> int:
     except ValueError as error:
         return _refuse(error)
     from megatron_avatar.policy.backend import start, stop  # torch and Megatron only once the settings are sound
+    from megatron_avatar.policy.devices import refuse_cpu
     from megatron_avatar.resilience.attempts import NoProgress
     from megatron_avatar.resilience.checkpoint import CheckpointError
     from megatron_avatar.training.guard import LogprobMismatch
@@ -51,6 +52,7 @@ def main(arguments: list[str]) -> int:
     from megatron_avatar.training.scoring import UNSCORED
 
     try:
+        refuse_cpu(config.model.shape, config.cluster.gpu)
         backend = start(config.parallel, seed=config.seed)
     except ValueError as error:
         return _refuse(error)

@@ -94,7 +94,7 @@ def test_calibration_is_measured_on_all_ranks_and_read_by_the_plan(tmp_path):
     assert json.loads(run.stdout.splitlines()[-1]) == found and found["world"] == 2
     assert 1e8 < found["train_flops"] < 1e13 and found["memory_ratio"] is None
     assert min(found[key] for key in ("forward_flops", "bandwidth", "network")) > 1e6
-    assert 1e-5 < found["layer_gap_s"] < 1
+    assert 1e-5 < found["layer_gap_s"] < 1 and 1e-6 < found["graph_gap_s"] < 1
 
     from megatron_avatar.config import load_config
     from megatron_avatar.planning.seconds import read_rates

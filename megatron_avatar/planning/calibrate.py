@@ -15,27 +15,34 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from datetime import date
+from functools import partial
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from megatron_avatar.config.load import CONFIG_DIR
-from megatron_avatar.config.schema import ModelConfig, ParallelConfig
+from megatron_avatar.config.schema import ModelConfig, ParallelConfig, SamplingConfig
 from megatron_avatar.planning.batches import pack, seen_pairs
 from megatron_avatar.planning.memory import drop_gradients, measure_update
 from megatron_avatar.planning.meta import shard_on_meta
 from megatron_avatar.planning.seconds import forward_flops
 from megatron_avatar.policy.backend import Backend, start, stop
 from megatron_avatar.policy.build import build_policy
+from megatron_avatar.policy.generate import generate
 from megatron_avatar.policy.groups import GroupBatch
 from megatron_avatar.policy.model import OmniPolicy
+from megatron_avatar.records import Prompt
 
 ROUNDS = 5
 VOCABULARY = 1024  # of the shortened model: its layers are what is measured
+DEEP = 16  # layers of the narrow one that decodes: what a step does outside of them counts little
+DECODED = (16, 48)  # tokens, few and many
+LAST_ID = 100  # a token of text
 
 
 def calibrate(path: Path) -> dict[str, Any]:
@@ -75,6 +82,7 @@ def _measure(backend: Backend) -> dict[str, Any]:
     }
     found |= _layer_rates(wide, backend, dtype, pack([(prompt, [completion] * 4)]))
     found["layer_gap_s"] = _layer_gap(narrow, backend, dtype)
+    found["graph_gap_s"] = _graph_gap(narrow, backend, dtype)
     return found | {"date": date.today().isoformat(), "torch": torch.__version__, "megatron": version("megatron-core")}
 
 
@@ -169,6 +177,22 @@ def _layer_gap(config: dict, backend: Backend, dtype: str) -> float:
         policy = _policy(folder, backend, ModelConfig(dtype=dtype))
         batch = pack([(2, [1])]).to(backend.device)
         return _seconds(backend, torch.no_grad()(lambda: policy(batch))) / policy.config.num_layers
+
+
+def _graph_gap(config: dict, backend: Backend, dtype: str) -> float:
+    """Seconds of a layer in a decode step that computes next to nothing: a replayed graph where there is a GPU."""
+    text = {key: value for key, value in config["text_config"].items() if key != "layer_types"}  # one a layer
+    config = {**config, "text_config": {**text, "num_hidden_layers": DEEP}}
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "config.json").write_text(json.dumps(config), encoding="utf-8")
+        policy = _policy(folder, backend, ModelConfig(dtype=dtype))
+        setattr(policy.hf_config, "eos_token_id", policy.vocab_size)  # noqa: B010  (never drawn)
+        prompt = Prompt("", "plain", np.full(2, LAST_ID), np.tile(np.arange(2), (3, 1)))
+        few, many = (
+            _seconds(backend, partial(generate, policy, [prompt], 1, SamplingConfig(max_new_tokens=tokens), [""]))
+            for tokens in DECODED
+        )
+    return max(many - few, 1e-9) / (DECODED[1] - DECODED[0]) / DEEP
 
 
 def _policy(folder: str, backend: Backend, model: ModelConfig) -> OmniPolicy:

@@ -1,9 +1,11 @@
-"""The time of a step, estimated: operations over rates. Rates are a GPU's published peaks times assumed efficiencies,
-or what `doctor --calibrate` measured.
+"""The time of a step, estimated: operations over rates. Rates are a GPU's published peaks times the shares of them
+that one H100 reached, or what `doctor --calibrate` measured.
 
-Matrix products limit reading prompts, scoring and updating; memory bandwidth limits decoding, and below that the gap
-between kernels. The reductions of tensor parallelism come on top: nothing hides them. Not counted: sends between
-pipeline stages, decoding of media, rewards, checkpoints, evaluation.
+Matrix products limit reading prompts, scoring and updating; memory bandwidth limits decoding. Where a pass has little
+to compute, the gaps between kernels limit it instead: a GPU works while the host launches, so the longer of both
+counts, and a replayed CUDA graph (decoding) has smaller gaps than operations launched one by one. The reductions of
+tensor parallelism come on top: nothing hides them. Not counted: sends between pipeline stages, decoding of media,
+rewards, checkpoints, evaluation.
 """
 
 from __future__ import annotations
@@ -35,12 +37,28 @@ PEAKS = {
     "cpu": Peaks(60e9, 10e9, 1e9, 1e9),  # a core or two, in float32
 }
 MEASURED = "measured"  # as cluster.gpu: the calibration's device, whatever it is
-TRAIN_EFFICIENCY = 0.40  # of peak FLOP/s, forward and backward
-FORWARD_EFFICIENCY = 0.45  # of peak FLOP/s, reading prompts and scoring
-DECODE_EFFICIENCY = 0.60  # of peak bandwidth
+
+
+class Shares(NamedTuple):
+    """Of a rate: updates, reading and scoring, encoders, bytes/s of decoding."""
+
+    train: float
+    forward: float
+    encoders: float
+    bandwidth: float
+
+
+# Of the published peaks. On GPUs as measured on 2026-11-26: one H100, the 3B's step (bench/results/gpu.json), products
+# that recomputation repeats counted as work (HFU), bytes as a copy moves them. Assumed on a CPU.
+MEASURED_ON = "2026-11-26"
+EFFICIENCY = {"gpu": Shares(0.40, 0.38, 0.10, 0.90), "cpu": Shares(0.40, 0.45, 0.45, 0.60)}
+# Of calibrated rates, which two wide layers reach: what that step reached on the H100 whose layers made 561 TFLOP/s in
+# training, 513 forward.
+WHOLE_STEP = {"gpu": Shares(0.70, 0.73, 0.19, 1.0), "cpu": Shares(1.0, 1.0, 1.0, 1.0)}
 LINK_EFFICIENCY = 0.70  # of a direction's bytes/s, in an all-reduce of a node
-# Seconds a layer's forward pass takes however small it is, and an all-reduce within a node.
-LAYER_GAP = {"a100": 60e-6, "h100": 50e-6, "h200": 50e-6, "cpu": 1e-3}
+# Seconds a layer's forward pass takes however small it is: launched by the host, and in a decode step's CUDA graph. On
+# that H100 with 54 kernels a layer; today's has 10, and no GPU has run it yet. Beside them an all-reduce in a node.
+LAYER_GAP, GRAPH_GAP = {"gpu": 1.9e-3, "cpu": 1e-3}, {"gpu": 0.35e-3, "cpu": 1e-3}
 REDUCE_GAP, REDUCE_GAP_CPU = 15e-6, 200e-6
 
 
@@ -50,13 +68,20 @@ class Rates:
 
     train: float
     forward: float
+    encoders: float
     bandwidth: float
     network: float
     links: float
-    layer_gap: float
+    layer_gap: float  # of operations that the host launches
+    graph_gap: float  # of a decode step's
+    overlaps: bool  # the device computes while the host launches
     reduce_gap: float
     memory_ratio: float
     source: str
+
+    def pass_seconds(self, compute: float, gaps: float) -> float:
+        """Of passes that compute so long, and whose gaps add up to so much."""
+        return max(compute, gaps) if self.overlaps else compute + gaps
 
 
 def read_rates(config: Config) -> Rates:
@@ -82,9 +107,12 @@ def read_rates(config: Config) -> Rates:
         elif gpu not in device:
             assumed = _assumed(gpu)
             return replace(assumed, source=f"{assumed.source}; {path} is of {found['device']} and was left aside")
+        share, assumed = WHOLE_STEP[_kind(gpu)], _assumed(gpu)
         return replace(
-            _assumed(gpu), train=found["train_flops"], forward=found["forward_flops"], bandwidth=found["bandwidth"],
+            assumed, train=share.train * found["train_flops"], forward=share.forward * found["forward_flops"],
+            encoders=share.encoders * found["forward_flops"], bandwidth=share.bandwidth * found["bandwidth"],
             network=found["network"] or PEAKS[gpu].network, layer_gap=found["layer_gap_s"],
+            graph_gap=found.get("graph_gap_s") or min(assumed.graph_gap, found["layer_gap_s"]),
             memory_ratio=found["memory_ratio"] or 1.0,
             source=f"rates measured on {found['device']} ({path}), links between GPUs assumed",
         )  # fmt: skip
@@ -96,15 +124,23 @@ def read_rates(config: Config) -> Rates:
 
 
 def _assumed(gpu: str) -> Rates:
-    peaks = PEAKS[gpu]
+    peaks, kind = PEAKS[gpu], _kind(gpu)
+    share = EFFICIENCY[kind]
+    where = f"as an H100 reached them on {MEASURED_ON}" if kind == "gpu" else "assumed"
     return Rates(
-        train=peaks.flops * TRAIN_EFFICIENCY, forward=peaks.flops * FORWARD_EFFICIENCY,
-        bandwidth=peaks.bandwidth * DECODE_EFFICIENCY, network=peaks.network, links=peaks.links * LINK_EFFICIENCY,
-        layer_gap=LAYER_GAP[gpu], reduce_gap=REDUCE_GAP_CPU if gpu == "cpu" else REDUCE_GAP, memory_ratio=1.0,
+        train=peaks.flops * share.train, forward=peaks.flops * share.forward, encoders=peaks.flops * share.encoders,
+        bandwidth=peaks.bandwidth * share.bandwidth, network=peaks.network, links=peaks.links * LINK_EFFICIENCY,
+        layer_gap=LAYER_GAP[kind], graph_gap=GRAPH_GAP[kind], overlaps=kind == "gpu",
+        reduce_gap=REDUCE_GAP_CPU if gpu == "cpu" else REDUCE_GAP, memory_ratio=1.0,
         source=f"{gpu}'s peaks ({peaks.flops / 1e12:.3g} TFLOP/s, {peaks.bandwidth / 1e12:.3g} TB/s, links of "
-        f"{peaks.links / 1e9:.3g} GB/s) at assumed efficiencies: update {TRAIN_EFFICIENCY:.0%}, forward "
-        f"{FORWARD_EFFICIENCY:.0%}, decode {DECODE_EFFICIENCY:.0%} of bandwidth, links {LINK_EFFICIENCY:.0%}",
+        f"{peaks.links / 1e9:.3g} GB/s) at efficiencies {where}: update {share.train:.0%} (recomputation counted), "
+        f"forward {share.forward:.0%}, encoders {share.encoders:.0%}, decode {share.bandwidth:.0%} of bandwidth; links "
+        f"assumed at {LINK_EFFICIENCY:.0%}",
     )  # fmt: skip
+
+
+def _kind(gpu: str) -> str:
+    return "cpu" if gpu == "cpu" else "gpu"
 
 
 @dataclass(frozen=True)
@@ -128,6 +164,20 @@ def forward_flops(shape: Shape, tokens: float, pairs: float, outputs: float) -> 
         feed_forward=layers * 2 * tokens * inner,
         head=2 * outputs * hidden * text.vocab_size,
     )
+
+
+def update_flops(forward: Flops, recompute: str, *, adapters: bool) -> tuple[float, float]:
+    """FLOP of an update whose forward pass takes `forward`: what it needs (MFU), and with what is computed again (HFU),
+    the logits among it, which are always made anew in the backward pass."""
+    backward = 1 if adapters else 2  # frozen weights need no gradient
+    needed = (1 + backward) * (forward.layers + forward.head)
+    again = {"full": forward.layers, "selective": forward.feed_forward}.get(recompute, 0.0)
+    return needed, needed + again + forward.head
+
+
+def peaks_of(device: str) -> Peaks | None:
+    """Of a GPU by its name as CUDA says it; None where it isn't known."""
+    return next((peaks for name, peaks in PEAKS.items() if name != "cpu" and name in device.lower()), None)
 
 
 def tower_flops(shape: Shape, visual: int, audio: int) -> float:
@@ -154,7 +204,7 @@ def step_seconds(
     # Frozen encoders see every prompt once. Those that train see fresh ones to generate and as the reference's, and
     # all of them in every update, forward and backward.
     prompts = 2 * work.fresh + 3 * updates * len(work.completions) if work.train_towers else len(work.completions)
-    parts["encoders"] = prompts * tower_flops(shape, work.visual, work.audio) / rates.forward / tp
+    parts["encoders"] = prompts * tower_flops(shape, work.visual, work.audio) / rates.encoders / tp
     if work.fresh:
         parts |= _generation(config, shape, work, rates)
     total = Flops(0, 0, 0)
@@ -167,14 +217,14 @@ def step_seconds(
     reduced = reduction_seconds(config, shape, len(micros), packed, rates) / pp * bubble
     if work.rl:
         fresh = sum(work.completions[: work.fresh]) / sum(work.completions)
-        parts["reference"] = ((total.layers + total.head) / rates.forward / tp / pp * bubble + gaps + reduced) * fresh
-    backward = 1 if config.model.lora.rank else 2  # frozen weights need no gradient
-    passes = 1 + backward + (parallel.recompute == "full")
-    again = total.feed_forward if parallel.recompute == "selective" else 0.0
-    flops = passes * total.layers + again + (2 + backward) * total.head  # logits are made again in the backward pass
+        scored = (total.layers + total.head) / rates.forward / tp / pp * bubble
+        parts["reference"] = (rates.pass_seconds(scored, gaps) + reduced) * fresh
+    passes = 2 + (not config.model.lora.rank) + (parallel.recompute == "full")
+    _, flops = update_flops(total, parallel.recompute, adapters=config.model.lora.rank > 0)
     # Forward, backward, and what is computed again: all, the feed-forward's, or no product.
     reduced *= 2 + {"full": 1, "selective": 0.5, "light": 0, "none": 0}[parallel.recompute]
-    parts["update"] = updates * (flops / rates.train / tp / pp * bubble + (passes + 1) * gaps + reduced)
+    computed = flops / rates.train / tp / pp * bubble
+    parts["update"] = updates * (rates.pass_seconds(computed, (passes + 1) * gaps) + reduced)
     share = dp if parallel.distributed_optimizer else 1
     reduce = 4 * trainable * 2 * (dp - 1) / dp / rates.network
     parts["optimizer"] = updates * (reduce + 30 * trainable / share / rates.bandwidth)
@@ -199,7 +249,7 @@ def _generation(config: Config, shape: Shape, work: Work, rates: Rates) -> dict[
     text, tp = shape.text_config, config.parallel.tp
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     itemsize = 4 if config.model.dtype == "float32" else 2
-    gap = text.num_hidden_layers * rates.layer_gap
+    gap, step_gap = (text.num_hidden_layers * gap for gap in (rates.layer_gap, rates.graph_gap))
     read = forward_flops(shape, work.fresh * work.prompt, work.fresh * work.prompt**2 / 2, work.fresh)
     rows = sum(work.completions[: work.fresh])
     token = forward_flops(shape, 1, 0, 1)
@@ -207,9 +257,9 @@ def _generation(config: Config, shape: Shape, work: Work, rates: Rates) -> dict[
     key_values = 2 * text.num_key_value_heads * size * itemsize * text.num_hidden_layers
     cache = key_values * (work.fresh * work.prompt + rows * work.completion / 2)
     compute = rows * (token.layers + token.head) / rates.forward / tp
-    decode = max((weights + cache) / tp / rates.bandwidth, compute) + gap
+    decode = rates.pass_seconds(max((weights + cache) / tp / rates.bandwidth, compute), step_gap)
     return {
-        "read prompts": (read.layers + read.head) / rates.forward / tp + gap
+        "read prompts": rates.pass_seconds((read.layers + read.head) / rates.forward / tp, gap)
         + reduction_seconds(config, shape, 1, work.fresh * work.prompt, rates),
         "decode": work.completion * (decode + reduction_seconds(config, shape, 1, rows, rates)),
     }

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_avatar.policy.flash import to_device
 from megatron_avatar.policy.kernels.attend import Tables, attend
 from megatron_avatar.policy.kernels.device import runs_triton
 from megatron_avatar.policy.kernels.rope import decode_rope
@@ -220,7 +221,7 @@ class KeyValueCache:
         if self.static and layout in self._tables:
             for old, new in zip(self._tables[layout], tables, strict=True):
                 assert old is not None and new is not None, "static tables are whole"
-                old.copy_(new)
+                old.copy_(to_device(new, self.device))  # without waiting for the step that runs
             return layout
         if not self.static:  # what hides nothing need not be looked at
             self._tables.clear()

@@ -44,8 +44,12 @@ class Decoder:
         """Drop the graphs: weights lie at other addresses than when they were captured."""
         self._graphs, self._steps = {}, Counter()
 
-    def __call__(self, shape: Shape, rows: np.ndarray, received: Tensor | None) -> Tensor:
+    def __call__(
+        self, shape: Shape, rows: np.ndarray, received: Tensor | None,
+        drawn: tuple[Tensor, Tensor | None] | None = None,
+    ) -> Tensor:  # fmt: skip
         """One step of `rows` [INPUTS, R], R <= shape.rows; `received` [shape.rows, 1, H] is the previous stage's.
+        `drawn` are tokens [n] float64 that take the place of those in `rows`, at the places [n], or at all.
 
         Returns hidden states [shape.rows, 1, H]; on the last stage tokens, log-probabilities and the
         probability cut off by top_k and top_p, float64 [3, R].
@@ -53,6 +57,12 @@ class Decoder:
         padded = np.zeros((INPUTS, shape.rows))
         padded[:, : rows.shape[1]] = rows
         inputs = to_device(torch.from_numpy(padded), self.cache.device)
+        if drawn is not None:
+            tokens, places = drawn
+            if places is None:
+                inputs[0, : len(tokens)] = tokens
+            else:
+                inputs[0, places] = tokens
         with self._whole_rows():
             output = (self._replay if self._uses_graphs else self.step)(shape, inputs, received)
         return output[:, : rows.shape[1]] if self.policy.post_process else output

@@ -3,10 +3,48 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
+import subprocess
 
 import torch
 import torch.distributed as dist
+
+
+def refuse_cpu(shape: str, gpu: str) -> None:
+    """ValueError where a recipe for a published model (`shape`) would train on the CPU that torch falls back to, and
+    cluster.gpu doesn't say that it should."""
+    if shape in ("", "tiny_base") or gpu == "cpu" or torch.cuda.is_available():
+        return
+    raise ValueError(
+        f"torch finds no GPU for the recipe's model.shape={shape}: {no_gpu()}. "
+        "cluster.gpu=cpu trains it on the CPU"
+    )
+
+
+def no_gpu() -> str:
+    """Why torch has no GPU here, in words: its build and the driver together."""
+    built, driver = torch.version.cuda, driver_version()
+    if built is None:
+        there = f", the driver is {driver}: install a CUDA build" if driver else ", and nvidia-smi shows no driver"
+        return f"PyTorch {torch.__version__} is a build for CPUs{there}"
+    if not driver:
+        return f"PyTorch {torch.__version__} is built for CUDA {built}, but nvidia-smi shows no driver"
+    return (f"the driver is {driver} and PyTorch {torch.__version__} is built for CUDA {built}: PyPI's PyTorch 2.13 "
+            "and DALI's cuda130 wheel both want a driver of CUDA 13's generation (580 or later); update the driver, or "
+            "install a PyTorch for the driver's CUDA (pytorch.org) and nvidia-dali-cuda120")
+
+
+def driver_version() -> str:
+    """As nvidia-smi says it; empty without one."""
+    if shutil.which("nvidia-smi") is None:
+        return ""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return "of an unknown version"
+    return next(iter(run.stdout.split()), "") if run.returncode == 0 else "not answering"
 
 
 def own_device(local_rank: int, tasks: int) -> int:

@@ -1,14 +1,17 @@
 """Which layers and which Adam run: Transformer Engine's and Apex's where they are installed, else torch's own.
 
-What is installed is Megatron-Core's finding, made when it is imported. A GPU is needed for either; on a CPU, and
-with parallel.kernels=torch, everything is torch's. Transformer Engine's linear layers stay apart from its norms, to
-keep the parameters' names, and with them weights and checkpoints, the same in all cases; by construction: it has not
-been run with Transformer Engine.
+What is installed is Megatron-Core's finding, made when it is imported; it is taken where a self-test at the start
+agrees with torch (selftest.py). A GPU is needed for either; on a CPU, and with parallel.kernels=torch, everything is
+torch's. Transformer Engine's linear layers stay apart from its norms, to keep the parameters' names, and with them
+weights and checkpoints, the same in all cases; by construction: it has not been run with Transformer Engine.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -21,10 +24,12 @@ from megatron.core.tensor_parallel import layers as megatron_layers
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_avatar.policy import selftest
 from megatron_avatar.policy.attention import GroupCoreAttention
 from megatron_avatar.policy.kernels.norm import norm
 from megatron_avatar.policy.layer import OmniLayer
 
+PARTS = {"linear": "linear layers", "adam": "AdamW", "accumulate": "gradient accumulation"}
 TITLES = {"transformer_engine": "Transformer Engine", "apex": "Apex", "torch": "torch"}
 # Megatron-Core's record of where its Adam comes from: module, name, found here, value for torch's.
 ADAM_FLAGS = [
@@ -53,12 +58,14 @@ class RMSNorm(torch.nn.RMSNorm):
 
 @dataclass(frozen=True)
 class Fusions:
-    """The choice: where layers and Adam come from, and what is fused. `missing` is what this machine lacks."""
+    """The choice: where layers and Adam come from, and what is fused. `missing` is what this machine lacks,
+    `refused` what is installed and doesn't do as torch does."""
 
     layers: str = "torch"  # transformer_engine | torch
     adam: str = "torch"  # transformer_engine | apex | torch
     weight_gradients: bool = False  # a layer's backward adds to the float32 buffer by itself (Apex's kernel)
     missing: tuple[str, ...] = ()
+    refused: tuple[str, ...] = ()
 
     def settings(self) -> dict[str, Any]:
         """TransformerConfig's fields that follow."""
@@ -78,23 +85,42 @@ class Fusions:
         names = {package: f"{title} {_version(package)}".strip() for package, title in TITLES.items()}
         parts = [f"layers of {names[self.layers]}", f"AdamW of {names[self.adam]}"]
         parts += ["fused gradient accumulation"] * self.weight_gradients
-        return ", ".join(parts) + (f"; not installed: {', '.join(self.missing)}" if self.missing else "")
+        line = ", ".join(parts) + (f"; not installed: {', '.join(self.missing)}" if self.missing else "")
+        return line + "".join(f"; left aside: {reason}" for reason in self.refused)
 
 
 def choose_fusions(kernels: str, *, on_cpu: bool) -> Fusions:
-    """What to run for parallel.kernels: `auto` takes everything that Megatron-Core found, `torch` nothing of it."""
+    """What to run for parallel.kernels: `auto` takes what Megatron-Core found and agrees with torch, `torch` nothing of
+    it."""
     if on_cpu or kernels == "torch":
         return Fusions()
     adam_of_torch = ADAM_FLAGS[0][2]
     has_engine = transformer_engine.HAVE_TE
     can_accumulate = megatron_layers._grad_accum_fusion_available
+    adam = "torch" if adam_of_torch else megatron_optimizer.Adam.__module__.split(".")[0]
+    found = {"linear": "transformer_engine" * has_engine, "adam": adam * (adam != "torch"),
+             "accumulate": "apex" * can_accumulate}  # fmt: skip
+    refused = {part: reason for part, package in found.items() if package and (reason := tested(part))}
     missing = ["Transformer Engine"] * (not has_engine) + ["Apex with --cuda_ext"] * (not can_accumulate)
     return Fusions(
-        layers="transformer_engine" if has_engine else "torch",
-        adam="torch" if adam_of_torch else megatron_optimizer.Adam.__module__.split(".")[0],
-        weight_gradients=can_accumulate,
+        layers="transformer_engine" if has_engine and "linear" not in refused else "torch",
+        adam="torch" if "adam" in refused else adam,
+        weight_gradients=can_accumulate and "accumulate" not in refused,
         missing=tuple(missing),
+        refused=tuple(f"{TITLES[found[part]]}'s {PARTS[part]} ({reason})" for part, reason in refused.items()),
     )
+
+
+@functools.cache
+def tested(part: str) -> str:
+    """Why a package's part isn't taken, from a test on this rank's GPU; empty where it agrees with torch."""
+    tests: dict[str, tuple[Callable[..., str], Callable[[], Any]]] = {
+        "linear": (selftest.linear, lambda: import_module("transformer_engine.pytorch").Linear),
+        "adam": (selftest.adam, lambda: megatron_optimizer.Adam),
+        "accumulate": (selftest.accumulate,
+                       lambda: import_module("fused_weight_gradient_mlp_cuda").wgrad_gemm_accum_fp32),
+    }  # fmt: skip
+    return selftest.verdict(*tests[part], torch.device("cuda", torch.cuda.current_device()))
 
 
 def pin_adam(fusions: Fusions) -> None:

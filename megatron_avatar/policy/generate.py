@@ -4,6 +4,10 @@ Rows of many prompts of different lengths are in flight together; a row that fin
 waits. Work goes in ticks. In a tick every pipeline stage passes one lane of rows on, each a different one, and the
 last stage's tokens reach all ranks: with as many lanes as stages, no stage waits for another's tokens.
 
+On a GPU without a pipeline the host runs a step behind: a step's tokens stay on the device, where the next step finds
+them, and the host reads them while that one runs. A row whose stop token is read then has run once too often, and what
+came of it is dropped; a stop signal is seen a token later.
+
 Randomness is keyed: one uniform number for each (key, completion index, token position), whatever else is in the
 batch and however ranks share the work.
 """
@@ -13,6 +17,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -21,7 +26,9 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_avatar.config.schema import SamplingConfig
+from megatron_avatar.policy.backend import Backend
 from megatron_avatar.policy.cache import KeyValueCache, Room, Shape
+from megatron_avatar.policy.flash import to_device
 from megatron_avatar.policy.groups import GroupBatch, pack_groups
 from megatron_avatar.policy.kept import decoders_for, kept_bytes
 from megatron_avatar.policy.lanes import Lane, Turn, make_jobs, plan_room
@@ -72,8 +79,45 @@ def generate(
     media = policy.embed_media(prompts) if media is None else media
     generation = Generation(policy, prompts, n, sampling, keys, media, stop, greedy)
     with _evaluating(policy), keep_up(policy):
-        generation.run()
+        generation.run_behind() if may_run_behind(policy.backend) else generation.run()
     return generation.completions()
+
+
+@dataclass
+class Drawn:
+    """What a turn's step drew, on its way to the host: rows [R], and as float64 [3 * R + 1] ids, log-probabilities and
+    the probability cut off, and whether to stop. `packet` stays on the device."""
+
+    rows: np.ndarray
+    packet: Tensor
+    on_host: Tensor
+    arrived: torch.cuda.Event | None
+
+    def read(self, newer: int) -> np.ndarray:
+        """The numbers [3, R]; raises GenerationStopped. `newer`: steps given to the device since; without one it idles
+        while the host waits here."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        values = self.on_host.cpu().numpy()
+        if values[-1]:
+            raise GenerationStopped
+        return values[:-1].reshape(3, len(self.rows))
+
+
+def send(rows: np.ndarray, packet: Tensor) -> Drawn:
+    """Start copying `packet` to the host, behind the work that the device has."""
+    if packet.device.type != "cuda":
+        return Drawn(rows, packet, packet, None)
+    on_host, arrived = torch.empty_like(packet, device="cpu", pin_memory=True), torch.cuda.Event()
+    on_host.copy_(packet, non_blocking=True)
+    arrived.record()
+    return Drawn(rows, packet, on_host, arrived)
+
+
+def may_run_behind(backend: Backend) -> bool:
+    """Whether the host reads a step's tokens while the next one runs: in a pipeline the other stages need them, and on
+    a CPU nothing runs meanwhile."""
+    return backend.device.type == "cuda" and backend.pp == 1
 
 
 class Generation:
@@ -87,7 +131,9 @@ class Generation:
         self.stop, self.stop_ids, self.limit = stop, stop_token_ids(policy), sampling.max_new_tokens
         rows = len(prompts) * n
         self.tokens, self.logprobs = np.zeros((rows, self.limit), np.int64), np.zeros((rows, self.limit), np.float32)
-        self.counts, self.finished, self.cut = np.zeros(rows, np.int64), np.zeros(rows, bool), np.zeros(rows)
+        self.counts, self.ahead = np.zeros((2, rows), np.int64)  # tokens of each row: read by the host, and begun
+        self.latest: Drawn | None = None  # of the decode step begun last
+        self.finished, self.cut = np.zeros(rows, bool), np.zeros(rows)
         self.uniforms = np.zeros((rows, 0 if greedy else self.limit))
         if not greedy:
             self.uniforms[:] = [uniforms(key, i, self.limit) for key in keys for i in range(n)]
@@ -157,8 +203,26 @@ class Generation:
                     output = self._forward(here, now, batch, received)
                 received = self._exchange(output, batches[before])
                 if done := turns[leaving]:
-                    self._record(self.lanes[leaving], done, output)
+                    self._record(self.lanes[leaving], self._send(done, output), newer=0)
                 tick += 1
+        finally:
+            for attention in self.attentions:
+                attention.cache = None
+
+    def run_behind(self) -> None:
+        """The same without a pipeline: what a turn drew is read once the next one is on its way."""
+        lane, pending = self.lanes[0], None
+        try:
+            while (turn := self.lanes[0].plan(self.queue, int(lane.empty))) or pending:
+                newer = None
+                if turn is not None:
+                    batch = self._prepare(lane, turn)
+                    assert batch is not None
+                    newer = self._send(turn, self._forward(0, turn, batch, None))
+                    lane.leave(self.ahead[lane.rows] == self.limit)
+                if pending is not None:
+                    self._record(lane, pending, newer=int(newer is not None))
+                pending = newer
         finally:
             for attention in self.attentions:
                 attention.cache = None
@@ -168,7 +232,7 @@ class Generation:
         if turn is None:
             return None
         if not turn.jobs:
-            return lane.cache.prepare(self.counts[turn.rows])
+            return lane.cache.prepare(self.ahead[turn.rows])
         prompts = [self.prompts[job.prompt] for job in turn.jobs]
         lane.cache.read([job.rows[0] for job in turn.jobs], np.cumsum([0, *map(len, prompts[:-1])]).tolist())
         # A group of one completion of one token is the prompt itself.
@@ -182,15 +246,18 @@ class Generation:
             attention.cache = self.lanes[lane].cache
         if isinstance(batch, Shape):
             rows, prompts = turn.rows, turn.rows // self.n
-            counts = self.counts[rows]
+            counts = self.ahead[rows]
             first = counts == 0  # a row opens with its prompt's last token
+            known = self.counts[rows] == counts
             inputs = np.stack([
                 np.where(first, self.last_ids[prompts], self.tokens[rows, counts - 1]),
                 *np.where(first, self.last_positions[:, prompts], self.next_positions[prompts] + counts - 1),
                 counts,
                 self.uniforms[rows, counts] if self.uniforms.size else counts,
             ])  # fmt: skip
-            return self.decoders[lane](batch, inputs, received)
+            drawn = self._still_on_device(rows) if not known.all() else None
+            self.ahead[rows] += 1
+            return self.decoders[lane](batch, inputs, received, drawn)
         batch = batch.to(self.backend.device)
         if received is not None:
             self.policy.set_input_tensor(received)
@@ -198,6 +265,19 @@ class Generation:
         index = batch.media_index(self.policy.placeholder_ids) if self.backend.is_first_stage else None
         hidden = self.policy.hidden(batch.token_ids, batch.positions, batch.segments, media, index)
         return None if self.backend.is_last_stage else hidden
+
+    def _still_on_device(self, rows: np.ndarray) -> tuple[Tensor, Tensor | None]:
+        """The latest step's tokens of `rows`, and which of the rows they are of (None: of all, in that order)."""
+        assert self.latest is not None
+        drawn, ids = self.latest.rows, self.latest.packet[: len(self.latest.rows)].clamp(0, self.policy.vocab_size - 1)
+        if np.array_equal(drawn, rows):
+            return ids, None
+        place = np.full(len(self.ahead), -1)
+        place[drawn] = np.arange(len(drawn))
+        places = np.flatnonzero(place[rows] >= 0)
+        device = self.backend.device
+        sources, targets = (to_device(torch.from_numpy(x), device) for x in (place[rows][places], places))
+        return ids[sources], targets
 
     def _exchange(self, output: Tensor | None, expected: GroupBatch | Shape | None) -> Tensor | None:
         """Pass hidden states to the next stage, all stages at once; returns the previous one's for the next tick."""
@@ -221,10 +301,10 @@ class Generation:
             request.wait()
         return received
 
-    def _record(self, lane: Lane, turn: Turn, output: Tensor | None) -> None:
+    def _record(self, lane: Lane, drawn: Drawn, *, newer: int) -> None:
         """Keep the tokens that the last stage drew; rows that are done leave the lane."""
-        rows = turn.rows
-        ids, logprobs, cut = self._agree(output, len(rows))
+        live = ~self.finished[drawn.rows]  # others went on before their stop token was read
+        rows, (ids, logprobs, cut) = drawn.rows[live], drawn.read(newer)[:, live]
         if not len(rows):
             return
         if not np.isfinite(logprobs).all():
@@ -240,14 +320,14 @@ class Generation:
         self.cut[rows] += cut
         self.counts[rows] += 1
         self.finished[rows] = np.isin(ids, self.stop_ids)
-        lane.leave(self.finished[rows] | (self.counts[rows] == self.limit))
+        lane.leave(self.finished[lane.rows] | (self.counts[lane.rows] == self.limit))
 
-    def _agree(self, output: Tensor | None, rows: int) -> np.ndarray:
-        """The sampling rank's tokens and what goes with them [3, rows] on every rank of the replica, on the host.
+    def _send(self, turn: Turn, output: Tensor | None) -> Drawn:
+        """The sampling rank's tokens and what goes with them on every rank of the replica, on their way to the host.
 
         All ranks stop, or none: the flag travels with the tokens.
         """
-        backend = self.backend
+        backend, rows = self.backend, len(turn.rows)
         packet = torch.zeros(3 * rows + 1, dtype=torch.float64, device=backend.device)  # exact for ids and float32
         if backend.is_last_stage and rows:
             assert output is not None
@@ -257,10 +337,10 @@ class Generation:
         if backend.tp * backend.pp > 1:
             group = parallel_state.get_model_parallel_group()
             dist.broadcast(packet, dist.get_process_group_ranks(group)[-backend.tp], group)
-        values = packet.cpu().numpy()
-        if values[-1]:
-            raise GenerationStopped
-        return values[:-1].reshape(3, rows)
+        drawn = send(turn.rows, packet)
+        if rows:
+            self.latest = drawn
+        return drawn
 
 
 @contextmanager

@@ -64,9 +64,8 @@ def check_main_weights(path: Path, saved: set[str], wanted: set[str], backend: B
     if dropped := sorted(saved - wanted):
         raise CheckpointError(
             f"the checkpoint {path} has float32 main weights beside half-precision ones "
-            f"({dropped[0].removeprefix(MAIN)}"
-            ", …) that the run's settings would leave behind. Go on with the model.dtype and the stages "
-            f"(train_towers) that it was saved with, {remedy}"
+            f"({dropped[0].removeprefix(MAIN)}, …) that the run's settings would leave behind. Go on with "
+            f"the model.dtype and the stages (train_towers) that it was saved with, {remedy}"
         )
 
 

@@ -14,8 +14,11 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_avatar.config.schema import RLConfig
+from megatron_avatar.planning.batches import seen_pairs
+from megatron_avatar.planning.seconds import forward_flops, update_flops
 from megatron_avatar.policy.backend import Backend
 from megatron_avatar.policy.groups import GroupBatch, pack_groups
+from megatron_avatar.policy.lora import lora_adapters
 from megatron_avatar.policy.micro_batches import plan_micro_batches
 from megatron_avatar.policy.model import OmniPolicy
 from megatron_avatar.records import Completion, Group, Prompt, Trajectory
@@ -47,6 +50,7 @@ class MicroBatch:
     media: list[torch.Tensor | None]
     members: list[tuple[int, list[int]]]  # (index of the group, indices of its trajectories)
     tensors: dict[str, torch.Tensor]  # each [N]; zeros for a filler
+    pairs: float  # of queries and keys that they see
 
 
 def filler_group() -> Group:
@@ -100,7 +104,8 @@ class Learner:
         rows = [[g.trajectories[k].completion.token_ids for k in kept]
                 for g, (_, kept) in zip(groups, members, strict=True)]
         batch = pack_groups([g.prompt for g in groups], rows)
-        return MicroBatch(batch.to(self.backend.device), [g.prompt for g in groups], media, members, {})
+        prompts, pairs = [g.prompt for g in groups], seen_pairs(batch.segments)
+        return MicroBatch(batch.to(self.backend.device), prompts, media, members, {}, pairs)
 
     def _attach(self, micro: MicroBatch, groups: list[Group], per_token: dict[str, list[list[np.ndarray]]]) -> None:
         """Concatenate per-completion arrays in the order of the batch's completion tokens."""
@@ -274,7 +279,7 @@ class Learner:
             self.error, self.usable = error, self.guard.judge(error, speaks=self.backend.rank == 0)
             if not self.usable:  # then none of it is replayed either
                 self.masked = [(i, k) for i, k in places if groups[i].on_policy[k]]
-        stats |= (self.error or error).record() | self._loads(micros)
+        stats |= (self.error or error).record() | self._loads(micros) | self._flops(micros)
         # Where every prompt of the step was set aside, momentum alone must not move the weights.
         applied = self.usable and n_on + n_off > 0
         stats["grad_norm"], stats["skipped"] = self._step(math.isfinite(error.mean)) if applied else (0.0, True)
@@ -316,12 +321,24 @@ class Learner:
         grad_norm, skipped = self._step(math.isfinite(stats["nll"])) if tokens else (0.0, True)
         count = tokens or math.nan
         return {"loss": float(stats["nll"] / count), "entropy": float(stats["entropy_sum"] / count),
-                "grad_norm": grad_norm, "skipped": skipped, "tokens": tokens, **self._loads(micros), **self._scaling()}
+                "grad_norm": grad_norm, "skipped": skipped, "tokens": tokens, **self._loads(micros),
+                **self._flops(micros), **self._scaling()}
 
     def _scaling(self) -> dict[str, float]:
         """What only float16 has to log: the next update's loss scale, and the stage's overflows."""
         scale = self.optimization.loss_scale
         return {} if scale is None else {"loss_scale": scale, "overflows": self.optimization.overflows}
+
+    def _flops(self, micros: list[MicroBatch]) -> dict[str, float]:
+        """FLOP of the language model in an update, over all data-parallel ranks: needed, and done with what is computed
+        again. Encoders that train are left out."""
+        config, shape = self.policy.config, self.policy.hf_config
+        recompute = config.recompute_granularity or ("light" if config.recompute_light else "none")
+        adapters = any(True for _ in lora_adapters(self.policy))
+        forward = [forward_flops(shape, len(m.batch), m.pairs, len(m.batch.target_ids)) for m in micros]
+        own = [update_flops(flops, recompute, adapters=adapters) for flops in forward]
+        needed, done = np.sum([flops for rank in self.backend.all_gather_object_dp(own) for flops in rank], axis=0)
+        return {"flops": float(needed), "flops/done": float(done)}
 
     def _loads(self, micros: list[MicroBatch]) -> dict[str, float]:
         """Packed tokens of the step over all data-parallel ranks, and how unevenly they lie."""

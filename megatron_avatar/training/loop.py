@@ -341,7 +341,8 @@ class Run:
             vanished=gone / max(len(visits), 1), step=self.step, tracker=self.tracker, buffer=self.buffer,
             visits=len(visits), hinted=sum(v.variant == "hinted" for v in visits),
             in_use=self.hints.in_use if self.hints is not None else 0, pool=self.pool,
-            completions_generated=self.completions_generated, lr=self.optimization.lr, own=rl.rewards,
+            completions_generated=self.completions_generated, lr=self.optimization.lr, updates=rl.updates_per_rollout,
+            own=rl.rewards,
         ) | self.now_and_then(fresh) | unscored
 
     def now_and_then(self, fresh: list[Trajectory]) -> dict:

@@ -38,7 +38,7 @@ def rl_record(
     *, fresh: list[Trajectory], plain: list[Trajectory], drawn: list[list[Trajectory]], stats: dict,
     on_advantages: list[list[np.ndarray]], off_advantages: list[np.ndarray], clipped: float, vanished: float, step: int,
     tracker: RewardTracker, buffer: ReplayBuffer | None, visits: int, hinted: int, in_use: int, pool: Collection[str],
-    completions_generated: int, lr: float, own: Collection[str] = (),
+    completions_generated: int, lr: float, updates: int, own: Collection[str] = (),
 ) -> dict:
     """What a step of reinforcement learning logs; statistics are those of the whole step, over all ranks.
 
@@ -95,6 +95,7 @@ def rl_record(
         "tokens": int(stats["tokens"]),
         "packed_tokens": stats["packed_tokens"],
         "imbalance": stats["imbalance"],
+        **{name: updates * stats[name] for name in ("flops", "flops/done")},
         "completions_generated": completions_generated,
         "advantages": {
             "edges": ADVANTAGE_EDGES.tolist(), "on": histogram(on, ADVANTAGE_EDGES),

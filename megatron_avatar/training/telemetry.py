@@ -1,7 +1,8 @@
 """What a run says while it runs: metrics.jsonl, wandb, a progress bar.
 
 `log` writes the record that the loop passes, with non-finite numbers as null, and adds to it `time` (Unix seconds),
-`time/PHASE` (seconds spent in each phase since the last record) and `peak_rss_mib` (this process and its children).
+`time/PHASE` (seconds spent in each phase since the last record), `peak_rss_mib` (this process and its children) and, on
+GPUs whose peak is published, `mfu` and `hfu`: the record's `flops` and `flops/done` a second of updating, of that peak.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from megatron_avatar.config.schema import Config
 from megatron_avatar.config.validate import WANDB_MODES
+from megatron_avatar.planning.seconds import peaks_of
 from megatron_avatar.policy.backend import Backend
 
 PLAIN_INTERVAL_S = 10.0  # between progress lines where there is no terminal
@@ -75,7 +77,8 @@ class Telemetry:
             raise ValueError(f"log.wandb={config.log.wandb!r}: choose one of {', '.join(WANDB_MODES)}")
         self.timer = Timer()
         self._folder, self._config = Path(run_dir), config
-        self._writes = backend.rank == 0
+        self._writes, self._world = backend.rank == 0, backend.world
+        self._peaks = peaks_of(torch.cuda.get_device_name()) if backend.device.type == "cuda" else None
         self._file: TextIO | None = None
         self._wandb: Any = None
         self._peak_bytes = 0
@@ -101,7 +104,8 @@ class Telemetry:
         seconds = self.timer.take()
         if not self._writes:
             return
-        own = {f"time/{phase}": round(value, 4) for phase, value in seconds.items()}
+        own: dict[str, Any] = {f"time/{phase}": round(value, 4) for phase, value in seconds.items()}
+        own |= self._utilisation(record, seconds.get("update", 0.0))
         record = plain({**record, "time": round(time.time(), 3), **own, "peak_rss_mib": self._peak_rss_mib()})
         if self._file is None:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -113,6 +117,12 @@ class Telemetry:
         if self._wandb is not None:
             numbers = {k: v for k, v in record.items() if isinstance(v, int | float)}
             self._wandb = _unharmed(lambda: (self._wandb.log(numbers), self._wandb)[1])
+
+    def _utilisation(self, record: dict[str, Any], seconds: float) -> dict[str, float]:
+        if self._peaks is None or not seconds or "flops" not in record:
+            return {}
+        most = self._peaks.flops * self._world * seconds
+        return {"mfu": round(record["flops"] / most, 4), "hfu": round(record["flops/done"] / most, 4)}
 
     @contextmanager
     def progress(self, stage: str, done: int, total: int) -> Iterator[Bar]:

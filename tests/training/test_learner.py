@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megatron_avatar.config.schema import GuardConfig, ModelConfig, OptimConfig, ParallelConfig, RLConfig, ShapingConfig
+from megatron_avatar.planning.seconds import forward_flops
 from megatron_avatar.policy.build import build_policy
 from megatron_avatar.policy.generate import GenerationStopped
 from megatron_avatar.policy.weights import load_hf
@@ -58,6 +59,13 @@ def weights(policy) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().clone() for name, tensor in policy.named_parameters()}
 
 
+def counted(group: Group) -> tuple[int, int, float]:
+    """Packed tokens, outputs and pairs of a group in one piece."""
+    prefix, lengths = len(group.prompt) - 1, [len(t.completion) for t in group.trajectories]
+    pairs = prefix * (prefix + 1) / 2 + sum(n * prefix + n * (n + 1) / 2 for n in lengths)
+    return prefix + sum(lengths), sum(lengths), pairs
+
+
 def test_micro_batches_change_neither_loss_nor_gradient(world, backend):
     policy, groups = world
     start, results = weights(policy), []
@@ -66,6 +74,13 @@ def test_micro_batches_change_neither_loss_nor_gradient(world, backend):
             for name, parameter in policy.named_parameters():
                 parameter.copy_(start[name])
         results.append(update(learner(policy, backend, tokens_per_micro_batch=budget), groups, check_logprobs=False))
+    flops = [result["flops/done"] for result in results]
+    assert flops[0] >= flops[1] >= flops[2] and flops[0] > flops[2]  # a prompt that is split is computed again
+    text = policy.hf_config.text_config  # at the largest budget: all once, and three passes, of the head four
+    tokens, outputs, pairs = map(sum, zip(*(counted(group) for group in groups), strict=True))
+    forward = forward_flops(policy.hf_config, tokens, pairs, outputs)
+    assert results[2]["flops"] == pytest.approx(3 * (forward.layers + forward.head))
+    assert flops[2] - results[2]["flops"] == pytest.approx(2 * outputs * text.hidden_size * text.vocab_size)
     for other in results[1:]:
         for name in ("loss", "grad_norm", "tokens", "kl_sum", "ratio_max", "entropy_sum"):
             assert float(other[name]) == pytest.approx(float(results[0][name]), rel=1e-4), name
@@ -86,7 +101,7 @@ def test_a_step_whose_prompts_are_all_set_aside_moves_nothing(world, backend):
     record = metrics.rl_record(
         fresh=[], plain=[], drawn=[], stats=stats, on_advantages=[[]], off_advantages=[], clipped=0.0, vanished=0.0,
         step=1, tracker=metrics.RewardTracker(), buffer=None, visits=0, hinted=0, in_use=0, pool=["a"],
-        completions_generated=0, lr=0.0,
+        completions_generated=0, lr=0.0, updates=1,
     )
     assert record["reward"] is None and record["replay/ess"] is None and record["tokens"] == 0
     assert record["replay/dead"] is None and record["replay/age_max"] is None and record["replay/ratio_max"] is None

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from megatron_avatar.config.schema import Config
+from megatron_avatar.planning.seconds import Peaks, peaks_of
 from megatron_avatar.resilience.stopping import StopSignal
 from megatron_avatar.training import telemetry
 from megatron_avatar.training.telemetry import Telemetry, Timer, replay_told
@@ -27,7 +28,7 @@ KEY = "0123456789abcdef" * 2 + "fedcba98"
 def open_telemetry(run, *, wandb="disabled", rank=0) -> Telemetry:
     config = Config(name="recipe")
     config.log.wandb = wandb
-    return Telemetry(run, config, SimpleNamespace(rank=rank))
+    return Telemetry(run, config, SimpleNamespace(rank=rank, world=1, device=torch.device("cpu")))
 
 
 def records(run) -> list[dict]:
@@ -69,6 +70,18 @@ def test_records_are_the_loops_own_and_plain_json(tmp_path, clock):
         "inner": {"hist": [1, 2], "ratio": None},
     }
     assert set(second) == {"step", "time", "peak_rss_mib"}  # phases start anew after each record
+
+
+def test_utilisation_is_of_all_gpus_peak_while_updating(tmp_path, clock):
+    log = open_telemetry(tmp_path)
+    log._peaks, log._world = Peaks(1e12, 1, 1, 1), 2
+    with log.timer("update"):
+        clock.now += 2
+    log.log({"step": 1, "flops": 1e12, "flops/done": 1.5e12})
+    log.log({"step": 2, "flops": 1e12, "flops/done": 1.5e12})  # whose update took no time: nothing is said
+    first, second = records(tmp_path)
+    assert (first["mfu"], first["hfu"]) == (0.25, 0.375) and "mfu" not in second
+    assert peaks_of("NVIDIA H100 80GB HBM3").flops == 989e12 and peaks_of("cpu") is peaks_of("GeForce") is None
 
 
 def test_rewind_leaves_no_gap_and_no_repeat(tmp_path):
