@@ -1,8 +1,8 @@
-# `make demo` and `make test` are all that a newcomer needs. Both make .venv first; nothing here needs root.
+# `make try`, `make demo` and `make test` are all that a newcomer needs. Each makes .venv first; nothing here needs root.
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo reproduce test test-all test-slurm slurm-up slurm-down base doctor lint clean
+.PHONY: help try demo reproduce test test-all test-slurm slurm-up slurm-down base doctor lint clean
 
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in python3.11 python3; do $$p -c '$(NEW_ENOUGH)' 2>/dev/null && { echo $$p; break; }; done)
@@ -14,6 +14,9 @@ COVERAGE := .coverage_data
 
 help: ## show these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
+
+try: $(INSTALLED) ## one minute: a shipped tiny model answers three clips, in runs/try/report.html
+	@$(VENV) -m eval.try_it
 
 demo: $(INSTALLED) ## synthesise data, train, evaluate, write runs/demo/report.html
 	@$(VENV) -m eval.demo

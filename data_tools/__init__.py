@@ -4,3 +4,7 @@
 with `hints`, `captions`, `traces` and `leaks` (what a language model writes), `show`, `pretrain` and `tokenizer` (the
 demo's base).
 """
+
+from megatron_avatar import first_words  # says its line where a slow module of this package is run
+
+__all__ = ["first_words"]

@@ -68,6 +68,8 @@ def replay_state(path: Path) -> tuple[Path, dict[str, Any]]:
         return path / "replay", json.loads(states[-1].read_text())
     if any(path.glob("shard-*.h5")):
         return path, {}
+    if not path.exists():
+        raise ValueError(f"{path} is no folder, seen from {Path.cwd()}: name a run's folder, as runs/demo/avatar")
     raise ValueError(f"{path} holds neither checkpoints nor replay shards: name a run's folder, as runs/avatar_7b")
 
 

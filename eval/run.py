@@ -23,10 +23,12 @@ Writes out/BENCHMARK.PROTOCOL.jsonl, one line a completion, and .meta.json besid
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 from eval import sources
 from eval.asking.benchmark import load_benchmark
 from eval.request import parse
+from megatron_avatar import first_words
 from megatron_avatar.config.world import check_processes
 from megatron_avatar.resilience import ended
 
@@ -45,6 +47,7 @@ def main(arguments: list[str]) -> int:
             return fixture.check(arguments[1:])
         request, config, judge = parse(arguments)
         check_processes(config, "eval.run", arguments)
+        first_words.tell(f"{request.benchmark}: loading torch, to answer with {request.model} ...")
         from eval.engine import run  # torch only once the request is sound
         from eval.scoring.summary import show, summarise
 
@@ -59,6 +62,7 @@ def main(arguments: list[str]) -> int:
         for prediction in predictions:
             if prediction["error"] is not None:
                 print(f"failed: {prediction['id']}: {prediction['error']}")
+        print(f"answers: {Path(request.out) / request.stem}.jsonl")
     return 0
 
 

@@ -49,6 +49,7 @@ def examine() -> dict[str, Result]:
         "CPU": _cpu,
         "memory": _memory,
         "free disk": _disk,
+        "shared memory": _shared_memory,
         "packages": _packages,
         "GPUs": _gpus,
         "collectives": _collectives,
@@ -93,6 +94,21 @@ def _disk() -> Result:
         f"{free / GIB:.1f} GiB in {Path.cwd()}",
         "" if enough else "checkpoints may not fit: set output_dir to a larger disk",
     )
+
+
+def _shared_memory(folder: Path = Path("/dev/shm")) -> Result:
+    """Decode workers and NCCL hand data over there."""
+    meaning = "decode workers can't hand over frames: mount it, writable for this user (docker: --shm-size=8g)"
+    if not folder.is_dir():
+        return Result("missing", f"no {folder}", meaning)
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder) as file:
+            file.write(b"0" * 2**20)
+    except OSError as error:
+        return Result("missing", f"{folder} can't be written ({error.strerror})", meaning)
+    free = shutil.disk_usage(folder).free / GIB
+    few = "little: a node's decode workers may need a few GiB (docker: --shm-size=8g)" if free < 1 else ""
+    return Result("note" if few else "ok", f"{free:.1f} GiB free", few)
 
 
 def _packages() -> Result:

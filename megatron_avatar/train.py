@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_avatar.resilience.ended import FAILED, INTERRUPTED, REFUSED, leave_on_signals, tell
@@ -25,6 +26,7 @@ def main(arguments: list[str]) -> int:
     from megatron_avatar.config import load_config
     from megatron_avatar.config.paths import check_inputs, check_model, refuse
     from megatron_avatar.config.world import check_start
+    from megatron_avatar.first_words import tell as tell_first
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("megatron.core").setLevel(logging.WARNING)
@@ -41,6 +43,7 @@ def main(arguments: list[str]) -> int:
         check_start(config, "megatron_avatar.train", arguments)
     except ValueError as error:
         return _refuse(error)
+    tell_first(f"{config.name}: the settings are sound; loading torch and Megatron ...")
     from megatron_avatar.policy.backend import start, stop  # torch and Megatron only once the settings are sound
     from megatron_avatar.policy.devices import refuse_cpu
     from megatron_avatar.resilience.attempts import NoProgress
@@ -60,6 +63,8 @@ def main(arguments: list[str]) -> int:
         if config.replay_step:
             return replay_step(config, backend)
         train(config, backend)
+        if backend.rank == 0:
+            print(last_words(config), file=sys.stderr)
     except Interrupted:
         if backend.rank == 0:
             print(f"stopped; state saved in {config.output_dir}. The same command continues.", file=sys.stderr)
@@ -78,6 +83,14 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
+def last_words(config: Config) -> str:
+    """What there is now, and where."""
+    folder = Path(config.output_dir)
+    export = folder / "export" / list(config.stages)[-1]
+    return (f"done: the model is in {export}, metrics in {folder / 'metrics.jsonl'}. To evaluate it: python -m "
+            f"eval.run model={export} benchmark=NAME data=FOLDER out=FOLDER")
+
+
 def _refuse(error: Exception) -> int:
     """A user's mistake, in words: to try again would change nothing."""
     print(f"error: {error}", file=sys.stderr)
@@ -87,6 +100,9 @@ def _refuse(error: Exception) -> int:
 
 def _plan(config: Config) -> int:
     """Print what the run would take; 0 where it fits the cluster, 2 where it doesn't."""
+    from megatron_avatar.first_words import tell as tell_first
+
+    tell_first(f"{config.name}: planning on shapes alone, nothing is started ...")
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a plan touches no GPU, where there is one
     from megatron_avatar.planning.plan import dry_run
 

@@ -165,7 +165,10 @@ def main(arguments: list[str]) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return watch(board, console) if options["watch"] == "true" else 0
+    status = watch(board, console) if options["watch"] == "true" else 0
+    told = "the runs, each with its export/, are" if status == 0 and options["watch"] == "true" else "the runs appear"
+    console.print(f"{told} in {folder}; the same command shows the table", highlight=False)
+    return status
 
 
 if __name__ == "__main__":

@@ -103,3 +103,11 @@ def test_calibration_is_measured_on_all_ranks_and_read_by_the_plan(tmp_path):
     rates = read_rates(config)
     assert (rates.train, rates.network) == (found["train_flops"], found["network"])
     assert "measured on cpu" in rates.source
+
+
+def test_shared_memory_that_cannot_be_written_is_missing(tmp_path):
+    from megatron_avatar.doctor import _shared_memory
+
+    assert _shared_memory(tmp_path).state in ("ok", "note")
+    assert _shared_memory(tmp_path / "none").found == f"no {tmp_path / 'none'}"
+    assert "shm-size" in _shared_memory(tmp_path / "none").meaning

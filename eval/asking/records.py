@@ -59,6 +59,9 @@ def _rows(benchmark: Benchmark, data: str, revision: str) -> Iterator[tuple[str,
         for number, row in enumerate(read_rows(source, 1, 0, 0)):
             yield row.origin, row.refused or {"_row": str(number), **(row.values or {})}
         return
+    if (Path(data) / "items.jsonl").is_file() and (Path(data) / "dataset.json").is_file():
+        raise ValueError(f"{data} holds a benchmark that is prepared: write prepared={data}, and data=FOLDER with the "
+                         "owners' files")
     for path in record_files(benchmark, Path(data)):
         if (reader := READERS.get(path.suffix)) is None:
             raise ValueError(f"{path}: write the records as JSON, JSONL, parquet, TSV or CSV")

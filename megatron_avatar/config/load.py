@@ -8,7 +8,6 @@ import re
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import fields, is_dataclass
-from difflib import SequenceMatcher
 from functools import cache
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -20,6 +19,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException, ValidationError
 
+from megatron_avatar.config.nearest import absent_stage, unknown
 from megatron_avatar.config.paths import fill, home
 from megatron_avatar.config.schema import Config
 from megatron_avatar.config.validate import validate
@@ -229,6 +229,8 @@ def _explain(error: BaseException, overrides: list[str]) -> str:
     if cause is None:
         return str(error)
     key: str = cause.full_key  # type: ignore[attr-defined]  # OmegaConf's and Hydra's errors have it
+    if any(item.lstrip("+").startswith(f"stages.{key}.") for item in overrides):  # of an added one: the last part alone
+        key = f"stages.{key}"
     where = re.match(r"In '?([\w/]+)'?:", str(error))
     prefix = f"{where[1]}.yaml: " if where else ""
     expected = _schema().get(_pattern(key))
@@ -236,12 +238,23 @@ def _explain(error: BaseException, overrides: list[str]) -> str:
         value = next((item.split("=", 1)[1] for item in overrides if item.lstrip("+").startswith(f"{key}=")), None)
         got = f", got '{value}'" if value is not None else f" ({str(cause.msg).splitlines()[0]})"
         return f"{prefix}{key}: expected {expected}{got}"
+    if (stage := re.fullmatch(r"stages\.([^.]+)", key)) and stage[1] not in (stages := _stages(overrides)):
+        return prefix + absent_stage(stage[1], stages)
     parent = _schema().get(_pattern(key.rpartition(".")[0]), "")
     if parent.startswith("dict"):
         return f"{prefix}{key}: there is no such entry. To add one write +{key}=..."
     if expected is not None:
         return f"{prefix}{key} can't be removed: give it another value"
-    return f"{prefix}unknown key '{key}'. The nearest valid name is '{_nearest(key)}'"
+    return prefix + unknown(key, _pattern(key), _schema(), _stages(overrides))
+
+
+def _stages(overrides: list[str]) -> list[str]:
+    """The stages of the recipe that the command line names; none where it can't be read."""
+    chosen = tuple(item for item in overrides if item.startswith("recipe="))
+    try:
+        return list(_compose(CONFIG_DIR, chosen)[0].stages)
+    except (HydraException, OmegaConfBaseException):
+        return []
 
 
 def _options(group: str) -> list[str]:
@@ -285,15 +298,3 @@ def _pattern(key: str) -> str:
     key = re.sub(r"^rl\.rewards\.[^.]+", "rl.rewards.*", key)
     return re.sub(r"^stages\.\*\.rewards\.[^.]+", "stages.*.rewards.*", key)
 
-
-def _nearest(key: str) -> str:
-    """The schema's key that is most like `key`, by its last part and as a whole."""
-
-    def likeness(candidate: str) -> float:
-        leaf = SequenceMatcher(None, pattern.rpartition(".")[2], candidate.rpartition(".")[2]).ratio()
-        return leaf + SequenceMatcher(None, pattern, candidate).ratio()
-
-    pattern = _pattern(key)
-    best = max((candidate for candidate in _schema() if not candidate.endswith("*")), key=likeness)
-    stage = re.match(r"stages\.([^.]+)", key)
-    return best.replace("*", stage[1] if stage else "NAME")

@@ -151,7 +151,8 @@ def check_model(folder: str, key: str = "model.path", needs: tuple[str, ...] = P
         if re.fullmatch(r"[\w-]+(\.[\w-]+)*/[\w.-]+", folder) and not path.parent.is_dir():
             return [f"{key}={folder} is no folder here: models are read from disk alone. To fetch it: {fetch(folder)}, "
                     f"then {key}=models/{path.name}"]  # fmt: skip
-        return [f"{key}={folder} is no folder, seen from {os.uname().nodename}: correct the path"]
+        begins = "" if path.is_absolute() else f", which begins at {Path.cwd()}"
+        return [f"{key}={folder} is no folder, seen from {os.uname().nodename}: correct the path{begins}"]
     there = {
         "config.json": (path / "config.json").is_file(),
         "weights": any(path.glob("*.safetensors")),

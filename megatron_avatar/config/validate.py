@@ -161,7 +161,9 @@ def _check_plan(config: Config) -> None:
         raise ValueError("model.path and model.shape are empty: a dry run plans for one of them, as model.shape=NAME")
     _at_least("cluster.gpus", cluster.gpus, 0)
     _above("cluster.gpu_memory_gib", cluster.gpu_memory_gib, 0)
-    _one_of("cluster.gpu", cluster.gpu, GPUS)
+    if cluster.gpu not in GPUS:
+        raise ValueError(f"cluster.gpu: '{cluster.gpu}' is not one of {', '.join(GPUS)}. Others are measured in two "
+                         "minutes: python -m megatron_avatar.doctor --calibrate; then write cluster.gpu=measured")
 
 
 def _check_lora(lora: LoraConfig) -> None:

@@ -204,7 +204,8 @@ def show(plan: Plan, console: Console) -> None:
     """Print the plan."""
     config, cluster, parallel = plan.config, plan.config.cluster, plan.config.parallel
     console.print(
-        f"[bold]{config.name}[/]: {config.model.path or config.model.shape}, {config.model.dtype}, {cluster.gpus} GPUs "
+        f"[bold]{config.name}[/]: {config.model.path or config.model.shape}, {config.model.dtype}, "
+        f"{cluster.gpus} GPU{'s' * (cluster.gpus != 1)} "
         f"({cluster.gpu}, {cluster.gpu_memory_gib:g} GiB): tp {parallel.tp} x pp {parallel.pp} x dp {plan.dp}, "
         f"sequence_parallel={str(parallel.sequence_parallel).lower()}, recompute={parallel.recompute}, "
         f"distributed_optimizer={str(parallel.distributed_optimizer).lower()}"

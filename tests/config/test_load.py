@@ -169,6 +169,15 @@ def test_overrides_reach_every_depth():
     ("override", "says"),
     [
         ("rl.n_onn=3", "unknown key 'rl.n_onn'. The nearest valid name is 'rl.n_on'"),
+        ("learning_rate=1", "unknown key 'learning_rate'. What others call learning_rate is 'optim.lr' here"),
+        ("batch_size=8", "What others call batch_size is 'stages.visual.prompts_per_step' here"),
+        ("rl.group_size=8", "What others call group_size is 'rl.n_on' here"),
+        ("xyzzy=1", "Nothing is like it; all settings: python -m megatron_avatar.config.reference"),
+        ("optim.frobnicate=1", "Nothing in optim is like it; it has beta1, beta2, clip_grad"),
+        ("stages.visual.foo=1", "Nothing in stages.visual is like it; it has data, kind, lr"),
+        ("stages.visul.steps=3", "stages.visul: the recipe has no such stage. The nearest is 'stages.visual'"),
+        ("+stages.visul.steps=3", "stages.visul: the recipe has no such stage. The nearest is 'stages.visual'"),
+        ("stages.wholly_other.steps=3", "no such stage; it has visual, audio_visual, localisation. To add one write"),
         ("n_on=3", "unknown key 'n_on'. The nearest valid name is 'rl.n_on'"),
         ("modle.path=x", "unknown key 'modle'. The nearest valid name is 'model'"),
         ("+rl.shaping.lamda=1", "unknown key 'rl.shaping.lamda'. The nearest valid name is 'rl.shaping.lam'"),
@@ -182,7 +191,7 @@ def test_overrides_reach_every_depth():
         ("rl.replay.draw_share=[a,b,c]", "rl.replay.draw_share[0]: expected list[float]"),
         ("stages.visual.rewards.format=good", "stages.visual.rewards.format: expected float, got 'good'"),
         ("rl.shaping=parabolic", "rl.shaping: expected a group of settings (shape, lam, span), got 'parabolic'"),
-        ("stages.first.steps=3", "stages.first: there is no such entry. To add one write +stages.first=..."),
+        ("stages.first.steps=3", "stages.first: the recipe has no such stage; it has visual"),
         ("ablation=wo_tass", "there is no such ablation. Choose one of: grpo, grpo_beta_matched, grpo_revisits,"),
         ("parallel=h300_80g", "parallel=h300_80g: there is no such parallel. Choose one of: a100_40g, a100_80g,"),
         ("model.shape=omni_7b", "model.shape='omni_7b' is none of parallel=NAME's (qwen2_5_omni_7b, "),
@@ -332,3 +341,13 @@ def test_paths_need_no_quotes_for_their_letters(monkeypatch):
     for meant in ("~stages.visual", "stages.visual.data=[ü]", "seed=0,1", "name='ü'", "name=${oc.env:HOME}"):
         assert readable(meant) == meant
     assert readable("+cluster.env.X=ü") == '+cluster.env.X="ü"'
+
+
+def test_every_alias_leads_to_a_setting_and_names_none():
+    from megatron_avatar.config.load import _schema
+    from megatron_avatar.config.nearest import ALIASES
+
+    keys = {key.replace("*", "NAME") for key in _schema()}
+    assert set(ALIASES) <= keys
+    names = [name for names in ALIASES.values() for name in names]
+    assert len(names) == len(set(names))
