@@ -5,7 +5,8 @@
 An operation is what the dispatcher sees and no view; the package's kernels count as the kernels that they launch.
 `decode_layer_ops` and `decode_outer_ops` are of one decode step (64 rows of 8 prompts), `update_layer_forward` and
 `update_layer_backward` of a layer of a packed group, `elementwise_bytes` what the layer's operations that are no matrix
-product or attention read and write, `recaptures` the CUDA graphs that a later call of `generate` would capture again,
+product or attention read and write, `head_ops` and `head_bytes` the same of the log-probabilities of 4,096 completion
+tokens, `recaptures` the CUDA graphs that a later call of `generate` would capture again,
 `host_reads_a_token` and `host_waits_a_token` how often the host asks for drawn tokens, and how often the device idles
 meanwhile.
 """
@@ -36,6 +37,7 @@ from megatron_avatar.policy.backend import start, stop
 from megatron_avatar.policy.build import build_policy
 from megatron_avatar.policy.cache import KeyValueCache, Room
 from megatron_avatar.policy.decode import INPUTS, Decoder
+from megatron_avatar.policy.logprobs import completion_logprobs
 from megatron_avatar.policy.model import OmniPolicy
 from megatron_avatar.policy.weights import load_hf
 from megatron_avatar.records import Prompt
@@ -133,6 +135,19 @@ def update_layer(policy: OmniPolicy) -> dict[str, Any]:
             "elementwise_bytes": {"forward": forward.bytes, "backward": backward.bytes}}  # fmt: skip
 
 
+def head_of(policy: OmniPolicy) -> dict[str, Any]:
+    """Operations of the log-probabilities of TOKENS completion tokens, and the bytes beside their products."""
+    weight = policy.output_weight.detach().requires_grad_()
+    hidden = torch.zeros(TOKENS, policy.config.hidden_size, dtype=weight.dtype, device=META, requires_grad=True)
+    ids = torch.zeros(TOKENS, dtype=torch.int64, device=META)
+    with Counted() as forward:
+        scores, _ = completion_logprobs(hidden, weight, ids, temperature=1.0, vocab_size=policy.vocab_size)
+    with Counted() as backward:
+        scores.sum().backward()
+    return {"head_ops": {"forward": forward.total, "backward": backward.total},
+            "head_bytes": {"forward": forward.bytes, "backward": backward.bytes}}  # fmt: skip
+
+
 class Replayed:
     """In a CUDA graph's place: the step again, on the tensors that it was captured with."""
 
@@ -205,7 +220,7 @@ def measure() -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in SHAPES:
         with shard(name) as policy:
-            found[name] = {**decode_step(policy), **update_layer(policy)}
+            found[name] = {**decode_step(policy), **update_layer(policy), **head_of(policy)}
     return {**found, **second_call()}
 
 

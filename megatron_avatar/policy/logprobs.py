@@ -15,6 +15,8 @@ from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_avatar.policy.kernels.head import add_chunk, new_state, rescale, scores_gradient
+
 # Logits of one chunk on one rank, in float32: 8 MiB stay in a CPU's cache, 256 MiB fill a GPU.
 CHUNK_LOGITS = {"cpu": 1 << 21, "cuda": 1 << 26, "meta": 1 << 26}  # a plan counts what a GPU would hold
 
@@ -51,7 +53,7 @@ def linear_float32(hidden: Tensor, weight: Tensor) -> Tensor:
 
 
 def _matmul_float32(a: Tensor, b: Tensor) -> Tensor:
-    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
+    if (a.is_cuda or a.is_meta) and a.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(a, b, out_dtype=torch.float32)
     return torch.mm(a, b).float()
 
@@ -63,25 +65,17 @@ class _CompletionLogprobs(torch.autograd.Function):
         group: dist.ProcessGroup | None, chunk_logits: int,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         ctx.settings = temperature, vocab_size, group, chunk_logits
-        highest = hidden.new_full((len(hidden),), torch.finfo(torch.float32).min, dtype=torch.float32)
-        # Sums over the vocabulary, with l = logit - highest: of exp(l), of exp(l) * l, and the target's logit.
-        total, weighted, target = highest.new_zeros((3, len(hidden))).unbind()
+        state = new_state(len(hidden), hidden.device)
         first = _first_row(weight, group)
         for chunk in _chunks(len(hidden), weight, vocab_size, group, chunk_logits):
-            logits, start = _logits(hidden, weight[chunk], temperature), first + chunk.start
-            owned = (target_ids >= start) & (target_ids < start + logits.shape[1])
-            own = logits.gather(1, (target_ids - start).where(owned, 0)[:, None])[:, 0]
-            target = own.where(owned, target)
-            total, weighted, highest = _rescale(total, weighted, highest, highest.maximum(logits.amax(dim=1)))
-            shifted = logits.sub_(highest[:, None])
-            exp = shifted.exp()
-            total += exp.sum(dim=1)
-            weighted += exp.mul_(shifted).sum(dim=1)
-            del logits, shifted, exp  # before the next chunk is made
+            logits = linear_float32(hidden, weight[chunk])
+            add_chunk(state, logits, target_ids, first + chunk.start, temperature)
+            del logits  # before the next chunk is made
+        highest, total, weighted, target = state.unbind()
         if group is not None:
             everywhere = highest.clone()
             dist.all_reduce(everywhere, dist.ReduceOp.MAX, group)
-            total, weighted, highest = _rescale(total, weighted, highest, everywhere)
+            total, weighted, highest = rescale(total, weighted, highest, everywhere)
             sums = torch.stack([total, weighted, target])
             dist.all_reduce(sums, group=group)
             total, weighted, target = sums.unbind()
@@ -102,12 +96,10 @@ class _CompletionLogprobs(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight) if wants_weight else None  # zeros stay for the padding
         first = _first_row(weight, group)
         for chunk in _chunks(len(hidden), weight, vocab_size, group, chunk_logits):
-            logits, start = _logits(hidden, weight[chunk], temperature), first + chunk.start
-            scores = logits.sub_(normaliser[:, None]).exp_().mul_(-grad[:, None])
-            owned = ((target_ids >= start) & (target_ids < start + logits.shape[1])).float()
-            place = (target_ids - start).clamp(0, logits.shape[1] - 1)
-            scores.scatter_add_(1, place[:, None], (owned * grad)[:, None])
-            scores = scores.to(weight.dtype)
+            logits = linear_float32(hidden, weight[chunk])
+            scores = scores_gradient(
+                logits, target_ids, normaliser, grad, first + chunk.start, temperature, weight.dtype
+            )
             if grad_hidden is not None:
                 grad_hidden += _matmul_float32(scores, weight[chunk])
             if grad_weight is not None:
@@ -125,19 +117,6 @@ def _chunks(
     return (slice(start, min(start + width, real)) for start in range(0, real, width))
 
 
-def _logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
-    """Logits [N, rows of the weight] over the temperature."""
-    logits = linear_float32(hidden, weight)
-    return logits if temperature == 1 else logits.div_(temperature)
-
-
 def _first_row(weight: Tensor, group: dist.ProcessGroup | None) -> int:
     """Token id of the weight's first row on this rank."""
     return 0 if group is None else len(weight) * group.rank()
-
-
-def _rescale(total: Tensor, weighted: Tensor, old: Tensor, new: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The sums relative to another maximum, `new` >= `old`: (total, weighted, new)."""
-    shift = old - new
-    scale = shift.exp()
-    return total * scale, (weighted + total * shift) * scale, new

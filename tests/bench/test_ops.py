@@ -5,8 +5,11 @@ from bench import ops
 
 def test_a_decode_step_launches_few_operations():
     with ops.shard("3b") as policy:
-        found = ops.decode_step(policy) | ops.update_layer(policy)
+        found = ops.decode_step(policy) | ops.update_layer(policy) | ops.head_of(policy)
+        logits = ops.TOKENS * policy.vocab_size
     assert found["decode_layer_ops"] <= 10 and found["decode_outer_ops"] <= 24
+    # Forward each logit is read once, backward read once and written once in half precision, and little else.
+    assert found["head_bytes"]["forward"] < 1.1 * 4 * logits and found["head_bytes"]["backward"] < 1.7 * 6 * logits
     assert found["update_layer_forward"] <= 24 and found["update_layer_backward"] <= 40
 
 

@@ -6,7 +6,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from megatron_avatar.policy.kernels import attend, draw, norm, rope, swiglu
+from megatron_avatar.policy.kernels import attend, draw, head, norm, rope, swiglu
 
 HALF, FULL, INTS, LONGS, DOUBLES = "*bf16", "*fp32", "*i32", "*i64", "*fp64"
 
@@ -37,6 +37,8 @@ KERNELS = {
                    dict(BLOCK=2048)),
     "draw_find": (draw._find_kernel, [FULL, "*i1", DOUBLES, FULL, DOUBLES, DOUBLES, INTS, LONGS, FULL, "i32", "fp32",
                                       "i32"], dict(GREEDY=False, BLOCK=2048, BLOCKS=128)),
+    "head": (head._add_kernel, [FULL, FULL, LONGS, "i32", "i32", "i32", "fp32"], dict(BLOCK=4096)),
+    "head_backward": (head._gradient_kernel, [FULL, LONGS, FULL, FULL, HALF, "i32", "i32", "fp32"], dict(BLOCK=4096)),
 }  # fmt: skip
 
 if __name__ == "__main__":
