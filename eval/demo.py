@@ -191,7 +191,7 @@ def main() -> None:
     if reused := [name for name in ledger.state["done"] if name in known]:
         console.print(f"done before, reused: {', '.join(reused)}")
     else:
-        console.print(f"about ten minutes on two free cores; everything goes to [bold]{out}[/]; Ctrl-C saves and stops")
+        console.print(f"everything goes to [bold]{out}[/]; Ctrl-C saves and stops, the same command goes on")
     try:
         run_all(jobs, reused, PROCESSES, console, tick=Growing(out), ended=lambda job, seconds, done: ledger.add(
             {job.name: seconds}, memory.peak_mib, done=job.name if done else None))  # fmt: skip
@@ -201,7 +201,7 @@ def main() -> None:
     ledger.add({"in all": time.monotonic() - began}, memory.peak_mib)
     write_results(out, arguments.seed, ledger)
     console.print(f"\nreport: [bold]{out / 'report.html'}[/]   ({(time.monotonic() - began) / 60:.1f} minutes)")
-    console.print(f"models: {', '.join(exported(out, name) for name in SYSTEMS[1:])}")
+    console.print(f"models: {', '.join(exported(out, name) for name in SYSTEMS[1:])}", soft_wrap=True)
 
 
 def write_results(out: Path, seed: int, ledger: Ledger) -> None:

@@ -47,6 +47,9 @@ def build(out: Path) -> Path:
     text = environment.get_template("reproduction.html.j2").render(
         name=out.name,
         families=there,
+        first=_first(answers),
+        contents=[(render.anchor(table), table["title"]) for table in written if table["small"] or _measured([table])],
+        shown=next((entry["name"] for entry in drawn["figures"]), None),
         study=answers,
         sections=[render.section(table) for table in small],
         paper_sections=[render.section(table) for table in written if not table["small"]],
@@ -100,6 +103,12 @@ def provenance(out: Path) -> dict[str, Any]:
         "trainings": trainings,
         "predictions": predictions,
     }  # fmt: skip
+
+
+def _first(answers: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """What came out, for the head of the page: the main effects that were measured."""
+    effects = [effect for effect in (answers or {}).get("effects", ()) if effect["found"]]
+    return [effect for effect in effects if effect["tests"] in ("primary", "secondary")][:4]
 
 
 def _measured(written: list[dict[str, Any]]) -> int:

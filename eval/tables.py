@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from eval.scoring.cells import Breakdown, Scored, cell, compare
 from eval.scoring.stats import holm
 
 TINY = "tiny"
+TINY_BASE = "tiny base"
 Record = dict[str, Any]
 Seeds = dict[int, Run]
 
@@ -70,7 +72,18 @@ def build(results: Results, name: str, protocol: str, *, small: bool) -> Record:
     if plan.get("paper") and not small:
         _note_contradictions(table)
     table["notes"] = list(dict.fromkeys(table["notes"]))
-    return table
+    return named_as_run(table) if small else table
+
+
+def named_as_run(table: Record) -> Record:
+    """A small table with the base that was run in the place of the published one's name."""
+
+    def own(text: str) -> str:
+        return re.sub(r"Qwen2\.5[- ](?:Omni|VL)(?:-\d+B)?", TINY_BASE, text)
+
+    for row in table["rows"]:
+        row["setting"] = own(row["setting"])
+    return table | {"baseline": own(table["baseline"]), "notes": [own(note) for note in table["notes"]]}
 
 
 def _columns(plan: Record, small: bool) -> list[Record]:

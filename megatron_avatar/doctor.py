@@ -281,6 +281,7 @@ def main() -> None:
             print(json.dumps(found, indent=None if options.json else 2))
             print(f"written to {options.calibrate}", file=sys.stderr)
         return
+    print("looking at this machine: packages, GPUs, decoders ...", file=sys.stderr, flush=True)
     results = examine()
     if options.json:
         print(json.dumps({name: asdict(result) for name, result in results.items()}, indent=2))

@@ -85,6 +85,9 @@ def main(arguments: list[str]) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    from megatron_avatar.first_words import tell
+
+    tell(f"exporting {request.run} to {request.out} ...")
     try:
         export(request)
     except (ValueError, RuntimeError, OSError) as error:

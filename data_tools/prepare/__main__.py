@@ -30,6 +30,9 @@ def main(arguments: list[str]) -> int:
         from data_tools.prepare.published import show
 
         return show()
+    from megatron_avatar.first_words import tell
+
+    tell("preparing: reading settings and the tokenizer ...")
     from rich.console import Console
 
     from data_tools.prepare.settings import parse

@@ -233,7 +233,7 @@ def comma_separated(table: Record) -> str:
 
 def section(table: Record) -> Markup:
     """The table as a part of an HTML page."""
-    parts = [Markup("<section>\n<h2>{}</h2>").format(table["title"])]
+    parts = [Markup('<section id="{}">\n<h2>{}</h2>').format(anchor(table), table["title"])]
     for grid in (overview(table), details(table)):
         head = Markup("")
         if grid.groups:
@@ -249,7 +249,14 @@ def section(table: Record) -> Markup:
         whole = '<div class="wide"><table>\n<caption>{}</caption>\n<thead>{}</thead>\n<tbody>{}</tbody>\n</table></div>'
         parts.append(Markup(whole).format(grid.caption, head, body))
     notes = Markup("\n").join(Markup("<li>{}</li>").format(line) for line in statement(table))
-    return Markup("\n").join([*parts, Markup("<ul>\n{}\n</ul>\n</section>").format(notes)])
+    folded = "<details><summary>Intervals, seeds, tests, and how the numbers came about</summary>\n{}\n<ul>\n{}\n</ul>"
+    parts[2:] = [Markup(folded + "\n</details>\n</section>").format(parts[2], notes)]
+    return Markup("\n").join(parts)
+
+
+def anchor(table: Record) -> str:
+    """What a link to the table's section names."""
+    return f"table-{table['name']}"
 
 
 def _html_row(cells: list[str], tag: str, kind: str = "") -> Markup:

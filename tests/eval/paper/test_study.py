@@ -1,6 +1,7 @@
 """The words of the small study and its provenance, from made-up runs whose effects are known."""
 
 import json
+import re
 
 import pytest
 
@@ -8,6 +9,7 @@ from eval.paper.study import _points, _word, study
 from eval.reproduction import build, provenance
 from eval.scoring.stats import Difference
 from tests.eval.made_up_reproduction import write_predictions, write_reproduction, write_training
+from tests.eval.test_report import Page
 
 
 def found(value, low, high, p):
@@ -108,4 +110,13 @@ def test_a_report_of_half_a_reproduction_says_what_is_missing(tmp_path):
 @pytest.mark.slow
 def test_a_whole_report(tmp_path):
     text = build(write_reproduction(tmp_path)).read_text()
+    page = Page(text)
+    assert all(source.startswith(("data:", "#")) for source in page.sources) and "script" not in page.tags
+    ids = set(re.findall(r'id="([^"]+)"', text))
+    assert {link[1:] for link in re.findall(r'<a href="(#[^"]+)"', text)} <= ids
+    assert text.index("In short") < text.index("<nav>") < text.index('id="tables"') < text.index('id="provenance"')
+    assert text.count("<table") == text.count('<div class="wide"><table'), "whatever is wide scrolls by itself"
+    small = text[text.index('id="table-small_av"') :].partition("</section>")[0]
+    assert "<td>tiny base</td>" in small and "Qwen2.5-Omni<" not in small
+    assert text.count("<summary>Intervals, seeds, tests") == text.count("<section id=")
     assert text.count("<figcaption") >= 7 and "&lt;b&gt;clip&lt;/b&gt;" in text and "<b>clip</b>" not in text
