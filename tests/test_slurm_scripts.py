@@ -82,7 +82,7 @@ def submit(tmp_path):
         settings = [f"model.path={folder}", f"data.manifest={tmp_path / 'manifest.jsonl'}",
                     f"output_dir={tmp_path / 'run'}"]
         done = subprocess.run(["bash", copy, *settings, *arguments], cwd=spool, env=job, capture_output=True, text=True,
-                              timeout=60)
+                              timeout=240)
         return done, record.read_text().splitlines() if record.exists() else []
 
     yield run

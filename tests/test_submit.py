@@ -75,7 +75,7 @@ def test_it_says_what_the_job_will_do_and_submits_it_once_slurm_would_take_it(pr
     done, lines = prompt(AVATAR, "seed=3", "-p", "gpu", "--comment", "x y", "~stages.localisation", **prompt.given)
     assert done.returncode == 0, done.stderr
     for words in ("(AVATAR_MODEL_7B, without a cold start)", "runs/avatar_7b: new", "tp 4 x pp 1 x dp 1", "by the plan",
-                  "time limit 3:50 h", "164 GiB a node by the plan, it gets 170", "no cold start", "--with-sft trains",
+                  "time limit 8:50 h", "164 GiB a node by the plan, it gets 170", "no cold start", "--with-sft trains",
                   "job 2: avatar_7b", "slurm-avatar_7b-2.out"):  # fmt: skip
         assert words in done.stdout, words
     asked, sent = lines

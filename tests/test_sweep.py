@@ -100,7 +100,7 @@ def test_sites_become_slurms_parameters(monkeypatch):
     task = Task("a", Path("run"), settings, Path("run/done.json"))
     assert task.config().model.path == "/models/Qwen2.5-Omni-7B", "of the site"
     assert slurm_parameters(task.requests()[0]) == {
-        "nodes": 2, "ntasks_per_node": 4, "cpus_per_task": 12, "time": 480, "partition": "gpu",
+        "nodes": 2, "ntasks_per_node": 4, "cpus_per_task": 12, "time": 1440, "partition": "gpu",
         "account": "my_project", "gres": "gpu:4", "mem": "110G",
         "additional_parameters": {"requeue": True, "constraint": "a100", "exclusive": True},
     }  # fmt: skip
