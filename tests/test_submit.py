@@ -79,7 +79,7 @@ def test_it_says_what_the_job_will_do_and_submits_it_once_slurm_would_take_it(pr
                   "job 2: avatar_7b", "slurm-avatar_7b-2.out"):  # fmt: skip
         assert words in done.stdout, words
     asked, sent = lines
-    options = ("--nodes=1 --ntasks-per-node=4 --cpus-per-task=12 --time=230 --gres=gpu:4 --mem=170G --signal=USR1@300 "
+    options = ("--nodes=1 --ntasks-per-node=4 --cpus-per-task=12 --time=530 --gres=gpu:4 --mem=170G --signal=USR1@300 "
                "--partition=gpu --comment=x y")  # fmt: skip
     assert asked == f"--test-only {options}"
     assert sent == (f"--parsable {options} {AVATAR} seed=3 ~stages.localisation "
