@@ -87,7 +87,8 @@ def test_log_probabilities_equal_the_cpu():
 
 
 def test_training_sees_what_generation_recorded(folder, backend):
-    """Prompts of every kind, decoded by CUDA graphs: probabilities agree to 2 % in half precision, in float32 to 1e-3."""
+    """Prompts of every kind, decoded by CUDA graphs: probabilities agree to 2 % in half precision, to 1e-3 in float32.
+    """
     for dtype, limit in (("bfloat16", 1.02), ("float16", 1.02), ("float32", 1.001)):
         policy = make_policy(folder, backend, dtype)
         prompts = list(tiny_prompts(policy.hf_config).values())
