@@ -42,7 +42,8 @@ main(["--tiny", "--trace", {str(tmp_path / "trace")!r}])
     update = told["recompute"]
     assert set(update) == {"none", "light", "selective", "full"}
     ratios = {name: part["done_tflops"] / part["needed_tflops"] for name, part in update.items()}
-    assert ratios["none"] == pytest.approx(ratios["light"]) and ratios["light"] < ratios["selective"] < ratios["full"] < 4 / 3 + 0.1
+    assert ratios["none"] == pytest.approx(ratios["light"])
+    assert ratios["none"] < ratios["selective"] < ratios["full"] < 4 / 3 + 0.1
     assert 0.3 < told["sure"]["head_entropy"] < 1.2 and told["sure"]["logprob_error"] < 1.05
     assert sum(told["sure"]["by_entropy"]["tokens"]) == 2 * 3 * 6
     assert "avatar::attend" in done.stderr and told["profiles"]["decode"]["calls"] > 10
