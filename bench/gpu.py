@@ -10,7 +10,9 @@ pixels, 12 s of sound, a question), 8 completions of 512 tokens each, groups of 
   as a copy on this GPU reaches it and as published; with the step as a CUDA graph, and without;
 - the update, forward, backward and AdamW: the share of the GPU's peak (MFU), recomputation not counted as work; and
   how much longer the same completions take row by row, each with its prompt;
-- mean exp|log-probability difference| of the same tokens between generation and training.
+- mean exp|log-probability difference| of the same tokens between generation and training;
+- and what gpu_parts.py has: sure heads, rows, recomputation, profiles, transformers and DALI beside it. Each part is
+  printed when it ends; one that fails says so and ends no other. --parts=none leaves them out, --trace keeps traces.
 
 Weights have unit gain and logits a deviation of 3, so that rounding matters as much as in a trained model. Needs
 torch, transformers and Megatron-Core. Takes a few minutes.
@@ -19,9 +21,8 @@ torch, transformers and Megatron-Core. Takes a few minutes.
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
+from bench.gpu_parts import PARTS, timed
 from bench.timing import JSON_HELP, in_turns, is_default, medians, report
 from megatron_avatar import config
 from megatron_avatar.config.schema import ModelConfig, OptimConfig, ParallelConfig, RLConfig, SamplingConfig
@@ -73,16 +75,29 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="a model and a step for any machine; nothing is kept")
     parser.add_argument("--json", action="store_true", help=JSON_HELP)
+    parser.add_argument("--parts", nargs="*", default=list(PARTS), metavar="PART", help=f"of {', '.join(PARTS)}; none")
+    parser.add_argument("--trace", type=Path, metavar="FOLDER", help="keep the profiles' traces there")
     options = parser.parse_args(arguments)
+    parts = [part for part in options.parts if part != "none"]
+    if unknown := set(parts) - set(PARTS):
+        parser.error(f"--parts: {', '.join(sorted(unknown))} is none of {', '.join(PARTS)}")
     if not options.tiny and not torch.cuda.is_available():
         parser.error("torch finds no GPU; --tiny runs without one")
     size = TINY if options.tiny else Size()
     backend = backends.start(ParallelConfig())
     try:
-        result = Bench(size, backend).run()
+        bench = Bench(size, backend)
+        result = bench.run()
+        tell("step", result)
+        result["parts"] = {part: bench.part(part, options.trace) for part in parts}
     finally:
         backends.stop()
     report("gpu", result, as_json=options.json, keep=is_default(parser, options))
+
+
+def tell(part: str, found: dict[str, Any]) -> None:
+    """A part's figures on a line of their own, once they are known."""
+    print(json.dumps({part: found}, default=lambda value: value.tolist()), flush=True)
 
 
 class Bench:
@@ -140,7 +155,7 @@ class Bench:
         """Seconds of a step's parts before the update, each after a first call that isn't counted; and its groups."""
         media = self.policy.embed_media(self.prompts)
         rows = self.generate(self.size.new_tokens, media)
-        groups = [make_group(prompt, part) for prompt, part in zip(self.prompts, rows, strict=True)]
+        groups = self.groups(rows)
         self.learner.reference_logprobs(groups, media)
         parts = {
             "towers": timed(lambda: self.policy.embed_media(self.prompts)),
@@ -150,6 +165,18 @@ class Bench:
         }
         parts["decode"] -= parts["prefill"]
         return parts, groups, media
+
+    def part(self, name: str, trace: Path | None) -> dict[str, Any]:
+        """A part of gpu_parts.py, told; what it failed by where it did."""
+        try:
+            found = PARTS[name](self, trace) if name == "profiles" else PARTS[name](self)
+        except Exception as error:  # the others are worth having
+            found = {"error": f"{type(error).__name__}: {error}"[:300]}
+        tell(name, found)
+        return found
+
+    def groups(self, rows: list[list[Completion]]) -> list[Group]:
+        return [make_group(prompt, part) for prompt, part in zip(self.prompts, rows, strict=True)]
 
     def generate(self, new_tokens: int, media: list) -> list[list[Completion]]:
         sampling = SamplingConfig(max_new_tokens=new_tokens)
@@ -208,16 +235,6 @@ class Bench:
             "speedup_rows": turns["rows"] / turns["groups"],
             "token_bound": size.completions * (prefix + size.new_tokens) / (prefix + tokens),
         }
-
-
-def timed(work: Callable[[], Any]) -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def published_peak() -> Peaks | None:

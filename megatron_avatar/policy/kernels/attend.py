@@ -10,11 +10,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from megatron_avatar.policy.kernels.device import next_power, runs_triton
+from megatron_avatar.policy.kernels.device import next_power, runs_triton, tl, triton
 
 STRETCH = 512  # of a row's own tokens, one program
 KEYS = 64  # worked on at a time

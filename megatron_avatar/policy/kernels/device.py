@@ -4,9 +4,20 @@ from __future__ import annotations
 
 import functools
 import logging
+from importlib import import_module
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
+
+triton: Any
+tl: Any
+try:
+    triton, tl = import_module("triton"), import_module("triton.language")
+    MISSING = ""
+except ImportError as error:  # then nothing calls the kernels, which are there as plain functions
+    triton, tl, MISSING = SimpleNamespace(jit=lambda function: function), None, str(error)
 
 CAPABILITY = (8, 0)
 log = logging.getLogger(__name__)
@@ -24,11 +35,8 @@ def _obstacle(index: int) -> str:
     reason = ""
     if torch.cuda.get_device_capability(index) < CAPABILITY:
         reason = f"{torch.cuda.get_device_name(index)} is below compute capability 8.0"
-    else:
-        try:
-            import triton  # noqa: F401
-        except ImportError as error:
-            reason = f"Triton is not to be had ({error})"
+    elif MISSING:
+        reason = f"Triton is not to be had ({MISSING})"
     if reason:
         log.warning("torch's operations in place of the package's kernels: %s", reason)
     return reason

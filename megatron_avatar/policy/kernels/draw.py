@@ -8,11 +8,9 @@ number falls, and the token inside of it. Sums are float64, in the vocabulary's 
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from megatron_avatar.policy.kernels.device import next_power, runs_triton
+from megatron_avatar.policy.kernels.device import next_power, runs_triton, tl, triton
 
 BLOCK = 2048
 

@@ -8,11 +8,9 @@ largest l, sum exp(l - largest), sum exp(l - largest) * (l - largest), and the t
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from megatron_avatar.policy.kernels.device import runs_triton
+from megatron_avatar.policy.kernels.device import runs_triton, tl, triton
 
 BLOCK = 4096
 

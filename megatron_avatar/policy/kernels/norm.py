@@ -10,11 +10,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from megatron_avatar.policy.kernels.device import next_power, runs_triton
+from megatron_avatar.policy.kernels.device import next_power, runs_triton, tl, triton
 
 ROWS_A_PROGRAM = 64  # of the backward pass, whose sums over rows for the weight are written once a program
 

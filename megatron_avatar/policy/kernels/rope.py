@@ -10,11 +10,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from megatron_avatar.policy.kernels.device import next_power, runs_triton
+from megatron_avatar.policy.kernels.device import next_power, runs_triton, tl, triton
 
 
 def split_rope(mixed: Tensor, angles: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,11 +6,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from megatron_avatar.policy.kernels.device import runs_triton
+from megatron_avatar.policy.kernels.device import runs_triton, tl, triton
 
 BLOCK = 1024
 
