@@ -25,7 +25,7 @@ console = Console()
 SYSTEMS = ("base", "sft", "grpo", "avatar")
 PACKAGES = ("torch", "megatron-core", "transformers", "nvidia-dali-cuda130", "h5py", "hydra-core", "numpy", "av")
 PROCESSES = 2  # side by side, one core each
-RENDER_S = 30.0  # between two states of the growing report, and at most a tenth of the time
+RENDER_S = 60.0  # between two states of the growing report; at first less, and at most a twentieth of the time
 
 
 class Ledger:
@@ -152,7 +152,7 @@ class Growing:
     """The report while its run goes on: written anew now and then, so that it can be opened at any time."""
 
     def __init__(self, out: Path) -> None:
-        self._out, self._next, self._told = out, 0.0, False
+        self._out, self._next, self._written = out, 0.0, 0
 
     def __call__(self) -> None:
         if time.monotonic() < self._next or not any((self._out / n / "metrics.jsonl").exists() for n in SYSTEMS):
@@ -165,10 +165,11 @@ class Growing:
         except (ValueError, OSError):  # a line that is being written
             self._next = time.monotonic() + 1
             return
-        if not self._told:
+        self._written += 1
+        if self._written == 1:
             console.print(f"open [bold]{self._out / 'report.html'}[/] in a browser: it grows until the end")
-            self._told = True
-        self._next = time.monotonic() + max(RENDER_S, 9 * (time.monotonic() - began))
+        now = time.monotonic()
+        self._next = now + max(min(RENDER_S, 15.0 * self._written), 19 * (now - began))
 
 
 def main() -> None:

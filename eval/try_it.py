@@ -74,13 +74,18 @@ def write_page(out: Path, manifest: Path, files: dict[str, Path], model: Path) -
         choices = ", ".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, sample.choices, strict=False))
         console.print(f"\n{sample.question} {choices}\n  right answer: {sample.answer}", markup=False)
         for name, prediction in clip.answers:
-            console.print(f"  {name + ':':<9}{prediction['text'] if prediction else 'nothing'}", markup=False)
+            console.print(f"  {name + ':':<9}{prediction['text'] if prediction else 'nothing'}", markup=False,
+                          soft_wrap=True)  # fmt: skip
     return page
 
 
 def trained_model(asked: Path | None) -> Path:
     """The model that answers beside the base: the one asked for, the demo's of this machine, or the shipped one."""
     return asked or next((path for path in (OWN, SHIPPED) if (path / "config.json").is_file()), BASE)
+
+
+def seen_from_here(path: Path) -> Path:
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def main(arguments: list[str]) -> int:
@@ -95,9 +100,9 @@ def main(arguments: list[str]) -> int:
         manifest = make_clips(parsed.out / f"seed_{parsed.seed}", parsed.seed)
         files = {}
         for name, folder in {"base": BASE, "trained": model}.items():
-            console.print(f"{name}: {folder} answers ...", markup=False)
+            console.print(f"{name}: {seen_from_here(folder)} answers ...", markup=False)
             files[name] = answer(manifest, manifest.parent, name, folder)
-        page = write_page(parsed.out, manifest, files, model)
+        page = write_page(parsed.out, manifest, files, seen_from_here(model))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -91,6 +91,7 @@ def test_one_rank_of_a_replica_asks_and_an_absent_judge_is_named_at_once(world):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_reward_of_ones_own_trains_and_its_fault_stops_the_run(world):
     """By the real command: a worker's worker of the tests' forked ranks would outlive its parent's end."""
 
