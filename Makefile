@@ -11,6 +11,8 @@ INSTALLED := .venv/.installed
 # A file's tests stay together, as they share what they make; two workers, or one a processor up to four.
 PYTEST := -rs -n logical --maxprocesses=4 --dist=loadfile
 COVERAGE := .coverage_data
+# What `make test-all` is measured by; MEASURE= leaves it out.
+MEASURE := -m coverage run
 
 help: ## show these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -29,14 +31,14 @@ test: $(INSTALLED) ## something of every part, in minutes
 
 test-all: $(INSTALLED) ## all that needs neither Slurm nor a GPU, and which lines and branches it ran
 	@rm -rf $(COVERAGE) && status=0 && \
-	  $(VENV) -m coverage run -m pytest $(PYTEST) -m "not slurm and not gpu" || status=$$?; \
+	  $(VENV) $(MEASURE) -m pytest $(PYTEST) -m "not slurm and not gpu" || status=$$?; [ -n "$(MEASURE)" ] || exit $$status; \
 	{ $(VENV) -m coverage combine --quiet && $(VENV) -m tests.covered; } || status=$$((status ? status : 1)); exit $$status
 
 test-slurm: $(INSTALLED) ## real jobs on a Slurm of this machine; installs Debian's packages where it may
 	@command -v slurmctld /usr/sbin/slurmctld >/dev/null || if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	  apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends slurm-wlm munge; \
 	else echo 'error: Slurm is not installed: apt install slurm-wlm munge' >&2; exit 1; fi
-	@$(VENV) -m pytest tests/slurm -m slurm -rs
+	@$(VENV) -m pytest tests/slurm -m slurm -rs --durations=0 --durations-min=1
 
 slurm-up: $(INSTALLED) ## start a Slurm of four make-believe nodes on this machine
 	@$(VENV) slurm/local/cluster.py up
