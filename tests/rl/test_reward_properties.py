@@ -104,6 +104,11 @@ def test_spellings_of_one_number_vote_together(pair):
         assert canonical(one, make(kind, "7")) == canonical(other, make(kind, "7"))
 
 
+def test_tiny_values_with_a_unit_vote_apart():
+    votes = [canonical(text, make("math", "1")) for text in ("1.6e-19 C", "6.63e-34 J", "1.6e-19", "two thirds", "2/3")]
+    assert votes[0] == votes[2] != votes[1] and votes[3] == votes[4]
+
+
 UNITS = ["m", "kg", "s", "km/h", "m^2", "cm³", "°C", "m/s^2", "miles per hour", "percent"]
 
 

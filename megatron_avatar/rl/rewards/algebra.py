@@ -72,7 +72,9 @@ def key(text: str) -> str | None:
     items = _read(text)
     found = _measure(text, items, True)
     if found is not None and (found[1] or items is None):
-        return str(Fraction(found[0].value).limit_denominator(10**9))
+        value = found[0].value
+        short = Fraction(value).limit_denominator(10**9)
+        return str(short if math.isclose(short, value, rel_tol=1e-12) else Fraction(repr(value)))
     if items is None:
         return None
     try:
