@@ -9,9 +9,11 @@ from functools import partial
 
 import pytest
 
+from eval.predict import lock_of
 from eval.run import main
 from eval.scoring.predictions import correct, read_predictions
 from megatron_avatar.config.asked import FILE
+from megatron_avatar.locks import held
 from tests.training.small import ROOT
 
 
@@ -74,6 +76,13 @@ def test_a_model_asked_in_other_words_than_in_its_training_is_said(world, tmp_pa
     (model / FILE).write_text("{}")
     assert main(arguments(world, tmp_path / "third", f"model={model}", "limit=1")) == 2
     assert f"{FILE} can't be read" in capsys.readouterr().err
+
+
+def test_a_second_evaluation_into_one_file_is_refused_by_the_name_of_the_first(world, tmp_path, capsys):
+    with held(lock_of(tmp_path / "held_out.ours.jsonl"), "eval.run"):
+        assert main(arguments(world, tmp_path, "limit=1")) == 2
+    assert "held by eval.run (process" in capsys.readouterr().err and not list(tmp_path.glob("*.jsonl"))
+    assert main(arguments(world, tmp_path, "limit=1")) == 0
 
 
 @pytest.mark.slow

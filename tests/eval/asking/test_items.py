@@ -116,6 +116,15 @@ def test_files_that_hold_no_records_are_refused(tmp_path, name, content, said):
         items_of(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["r.csv", "r.tsv", "r.json"])
+def test_a_byte_order_mark_belongs_to_no_column(tmp_path, name):
+    sign = "," if name == "r.csv" else "\t"
+    table = "\n".join(sign.join(row) for row in (("qid", "q", "gold"), ("a", "Which?", "A"), ("b", "Where?", "B")))
+    keyed = json.dumps({"first": ROWS[0], "second": ROWS[1]})
+    (tmp_path / name).write_text("\ufeff" + (keyed if name == "r.json" else table), encoding="utf-8")
+    assert [values["qid"] for _, values in read_records(benchmark(), str(tmp_path))] == ["a", "b"]
+
+
 DEEP = '{"qid": "z", "q": ' + "[" * 5000 + "]" * 5000 + "}"
 ODD = ["[1]", DEEP, '{"qid": "z"', *(json.dumps({**ROWS[0], "qid": f"z{k}", **odd}) for k, odd in enumerate([
     {"q": [3, {"x": 1}]}, {"gold": None}, {"opts": 5}, {"opts": ["Red", {"a": 1}]}, {"q": "cut \ud83d"},
