@@ -13,7 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 ROOT = Path(__file__).parent.parent
 # What a training's result depends on; results of other code are not gone on with.
-CODE = ("bench/tabular.py", "megatron_avatar/keyed.py", "megatron_avatar/planning/dynamics.py",
+CODE = ("bench/dynamics.py", "bench/tabular.py", "megatron_avatar/keyed.py", "megatron_avatar/records.py",
+        "megatron_avatar/planning/dynamics.py", "megatron_avatar/data/loader.py", "megatron_avatar/config/*.py",
         "megatron_avatar/config/**/*.yaml", "megatron_avatar/rl/**/*.py")  # fmt: skip
 
 
@@ -23,8 +24,11 @@ class Journal:
     def __init__(self, path: Path | None, total: int) -> None:
         self._path, self._code = path, _digest(CODE)
         self._known: dict[str, list] = {}
+        self._cut = False  # whether the file ends in the middle of a line
         if path is not None and path.exists():
-            for line in path.read_text().splitlines():
+            text = path.read_text()
+            self._cut = bool(text) and not text.endswith("\n")
+            for line in text.splitlines():
                 try:
                     record = json.loads(line)
                 except json.JSONDecodeError:  # the last line of a command that was stopped in the middle of it
@@ -58,7 +62,9 @@ class Journal:
             if self._path is not None:
                 self._path.parent.mkdir(exist_ok=True)
                 with self._path.open("a") as file:
-                    file.write(json.dumps({"key": key, "code": self._code, "result": self._known[key]}) + "\n")
+                    line = json.dumps({"key": key, "code": self._code, "result": self._known[key]})
+                    file.write(("\n" if self._cut else "") + line + "\n")
+                self._cut = False
         self._progress.advance(self._task)
         value, count = self._known[key]
         return value, count

@@ -35,6 +35,14 @@ from megatron_avatar.resilience import ended
 
 def main(arguments: list[str]) -> int:
     """Evaluate from the command line; returns the exit status."""
+    try:
+        return _main(arguments)
+    except Exception:
+        ended.tell(ended.FAILED)  # else the others, told to leave, are all that the launcher hears of
+        raise
+
+
+def _main(arguments: list[str]) -> int:
     if not arguments:
         print(__doc__)
         return 2

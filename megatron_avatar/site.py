@@ -29,6 +29,7 @@ KNOWN = (("gh200", "h100", 96), ("h200", "h200", 140), ("h100", "h100", 80), ("a
 SIZES = "40|64|80|94|96|141|144"
 RANK = {"h200": 3, "h100": 2, "a100": 1}
 SOFTWARE = re.compile(r"^(cuda|cudatoolkit|nccl|aws-ofi-nccl|apptainer|singularity|pytorch|nvhpc|python)\b", re.I)
+SLICE = re.compile(r"\d+g\.\d+gb", re.I)  # MIG: a part of a GPU, alone or behind the GPU's name
 INTERFACES = re.compile(r"^(ib|hsn|roce|bond|en|eth)")
 
 
@@ -76,10 +77,11 @@ class Site:
 def model(words: str) -> tuple[str, int, bool]:
     """(cluster.gpu, GiB, whether they are told and not guessed) of a GPU in Slurm's words: a type, features, a
     partition's name. ("", 0, False) where it is none that plans know."""
-    words = words.lower()
+    each = re.split(r"[^\w.-]+", words.lower())
     for name, gpu, gib in KNOWN:
-        if name in words:
-            told = re.search(rf"{name}[\w.-]*?[-_]({SIZES})g?b?(?![\da-z])|(?<![\da-z])({SIZES})gb?(?![\da-z])", words)
+        if own := [word for word in each if re.search(rf"{name}(?!\d)", word)]:  # a1000 is another
+            size = rf"{name}[\w.-]*?[-_]({SIZES})g?b?(?![\da-z])|(?<![\da-z.])({SIZES})gb?(?![\da-z])"
+            told = next(filter(None, (re.search(size, word) for word in own)), None)
             return gpu, min(140, int(told[1] or told[2])) if told else gib, bool(told) or gpu == "h200"
     return "", 0, False
 
@@ -126,7 +128,7 @@ def _fields(line: str) -> dict[str, str]:
 
 def _node(name: str, cpus: str, shape: str, mib: str, gres: str, features: str) -> Node:
     parts = (re.match(r"gpu(?::([^:()]+?))??:(\d+)(?:\(|$)", part) for part in re.split(r",(?![^(]*\))", gres))
-    gpus = tuple((part[1] or "", int(part[2])) for part in parts if part and not re.match(r"\d+g\.", part[1] or ""))
+    gpus = tuple((part[1] or "", int(part[2])) for part in parts if part and not SLICE.search(part[1] or ""))
     count, threads, memory = (int(re.sub(r"\D.*", "", text) or 0) for text in (cpus, shape.rpartition(":")[2], mib))
     return Node(name.strip(), count, threads, memory, gpus, f"{gres},{features}".lower())
 
@@ -191,12 +193,14 @@ def _nodes(chosen: Partition | None, answered: bool) -> Iterator[tuple[str, obje
     nodes = chosen.with_gpus() if chosen else []
     kind, count = chosen.kind if chosen else ("", 0)
     words = " ".join([kind, *(node.words for node in nodes[:1]), chosen.name if chosen else ""])
-    gpu, gib, sure = model(words)
+    gpu, gib, sure = model(kind)
+    if not sure and (guess := model(words))[0] and gpu in ("", guess[0]):  # features and names may mean anything
+        gpu, gib, _ = guess
     if nodes:
         yield "", None, f"{len(nodes)} nodes in {chosen.name if chosen else ''}: {nodes[0].name} to {nodes[-1].name}"
     yield "gpu", gpu or "h100", "" if gpu else (f"DECIDE: Slurm says {kind or 'nothing of GPUs'}; a100, h100 or h200, "
                                                 "measured (after --calibrate on such a GPU), or cpu")  # fmt: skip
-    yield "gpu_memory_gib", gib or 80, "" if sure else "DECIDE: nvidia-smi on a node says it"
+    yield "gpu_memory_gib", gib or 80, "" if sure else "DECIDE: a guess; nvidia-smi on a node says it"
     yield "gpus_per_node", count or 4, "" if count else "DECIDE: Slurm doesn't count them"
     yield "gres", (f"gpu:{kind}:{{n}}" if kind else "gpu:{n}") if count or not answered else "", \
         "" if count else "empty: the site keeps no account of GPUs" if answered else ""  # fmt: skip

@@ -18,9 +18,9 @@ if __name__ == "__main__":
     sys.path[0] = str(ROOT)
 
 from eval.asking.benchmark import load_benchmark, names  # noqa: E402
-from eval.request import parse  # noqa: E402
+from eval.request import Request, parse  # noqa: E402
 from megatron_avatar.config import Config  # noqa: E402
-from megatron_avatar.config.paths import given, variable  # noqa: E402
+from megatron_avatar.config.paths import given, home, variable  # noqa: E402
 from megatron_avatar.config.world import torchrun  # noqa: E402
 from megatron_avatar.planning import outline  # noqa: E402
 from megatron_avatar.resilience import ended, queue  # noqa: E402
@@ -33,15 +33,16 @@ OUT = "runs/eval"
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One task: its benchmark, eval.run's words, and the engine's configuration."""
+    """One task: eval.run's words, what they ask for, and the engine's configuration."""
 
-    benchmark: str
     words: list[str]
+    request: Request
     config: Config
 
 
 def evaluations(settings: list[str]) -> list[Evaluation]:
     """A task for each benchmark, in an order that stays. ValueError with what is missing."""
+    settings = [home(item) for item in settings]
     own = dict(item.partition("=")[::2] for item in settings if item.partition("=")[0] in ("data", "benchmarks"))
     rest = [item for item in settings if item.partition("=")[0] not in own]
     folder = Path(own.get("data") or given("benchmarks", site_paths(rest)))
@@ -59,24 +60,28 @@ def evaluations(settings: list[str]) -> list[Evaluation]:
                          f"{' '.join(lacking)} says what fetches them")  # fmt: skip
     if not there:
         raise ValueError(f"data={folder} has none of the benchmarks' folders ({', '.join(names()[:3])} ...)")
-    keys = {item.partition("=")[0]: item.partition("=")[2] for item in rest}
-    run = Path(keys.get("model", ""), "config.yaml").is_file()
-    more = [] if run or "recipe" in keys else ["recipe=avatar_7b"]
+    keys = {item.partition("=")[0] for item in rest}
+    more = [] if of_run(rest) or "recipe" in keys else ["recipe=avatar_7b"]
     more += [] if "out" in keys else [f"out={OUT}"]
     found = []
     for name in named or there:
         words = [f"benchmark={name}", f"data={folder / name}", *rest, *more]
-        found.append(Evaluation(name, words, parse(words)[1]))
+        found.append(Evaluation(words, *parse(words)[:2]))
     return found
+
+
+def of_run(settings: list[str]) -> bool:
+    """Whether the model is a run, whose recipe and site are its own."""
+    model = next((home(s).partition("=")[2] for s in reversed(settings) if s.startswith("model=")), "")
+    return Path(model, "config.yaml").is_file()
 
 
 def asked(tasks: list[Evaluation], nodes: int, per_node: int) -> request.Request:
     """What each task of the array asks for: the longest one's time."""
     config = tasks[0].config
     where = outline.of(config, nodes, per_node)
-    n = next((int(w.partition("=")[2]) for w in tasks[0].words if w.startswith("n=")), 1)
-    hours = max(outline.evaluation_hours(t.config, where, load_benchmark(t.benchmark).source.items or 1000, n)
-                for t in tasks)  # fmt: skip
+    hours = max(outline.evaluation_hours(t.config, where, load_benchmark(t.request.benchmark).source.items or 1000,
+                                         t.request.n) for t in tasks)  # fmt: skip
     return request.make(config, nodes, per_node, hours, outline.evaluation_memory(config, where),
                         margin=request.COMMAND_MARGIN)  # fmt: skip
 
@@ -85,7 +90,8 @@ def submit(script: Path, arguments: list[str]) -> int:
     words = split(arguments)
     if trained := words.own - {"--check"}:
         raise ValueError(f"{', '.join(sorted(trained))}: of a training (bash slurm/avatar_7b.sh), not of an evaluation")
-    tasks = evaluations(words.settings)
+    sent = with_names(words.settings, evaluations(words.settings))
+    tasks = evaluations(sent)  # as the tasks will read them
     config = tasks[0].config
     replica = config.parallel.tp * config.parallel.pp
     spread = outline.layout(replace_gpus(config, config.cluster.gpus or replica))
@@ -102,24 +108,25 @@ def submit(script: Path, arguments: list[str]) -> int:
     line = [*one.line(), *signal, *array, *words.options]
     here = torchrun(replica, "eval.run", tasks[0].words)
     request.first_accepted([one], lambda _: line, otherwise=f"without Slurm ask one after the other here: {here}")
-    out = next(w.partition("=")[2] for w in tasks[0].words if w.startswith("out="))
     limit = "" if one.minutes is None else f", {one.minutes // 60}:{one.minutes % 60:02} h at most"
-    print(f"{len(tasks)} benchmarks: {', '.join(task.benchmark for task in tasks)}\n  each on {nodes} x {per_node} "
-          f"processes{limit}, into {out}")  # fmt: skip
+    benchmarks = ", ".join(task.request.benchmark for task in tasks)
+    print(f"{len(tasks)} benchmarks: {benchmarks}\n  each on {nodes} x {per_node} processes{limit}, into "
+          f"{tasks[0].request.out}")  # fmt: skip
     if "--check" in words.own:
         return 0
-    job = submitted([*line, str(script), *with_names(words.settings, tasks)])
+    job = submitted([*line, str(script), *sent])
     print(f"job {job}: tasks 0 to {len(tasks) - 1}; logs: slurm-avatar-eval-{job}_N.out")
     return 0
 
 
 def with_names(settings: list[str], tasks: list[Evaluation]) -> list[str]:
-    """The settings with the benchmarks and their folder named: what is there may change until the tasks start."""
+    """The settings with the benchmarks and their folder named: what is there may change until the tasks start. So may
+    the site, which a run has of its own."""
     rest = [s for s in settings if s.partition("=")[0] not in ("benchmarks", "data")]
-    folder = next(w.partition("=")[2] for w in tasks[0].words if w.startswith("data="))
-    site = os.environ.get("AVATAR_CLUSTER")
-    site = [f"cluster={site}"] if site and not any(s.startswith("cluster=") for s in rest) else []
-    return [f"data={Path(folder).parent}", f"benchmarks={','.join(t.benchmark for t in tasks)}", *rest, *site]
+    site = os.environ.get("AVATAR_CLUSTER", "")
+    named = not site or of_run(rest) or any(s.startswith("cluster=") for s in rest)
+    folder, names = Path(tasks[0].request.data).parent, ",".join(t.request.benchmark for t in tasks)
+    return [f"data={folder}", f"benchmarks={names}", *rest, *([] if named else [f"cluster={site}"])]
 
 
 def replace_gpus(config: Config, gpus: int) -> Config:
@@ -133,9 +140,9 @@ def task(arguments: list[str]) -> str:
         raise ValueError(f"the array has a task {number}, and there are {len(tasks)} benchmarks: write "
                          f"--array=0-{len(tasks) - 1}")  # fmt: skip
     one, config = tasks[number], tasks[number].config
-    config.data.manifest = next(w.partition("=")[2] for w in one.words if w.startswith("data=")) + "/records"
-    config.model.path = config.model.path or next(w.partition("=")[2] for w in one.words if w.startswith("model="))
-    out = Path(next(w.partition("=")[2] for w in one.words if w.startswith("out="))).absolute()
+    config.data.manifest = one.request.data + "/records"
+    config.model.path = config.model.path or one.request.model
+    out = Path(one.request.out).absolute()
     out.mkdir(parents=True, exist_ok=True)
     if not any(out.is_relative_to(seen) for seen in (Path.cwd(), Path(config.output_dir).absolute())):
         config.cluster.mounts = [*config.cluster.mounts, f"{out}:{out}"]  # a container has to see it
@@ -153,7 +160,11 @@ def task(arguments: list[str]) -> str:
 def end(status: int) -> int:
     """The job's exit status, from its launcher's and from what its processes told. What was stopped with its answers
     kept is put back into the queue."""
-    means = ended.settled(os.environ["AVATAR_ENDED"], status)
+    try:
+        means = ended.settled(os.environ["AVATAR_ENDED"], status)
+    except OSError as error:  # of the disk, no mistake of the user's
+        print(f"error: how the processes ended can't be read: {error}", file=sys.stderr)
+        return status or ended.FAILED
     if means == ended.INTERRUPTED:
         try:
             queue.requeue(queue.own_job())

@@ -40,7 +40,9 @@ def shell(tmp_path):
         (tmp_path / "bin" / name).write_text(text)
         (tmp_path / "bin" / name).chmod(0o755)
 
-    def run(*words: str, task: int | None = None, **more: str) -> tuple[subprocess.CompletedProcess, list[str]]:
+    def run(
+        *words: str, task: int | None = None, alone: bool = False, **more: str
+    ) -> tuple[subprocess.CompletedProcess, list[str]]:
         script, record = ROOT / "slurm" / "eval.sh", tmp_path / "record"
         record.unlink(missing_ok=True)
         shell = {k: v for k, v in os.environ.items() if not k.startswith(("AVATAR_", "SLURM", "SBATCH"))}
@@ -49,7 +51,7 @@ def shell(tmp_path):
             script = Path(shutil.copy(script, tmp_path / "slurm_script"))
             shell |= {"SLURM_JOB_ID": "50", "SLURM_ARRAY_JOB_ID": "49", "SLURM_ARRAY_TASK_ID": str(task),
                       "SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_NODELIST": "n1", "SLURM_NTASKS_PER_NODE": "2"}
-        words = (*WORDS, f"data={tmp_path / 'data'}", *words)
+        words = (*([] if alone else WORDS), f"data={tmp_path / 'data'}", *words)
         done = subprocess.run(["bash", script, *words], cwd=tmp_path, env=shell | more, capture_output=True, text=True,
                               timeout=60)  # fmt: skip
         return done, record.read_text().splitlines() if record.exists() else []
@@ -145,8 +147,39 @@ def test_a_run_is_evaluated_with_its_own_configuration(data, tmp_path, monkeypat
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text(f"model:\n  path: {ROOT / 'assets/tiny_base'}\n")
     found = eval_array.evaluations([f"data={data}", f"model={tmp_path / 'run'}", "benchmarks=mmk12"])
-    assert [one.benchmark for one in found] == ["mmk12"] and not any("recipe=" in word for word in found[0].words)
+    assert [one.request.benchmark for one in found] == ["mmk12"]
+    assert not any("recipe=" in word for word in found[0].words)
     with pytest.raises(ValueError, match="export AVATAR_BENCHMARKS=FOLDER"):
         eval_array.evaluations(WORDS)
     monkeypatch.setenv("AVATAR_BENCHMARKS", str(data))
-    assert [one.benchmark for one in eval_array.evaluations(WORDS)] == ["mmk12", "omnibench"]
+    assert [one.request.benchmark for one in eval_array.evaluations(WORDS)] == ["mmk12", "omnibench"]
+
+
+def test_what_is_sent_is_what_was_checked_of_a_run_and_of_a_folder(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("AVATAR_CLUSTER", "local")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(f"model:\n  path: {ROOT / 'assets/tiny_base'}\n")
+    for model, site in ((["model=~/run"], []), (WORDS, ["cluster=local"]), ([*WORDS, "cluster=example"], [])):
+        tasks = eval_array.evaluations([f"data={data}", *model])
+        sent = eval_array.with_names(model, tasks)
+        assert sent == [f"data={data}", "benchmarks=mmk12,omnibench", *model, *site]
+        again = eval_array.evaluations(sent)
+        assert [(one.request, one.config.cluster) for one in again] == [(t.request, t.config.cluster) for t in tasks]
+
+
+def test_a_run_is_submitted_where_a_site_is_set(shell, data, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(f"model:\n  path: {ROOT / 'assets/tiny_base'}\n")
+    done, (_, sent) = shell(f"model={tmp_path / 'run'}", alone=True, AVATAR_CLUSTER="local")
+    assert done.returncode == 0 and "cluster=" not in sent, done.stderr
+
+
+def test_an_end_that_cant_be_read_is_no_mistake_of_the_users(monkeypatch, capsys):
+    def broken(*_):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(eval_array.ended, "forget", broken)
+    monkeypatch.setenv("AVATAR_ENDED", "/no/where")
+    assert [eval_array.main(["end", status]) for status in ("0", "143")] == [1, 143]
+    assert "Input/output error" in capsys.readouterr().err

@@ -89,7 +89,16 @@ def test_typed_gpus_limits_and_accounts(slurm):
                   "long (at most 7-00:00:00)", "KillWait is 30 sec", "there are cuda/12.4, cuda/13.0, nccl/2.27",
                   "gpu has a100, v100", "pyxis is here"):  # fmt: skip
         assert words in text, words
-    assert "old" not in text and "nvidia-smi" not in text and "proj9" not in text
+    assert "gpu_memory_gib: 80 # DECIDE: a guess" in text, "of a feature"
+    assert "old" not in text and "proj9" not in text
+
+
+def test_what_a_node_has_of_memory_is_not_its_gpus(slurm):
+    for features in ("mem_64g", "ram_96gb", "a1000"):
+        found, text = slurm([dict(name="g")], nodes("g", ["a"], "gpu:a100:4", features=features))
+        assert found["gpu_memory_gib"] == 40 and "gpu_memory_gib: 40 # DECIDE: a guess" in text
+    found, text = slurm([dict(name="g")], nodes("g", ["a"], "gpu:a100-sxm4-80gb:4", features="mem_64g,a100-40"))
+    assert found["gpu_memory_gib"] == 80 and "nvidia-smi" not in text
 
 
 def test_without_gres_a_partitions_name_or_a_nodes_feature_says_it(slurm):
@@ -127,6 +136,9 @@ def test_a_qos_that_the_partition_wants_and_an_account_that_is_lacking(slurm):
     assert found["account"] == "" and "DECIDE: jobs need one here" in text and found["gpu_memory_gib"] == 140
     found, text = slurm([dict(name="g")], nodes("g", ["a"], "gpu:1g.10gb:7,gpu:h100:1"))
     assert found["gpus_per_node"] == 1 and found["gres"] == "gpu:h100:{n}", "a slice of a GPU is none"
+    for part in ("a100_1g.5gb", "nvidia_a100_3g.20gb", "nvidia_a100_1g.5gb.me"):
+        found, text = slurm([dict(name="g")], nodes("g", ["a"], f"gpu:{part}:14,gpu:a100:2"))
+        assert found["gpus_per_node"] == 2 and found["gres"] == "gpu:a100:{n}", part
 
 
 def test_where_nothing_answers_the_draft_holds_the_defaults_and_says_so(monkeypatch, tmp_path):
@@ -148,6 +160,7 @@ def test_where_nothing_answers_the_draft_holds_the_defaults_and_says_so(monkeypa
     ("a100", ("a100", 40, False)),
     ("gpu:a100:8,cpu64", ("a100", 40, False)), ("gh200", ("h100", 96, False)), ("h200", ("h200", 140, True)),
     ("nvidia_gh200_480gb", ("h100", 96, False)), ("H100-94", ("h100", 94, True)), ("v100", ("", 0, False)),
+    ("nvidia_rtx_a1000", ("", 0, False)), ("a100,mem_64g", ("a100", 40, False)), ("a100_3g.40gb", ("a100", 40, False)),
 ])  # fmt: skip
 def test_a_gpus_name(words, gpu):
     assert site.model(words) == gpu

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bench import dynamics, tabular
-from bench.dynamics_journal import ROOT, Journal
+from bench.dynamics_journal import CODE, ROOT, Journal
 from bench.dynamics_tables import tables
 from bench.tabular import Kind, Tabular, World
 from bench.timing import RESULTS
@@ -90,12 +90,10 @@ def trained(world: World, *overrides: str) -> tuple[float, float]:
 
 
 def test_hints_help_where_what_they_teach_carries_over_and_nowhere_else():
-    begin = policy(World((HARD,), lr=2.0)).success()
     found = {
         (transfer, hints): trained(World((HARD,), lr=2.0, transfer=transfer), f"rl.hints.enabled={hints}")
         for transfer in (True, False) for hints in ("true", "false")
     }  # fmt: skip
-    print(begin, found)  # shown by pytest -s
     assert found[True, "true"][1] > 0.2 and found[False, "true"][1] > 0.2 and found[True, "false"][1] == 0
     assert found[True, "true"][0] > found[True, "false"][0] + 0.3
     assert found[False, "true"][0] <= found[False, "false"][0] + 0.02
@@ -150,6 +148,29 @@ def test_results_of_other_code_are_not_gone_on_with(tmp_path):
         assert journal.result("a", lambda: (0.9, 2)) == (0.9, 2)
         assert journal.result("a", lambda: (0.0, 0)) == (0.9, 2)
     assert not path.exists()
+
+
+def test_results_behind_a_cut_line_are_kept(tmp_path):
+    path = tmp_path / "j.jsonl"
+
+    def stopped():
+        raise KeyboardInterrupt
+
+    for key in "ab":  # stopped twice, the first time in the middle of a line
+        with pytest.raises(KeyboardInterrupt), Journal(path, 3) as journal:
+            journal.result(key, lambda: (0.5, 1))
+            journal.result("c", stopped)
+        if key == "a":
+            path.write_text(path.read_text() + '{"key": "cut o')
+    assert {"a", "b"} <= set(Journal(path, 3)._known)
+
+
+def test_the_code_of_a_result_is_all_that_it_comes_from():
+    code = {path for pattern in CODE for path in ROOT.glob(pattern)}
+    for name in ("bench/dynamics.py", "megatron_avatar/config/schema.py", "megatron_avatar/config/load.py",
+                 "megatron_avatar/config/recipe/avatar_7b.yaml", "megatron_avatar/rl/step.py"):  # fmt: skip
+        assert ROOT / name in code
+    assert all(list(ROOT.glob(pattern)) for pattern in CODE)
 
 
 def test_a_rule_under_which_a_wrong_majority_cancels_a_right_answer_pulls_less():

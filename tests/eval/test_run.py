@@ -4,6 +4,7 @@ import json
 import resource
 import subprocess
 import sys
+import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -207,6 +208,23 @@ def test_a_launcher_is_told_whether_to_try_again(tmp_path, monkeypatch, capsys, 
     monkeypatch.setenv("AVATAR_ENDED", str(tmp_path / "ended"))
     assert main(["model=m"]) == status and str(error) in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == [f"ended-{status}"]
+
+
+@pytest.mark.parametrize("where", ["parse", "load_benchmark"])
+def test_a_failure_of_any_kind_is_told_as_one(tmp_path, monkeypatch, where):
+    """Before the answers, and behind them, where the others may still be told to leave."""
+
+    def broken(*_):
+        raise RuntimeError("CUDA error")
+
+    fake = types.SimpleNamespace(run=lambda *_: [{"error": None}])
+    monkeypatch.setitem(sys.modules, "eval.engine", fake)
+    monkeypatch.setattr("eval.run.parse", lambda _: (Request("m", "held_out"), Config(), []))
+    monkeypatch.setattr(f"eval.run.{where}", broken)
+    monkeypatch.setenv("AVATAR_ENDED", str(tmp_path / "ended"))
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        main(["model=m"])
+    assert [path.name for path in tmp_path.iterdir()] == ["ended-1"]
 
 
 WITHOUT_TORCH = """
