@@ -245,6 +245,8 @@ def profiled(work: Callable[[], Any]) -> tuple[Any, Any]:
     """torch's profile of `work`, and what that returned."""
     activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * on_gpu()
     result: list[Any] = []
+    if on_gpu():
+        torch.cuda.synchronize()  # what was queued before isn't of `work`
     with torch.profiler.profile(activities=activities) as recorded:
         timed(lambda: result.append(work()))
     return recorded, result[0]

@@ -123,6 +123,7 @@ def start(parallel: ParallelConfig, *, seed: int = 0) -> Backend:
     if torch.cuda.is_available():
         device = torch.device("cuda", own_device(local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", 0))))
         torch.cuda.set_device(device)
+        sum_in_float32()
     else:
         redirect_cuda_to_cpu()
         device = torch.device("cpu")
@@ -157,6 +158,13 @@ def start(parallel: ParallelConfig, *, seed: int = 0) -> Backend:
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
         dp_rank=parallel_state.get_data_parallel_rank(),
     )
+
+
+def sum_in_float32() -> None:
+    """Parts of a product along its inner axis, which cuBLAS would sum in half precision: that overflows float16, and
+    where it splits depends on the shape, so generation and training would differ."""
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
 
 def stop() -> None:

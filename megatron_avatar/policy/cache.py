@@ -121,7 +121,7 @@ class KeyValueCache:
             token = np.arange(self._length_of[prompt])
             pages = np.array(self._pages_of[prompt], np.int64)[token // self.room.page]
             places.append(np.stack([start + token, pages, token % self.room.page]))
-        self._places = torch.from_numpy(np.concatenate(places, axis=1)).to(self.device)
+        self._places = to_device(torch.from_numpy(np.concatenate(places, axis=1)), self.device)
 
     def drop(self, prompt: int) -> None:
         """Free the pages of a prompt without rows; the last pages move there."""
@@ -156,7 +156,7 @@ class KeyValueCache:
     def _move(self, stores: dict[int, list[Tensor]], sources: list[int], targets: list[int]) -> None:
         self._layout = None
         if sources:
-            source, target = torch.tensor([sources, targets]).to(self.device)
+            source, target = to_device(torch.tensor([sources, targets]), self.device)
             for store in stores.values():
                 for tensor in store:
                     tensor[target] = tensor[source]

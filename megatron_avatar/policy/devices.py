@@ -10,6 +10,7 @@ import subprocess
 import torch
 import torch.distributed as dist
 
+DRIVER = 580  # of CUDA 13's generation
 
 def refuse_cpu(shape: str, gpu: str) -> None:
     """ValueError where a recipe for a published model (`shape`) would train on the CPU that torch falls back to, and
@@ -30,9 +31,16 @@ def no_gpu() -> str:
         return f"PyTorch {torch.__version__} is a build for CPUs{there}"
     if not driver:
         return f"PyTorch {torch.__version__} is built for CUDA {built}, but nvidia-smi shows no driver"
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
+        return "CUDA_VISIBLE_DEVICES is set and names no GPU: unset it, or let the job ask for GPUs (--gres=gpu:N)"
+    major = driver.split(".")[0]
+    if major.isdigit() and int(major) >= DRIVER:
+        return (f"the driver is {driver}, new enough for PyTorch {torch.__version__} of CUDA {built}, and torch sees "
+                "no GPU all the same: check nvidia-smi -L, that the job asked for GPUs (--gres=gpu:N), and that a "
+                "container was given them (--nv, --gpus)")  # fmt: skip
     return (f"the driver is {driver} and PyTorch {torch.__version__} is built for CUDA {built}: PyPI's PyTorch 2.13 "
-            "and DALI's cuda130 wheel both want a driver of CUDA 13's generation (580 or later); update the driver, or "
-            "install a PyTorch for the driver's CUDA (pytorch.org) and nvidia-dali-cuda120")
+            f"and DALI's cuda130 wheel both want a driver of CUDA 13's generation ({DRIVER} or later); update the "
+            "driver, or install a PyTorch for the driver's CUDA (pytorch.org) and nvidia-dali-cuda120")
 
 
 def driver_version() -> str:

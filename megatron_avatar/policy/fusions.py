@@ -16,6 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import optimizer as megatron_optimizer
 from megatron.core.extensions import transformer_engine
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -91,7 +92,7 @@ class Fusions:
 
 def choose_fusions(kernels: str, *, on_cpu: bool) -> Fusions:
     """What to run for parallel.kernels: `auto` takes what Megatron-Core found and agrees with torch, `torch` nothing of
-    it."""
+    it. The first call on GPUs is made by all ranks together: one that refuses speaks for all."""
     if on_cpu or kernels == "torch":
         return Fusions()
     adam_of_torch = ADAM_FLAGS[0][2]
@@ -100,7 +101,7 @@ def choose_fusions(kernels: str, *, on_cpu: bool) -> Fusions:
     adam = "torch" if adam_of_torch else megatron_optimizer.Adam.__module__.split(".")[0]
     found = {"linear": "transformer_engine" * has_engine, "adam": adam * (adam != "torch"),
              "accumulate": "apex" * can_accumulate}  # fmt: skip
-    refused = {part: reason for part, package in found.items() if package and (reason := tested(part))}
+    refused = refusals(tuple(found.items()), dist.get_world_size() if dist.is_initialized() else 1)
     missing = ["Transformer Engine"] * (not has_engine) + ["Apex with --cuda_ext"] * (not can_accumulate)
     return Fusions(
         layers="transformer_engine" if has_engine and "linear" not in refused else "torch",
@@ -112,6 +113,22 @@ def choose_fusions(kernels: str, *, on_cpu: bool) -> Fusions:
 
 
 @functools.cache
+def refusals(found: tuple[tuple[str, str], ...], ranks: int) -> dict[str, str]:
+    """Why no rank takes a part: some rank's test, or what it has. Replicas of different kernels drift apart."""
+    mine = {part: (package, tested(part) if package else "") for part, package in found}
+    everyone: list[Any] = [mine]
+    if ranks > 1:
+        everyone = [None] * ranks
+        dist.all_gather_object(everyone, mine)
+    reasons: dict[str, str] = {}
+    for part, package in found:
+        for rank, (theirs, reason) in enumerate(verdicts[part] for verdicts in everyone):
+            if package and (theirs != package or reason):
+                said = reason if theirs == package else f"it has {TITLES.get(theirs, 'none')}"
+                reasons.setdefault(part, f"rank {rank}: {said}" if ranks > 1 else said)
+    return reasons
+
+
 def tested(part: str) -> str:
     """Why a package's part isn't taken, from a test on this rank's GPU; empty where it agrees with torch."""
     tests: dict[str, tuple[Callable[..., str], Callable[[], Any]]] = {

@@ -15,7 +15,7 @@ from torch import Tensor
 
 ROWS, COLUMNS, TOKENS = 96, 64, 32
 TOLERANCE = 2e-2  # of the largest number: bfloat16's products; a wrong layout differs by all of it
-ADAM_TOLERANCE = 1e-5
+ADAM_TOLERANCE = 1e-3  # Apex's formula rounds to 2.4e-5 in float32; one without the decay differs by 0.3
 STEPS = 3
 
 

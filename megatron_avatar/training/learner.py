@@ -294,9 +294,11 @@ class Learner:
                         "%g (number %d of the stage; a few are how the scale is found)", scale,
                         self.optimization.loss_scale, self.optimization.overflows)  # fmt: skip
         if self.optimization.skipped_in_row >= SKIPS_IN_ROW:
+            more = "" if scale is None else " Or set model.dtype=bfloat16, whose numbers reach further than float16's."
             raise NonFiniteUpdates(
                 f"{SKIPS_IN_ROW} updates in a row were skipped: their log-probabilities or gradients are not finite. "
                 "None was applied; the last checkpoint is good. Lower optim.lr, or look for broken samples in the data."
+                + more
             )
         return norm, skipped
 

@@ -126,10 +126,10 @@ class Optimization:
 
         Gradients must have been reduced over the ranks, which the pipeline schedule does. A norm that is not finite,
         or a caller who found the step not `usable`, skips the update on every rank alike; the schedule advances all
-        the same. In float16 the loss scale follows: where it can still fall, gradients beyond float16 are an overflow.
+        the same. In float16 the loss scale follows: a skip for which it fell is an overflow.
         """
         before = self.loss_scale
-        self._optimizer.prepare_grads()
+        found = self._optimizer.prepare_grads()  # in float16: whether the scaler saw a number that is not finite
         resting = [self._main(p) for p in self.model.params_with_grad if not p.requires_grad]
         for main in resting:
             if main is not None:
@@ -142,7 +142,8 @@ class Optimization:
             self._optimizer.step_with_ready_grads()
         self.lr = self._groups[0]["lr"]
         self.skipped += not applied
-        if usable and not applied and before is not None and before > LEAST_SCALE:
+        fell = self.loss_scale is not None and before is not None and self.loss_scale < before
+        if usable and not applied and found and fell:
             self.overflows += 1
         else:
             self.skipped_in_row = 0 if applied else self.skipped_in_row + 1

@@ -35,7 +35,9 @@ def about(backend: Backend) -> dict[str, Any]:
 
 
 def introduce(config: Config, backend: Backend) -> None:
-    """Say what a run starts from, and what is unlike its recipe or its model's training. Rank 0 alone speaks."""
+    """Say what a run starts from, and what is unlike its recipe or its model's training. Rank 0 alone speaks; all ranks
+    call it, since they agree on the kernels here."""
+    fusions = choose_fusions(config.parallel.kernels, on_cpu=backend.device.type == "cpu")
     if backend.rank:
         return
     model = config.model
@@ -45,7 +47,7 @@ def introduce(config: Config, backend: Backend) -> None:
     if different := other_words(read_asked(model.path), config.data):
         log.warning("%s is asked in other words than in its training: %s", model.path, different)
     log.info("video: %s", decoders(config.data.decoder))
-    log.info("kernels: %s", choose_fusions(config.parallel.kernels, on_cpu=backend.device.type == "cpu"))
+    log.info("kernels: %s", fusions)
 
 
 def commit() -> str:

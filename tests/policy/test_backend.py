@@ -31,6 +31,16 @@ def test_single_process_starts_and_starts_again():
         assert not torch.distributed.is_initialized() and not parallel_state.model_parallel_is_initialized()
 
 
+def test_products_are_summed_in_float32():
+    settings = torch.backends.cuda.matmul
+    names = [f"allow_{kind}_reduced_precision_reduction" for kind in ("fp16", "bf16")]
+    before = [getattr(settings, name) for name in names]
+    backends.sum_in_float32()
+    assert [getattr(settings, name) for name in names] == [False, False]
+    for name, value in zip(names, before, strict=True):
+        setattr(settings, name, value)
+
+
 @pytest.mark.parametrize("tp, pp", [(2, 1), (1, 2), (0, 1)])
 def test_layout_that_needs_other_processes_is_refused(tp, pp):
     with pytest.raises(ValueError, match=f"1 processes.*parallel.tp={tp} x parallel.pp={pp}"):

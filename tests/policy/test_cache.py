@@ -152,6 +152,16 @@ def test_room_is_bounded():
     assert world.cache.fits(3 * PAGE)
 
 
+def test_prompts_and_moves_copy_without_waiting(monkeypatch):
+    copied = []
+    monkeypatch.setattr(caches, "to_device", lambda tensor, device: copied.append(tensor.shape) or tensor.to(device))
+    world = World(False)
+    world.read({0: 20, 1: 30})
+    world.add_rows([0, 1])
+    world.leave({0})
+    assert copied == [(3, 50), (2, 1), (2, 2)]  # what is read, a row's move, the pages of a prompt without rows
+
+
 def test_a_step_of_the_same_layout_keeps_its_tables_in_place():
     """CUDA graphs read what lies at the addresses that they were captured with."""
     world = World(True)

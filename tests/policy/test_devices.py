@@ -17,15 +17,26 @@ from megatron_avatar.train import main
         (None, "", "is a build for CPUs, and nvidia-smi shows no driver"),
         (None, "570.1", "is a build for CPUs, the driver is 570.1: install a CUDA build"),
         ("13.0", "", "is built for CUDA 13.0, but nvidia-smi shows no driver"),
+        ("13.0", "580.65", "the driver is 580.65, new enough .* and torch sees no GPU all the same: check nvidia-smi"),
+        ("13.0", "not answering", "the driver is not answering and"),
         ("13.0", "535.9", "the driver is 535.9 and PyTorch .* is built for CUDA 13.0: .*580 or later.*-cuda120"),
     ],
 )
 def test_build_and_driver_are_named_together(monkeypatch, built, driver, words):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(torch.version, "cuda", built)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(devices, "driver_version", lambda: driver)
     with pytest.raises(ValueError, match=f"model.shape=qwen2_5_omni_7b: .*{words}.*cluster.gpu=cpu"):
         devices.refuse_cpu("qwen2_5_omni_7b", "h100")
+
+
+@pytest.mark.parametrize("value", ["", " ", "-1"])
+def test_gpus_that_are_hidden_are_no_drivers_fault(monkeypatch, value):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(devices, "driver_version", lambda: "535.9")
+    assert devices.no_gpu().startswith("CUDA_VISIBLE_DEVICES is set and names no GPU: unset it")
 
 
 def test_who_says_so_trains_on_the_cpu(monkeypatch):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from functools import partial
 from importlib import import_module
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 from megatron.core import tensor_parallel
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 
-from megatron_avatar.config.schema import ModelConfig, ParallelConfig
+from megatron_avatar.config.schema import Config, ModelConfig, ParallelConfig
 from megatron_avatar.policy import backend as backends
 from megatron_avatar.policy import fusions, selftest
 from megatron_avatar.policy.architecture import transformer_config
@@ -23,6 +25,7 @@ from megatron_avatar.policy.fusions import Fusions, choose_fusions
 from megatron_avatar.policy.groups import pack_groups
 from megatron_avatar.policy.model import OmniPolicy
 from megatron_avatar.policy.weights import load_hf
+from megatron_avatar.training import provenance
 from tests.policy.tiny import tiny_completions, tiny_config, tiny_prompts, tiny_thinker
 
 
@@ -36,6 +39,7 @@ def pretend(monkeypatch, *, engine: bool, apex: bool) -> None:
              for m, name, _, of_torch in fusions.ADAM_FLAGS]
     monkeypatch.setattr(fusions, "ADAM_FLAGS", flags)
     monkeypatch.setattr(fusions, "tested", lambda part: "")
+    monkeypatch.setattr(fusions, "refusals", functools.cache(fusions.refusals.__wrapped__))
 
 
 @pytest.mark.parametrize(
@@ -68,6 +72,24 @@ def test_what_disagrees_with_torch_is_left_aside_and_said(monkeypatch, part):
     assert f"left aside: {'Apex' if part == 'accumulate' else 'Transformer Engine'}'s" in str(chosen)
 
 
+def test_one_ranks_refusal_is_every_ranks(monkeypatch, caplog):
+    """Gathered once, and by every rank in `introduce`, before rank 0 alone speaks."""
+    pretend(monkeypatch, engine=False, apex=True)
+    calls = []
+
+    def gather(everyone, mine):
+        calls.append(mine)
+        everyone[:] = [mine, mine | {"adam": ("apex", "it differs")}, mine | {"accumulate": ("", "")}]
+
+    monkeypatch.setattr(fusions, "dist", SimpleNamespace(
+        is_initialized=lambda: True, get_world_size=lambda: 3, all_gather_object=gather))  # fmt: skip
+    provenance.introduce(Config(), SimpleNamespace(rank=1, device=torch.device("cuda", 0)))
+    assert len(calls) == 1 and not caplog.records
+    chosen = choose_fusions("auto", on_cpu=False)
+    assert len(calls) == 1 and (chosen.adam, chosen.weight_gradients) == ("torch", False)
+    assert chosen.refused == ("Apex's AdamW (rank 1: it differs)", "Apex's gradient accumulation (rank 2: it has none)")
+
+
 class Linear(torch.nn.Linear):
     """As transformer_engine.pytorch.Linear is called."""
 
@@ -79,9 +101,23 @@ class Linear(torch.nn.Linear):
         return super().forward(x) + self.wrong * x.sum()
 
 
-class Adam(torch.optim.AdamW):
-    def __init__(self, params, *, adam_w_mode, lr, **settings) -> None:
-        super().__init__(params, lr=lr if adam_w_mode else 0, **settings)
+class Adam:
+    """Apex's FusedAdam in its formula: decay and update are added before the rate multiplies them."""
+
+    def __init__(self, params, *, adam_w_mode, lr, betas, eps, weight_decay) -> None:
+        assert adam_w_mode
+        (self.weight,) = params
+        self.lr, self.betas, self.eps, self.decay, self.steps = lr, betas, eps, weight_decay, 0
+        self.mean, self.square = torch.zeros_like(self.weight), torch.zeros_like(self.weight)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        self.steps += 1
+        (one, two), gradient = self.betas, self.weight.grad
+        self.mean = one * self.mean + (1 - one) * gradient
+        self.square = two * self.square + (1 - two) * gradient * gradient
+        mean, square = self.mean / (1 - one**self.steps), self.square / (1 - two**self.steps)
+        self.weight -= self.lr * (mean / (square.sqrt() + self.eps) + self.decay * self.weight)
 
 
 def test_the_self_tests_tell_right_kernels_from_wrong_ones():
@@ -96,6 +132,7 @@ def test_the_self_tests_tell_right_kernels_from_wrong_ones():
     wrong = [
         selftest.verdict(selftest.linear, lambda: partial(Linear, wrong=0.1), cpu),
         selftest.verdict(selftest.adam, lambda: lambda params, **more: Adam(params, **more | {"eps": 1.0}), cpu),
+        selftest.verdict(selftest.adam, lambda: lambda params, **more: Adam(params, **more | {"weight_decay": 0}), cpu),
         selftest.verdict(selftest.accumulate, lambda: lambda x, g, buffer: None, cpu),
         selftest.verdict(selftest.accumulate, lambda: lambda x, g, buffer: buffer.fill_(math.nan), cpu),
     ]

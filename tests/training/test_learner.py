@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -210,6 +211,14 @@ def test_a_number_that_is_not_finite_skips_the_update_and_three_in_a_row_end_the
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(policy).items())
     monkeypatch.undo()
     assert not update(ours, groups)["skipped"] and ours.optimization.skipped_in_row == 0
+
+
+@pytest.mark.parametrize("scale", [None, 1.0])
+def test_in_float16_the_last_words_name_bfloat16(scale):
+    refused = SimpleNamespace(overflows=0, loss_scale=scale, skipped_in_row=3, step=lambda usable: (math.inf, True))
+    with pytest.raises(NonFiniteUpdates) as caught:
+        Learner._step(SimpleNamespace(optimization=refused), True)
+    assert ("model.dtype=bfloat16" in str(caught.value)) is (scale is not None)
 
 
 @pytest.mark.parametrize("after", [0, 2])

@@ -202,6 +202,18 @@ def test_in_float16_the_loss_scale_falls_with_overflows_and_rises_without(backen
     assert optimization.loss_scale >= 1 and optimization.overflows == optimization.skipped == 0
 
 
+def test_in_float16_a_norm_that_no_scale_answers_counts_as_in_a_row(backend, parallel):
+    policy = build_gpt(backend, dtype=torch.float16)
+    optimization = optimize(policy, backend, parallel=parallel)
+    for row in (1, 2):
+        optimization.zero_grad()
+        next(policy.parameters()).main_grad.fill_(1e30)  # each finite, their squares are not
+        norm, skipped = optimization.step()
+        assert skipped and not math.isfinite(norm)
+        assert (optimization.skipped_in_row, optimization.overflows) == (row, 0)
+    assert optimization.loss_scale == optim_module.FIRST_SCALE
+
+
 def test_a_float16_step_is_that_of_float32_within_its_rounding(backend, parallel):
     """A large eps keeps AdamW from making whole steps of gradients that are rounding alone."""
     half, whole = (build_gpt(backend, dtype=dtype) for dtype in (torch.float16, torch.float32))

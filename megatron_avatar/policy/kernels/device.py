@@ -16,8 +16,8 @@ tl: Any
 try:
     triton, tl = import_module("triton"), import_module("triton.language")
     MISSING = ""
-except ImportError as error:  # then nothing calls the kernels, which are there as plain functions
-    triton, tl, MISSING = SimpleNamespace(jit=lambda function: function), None, str(error)
+except (ImportError, OSError, RuntimeError) as error:  # then nothing calls the kernels, there as plain functions
+    triton, tl, MISSING = SimpleNamespace(jit=lambda function: function), None, str(error) or type(error).__name__
 
 CAPABILITY = (8, 0)
 log = logging.getLogger(__name__)

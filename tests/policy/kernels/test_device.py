@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +31,16 @@ def test_what_speaks_against_a_gpu_is_said_once(monkeypatch, caplog, capability,
     assert [device.runs_triton(tensor) for _ in "ab"] == [not words] * 2
     assert caplog.text.count("torch's operations in place") == bool(words) and words in caplog.text
     device._obstacle.cache_clear()
+
+
+@pytest.mark.parametrize("error", [ImportError("no module"), OSError("a library lacks"), RuntimeError()])
+def test_a_broken_triton_is_none(monkeypatch, error):
+    def broken(name):
+        raise error
+
+    monkeypatch.setattr(importlib, "import_module", broken)
+    found = runpy.run_path(device.__file__)
+    assert found["MISSING"] == (str(error) or "RuntimeError") and found["triton"].jit(len) is len
 
 
 def test_without_triton_the_functions_are_torchs():
