@@ -48,7 +48,7 @@ def test_a_stage_may_switch_a_reward_off_by_a_weight_of_zero():
                 "+stages.localisation.rewards.mine=0"]  # fmt: skip
     config = load_config(settings)
     scoring = Scoring(config, SimpleNamespace(tp_rank=0, is_last_stage=True, rank=0))
-    sample = Sample("id", "localisation", "train", "what", "?", "red", "free_form")
+    sample = Sample("id", "localisation", "train", "what", "?", "red", "other")
     weights = {**config.stages["localisation"].rewards, "judge": 0.0}
     group = SimpleNamespace(prompt=SimpleNamespace(sample_id="id"), trajectories=[SimpleNamespace(text="x")])
     (future,) = scoring.start([group], {"id": sample}, weights)
