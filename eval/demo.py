@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from eval.jobs import Command, Job, PeakMemory, last_value, lines_of, run_all
 
@@ -162,14 +163,14 @@ class Growing:
         began = time.monotonic()
         try:
             render(self._out, growing=True)
+            self._written += 1
         except (ValueError, OSError):  # a line that is being written
-            self._next = time.monotonic() + 1
             return
-        self._written += 1
+        finally:
+            now = time.monotonic()
+            self._next = now + max(min(RENDER_S, 15.0 * self._written), 19 * (now - began), 1.0)
         if self._written == 1:
-            console.print(f"open [bold]{self._out / 'report.html'}[/] in a browser: it grows until the end")
-        now = time.monotonic()
-        self._next = now + max(min(RENDER_S, 15.0 * self._written), 19 * (now - began))
+            console.print(f"open [bold]{escape(str(self._out))}/report.html[/] in a browser: it grows until the end")
 
 
 def main() -> None:
@@ -179,6 +180,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="two steps a stage on a few clips: does everything run?")
     arguments = parser.parse_args()
     out: Path = arguments.out
+    folder = escape(str(out))
     out.mkdir(parents=True, exist_ok=True)
     try:
         ledger = Ledger(out / "phases.json", {"seed": arguments.seed, "smoke": arguments.smoke})
@@ -192,17 +194,19 @@ def main() -> None:
     if reused := [name for name in ledger.state["done"] if name in known]:
         console.print(f"done before, reused: {', '.join(reused)}")
     else:
-        console.print(f"everything goes to [bold]{out}[/]; Ctrl-C saves and stops, the same command goes on")
+        console.print(f"everything goes to [bold]{folder}[/]; Ctrl-C saves and stops, the same command goes on")
     try:
         run_all(jobs, reused, PROCESSES, console, tick=Growing(out), ended=lambda job, seconds, done: ledger.add(
             {job.name: seconds}, memory.peak_mib, done=job.name if done else None))  # fmt: skip
     except KeyboardInterrupt:
         console.print("stopped; run the same command to continue.")
         raise SystemExit(130) from None
-    ledger.add({"in all": time.monotonic() - began}, memory.peak_mib)
+    finally:
+        if known - set(reused):  # else nothing ran
+            ledger.add({"in all": time.monotonic() - began}, memory.peak_mib)
     write_results(out, arguments.seed, ledger)
-    console.print(f"\nreport: [bold]{out / 'report.html'}[/]   ({(time.monotonic() - began) / 60:.1f} minutes)")
-    console.print(f"models: {', '.join(exported(out, name) for name in SYSTEMS[1:])}", soft_wrap=True)
+    console.print(f"\nreport: [bold]{folder}/report.html[/]   ({(time.monotonic() - began) / 60:.1f} minutes)")
+    console.print(f"models: {escape(', '.join(exported(out, name) for name in SYSTEMS[1:]))}", soft_wrap=True)
 
 
 def write_results(out: Path, seed: int, ledger: Ledger) -> None:

@@ -53,7 +53,8 @@ CAPTIONS = {
 class Measurements:
     """What a run's folder holds; whatever is absent stays empty.
 
-    predictions and estimates by system; metrics by training run; quarantined as (where, sample id, reason).
+    predictions and estimates by system; metrics by training run; quarantined as (where, sample id, reason). `growing`:
+    systems may have answered unlike samples by now; such pairs aren't compared yet.
     """
 
     root: Path
@@ -61,6 +62,7 @@ class Measurements:
     predictions: dict[str, list[Prediction]]
     metrics: dict[str, Records]
     quarantined: list[tuple[str, str, str]] = field(default_factory=list)
+    growing: bool = False
 
     @cached_property
     def estimates(self) -> dict[str, dict[str, Estimate]]:
@@ -73,7 +75,11 @@ class Measurements:
     @cached_property
     def differences(self) -> dict[tuple[str, str], Difference]:
         have = self.predictions
-        return {(a, b): paired_difference(have[a], have[b]) for a, b in PAIRS if a in have and b in have}
+        pairs = [(a, b) for a, b in PAIRS if a in have and b in have]
+        if self.growing:
+            ids = {name: {p["id"] for p in found} for name, found in have.items()}
+            pairs = [(a, b) for a, b in pairs if ids[a] == ids[b]]
+        return {(a, b): paired_difference(have[a], have[b]) for a, b in pairs}
 
 
 def measurements(root: Path) -> Measurements:
@@ -124,6 +130,12 @@ def effort(found: Measurements) -> str:
     grpo, avatar = generated["grpo"], generated["avatar"]
     share = f", {100 * abs(1 - avatar / grpo):.0f} % {'fewer' if avatar <= grpo else 'more'}" if grpo else ""
     return f"Both made {steps} updates. GRPO generated {grpo:,} completions for them, AVATAR {avatar:,}{share}."
+
+
+def partial(found: Measurements) -> list[str]:
+    """Of systems that have answered fewer samples than another: `GRPO 12 of 24`."""
+    most = max(map(len, found.predictions.values()), default=0)
+    return [f"{style.NAMES[n]} {len(p)} of {most}" for n, p in found.predictions.items() if len(p) < most]
 
 
 def percent(value: float) -> str:
@@ -229,6 +241,8 @@ def render(root: Path, *, growing: bool = False) -> None:
     the page in a browser loads itself again."""
     root = Path(root)
     found = measurements(root)
+    found.growing = growing
+    differences = [(f"{style.NAMES[a]} − {style.NAMES[b]}", d) for (a, b), d in found.differences.items()]
     drawn = training.draw(found.metrics, found.estimates, found.floor)
     elements = style.save(drawn, root / "figures")
     columns, rows = table(found)
@@ -239,7 +253,8 @@ def render(root: Path, *, growing: bool = False) -> None:
         "columns": columns,
         "rows": rows,
         "floor": found.floor,
-        "differences": [(f"{style.NAMES[a]} − {style.NAMES[b]}", d) for (a, b), d in found.differences.items()],
+        "differences": differences,
+        "partial": partial(found) if growing else [],
         "figures": [(name, CAPTIONS[name]) for name in drawn],
         "svg": {name: Markup(element) for name, element in elements.items()},
         "unmeasured": [CAPTIONS[name] for name in CAPTIONS if name not in drawn],
@@ -247,7 +262,7 @@ def render(root: Path, *, growing: bool = False) -> None:
         "judged": style.NAMES.get(judged(found) or "", MISSING),
         "facts": facts(found),
         "quarantined": found.quarantined,
-        "n": len(next(iter(found.predictions.values()), [])),
+        "n": max(map(len, found.predictions.values()), default=0),
         "missing": MISSING,
         "growing": growing,
     }

@@ -67,8 +67,11 @@ def write_page(out: Path, manifest: Path, files: dict[str, Path], model: Path) -
     folder = Path(__file__).parent
     environment = Environment(loader=FileSystemLoader(folder), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     page = out / "report.html"
-    page.write_text(environment.get_template("try.html.j2").render(clips=clips, model=model, missing="not measured"),
-                    encoding="utf-8")  # fmt: skip
+    shipped = model.resolve() == SHIPPED
+    html = environment.get_template("try.html.j2").render(
+        clips=clips, model=model, shipped=shipped, missing="not measured"
+    )
+    page.write_text(html, encoding="utf-8")
     for clip in clips:
         sample = clip.sample
         choices = ", ".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, sample.choices, strict=False))

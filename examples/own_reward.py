@@ -1,6 +1,6 @@
 """A reward of one's own: short completions earn more. Train with it, without touching the package:
 
-    .venv/bin/python -m megatron_avatar.train recipe=avatar_7b model.path=FOLDER data.manifest=FILE \\
+    .venv/bin/python -m megatron_avatar.train recipe=tiny_avatar model.path=FOLDER data.manifest=FILE \\
         +rl.rewards.short=examples/own_reward.py:short +stages.visual.rewards.short=0.2
 
 The weights of a stage are shares of their sum. The function is called once for each completion, in a process that is

@@ -82,6 +82,7 @@ class Scoring:
 
     def _score(self, sample: Sample, texts: list[str], weights: dict[str, float], prompt: Prompt | None) -> Scored:
         rl, verdicts = self._config.rl, []
+        weights = {name: weight for name, weight in weights.items() if weight}  # a stage may switch one off by 0
         if weights.get("judge", 0) > 0:
             shown = [] if prompt is None else pictures(prompt, self._config.judge.frames)
             verdicts = judge_rewards(self._judge, sample, texts, shown)

@@ -1,12 +1,14 @@
 """The demo's ledger: what is reused, and what must not be; and its parts, which fit two cores."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from eval import demo
 from eval.demo import Growing, Ledger
 from eval.jobs import startable
+from eval.paper.figures import training
 from tests.eval.made_up import write_run
 
 
@@ -46,6 +48,46 @@ def test_the_report_is_there_while_the_run_goes_on(tmp_path):
     page = (tmp_path / "report.html").read_text()
     assert 'http-equiv="refresh"' in page and "The run goes on" in page and "<svg" in page
     assert demo.right_so_far(demo.predictions_file(tmp_path, "avatar")).startswith("right ")
+
+
+def test_the_report_grows_while_one_system_has_answered_half(tmp_path, monkeypatch):
+    write_run(tmp_path, items=12, steps=3)
+    file = demo.predictions_file(tmp_path, "avatar")
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[: len(lines) // 2]))
+    monkeypatch.setattr(training, "draw", lambda *_: {})
+    Growing(tmp_path)()
+    page = (tmp_path / "report.html").read_text()
+    assert f"AVATAR {len(lines) // 2} of {len(lines)} samples" in page
+    assert "GRPO − SFT" in page and "AVATAR − GRPO" not in page
+
+
+def test_a_report_that_fails_isnt_tried_again_at_once(tmp_path, monkeypatch):
+    (tmp_path / "sft").mkdir()
+    (tmp_path / "sft" / "metrics.jsonl").touch()
+    times = iter((100.0, 100.0, 110.0))
+    monkeypatch.setattr(demo, "time", SimpleNamespace(monotonic=lambda: next(times)))
+    grow = Growing(tmp_path)
+    monkeypatch.setattr("eval.report.render", lambda *_, **__: open(tmp_path / "absent"))
+    grow()
+    assert grow._next == 110 + 19 * 10
+
+
+def test_time_in_all_counts_stopped_attempts_and_none_that_ran_nothing(tmp_path, monkeypatch):
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sys.argv", ["demo", "--out", str(tmp_path)])
+    monkeypatch.setattr(demo, "run_all", stopped)
+    with pytest.raises(SystemExit):
+        demo.main()
+    state = json.loads((tmp_path / "phases.json").read_text())
+    assert "in all" in state["wall_s"]
+    state["done"], state["wall_s"] = [job.name for job in demo.parts(tmp_path, 0, False)], {"in all": 5.0}
+    (tmp_path / "phases.json").write_text(json.dumps(state))
+    with pytest.raises(SystemExit):
+        demo.main()
+    assert json.loads((tmp_path / "phases.json").read_text())["wall_s"] == {"in all": 5.0}
 
 
 def test_commands_name_their_progress(tmp_path):

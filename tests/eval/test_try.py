@@ -3,6 +3,7 @@
 import pytest
 
 from eval import try_it
+from eval.scoring.predictions import correct, read_predictions
 from tests.eval.test_report import Page
 
 
@@ -29,6 +30,8 @@ def test_a_minute_ends_in_a_page(tmp_path, monkeypatch, capsys):
     assert try_it.main(["--out", "out"]) == 0
     said = capsys.readouterr().out
     assert said.count("right answer:") == 3 and said.count("trained:") == 4 and "out/report.html" in said
+    answers = read_predictions(tmp_path / "out" / "seed_2026" / "trained" / "held_out.ours.jsonl")
+    assert sum(map(correct, answers)) >= 2
     html = (tmp_path / "out" / "report.html").read_text()
     page = Page(html)
     assert html.count("<audio controls") == 3 and html.count('src="data:image/jpeg') == 24 and "script" not in page.tags

@@ -27,6 +27,7 @@ def test_truth_and_nan_are_verdicts():
 @pytest.mark.parametrize(
     ("function", "says"),
     [("too_much", "returned 2.0 on sample id7, but a reward takes"), ("words", "returned 'good' on sample"),
+     ("leaves", "raised SystemExit: enough"), ("no_number", "raised ValueError: could not convert string to float"),
      ("bug", r"raised KeyError: 'score' \(.*own_rewards.py, line \d+\)")],
 )  # fmt: skip
 def test_what_is_no_reward_is_named(function, says):
@@ -39,6 +40,21 @@ def test_what_is_no_reward_is_named(function, says):
 def test_one_that_never_ends_costs_its_text_the_reward(monkeypatch):
     monkeypatch.setattr(own, "bounded", lambda *a: workers.bounded(*a, deadline_s=0.5))
     assert own.score("endless", f"{HERE}:endless", ["a", ""], SAMPLE) == [0.0, 1.0]
+    with pytest.raises(ValueError, match="rl.rewards.mine: .*:endless computes for more than .*a run would give such"):
+        own.try_on("mine", f"{HERE}:endless", SAMPLE)
+
+
+def test_the_import_costs_no_text_its_reward(monkeypatch, tmp_path):
+    (tmp_path / "heavy.py").write_text("from time import process_time as t\nend = t() + 0.9\nwhile t() < end: pass\n"
+                                       "def f(text, sample): return 1.0\n")  # fmt: skip
+    monkeypatch.setattr(own, "bounded", lambda *a: workers.bounded(*a, deadline_s=0.5))
+    monkeypatch.setattr(workers, "PATIENCE", 200)  # a busy machine
+    assert own.score("heavy", f"{tmp_path}/heavy.py:f", ["a"], SAMPLE) == [1.0]
+
+
+def test_one_that_ends_its_process_stops_the_run():
+    with pytest.raises(own.OwnRewardFailed, match=rf"rl.rewards.mine: {HERE}:killed on sample id7: .* code 5"):
+        own.score("mine", f"{HERE}:killed", ["a"], SAMPLE)
 
 
 @pytest.mark.parametrize(
@@ -57,6 +73,9 @@ def test_a_file_that_does_not_import_is_told_with_its_line(tmp_path):
     (tmp_path / "broken.py").write_text("x = 1\nx.y\n")
     with pytest.raises(ValueError, match=r"can't be imported: AttributeError: .*broken.py, line 2"):
         own.check({"mine": f"{tmp_path}/broken.py:f"})
+    (tmp_path / "leaves.py").write_text("raise SystemExit('usage')\n")
+    with pytest.raises(ValueError, match="can't be imported: SystemExit: usage"):
+        own.check({"mine": f"{tmp_path}/leaves.py:f"})
     (tmp_path / "needs.py").write_text("import no_such_package\n")
     with pytest.raises(ValueError, match="needs a package that is not installed here"):
         own.check({"mine": f"{tmp_path}/needs.py:f"})

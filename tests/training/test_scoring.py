@@ -6,16 +6,18 @@ import io
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from megatron_avatar.config import load_config
 from megatron_avatar.data.features import patchify
-from megatron_avatar.records import Prompt
+from megatron_avatar.records import Prompt, Sample
 from megatron_avatar.rl.rewards.http_judge import CRITERIA
-from megatron_avatar.training.scoring import pictures
+from megatron_avatar.training.scoring import Scoring, pictures
 from tests.servers import ChatServer
 from tests.training.small import ROOT, arguments, train
 from tests.training.test_loop import metrics
@@ -38,6 +40,21 @@ def test_the_judge_sees_the_frames_that_the_policy_saw():
     assert [round(picture.mean(), -1) for picture in shown] == [0, 20, 50, 70, 90, 110, 140, 200]
     assert len(pictures(prompt, 100)) == 17
     assert pictures(Prompt("s", "plain", np.zeros(1), np.zeros((3, 1))), 8) == []
+
+
+def test_a_stage_may_switch_a_reward_off_by_a_weight_of_zero():
+    settings = ["recipe=tiny_avatar", "model.path=m", "data.manifest=d",
+                "+rl.rewards.mine=tests/rl/own_rewards.py:half", "+stages.visual.rewards.mine=0.5",
+                "+stages.localisation.rewards.mine=0"]  # fmt: skip
+    config = load_config(settings)
+    scoring = Scoring(config, SimpleNamespace(tp_rank=0, is_last_stage=True, rank=0))
+    sample = Sample("id", "localisation", "train", "what", "?", "red", "other")
+    weights = {**config.stages["localisation"].rewards, "judge": 0.0}
+    group = SimpleNamespace(prompt=SimpleNamespace(sample_id="id"), trajectories=[SimpleNamespace(text="x")])
+    (future,) = scoring.start([group], {"id": sample}, weights)
+    ((reward, parts),) = future.result()[0]
+    scoring.close()
+    assert reward == 0 and "mine" not in parts and "judge" not in parts
 
 
 def judged(world, out, server, *more):

@@ -13,6 +13,7 @@ import importlib.util
 import inspect
 import math
 import numbers
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_avatar.records import Sample
-from megatron_avatar.rl.rewards.bounded import bounded
+from megatron_avatar.rl.rewards.bounded import DEADLINE_S, bounded
 
 PROMISE = "a reward takes (text, sample) and returns a number from 0 to 1, or nan for no verdict"
 
@@ -43,7 +44,7 @@ def find(place: str) -> Callable[[str, Sample], float]:
         raise ValueError(f"there is no module {where} here: {remedy}") from error
     except FileNotFoundError as error:
         raise ValueError(f"{where} is no file, seen from {Path.cwd()}: correct the path") from error
-    except Exception as error:  # whatever the user's file does while it is read
+    except (Exception, SystemExit) as error:  # whatever the user's file does while it is read
         raise ValueError(f"{where} can't be imported: {_last_words(error)}") from error
     function = getattr(module, name, None)
     if not callable(function):
@@ -87,26 +88,42 @@ def score(name: str, place: str, texts: Sequence[str], sample: Sample) -> list[f
 
     Raises OwnRewardFailed, naming function and sample, where it raises or returns what is no reward.
     """
-    return [_verdict(name, place, bounded(_call, place, text, sample), sample) for text in texts]
+    return [_verdict(name, place, _ask(name, place, text, sample), sample) for text in texts]
 
 
 def try_on(name: str, place: str, sample: Sample) -> None:
-    """Score a right answer and an empty text, before a run begins. Raises ValueError as `score` would fail."""
+    """Score a right answer and an empty text, before a run begins. Raises ValueError as `score` would fail, and where a
+    text would earn 0 because nothing came back."""
+    for text in (f"<think>It is so.</think><answer>{sample.answer}</answer>", ""):
+        try:
+            said = _ask(name, place, text, sample)
+            _verdict(name, place, said, sample)
+        except OwnRewardFailed as error:
+            raise ValueError(str(error)) from error
+        if said is None:
+            raise ValueError(f"rl.rewards.{name}: {place} computes for more than {DEADLINE_S:g} s, waits too long or "
+                             f"crashes on sample {sample.id} and {text!r}: a run would give such texts 0")  # fmt: skip
+
+
+def _ask(name: str, place: str, text: str, sample: Sample) -> tuple[str, Any] | None:
     try:
-        score(name, place, [f"<think>It is so.</think><answer>{sample.answer}</answer>", ""], sample)
-    except OwnRewardFailed as error:
-        raise ValueError(str(error)) from error
+        return bounded(_call, place, text, sample)
+    except RuntimeError as error:  # the function ended its process, or none can be started
+        raise OwnRewardFailed(f"rl.rewards.{name}: {place} on sample {sample.id}: {error}") from error
 
 
 def _call(place: str, text: str, sample: Sample) -> tuple[str, Any]:
     """In the worker: what the function says, in plain values, so that nothing of the user's has to be pickled."""
     try:
-        value = find(place)(text, sample)
-    except Exception as error:
+        left = signal.setitimer(signal.ITIMER_PROF, 0)[0]
+        function = find(place)  # imports, the first time: no text pays for that
+        signal.setitimer(signal.ITIMER_PROF, left)
+        value = function(text, sample)
+        if isinstance(value, bool | numbers.Real) or getattr(value, "ndim", None) == 0:  # numpy's and torch's scalars
+            return "value", float(value)
+        return "odd", f"{value!r:.80}"
+    except (Exception, SystemExit) as error:
         return "raised", _last_words(error)
-    if isinstance(value, bool | numbers.Real) or getattr(value, "ndim", None) == 0:  # numpy's and torch's scalars too
-        return "value", float(value)
-    return "odd", f"{value!r:.80}"
 
 
 def _verdict(name: str, place: str, said: tuple[str, Any] | None, sample: Sample) -> float:
