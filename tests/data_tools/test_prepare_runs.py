@@ -106,7 +106,8 @@ def test_killed_in_the_middle_continues_to_the_same_bytes(model, tmp_path):
     write_rows(folder / "rows.jsonl", rows)
     whole = run("video_r1", folder, tmp_path / "whole", model)
     out = tmp_path / "out"
-    command = ["nice", "-n", "19", sys.executable, "-m", "data_tools.prepare", "source=video_r1", f"input={folder}",
+    alone = ["env", "--default-signal=INT", "nice", "-n", "19"]  # tests in the background are deaf to SIGINT
+    command = [*alone, sys.executable, "-m", "data_tools.prepare", "source=video_r1", f"input={folder}",
                f"out={out}", f"model={model}", "processes=1", "eval_share=0", *RECIPE]  # fmt: skip
     for kill in (signal.SIGKILL, signal.SIGINT):
         process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True)
