@@ -119,7 +119,8 @@ def test_files_that_hold_no_records_are_refused(tmp_path, name, content, said):
 @pytest.mark.parametrize("name", ["r.csv", "r.tsv", "r.json"])
 def test_a_byte_order_mark_belongs_to_no_column(tmp_path, name):
     sign = "," if name == "r.csv" else "\t"
-    table = "\n".join(sign.join(row) for row in (("qid", "q", "gold"), ("a", "Which?", "A"), ("b", "Where?", "B")))
+    rows = ("qid", "q", "gold", "opts", "topic"), ("a", "Which?", "A", "Red", "x"), ("b", "Where?", "B", "Left", "y")
+    table = "\n".join(map(sign.join, rows))
     keyed = json.dumps({"first": ROWS[0], "second": ROWS[1]})
     (tmp_path / name).write_text("\ufeff" + (keyed if name == "r.json" else table), encoding="utf-8")
     assert [values["qid"] for _, values in read_records(benchmark(), str(tmp_path))] == ["a", "b"]
