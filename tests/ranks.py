@@ -110,7 +110,7 @@ class Ranks:
         return "".join(self._log(rank).read_text() for rank in range(len(self.processes)) if self._log(rank).exists())
 
 
-def launch(function: Callable[..., Any], ranks: int, *args: Any, timeout: float = 240) -> None:
+def launch(function: Callable[..., Any], ranks: int, *args: Any, timeout: float = 600) -> None:
     """Run function(*args) on several ranks with one thread each; what they said is the error's message."""
     done = Ranks(function, *args, ranks=ranks).wait(timeout)
     assert done.returncode == 0, done.stderr[-8000:]

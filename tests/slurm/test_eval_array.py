@@ -10,7 +10,7 @@ import pytest
 from eval import fixture
 from tests.slurm.conftest import ROOT, Slurm, until
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1800)]
 BENCHMARKS = ("mmk12", "omnibench")
 
 

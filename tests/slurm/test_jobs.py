@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from megatron_avatar.resilience.attempts import read as read_attempts
-from tests.slurm.conftest import ROOT, Slurm, until
+from tests.slurm.conftest import PATIENCE, ROOT, Slurm, until
 from tests.training import small
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1800)]
 MEMBERS = 8
 
 
@@ -27,7 +27,7 @@ def start(*arguments: object) -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen, timeout: float) -> str:
-    text, _ = process.communicate(timeout=timeout)
+    text, _ = process.communicate(timeout=PATIENCE * timeout)
     assert process.returncode == 0, text
     return text
 
@@ -88,6 +88,6 @@ def test_what_slurm_would_refuse_is_refused_before_anything_is_written(slurm, wo
     out = tmp_path / "sweep"
     settings = [s for s in small.arguments(world, out, recipe="tiny_sft") if not s.startswith("recipe=")]
     process = start("sweep.py", "recipe=tiny_sft", "seed=0,1", "cluster=default", setting, *settings)
-    text, _ = process.communicate(timeout=60)
+    text, _ = process.communicate(timeout=300)
     assert process.returncode == 2 and "Slurm refuses such a job" in text and says in text.lower(), text
     assert not out.exists()

@@ -12,7 +12,7 @@ import pytest
 from tests.slurm.conftest import ROOT, Slurm, until
 from tests.training import small
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1800)]
 
 
 def test_one_command_submits_both_and_the_training_finds_its_judge_also_after_it_moved(

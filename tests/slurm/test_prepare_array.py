@@ -10,7 +10,7 @@ from megatron_avatar.data.manifest import load_manifest
 from tests.data_tools.clips import make_clip, make_model, write_rows
 from tests.slurm.conftest import ROOT, until
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1800)]
 
 
 def test_tasks_of_an_array_share_the_rows_and_the_last_merges(slurm, tmp_path):

@@ -34,7 +34,7 @@ def start(*arguments: str, ranks: int = 1, disturbed: str = "", **environment: s
     return Ranks(train_disturbed, disturbed, list(arguments), ranks=ranks, **environment)
 
 
-def train(*arguments: str, timeout: float = 240, **options) -> Done:
+def train(*arguments: str, timeout: float = 600, **options) -> Done:
     """The same to its end."""
     return start(*arguments, **options).wait(timeout)
 

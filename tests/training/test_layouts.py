@@ -64,12 +64,12 @@ def curves(tmp_path_factory) -> dict[str, list[list[float]]]:
         tiny_thinker(tiny_config(layers=4, tied=name == "tied")).save_pretrained(folder / name)
     groups = {"frozen": FROZEN, "trained": TRAINED, **HALF}
     cases = {f"{group}/{name}": legs for group, cases in groups.items() for name, legs in cases.items()}
-    launch(layouts_world.main, 4, folder, cases, timeout=800)
+    launch(layouts_world.main, 4, folder, cases, timeout=1700)
     return json.loads((folder / "curves.json").read_text())
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("group", ["frozen", "trained"])
 def test_layouts_give_the_same_losses_and_gradients(curves, group):
     plain = curves[f"{group}/plain"]
@@ -88,14 +88,14 @@ def test_layouts_give_the_same_losses_and_gradients(curves, group):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_continues_bit_for_bit(curves, dtype):
     assert curves[f"{dtype}/whole"] == curves[f"{dtype}/continued"]
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_float16_trains_as_float32_does(curves):
     """Through two stages: scaled losses give the first norm of float32 to its rounding, which AdamW then amplifies."""
     half, whole = curves["float16/whole"], curves["frozen/plain"]
