@@ -248,7 +248,7 @@ class HostMemory:
 
     @property
     def least(self) -> float:
-        return self.processes + self.pieces
+        return self.processes + min(self.copy, self.pieces)  # a small model's copy is no larger than a piece
 
 
 def host_memory(config: Config, where: Layout) -> HostMemory:

@@ -248,7 +248,7 @@ def test_a_failing_rank_ends_the_job_at_once_and_submitting_again_continues(slur
 
 
 def test_where_requeueing_is_refused_another_job_continues(slurm, run, whole, tmp_path):
-    run.submit("--no-requeue", "--job-name=norequeue", "--exclude=n4", "--mem=900", "--comment=paid by=us", "--nice=7",
+    run.submit("--no-requeue", "--job-name=norequeue", "--exclude=n4", "--mem=5000", "--comment=paid by=us", "--nice=7",
                f"--error={tmp_path}/%j.err")  # fmt: skip
     behind = slurm.submit(f"--dependency=afterok:{run.job}", "--output=/dev/null", "--mem=10", "--wrap=true")
     run.wait_for_step(4)
@@ -257,7 +257,7 @@ def test_where_requeueing_is_refused_another_job_continues(slurm, run, whole, tm
     (after,) = {line.split()[-3] for line in (tmp_path / f"{run.job}.err").read_text().splitlines()
                 if "may not be requeued" in line}  # fmt: skip
     shown = slurm.run("scontrol", "show", "job", after)
-    for field in ("Requeue=0", "JobName=norequeue", "ExcNodeList=n4", "MinMemoryNode=900M", "Comment=paid by=us",
+    for field in ("Requeue=0", "JobName=norequeue", "ExcNodeList=n4", "MinMemoryNode=5000M", "Comment=paid by=us",
                   "Nice=7", f"StdErr={tmp_path}/{after}.err", f"StdOut={run.log}", "NumNodes=2"):  # fmt: skip
         assert field in shown, shown
     assert slurm.state(behind) == "PENDING", "it waits for the run, not for the job"
