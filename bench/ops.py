@@ -170,9 +170,14 @@ def second_call() -> dict[str, Any]:
         captured.append(shape)
         return Replayed(self, output, shape, inputs, received), inputs, received, output
 
-    def read(self: generation.Drawn, newer: int, plain: Any = generation.Drawn.read) -> np.ndarray:
-        waits["idle"] += newer == 0
-        return plain(self, newer)
+    def send(*arguments: Any, plain: Any = generation.send) -> generation.Drawn:
+        waits["under way"] += 1
+        return plain(*arguments)
+
+    def read(self: generation.Drawn, plain: Any = generation.Drawn.read) -> np.ndarray:
+        waits["under way"] -= 1
+        waits["idle"] += waits["under way"] == 0
+        return plain(self)
 
     def static(*arguments: Any, **_: Any) -> KeyValueCache:
         return KeyValueCache(*arguments, static=True)
@@ -196,7 +201,7 @@ def second_call() -> dict[str, Any]:
         with ExitStack() as patches:
             for target, value in (
                 (f"{generation.__name__}.KeyValueCache", static), (f"{kept.__name__}.may_keep", lambda *_: True),
-                (f"{generation.__name__}.may_run_behind", lambda _: True),
+                (f"{generation.__name__}.may_run_behind", lambda _: True), (f"{generation.__name__}.send", send),
                 (f"{decode.__name__}.Decoder._capture", capture), (f"{decode.__name__}.Decoder.__init__", replayed),
                 ("torch.cuda.graph_pool_handle", lambda: 0),
             ):  # fmt: skip

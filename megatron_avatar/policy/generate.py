@@ -93,9 +93,8 @@ class Drawn:
     on_host: Tensor
     arrived: torch.cuda.Event | None
 
-    def read(self, newer: int) -> np.ndarray:
-        """The numbers [3, R]; raises GenerationStopped. `newer`: steps given to the device since; without one it idles
-        while the host waits here."""
+    def read(self) -> np.ndarray:
+        """The numbers [3, R]; raises GenerationStopped. Where no step was sent since, the device idles meanwhile."""
         if self.arrived is not None:
             self.arrived.synchronize()
         values = self.on_host.cpu().numpy()
@@ -203,7 +202,7 @@ class Generation:
                     output = self._forward(here, now, batch, received)
                 received = self._exchange(output, batches[before])
                 if done := turns[leaving]:
-                    self._record(self.lanes[leaving], self._send(done, output), newer=0)
+                    self._record(self.lanes[leaving], self._send(done, output))
                 tick += 1
         finally:
             for attention in self.attentions:
@@ -221,7 +220,7 @@ class Generation:
                     newer = self._send(turn, self._forward(0, turn, batch, None))
                     lane.leave(self.ahead[lane.rows] == self.limit)
                 if pending is not None:
-                    self._record(lane, pending, newer=int(newer is not None))
+                    self._record(lane, pending)
                 pending = newer
         finally:
             for attention in self.attentions:
@@ -301,10 +300,10 @@ class Generation:
             request.wait()
         return received
 
-    def _record(self, lane: Lane, drawn: Drawn, *, newer: int) -> None:
+    def _record(self, lane: Lane, drawn: Drawn) -> None:
         """Keep the tokens that the last stage drew; rows that are done leave the lane."""
         live = ~self.finished[drawn.rows]  # others went on before their stop token was read
-        rows, (ids, logprobs, cut) = drawn.rows[live], drawn.read(newer)[:, live]
+        rows, (ids, logprobs, cut) = drawn.rows[live], drawn.read()[:, live]
         if not len(rows):
             return
         if not np.isfinite(logprobs).all():

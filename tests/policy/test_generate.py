@@ -431,14 +431,19 @@ def test_logits_that_are_no_numbers_draw_an_id_in_range(sampling):
 @pytest.fixture
 def behind(monkeypatch):
     """As on a GPU: (reads for which the device idles, all reads)."""
-    reads, plain = [0, 0], generation.Drawn.read
+    reads, sent, plain, plain_send = [0, 0], [0], generation.Drawn.read, generation.send
 
-    def read(self, newer):
-        reads[0] += newer == 0
+    def send(*arguments):
+        sent[0] += 1
+        return plain_send(*arguments)
+
+    def read(self):
         reads[1] += 1
-        return plain(self, newer)
+        reads[0] += sent[0] == reads[1]
+        return plain(self)
 
     monkeypatch.setattr(generation, "may_run_behind", lambda _: True)
+    monkeypatch.setattr(generation, "send", send)
     monkeypatch.setattr(generation.Drawn, "read", read)
     return reads
 
