@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -34,6 +35,12 @@ BARRED = {
     "rl": {"megatron", "transformers"},
     "data": {"megatron"},
 }
+
+
+def make(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
+    """Run make as from a shell: nothing of a make around the tests (``make test-all MEASURE=``) reaches it."""
+    env = {key: value for key, value in os.environ.items() if not key.startswith("MAKE") and key != "MEASURE"}
+    return subprocess.run(["make", *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=60)
 
 
 def tracked() -> list[Path]:
@@ -167,7 +174,7 @@ def test_the_readme_names_targets_and_files_that_exist():
 
 
 def test_make_help_lists_every_target():
-    shown = subprocess.run(["make", "-s", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    shown = make("-s", "help", cwd=ROOT).stdout
     phony = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split()
     assert re.findall(r"^make (\S+)", shown, re.MULTILINE) == phony
 
@@ -182,7 +189,7 @@ def test_make_says_what_a_bare_machine_lacks(tmp_path, refuses, message):
     python = tmp_path / "python"
     python.write_text(f'#!/bin/bash\n[[ "$*" =~ {refuses} ]] && exit 1\nexit 0\n')
     python.chmod(0o755)
-    run = subprocess.run(["make", "test", f"PYTHON={python}"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    run = make("test", f"PYTHON={python}", cwd=tmp_path)
     assert run.returncode and message in run.stderr
     assert not (tmp_path / ".venv").exists()
 
@@ -196,7 +203,7 @@ def test_test_all_ends_as_its_parts_do(tmp_path, fails, status):
     (tmp_path / ".venv" / ".installed").touch()
     python.write_text(f'#!/bin/bash\necho "$*" >> seen\n[[ "$*" != *{fails or "nothing"}* ]] || exit {status}\n')
     python.chmod(0o755)
-    run = subprocess.run(["make", "test-all"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    run = make("test-all", cwd=tmp_path)
     assert (run.returncode == 0) == (status == 0), run.stderr
     seen = (tmp_path / "seen").read_text()
     assert "coverage combine" in seen, "also behind a test that fails"
