@@ -26,7 +26,9 @@ console = Console()
 SYSTEMS = ("base", "sft", "grpo", "avatar")
 PACKAGES = ("torch", "megatron-core", "transformers", "nvidia-dali-cuda130", "h5py", "hydra-core", "numpy", "av")
 PROCESSES = 2  # side by side, one core each
-RENDER_S = 60.0  # between two states of the growing report; at first less, and at most a twentieth of the time
+RENDER_S = 60.0  # between two states of the growing report; at first less, and at most a fortieth of the time
+# Both cores are taken: decode workers would cost a start of Python each and gain nothing, and so would wandb's service.
+HERE_ALONE = ("data.workers=0", "log.wandb=disabled")
 
 
 class Ledger:
@@ -75,7 +77,7 @@ def training(out: Path, name: str, recipe: str, seed: int, *, smoke: bool = Fals
     from megatron_avatar.config import load_config
 
     arguments = [f"recipe={recipe}", f"output_dir={out / name}", f"data.manifest={out / 'data' / 'manifest.jsonl'}",
-                 f"seed={seed}", f"name=demo_{name}"]  # fmt: skip
+                 f"seed={seed}", f"name=demo_{name}", *HERE_ALONE]  # fmt: skip
     if recipe != "tiny_sft":
         arguments.append(f"model.path={out / 'sft' / 'export' / 'sft'}")
     if processes > 1:
@@ -93,7 +95,7 @@ def evaluation(out: Path, name: str, model: str) -> Command:
     """The job that answers OUT's held-out samples with the Hugging Face folder `model`."""
     manifest, file = out / "data" / "manifest.jsonl", predictions_file(out, name)
     arguments = ["-m", "eval.run", f"model={model}", "benchmark=held_out", f"data={manifest}", "recipe=tiny_avatar",
-                 f"out={file.parent}", f"system={name}", "family=tiny"]  # fmt: skip
+                 f"out={file.parent}", f"system={name}", "family=tiny", *HERE_ALONE]  # fmt: skip
     return Command(arguments, out / "eval" / f"{name}.log", count_samples(manifest, "eval"), lambda: lines_of(file),
                    lambda: right_so_far(file))  # fmt: skip
 
@@ -168,7 +170,7 @@ class Growing:
             return
         finally:
             now = time.monotonic()
-            self._next = now + max(min(RENDER_S, 15.0 * self._written), 19 * (now - began), 1.0)
+            self._next = now + max(min(RENDER_S, 15.0 * self._written), 39 * (now - began), 1.0)
         if self._written == 1:
             console.print(f"open [bold]{escape(str(self._out))}/report.html[/] in a browser: it grows until the end")
 

@@ -44,7 +44,7 @@ def record(folder: Path, config: Config, backend: Backend) -> None:
     for name, place in config.rl.rewards.items():
         known, now = before.get(name, {}).get("sha256", []), own.digest(place)
         if known and known[-1] != now:
-            log.warning("rl.rewards.%s: %s has changed since this run began: older scores stay as they are", name, place)
+            log.warning("rl.rewards.%s: %s has changed since this run began; older scores stay", name, place)
         rewards[name] = {"place": place, "sha256": known if known[-1:] == [now] else [*known, now]}
     facts = about(backend) | ({"rewards": rewards} if rewards else {})
     file.write_text(json.dumps(facts, indent=1) + "\n")

@@ -70,7 +70,7 @@ def test_a_report_that_fails_isnt_tried_again_at_once(tmp_path, monkeypatch):
     grow = Growing(tmp_path)
     monkeypatch.setattr("eval.report.render", lambda *_, **__: open(tmp_path / "absent"))
     grow()
-    assert grow._next == 110 + 19 * 10
+    assert grow._next == 110 + 39 * 10
 
 
 def test_time_in_all_counts_stopped_attempts_and_none_that_ran_nothing(tmp_path, monkeypatch):
