@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import platform
+import resource
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -39,7 +40,7 @@ class Ledger:
 
     def __init__(self, path: Path, settings: dict[str, int | bool]) -> None:
         self.path = path
-        self.state = {"settings": settings, "done": [], "wall_s": {}, "peak_rss_mib": 0.0}
+        self.state = {"settings": settings, "done": [], "wall_s": {}, "processor_s": 0.0, "peak_rss_mib": 0.0}
         if path.exists():
             self.state |= json.loads(path.read_text())
         if self.state["settings"] != settings:
@@ -205,10 +206,17 @@ def main() -> None:
         raise SystemExit(130) from None
     finally:
         if known - set(reused):  # else nothing ran
+            ledger.state["processor_s"] = round(ledger.state["processor_s"] + processor_seconds(), 1)
             ledger.add({"in all": time.monotonic() - began}, memory.peak_mib)
     write_results(out, arguments.seed, ledger)
     console.print(f"\nreport: [bold]{folder}/report.html[/]   ({(time.monotonic() - began) / 60:.1f} minutes)")
     console.print(f"models: {escape(', '.join(exported(out, name) for name in SYSTEMS[1:]))}", soft_wrap=True)
+
+
+def processor_seconds() -> float:
+    """What this process and all that it has waited for have computed."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(u.ru_utime + u.ru_stime for u in used)
 
 
 def write_results(out: Path, seed: int, ledger: Ledger) -> None:
@@ -216,14 +224,19 @@ def write_results(out: Path, seed: int, ledger: Ledger) -> None:
     from eval.report import print_table, render
     from eval.score import system_scores
     from eval.scoring.predictions import read_predictions
+    from eval.scoring.stats import paired_difference
 
     done = {name: json.loads((out / name / "done.json").read_text()) for name in ("grpo", "avatar")}
     assert done["grpo"]["steps"] == done["avatar"]["steps"], "the comparison is at equal updates"
+    predictions = {name: read_predictions(predictions_file(out, name)) for name in SYSTEMS}
+    difference = paired_difference(predictions["avatar"], predictions["grpo"])
     results = {
-        "systems": {name: system_scores(read_predictions(predictions_file(out, name))) for name in SYSTEMS},
+        "systems": {name: system_scores(found) for name, found in predictions.items()},
         "steps": done["avatar"]["steps"],
         "completions_generated": {name: d["completions_generated"] for name, d in done.items()},
+        "avatar_minus_grpo": {key: float(getattr(difference, key)) for key in ("value", "low", "high", "p", "n")},
         "wall_s": ledger.state["wall_s"],
+        "processor_s": ledger.state["processor_s"],
         "peak_rss_mib": ledger.state["peak_rss_mib"],
         "seed": seed,
         "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
