@@ -115,7 +115,7 @@ def start(parallel: ParallelConfig, *, seed: int = 0) -> Backend:
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     os.environ.setdefault("MKL_CBWR", MKL_REPRODUCIBLE)  # read by MKL at its first call
     torch.set_num_threads(parallel.threads)
-    if starts := next(_starts):  # an earlier policy's circles keep its groups, and gloo's threads poll as long as they live
+    if starts := next(_starts):  # circles keep an earlier policy's groups, and gloo's threads poll as long as they live
         gc.collect()
     rank, local_rank, world = _place_from_environment()
     if parallel.tp < 1 or parallel.pp < 1 or world % (parallel.tp * parallel.pp):
