@@ -29,8 +29,9 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "project"))
 
 
 # Files that take minutes, in the order in which workers begin them: else the last one runs alone.
-LONGEST = ("test_layouts.py", "test_loop.py", "test_plan.py", "test_reference.py", "test_sweep.py", "test_scoring.py",
-           "test_replay_step.py", "test_parity.py")  # fmt: skip
+LONGEST = ("training/test_layouts.py", "training/test_loop.py", "planning/test_plan.py", "bench/test_reference.py",
+           "test_sweep.py", "training/test_scoring.py", "training/test_replay_step.py",
+           "policy/test_parity.py")  # fmt: skip
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -42,7 +43,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what this machine lacks; torch is asked for a GPU only if a test wants one. Workers begin with the longest
     files."""
     if "PYTEST_XDIST_WORKER" in os.environ:
-        items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+        place = {str(Path(__file__).parent / name): number for number, name in enumerate(LONGEST)}
+        items.sort(key=lambda item: place.get(str(item.path), len(place)))
     if shutil.which("sbatch") is None:
         _skip(items, "slurm", "needs Slurm: sbatch is not on PATH")
     if any(item.get_closest_marker("gpu") for item in items):
