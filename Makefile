@@ -11,8 +11,9 @@ INSTALLED := .venv/.installed
 # As packages are built by wheels everywhere, Debian's older pip has no deprecations to tell of.
 PIP := $(VENV) -m pip --disable-pip-version-check --quiet install --use-pep517
 TESTED := .venv/.installed-test
-# A file's tests stay together, as they share what they make; two workers, or one a processor up to four.
-PYTEST := -rs -n logical --maxprocesses=4 --dist=loadfile
+# A file's tests stay together, as they share what they make; two workers, or one a processor up to four. The longest
+# files come first (tests/conftest.py).
+PYTEST := -rs -n logical --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 COVERAGE := .coverage_data
 # What `make test-all` is measured by; MEASURE= leaves it out.
 MEASURE := -m coverage run
