@@ -62,6 +62,7 @@ def test_the_first_curve_is_there_with_the_second_step_of_the_first_training(tmp
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)  # nine processes, each with its imports
 def test_a_short_demo_from_clips_to_report(tmp_path, monkeypatch, capsys):
     out = tmp_path / "demo"
     monkeypatch.setattr("sys.argv", ["demo", "--out", str(out), "--smoke"])
