@@ -28,7 +28,7 @@ RUN_BY = {
     "tests/eval/paper/test_study.py", "eval.lmms": "tests/eval/test_lmms.py", "eval.try_it": "tests/eval/test_try.py",
     "bench.faults": "tests/bench/test_faults.py", "bench.reference": "tests/bench/test_reference.py",
     "bench.dynamics": "tests/planning/test_dynamics.py", "slurm/sweep.py": "tests/test_sweep.py",
-    "slurm/reproduce.py": "tests/test_jobs.py", "examples/one_step.py": "tests/test_examples.py",
+    "slurm/reproduce.py": "tests/test_sweep.py", "examples/one_step.py": "tests/test_examples.py",
     "eval.demo": "tests/eval/test_demo.py", "megatron_avatar.train": "tests/training/test_entry.py",
 }  # fmt: skip
 # What these targets run; the others are tests and checks themselves.
