@@ -27,7 +27,7 @@ console = Console()
 SYSTEMS = ("base", "sft", "grpo", "avatar")
 PACKAGES = ("torch", "megatron-core", "transformers", "nvidia-dali-cuda130", "h5py", "hydra-core", "numpy", "av")
 PROCESSES = 2  # side by side, one core each
-RENDER_S = 60.0  # between two states of the growing report; at first less, and at most a fortieth of the time
+RENDER_S = 60.0  # between two states of the growing report; at first less, and at most a thirtieth of a core
 # Both cores are taken: decode workers would cost a start of Python each and gain nothing, and so would wandb's service.
 HERE_ALONE = ("data.workers=0", "log.wandb=disabled")
 
@@ -163,7 +163,7 @@ class Growing:
             return
         from eval.report import render  # matplotlib, once there is something to draw
 
-        began = time.monotonic()
+        began = time.process_time()
         try:
             render(self._out, growing=True)
             self._written += 1
@@ -171,7 +171,7 @@ class Growing:
             return
         finally:
             now = time.monotonic()
-            self._next = now + max(min(RENDER_S, 15.0 * self._written), 39 * (now - began), 1.0)
+            self._next = now + max(min(RENDER_S, 15.0 * self._written), 29 * (time.process_time() - began), 1.0)
         if self._written == 1:
             console.print(f"open [bold]{escape(str(self._out))}/report.html[/] in a browser: it grows until the end")
 

@@ -96,12 +96,13 @@ def test_the_report_grows_while_one_system_has_answered_half(tmp_path, monkeypat
 def test_a_report_that_fails_isnt_tried_again_at_once(tmp_path, monkeypatch):
     (tmp_path / "sft").mkdir()
     (tmp_path / "sft" / "metrics.jsonl").touch()
-    times = iter((100.0, 100.0, 110.0))
-    monkeypatch.setattr(demo, "time", SimpleNamespace(monotonic=lambda: next(times)))
+    times, used = iter((100.0, 200.0)), iter((5.0, 15.0))
+    clocks = SimpleNamespace(monotonic=lambda: next(times), process_time=lambda: next(used))
+    monkeypatch.setattr(demo, "time", clocks)
     grow = Growing(tmp_path)
     monkeypatch.setattr("eval.report.render", lambda *_, **__: open(tmp_path / "absent"))
     grow()
-    assert grow._next == 110 + 39 * 10
+    assert grow._next == 200 + 29 * 10
 
 
 def test_time_in_all_counts_stopped_attempts_and_none_that_ran_nothing(tmp_path, monkeypatch):
