@@ -22,7 +22,6 @@ import torch
 
 from megatron_avatar.config.schema import SamplingConfig
 from megatron_avatar.planning.seconds import Peaks, forward_flops, peaks_of, tower_flops, update_flops
-from megatron_avatar.policy import cache
 from megatron_avatar.policy.architecture import RECOMPUTE
 from megatron_avatar.policy.decode import Decoder
 from megatron_avatar.policy.generate import generate
@@ -34,7 +33,7 @@ from megatron_avatar.records import Prompt
 Bench = Any  # bench.gpu's class: that module imports this one
 ENTROPY = 0.75  # nats that the sure head is made for
 LEADERS = 512  # one of so many tokens has a chance to lead
-KERNELS = (attend, draw, head, norm, rope, swiglu, cache)
+KERNELS = (attend, draw, head, norm, rope, swiglu)
 ROWS = ((256, 8), (64, 8), (4, 1))  # decoded together, and prompts
 TABLE_ROWS = 25
 
