@@ -26,14 +26,14 @@ from megatron_avatar.policy.architecture import RECOMPUTE
 from megatron_avatar.policy.decode import Decoder
 from megatron_avatar.policy.generate import generate
 from megatron_avatar.policy.groups import pack_groups
-from megatron_avatar.policy.kernels import attend, draw, head, norm, rope, swiglu
+from megatron_avatar.policy.kernels import attend, draw, head, merge, norm, rope, swiglu
 from megatron_avatar.policy.model import OmniPolicy
 from megatron_avatar.records import Prompt
 
 Bench = Any  # bench.gpu's class: that module imports this one
 ENTROPY = 0.75  # nats that the sure head is made for
 LEADERS = 512  # one of so many tokens has a chance to lead
-KERNELS = (attend, draw, head, norm, rope, swiglu)
+KERNELS = (attend, draw, head, merge, norm, rope, swiglu)
 ROWS = ((256, 8), (64, 8), (4, 1))  # decoded together, and prompts
 TABLE_ROWS = 25
 

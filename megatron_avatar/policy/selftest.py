@@ -119,15 +119,16 @@ def attention(kernel: flash.Kernel, device: torch.device, dtype: torch.dtype) ->
                 generator = torch.Generator().manual_seed(size)
                 shapes = [(sum(QUERIES), 2 * share), (sum(lengths), 2), (sum(lengths), 2), (sum(QUERIES), 2 * share)]
                 tensors = [torch.randn(*shape, size, generator=generator).to(device, dtype) for shape in shapes]
-                ours, theirs = (_attended(way, *tensors, lengths, causal) for way in (kernel, flash.IN_CHUNKS))
+                ours, theirs = (_attended(way, tensors, lengths, causal) for way in (kernel, flash.IN_CHUNKS))
                 names = ("output", "log-sum-exp", "queries' gradient", "keys' gradient", "values' gradient")
                 found = found or _said(names, ours, theirs, TOLERANCE[dtype])
     return found
 
 
 def _attended(
-    kernel: flash.Kernel, query: Tensor, key: Tensor, value: Tensor, grad: Tensor, lengths: flash.Lengths, causal: bool
-) -> tuple[Tensor, ...]:
+    kernel: flash.Kernel, tensors: list[Tensor], lengths: flash.Lengths, causal: bool
+) -> tuple[Tensor, ...]:  # fmt: skip
+    query, key, value, grad = tensors
     more = (QUERIES, lengths, causal, query.shape[-1] ** -0.5)
     output, lse = kernel.forward(query, key, value, *more)
     return output, lse, *kernel.backward(grad, query, key, value, output, lse, *more)

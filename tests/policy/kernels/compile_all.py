@@ -8,7 +8,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from megatron_avatar.policy.kernels import attend, draw, head, norm, rope, swiglu
+from megatron_avatar.policy.kernels import attend, draw, head, merge, norm, rope, swiglu
 
 HALF, FULL, INTS, LONGS, DOUBLES = "*bf16", "*fp32", "*i32", "*i64", "*fp64"
 
@@ -35,6 +35,8 @@ KERNELS = {
     "attend": (attend._parts_kernel, [*[HALF] * 5, *[LONGS] * 5, FULL, FULL, *["i32"] * 9, "fp32"],
                dict(STRETCH=512, KEYS=64, QUERIES=64, QUERY_BLOCKS=1, SIZE=128)),
     "merge": (attend._merge_kernel, [FULL, FULL, LONGS, LONGS, HALF, *["i32"] * 4], dict(STRETCH=512, SIZE=128)),
+    "merge_parts": (merge._merge_kernel, [HALF, FULL, HALF, FULL, FULL, LONGS, *["i32"] * 7],
+                    dict(LISTED=True, BLOCK=4096)),
     "draw_stats": (draw._stats_kernel, [FULL, "*i1", FULL, DOUBLES, DOUBLES, INTS, "i32", "fp32", "i32"],
                    dict(BLOCK=2048)),
     "draw_find": (draw._find_kernel, [FULL, "*i1", DOUBLES, FULL, DOUBLES, DOUBLES, INTS, LONGS, FULL, "i32", "fp32",

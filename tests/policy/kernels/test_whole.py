@@ -13,7 +13,7 @@ from megatron_avatar.policy import generate as generation
 from megatron_avatar.policy.build import build_policy
 from megatron_avatar.policy.generate import generate
 from megatron_avatar.policy.groups import pack_groups
-from megatron_avatar.policy.kernels import attend, draw, head, norm, rope, swiglu
+from megatron_avatar.policy.kernels import attend, draw, head, merge, norm, rope, swiglu
 from megatron_avatar.policy.weights import load_hf
 from tests.policy.tiny import tiny_config, tiny_prompts, tiny_thinker
 
@@ -33,7 +33,7 @@ def kernels(*, decoding: bool):
     """The path of a GPU; for an update without the decode step's cache."""
     ran: list[str] = []
     with ExitStack() as patches:
-        for module in (attend, draw, head, norm, rope, swiglu):
+        for module in (attend, draw, head, merge, norm, rope, swiglu):
             def runs(tensor, name=module.__name__):
                 ran.append(name.rpartition(".")[2])
                 return True
