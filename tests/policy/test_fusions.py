@@ -188,14 +188,14 @@ def test_the_self_tests_tell_right_kernels_from_wrong_ones_in_each_dtype(monkeyp
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(fusions, "switch_attention", switched.append)
     for kernel in (RIGHT[part], *WRONG[part]):
-        def verdict(test, make, device, dtype, kernel=kernel):
-            calls.append(device.type)
-            return plain(test, lambda: kernel, torch.device("cpu"), dtype)
+        def verdict(test, make, device, asked, kernel=kernel):
+            calls.append((device.type, asked))
+            return plain(test, lambda: kernel, torch.device("cpu"), asked)
 
         monkeypatch.setattr(selftest, "verdict", verdict)
         reason = fusions.tested(part, dtype)
         assert (" differs from torch's by " in reason) if kernel is not RIGHT[part] else reason == ""
-    assert set(calls) == {"cuda"} and set(switched) == ({"torch"} if part == "attention" else set())
+    assert set(calls) == {("cuda", dtype)} and set(switched) == ({"torch"} if part == "attention" else set())
 
 
 def test_a_fault_of_one_dtype_is_one_of_that_dtype():
