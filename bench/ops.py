@@ -218,6 +218,7 @@ def second_call() -> dict[str, Any]:
                 generation.generate(policy, prompts, 4, sampling, keys)
                 count()
             before = len(captured)
+            waits.clear()  # the calls before are read to their ends
             with mock.patch("torch.Tensor.cpu", waited), mock.patch.object(generation.Drawn, "read", read):
                 completions = generation.generate(policy, prompts, 4, sampling, keys)
             count()

@@ -25,7 +25,6 @@ from megatron_avatar.policy.shape import (
 GIB, TIB = 2**30, 2**40
 # A GPU's CUDA context, NCCL's buffers, cuBLAS workspaces and fragmentation; on a CPU the libraries: our assumption.
 MARGIN, MARGIN_CPU = 3 * GIB, GIB
-DECODER = GIB // 2  # of a GPU, for the CUDA context of a process that decodes there (DALI): our assumption
 # Host memory, our assumptions: a process with its CUDA context and pinned buffers, or on a CPU; one that decodes; and
 # what a copy in pieces holds at a time.
 PROCESS, PROCESS_CPU, WORKER, PIECE = 6 * GIB, 2 * GIB, 1.5 * GIB, GIB
@@ -55,14 +54,6 @@ def layout(config: Config) -> Layout:
             "cluster.gpus as a multiple of it"
         )
     return of(config, nodes, gpus // nodes)
-
-
-def margin(config: Config) -> int:
-    """Bytes of a rank's device beside what is computed with: libraries and fragments, and those of the processes that
-    decode video for it on the same GPU."""
-    if config.cluster.gpu == "cpu":
-        return MARGIN_CPU
-    return MARGIN + DECODER * config.data.workers * (config.data.decoder != "pyav")
 
 
 def of(config: Config, nodes: int, per_node: int) -> Layout:
@@ -132,7 +123,7 @@ def check_weights_fit(config: Config, shape: Shape, where: Layout) -> None:
     share = where.dp if config.parallel.distributed_optimizer else 1
     trained = rank_trained(config, shape)
     reference = weight if any(stage.kind == "rl" for stage in config.stages.values()) else 0
-    need = ((text + towers) * weight + trained * (4 + state / share + reference) + margin(config)) / GIB
+    need = ((text + towers) * weight + trained * (4 + state / share + reference) + MARGIN) / GIB
     if need > config.cluster.gpu_memory_gib:
         raise ValueError(
             f"weights, gradients, optimizer and CUDA alone take {need:.0f} GiB of a GPU, which has "

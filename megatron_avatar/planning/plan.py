@@ -31,7 +31,7 @@ ITEMS = {
     "gradients": "gradients",
     "optimizer": "optimizer: main weights, moments",
     "reference": "reference model",
-    "margin": "margin (libraries, fragments, decoders)",
+    "margin": "margin (libraries, fragments)",
     "activations": "update: activations",
     "workspace": "update: workspace",
     "cache": "generation: keys and values",

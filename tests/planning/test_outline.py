@@ -73,16 +73,10 @@ def test_weights_that_cannot_fit_are_refused_without_a_plan():
     config, where = planned("avatar_7b")
     outline.check_weights_fit(config, outline.shape_of(config), where)
     config, where = planned("avatar_7b", "cluster.gpu=a100", "cluster.gpu_memory_gib=40")
-    with pytest.raises(ValueError, match=r"take 43 GiB of a GPU.*cluster.gpu_memory_gib=40: choose another layout"):
+    with pytest.raises(ValueError, match=r"take 41 GiB of a GPU.*cluster.gpu_memory_gib=40: choose another layout"):
         outline.check_weights_fit(config, outline.shape_of(config), where)
     config, where = planned("avatar_7b", "parallel=a100_40g", "cluster.gpu=a100", "cluster.gpu_memory_gib=40")
     outline.check_weights_fit(config, outline.shape_of(config), where)
-
-
-def test_processes_that_decode_on_a_gpu_have_their_contexts_there():
-    cases = (([], 5.0), (["data.workers=0"], 3.0), (["data.decoder=pyav"], 3.0), (["cluster.gpu=cpu"], 1.0))
-    for overrides, gib in cases:
-        assert outline.margin(planned("avatar_7b", *overrides)[0]) == gib * GIB, overrides
 
 
 def test_host_memory_is_the_nodes_share_of_a_checkpoint_and_its_processes():
