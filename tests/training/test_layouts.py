@@ -57,7 +57,7 @@ HALF = {  # float32 main weights, bit for bit; float16 on other layouts, with it
     }
     for name, more in {
         "bfloat16": dict(tp=2, **SHARED), "float16": dict(tp=2, pp=2),
-        "float16 replicas": dict(tp=2, overflow=OVERFLOWS), "float16 shared": dict(overflow=OVERFLOWS, **SHARED),
+        "float16 replicas": dict(tp=2, overflow=OVERFLOWS), "float16 shared": dict(tp=2, overflow=OVERFLOWS, **SHARED),
     }.items()
 }  # fmt: skip
 
