@@ -56,6 +56,7 @@ def examine() -> dict[str, Result]:
         "DALI": _dali,
         "Apex": _apex,
         "Transformer Engine": _transformer_engine,
+        "FlashAttention-3": _flash_attention_3,
         "Slurm": _slurm,
     }
     results = {}
@@ -220,6 +221,12 @@ def _transformer_engine() -> Result:
         meaning = "optional: the language model uses Megatron-Core's local layers instead"
         return Result("note", "not installed", meaning)
     return Result("ok", _version("transformer-engine") or "installed")
+
+
+def _flash_attention_3() -> Result:
+    if importlib.util.find_spec("flash_attn_interface") is None:
+        return Result("note", "not installed", "optional, on H100 and H200: PyTorch's FlashAttention-2 runs instead")
+    return Result("ok", _version("flash-attn-3") or "installed")
 
 
 def _slurm() -> Result:

@@ -140,7 +140,7 @@ def transformer_config(
         moe_token_dispatcher_type="alltoall",  # asked for by variable_seq_lengths, even in a dense model
         num_layers_in_first_pipeline_stage=parallel.first_stage_layers,
         **RECOMPUTE[parallel.recompute],
-        **choose_fusions(parallel.kernels, on_cpu=on_cpu).settings(),
+        **choose_fusions(parallel.kernels, on_cpu=on_cpu, dtype=dtype).settings(),
     )
 
 

@@ -25,8 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_avatar.policy.flash import to_device
-from megatron_avatar.policy.kernels.attend import Tables, attend
-from megatron_avatar.policy.kernels.device import runs_triton
+from megatron_avatar.policy.kernels.attend import Tables, attend, by_kernels
 from megatron_avatar.policy.kernels.rope import decode_rope
 
 PAGE = 512  # tokens of a prompt that are worked on together
@@ -86,7 +85,7 @@ class KeyValueCache:
         self._pages, self._own = store(room.pages, room.page), store(room.rows, self._most_own if static else 0)
         self._tables: dict[tuple[int, ...], Tables] = {}  # by rows, pages, readers, parts
         self._layout: tuple[int, ...] | None = None  # whose tables are up to date
-        self._kernels = static and runs_triton(next(iter(self._own.values()))[0])
+        self._kernels = static and by_kernels(next(iter(self._own.values()))[0])
 
     # ------------------------------------------------------------------------------------------------------------
     # Prompts and rows come and go: host only, but for the moves

@@ -37,12 +37,12 @@ ROWS_PER_CALL = 32_768
 
 @dataclass(frozen=True)
 class Units:
-    """The input of one encoder: rows [N, features], cut into units that don't see each other.
+    """The input of one encoder: rows [N, features] in parts, cut into units that don't see each other.
 
     shapes: of each unit, (height, width) in patches or (log-mel frames,). tokens: embeddings that it gives.
     """
 
-    rows: Tensor
+    rows: list[Tensor]
     shapes: list[tuple[int, ...]]
     tokens: list[int]
 
@@ -117,28 +117,28 @@ class Towers(nn.Module):
     def _slices(self, prompt: Prompt) -> Units:
         """The pictures: attention, full or in windows, stays inside of a slice of time."""
         if prompt.pixels is None or prompt.grid_thw is None:
-            return Units(torch.empty(0, 0), [], [])
+            return Units([], [], [])
         shapes: list[tuple[int, ...]] = [(h, w) for t, h, w in prompt.grid_thw.tolist() for _ in range(t)]
         merged = self.hf_config.vision_config.spatial_merge_size**2
-        return Units(prompt.pixels, shapes, [h * w // merged for h, w in shapes])
+        return Units([prompt.pixels], shapes, [h * w // merged for h, w in shapes])
 
     def _chunks(self, prompt: Prompt) -> Units:
         """The sounds: convolutions, positions, attention and pooling stay inside of a chunk."""
         if prompt.mel is None or prompt.mel_lengths is None:
-            return Units(torch.empty(0, 0), [], [])
+            return Units([], [], [])
         assert self.audio_tower is not None, f"{prompt.sample_id}: sound for a model that doesn't hear"
         longest = 2 * self.audio_tower.n_window
         assert longest % 4 == 0, "pooling by two after a convolution of stride two would cross the chunks' borders"
         lengths = [min(longest, n - start) for n in prompt.mel_lengths.tolist() for start in range(0, n, longest)]
-        return Units(prompt.mel.T, [(length,) for length in lengths], [_audio_tokens(length) for length in lengths])
+        return Units([prompt.mel.T], [(length,) for length in lengths], [_audio_tokens(length) for length in lengths])
 
     def _dummy_slice(self) -> Units:
         vision = self.hf_config.vision_config
         side, channels = vision.spatial_merge_size, vision.in_channels * vision.temporal_patch_size
-        return Units(torch.zeros(side**2, channels * vision.patch_size**2), [(side, side)], [1])
+        return Units([torch.zeros(side**2, channels * vision.patch_size**2)], [(side, side)], [1])
 
     def _dummy_chunk(self) -> Units:
-        return Units(torch.zeros(4, self.hf_config.audio_config.num_mel_bins), [(4,)], [1])
+        return Units([torch.zeros(4, self.hf_config.audio_config.num_mel_bins)], [(4,)], [1])
 
     # ------------------------------------------------------------------------------------------------------------
     # Encoding
@@ -165,13 +165,17 @@ class Towers(nn.Module):
         first = np.cumsum([0, *sizes])  # row of each unit
         own = []
         for low, high in ((start + low, start + high) for low, high in pieces):
-            rows = units.rows[first[low] : first[high]]
-            own.append(encoder(rows.to(self.device, self.dtype), units.shapes[low:high]))
+            rows = take(units.rows, first[low], first[high])
+            own.append(encoder(self._moved(rows), units.shapes[low:high]))
         if grad and not own:
-            own.append(encoder(dummy.rows.to(self.device, self.dtype), dummy.shapes)[:0])
+            own.append(encoder(self._moved(dummy.rows), dummy.shapes)[:0])
         share = torch.cat(own) if own else self._nothing()
         assert len(share) == counts[group.rank()]
         return share if group.size() == 1 or not sum(counts) else _GatherShares.apply(share, counts, group)
+
+    def _moved(self, parts: Sequence[Tensor]) -> Tensor:
+        """Rows [N, features] on the encoders' device, in their dtype: cast there, not by the host before the copy."""
+        return torch.cat([rows.to(self.device).to(self.dtype) for rows in parts])
 
     def _nothing(self) -> Tensor:
         return torch.empty(0, self.hf_config.text_config.hidden_size, dtype=self.dtype, device=self.device)
@@ -235,13 +239,21 @@ def pack(sizes: Sequence[int], budget: int | None) -> list[tuple[int, int]]:
     return [*pieces, (start, len(sizes))] if sizes else []
 
 
+def take(parts: Sequence[Tensor], start: int, stop: int) -> list[Tensor]:
+    """Views of the rows from `start` to `stop` of parts [N, features] that lie one behind the other."""
+    found, first = [], 0
+    for rows in parts:
+        if max(start, first) < min(stop, first + len(rows)):
+            found.append(rows[max(start - first, 0) : stop - first])
+        first += len(rows)
+    return found
+
+
 def _join(parts: Iterable[Units]) -> Units:
     parts = [units for units in parts if units.shapes]
-    if not parts:
-        return Units(torch.empty(0, 0), [], [])
     chain = itertools.chain.from_iterable
     return Units(
-        torch.cat([units.rows for units in parts]),
+        list(chain(units.rows for units in parts)),
         list(chain(units.shapes for units in parts)),
         list(chain(units.tokens for units in parts)),
     )

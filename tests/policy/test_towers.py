@@ -161,6 +161,28 @@ def test_pieces_of_any_size_equal_transformers_single_call(omni, monkeypatch, bu
     }.get(budget, [204, 738])
 
 
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=6), st.data())
+def test_rows_of_parts_are_those_of_all_of_them(lengths, data):
+    whole = torch.arange(sum(lengths))[:, None]
+    start = data.draw(st.integers(0, len(whole)))
+    stop = data.draw(st.integers(start, len(whole)))
+    found = towers.take(whole.split(lengths), start, stop)
+    assert torch.equal(torch.cat([whole[:0], *found]), whole[start:stop]) and all(len(rows) for rows in found)
+
+
+def test_encoders_cast_on_their_device(omni, monkeypatch):
+    """A move and then a cast: torch casts a copy from the host before it is sent, in one thread."""
+    encoders, calls, plain = omni[1].towers, [], torch.Tensor.to
+
+    def moved(self, *arguments):
+        calls.append(arguments)
+        return plain(self, *arguments)
+
+    monkeypatch.setattr(torch.Tensor, "to", moved)
+    rows = encoders._moved([torch.ones(2, 3), torch.zeros(1, 3)])
+    assert calls == [(encoders.device,), (encoders.dtype,)] * 2 and rows.tolist() == [[1] * 3, [1] * 3, [0] * 3]
+
+
 def count_rows(encoders):
     """Rows of each coming encoder call, in a list that grows."""
     rows = []

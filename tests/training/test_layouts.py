@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from megatron_avatar.training.optim import FIRST_SCALE
 from tests.policy.tiny import tiny_config, tiny_thinker
 from tests.ranks import launch
 from tests.training import layouts_world
@@ -15,8 +16,9 @@ TOLERANCE, NORM_TOLERANCE = 1e-4, 1e-3  # absolute for losses, relative for grad
 SHARED = dict(distributed_optimizer=True)
 
 
-def leg(steps: int = STEPS, *, model: str = "untied", train_towers: bool = False, dtype: str = "float32", **parallel):
-    return dict(steps=steps, model=model, train_towers=train_towers, dtype=dtype, parallel=parallel)
+def leg(steps: int = STEPS, *, model: str = "untied", train_towers: bool = False, dtype: str = "float32",
+        overflow: int | None = None, **parallel):  # fmt: skip
+    return dict(steps=steps, model=model, train_towers=train_towers, dtype=dtype, overflow=overflow, parallel=parallel)
 
 
 def tied(steps: int = STEPS, **parallel):
@@ -47,13 +49,17 @@ TRAINED = {  # tied embeddings, encoders in training
         tied(4, tp=2, pp=2),
     ],
 }
-HALF = {  # float32 main weights, bit for bit; float16 on another layout, with its loss scale
-    dtype: {
-        "whole": [leg(8, dtype=dtype, tp=2, **more)],
-        "continued": [leg(5, dtype=dtype, tp=2, **more), leg(3, dtype=dtype, tp=2, **more)],
+OVERFLOWS = 2  # the step of the second replica's overflow
+HALF = {  # float32 main weights, bit for bit; float16 on other layouts, with its loss scale
+    name: {
+        "whole": [leg(8, dtype=name.split()[0], **more)],
+        "continued": [leg(5, dtype=name.split()[0], **more), leg(3, dtype=name.split()[0], **more)],
     }
-    for dtype, more in {"bfloat16": SHARED, "float16": {"pp": 2}}.items()
-}
+    for name, more in {
+        "bfloat16": dict(tp=2, **SHARED), "float16": dict(tp=2, pp=2),
+        "float16 replicas": dict(tp=2, overflow=OVERFLOWS), "float16 shared": dict(overflow=OVERFLOWS, **SHARED),
+    }.items()
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -89,9 +95,23 @@ def test_layouts_give_the_same_losses_and_gradients(curves, group):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_continues_bit_for_bit(curves, dtype):
-    assert curves[f"{dtype}/whole"] == curves[f"{dtype}/continued"]
+@pytest.mark.parametrize("name", HALF)
+def test_half_precision_continues_bit_for_bit(curves, name):
+    assert curves[f"{name}/whole"] == curves[f"{name}/continued"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("name", ["float16 replicas", "float16 shared"])
+def test_one_replicas_overflow_is_every_ranks(curves, name):
+    """All skip it and halve the scale (equal on all ranks, as the legs assert); what follows is float32's loss, a step
+    behind."""
+    norms, scales = ([step[k] for step in curves[f"{name}/whole"]] for k in (1, 2))
+    assert [norm is None for norm in norms] == [step == OVERFLOWS for step in range(8)]
+    assert scales == [FIRST_SCALE] * OVERFLOWS + [FIRST_SCALE / 2] * (8 - OVERFLOWS)
+    losses, plain = ([step[0] for step in curve] for curve in (curves[f"{name}/whole"], curves["frozen/plain"]))
+    assert losses[OVERFLOWS + 1] == losses[OVERFLOWS] != losses[OVERFLOWS - 1]
+    assert max(abs(a - b) for a, b in zip(losses[: OVERFLOWS + 1], plain, strict=False)) < 1e-2
 
 
 @pytest.mark.slow
