@@ -164,7 +164,7 @@ class PromptBuilder:
 
     def length(self, sample: Sample, variant: Variant = "plain") -> int:
         """Prompt tokens P, from the manifest alone: no file is opened. Raises ValueError beyond the context."""
-        return len(self._layout(sample, self._plans(sample), variant)[0])
+        return self._template(sample, self._plans(sample), variant)[1]
 
     @property
     def ahead(self) -> int:
@@ -252,8 +252,8 @@ class PromptBuilder:
             content.append({"type": "text", "text": text})
         return _joined(content)
 
-    def _layout(self, sample: Sample, plans: list[MediaPlan], variant: Variant) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids [P] with placeholders expanded, and positions [3, P] (temporal, height, width)."""
+    def _template(self, sample: Sample, plans: list[MediaPlan], variant: Variant) -> tuple[list[int], int]:
+        """Token ids with one placeholder for each medium, and the prompt's length P once they are expanded."""
         own = self.data.system
         system = [{"role": "system", "content": [{"type": "text", "text": own}]}] if own else []
         content = self._content(sample, plans, variant)
@@ -272,17 +272,25 @@ class PromptBuilder:
             remedy = REMEDIES[max(parts, key=parts.__getitem__)]
             what = f"its prompt has {length} tokens, the context {self.context}"
             raise ValueError(f"sample {sample.id}: {what}; {remedy}, or raise model.context")
+        return template, length
+
+    def _layout(self, sample: Sample, plans: list[MediaPlan], variant: Variant) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids [P] with placeholders expanded, and positions [3, P] (temporal, height, width)."""
+        template, length = self._template(sample, plans, variant)
+        media = [place for place, token in enumerate(template) if token in self.placeholders.values()]
         ids: list[np.ndarray] = []
         positions: list[np.ndarray] = []
-        start, remaining = 0, iter(plans)
-        for token in template:
-            if token in self.placeholders.values():
-                block_ids, block_positions, advance = self._expand(next(remaining))
-            else:
-                block_ids, block_positions, advance = np.array([token]), np.zeros((3, 1), np.int64), 1
-            ids.append(block_ids)
-            positions.append(block_positions + start)
-            start += advance
+        start = 0
+        starts, ends = [0, *(place + 1 for place in media)], [*media, len(template)]
+        for first, last, plan in zip(starts, ends, [*plans, None], strict=True):
+            ids.append(np.array(template[first:last], np.int64))
+            positions.append(np.tile(np.arange(start, start + last - first), (3, 1)))
+            start += last - first
+            if plan is not None:
+                block_ids, block_positions, advance = self._expand(plan)
+                ids.append(block_ids)
+                positions.append(block_positions + start)
+                start += advance
         token_ids = np.concatenate(ids)
         assert len(token_ids) == length
         return token_ids, np.concatenate(positions, axis=1)
