@@ -288,6 +288,10 @@ class PromptBuilder:
         parts = {kind: sum(_tokens(plan)[kind] for plan in plans) for kind in REMEDIES if kind != "text"}
         parts["text"] = len(template) - len(blocks)
         if (length := sum(parts.values())) > self.context:
+            if self.family.timestamps:  # a time, start and end belong to the video
+                times = [time for plan in plans if plan.kind == "video" for time in plan.timestamps]
+                told = sum(len(self.chat.text_ids(time)) + 2 for time in times)
+                parts |= {"video": parts["video"] + told, "text": parts["text"] - told}
             remedy = REMEDIES[max(parts, key=parts.__getitem__)]
             what = f"its prompt has {length} tokens, the context {self.context}"
             raise ValueError(f"sample {sample.id}: {what}; {remedy}, or raise model.context")

@@ -7,39 +7,21 @@ from pathlib import Path
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer
 
 from megatron_avatar.config.families import OMNI, VL
 from megatron_avatar.data.chat import Chat, chat_template
+from tests.data.media import make_qwen_tokenizer
 
 TINY = Path(__file__).parents[2] / "assets" / "tiny_base"
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>", "<|box_end|>",
            "<|quad_start|>", "<|quad_end|>", "<|vision_bos|>", "<|vision_eos|>", "<|vision_pad|>", "<|IMAGE|>",
            "<|VIDEO|>")  # fmt: skip
-QWEN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
-        r"\s+(?!\S)|\s+")  # fmt: skip
 BUILT_IN = chat_template(OMNI)
 KINDS = {"image": "<|IMAGE|>", "video": "<|VIDEO|>", "audio": "<|AUDIO|>"}
 
 
-def qwen():
-    """Qwen2.5-Omni's tokenizer with few merges: its normalizer, its borders of words, its added tokens."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.NFC()
-    words = pre_tokenizers.Split(Regex(QWEN), behavior="isolated")
-    signs = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, signs])
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(["what is seen and heard in the clip ?\n\nsystem user <|im_end|>" * 3], trainer)
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
-    tokenizer.add_tokens([AddedToken("<tool_call>", special=False, normalized=False)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
-
-
-TOKENIZERS = {"qwen": qwen(), "tiny": AutoTokenizer.from_pretrained(TINY)}
+TOKENIZERS = {"qwen": make_qwen_tokenizer(SPECIAL), "tiny": AutoTokenizer.from_pretrained(TINY)}
 
 
 def chat(tokenizer):
@@ -104,7 +86,7 @@ EACH = "{% for m in messages %}{{ ... }}{% endfor %}"
     ("{% for", "fails on a message of text .TemplateSyntaxError"), (chat_template(VL), "one placeholder for each of"),
 ])  # fmt: skip
 def test_a_template_that_cannot_hold_the_messages_is_found_at_once(template, fault, caplog):
-    tokenizer = qwen()
+    tokenizer = make_qwen_tokenizer(SPECIAL)
     tokenizer.chat_template, tokenizer.name_or_path = template, "/models/tuned"
     with caplog.at_level(logging.WARNING):
         made = chat(tokenizer)
@@ -113,7 +95,7 @@ def test_a_template_that_cannot_hold_the_messages_is_found_at_once(template, fau
 
 
 def test_a_template_that_holds_them_is_taken(caplog):
-    tokenizer = qwen()
+    tokenizer = make_qwen_tokenizer(SPECIAL)
     tokenizer.chat_template = BUILT_IN.replace("a helpful assistant", "Qwen, a virtual human")
     made = chat(tokenizer)
     assert "virtual human" in made.template and not caplog.records
