@@ -16,13 +16,13 @@ TEMPORAL_PATCH = 2  # frames a patch, in all families
 class Family:
     """What the encoders take, how a video's time is told, what a prompt is written with, and what the decoder does.
 
-    patch: pixels a side. mean, std: of the three colours, as bytes over 255. image_min_pixels: to which a smaller picture
-    is enlarged. clip_pixels: a clip's budget. Where `whole_clip`, limits hold for the sum of all frames; else for each,
-    and a pair of frames gets a pair's share of the budget.
+    patch: pixels a side. mean, std: of the three colours, as bytes over 255. image_min_pixels: a smaller picture is
+    enlarged to it. clip_pixels: a clip's budget. Where `whole_clip`, limits hold for the sum of all frames; else for
+    each, and the budget is shared by pairs of frames.
 
     position_rate: the key of config.json with the positions a second of a video's time axis. Empty: there is no such
-    axis, and each pair of frames follows its time as text, `<1.5 seconds>`. time_ends: text goes on after a video's last
-    position of all axes, not after those of height and width.
+    axis, and each pair of frames follows its time as text, `<1.5 seconds>`. time_ends: text goes on after a video's
+    last position of all axes, not after those of height and width.
 
     vision_start, image, video, vision_end, system: what the built-in chat template writes, for tokenizers without one.
     kin: model types that look alike and are refused, with the reason.
