@@ -14,7 +14,7 @@ TEMPORAL_PATCH = 2  # frames a patch, in all families
 
 @dataclass(frozen=True)
 class Family:
-    """What the encoders take, how a video's time is told, and what a prompt is written with.
+    """What the encoders take, how a video's time is told, what a prompt is written with, and what the decoder does.
 
     patch: pixels a side. mean, std: of the three colours, as bytes over 255. image_min_pixels: a smaller picture is
     enlarged to it. clip_pixels: a clip's budget. Where `whole_clip`, limits hold for the sum of all frames; else for
@@ -26,6 +26,10 @@ class Family:
 
     vision_start, image, video, vision_end, system: what the built-in chat template writes, for tokenizers without one.
     kin: model types that look alike and are refused, with the reason.
+
+    head_norms: each query and key is normed before its rotation, and their projections have no bias. mrope_interleaved:
+    time, height and width take rotary frequencies in turn, not in blocks. nested_names: the hub's folders call weights
+    as transformers' modules are called, the language model a part of `model`.
     """
 
     name: str
@@ -45,6 +49,9 @@ class Family:
     vision_end: str = "<|vision_end|>"
     system: str = ""
     kin: tuple[tuple[str, str], ...] = ()
+    head_norms: bool = False
+    mrope_interleaved: bool = False
+    nested_names: bool = False
 
     @property
     def factor(self) -> int:
@@ -117,6 +124,9 @@ VL3 = Family(
         ("qwen3_vl_moe", "a mixture of experts lies otherwise on disk; take a dense Qwen3-VL, as its 4B or 8B"),
         ("qwen3_5", "Qwen3.5 has linear attention, which the policy doesn't have"),
     ),
+    head_norms=True,
+    mrope_interleaved=True,
+    nested_names=True,
 )
 FAMILIES = (OMNI, VL, VL3)
 NAMES = f"{', '.join(family.name for family in FAMILIES[:-1])} or {FAMILIES[-1].name}"
