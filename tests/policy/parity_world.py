@@ -24,7 +24,7 @@ from megatron_avatar.records import Prompt
 from tests.policy.tiny import FAMILIES, Family, tiny_completions
 
 # (tp, pp, sequence parallel); what four ranks leave over is data parallel. tp 4 shares 2 key-value heads out.
-LAYOUTS = [(2, 1, False), (1, 2, False), (2, 2, False), (2, 1, True), (2, 2, True), (4, 1, True)]
+LAYOUTS = [(1, 1, False), (2, 1, False), (1, 2, False), (2, 2, False), (2, 1, True), (2, 2, True), (4, 1, True)]
 # model -> its family, and how its configuration is made. Deepstack wants three layers on the first of two stages.
 MODELS: dict[str, tuple[str, dict]] = {
     "tiny": ("omni", {}),

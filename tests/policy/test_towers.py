@@ -15,7 +15,7 @@ from megatron_avatar.config.schema import ModelConfig, ParallelConfig
 from megatron_avatar.policy import flash, layer, tower_attention, towers
 from megatron_avatar.policy.build import build_policy
 from megatron_avatar.policy.groups import pack_groups
-from megatron_avatar.policy.layer import Angles
+from megatron_avatar.policy.layer import Angles, InterleavedAngles
 from megatron_avatar.policy.weights import load_hf
 from tests.policy.tiny import AUDIO, FAMILIES, VIDEO, tiny_config, tiny_prompts, tiny_thinker
 
@@ -252,7 +252,7 @@ def qwen3_mistakes(policy, prompt, reference, monkeypatch):
     }.items():
         found[name] = vl_error(policy, prompt, reference, [torch.cat(columns, dim=1)])
     with monkeypatch.context() as patch:
-        patch.setattr(policy.language_model, "rotary_pos_emb", Angles(32, 1.0, rotary_base=5e6))
+        patch.setattr(InterleavedAngles, "forward", Angles.forward)
         found["mrope in blocks"] = vl_error(policy, prompt, reference)
     with monkeypatch.context() as patch:
         patch.setattr(layer, "head_norms", lambda attention: None)
