@@ -300,3 +300,9 @@ FAMILIES = {
         tiny_vl3_config, tiny_vl3, tiny_vl_prompts, vl_logits, VL_KINDS, ("image_and_video", "text", "video")
     ),
 }
+
+
+def family_of_config(config: Any) -> Family:
+    """The family of a configuration that a policy was built from."""
+    names = {Qwen3VLConfig: "vl3", Qwen2_5_VLConfig: "vl", Qwen2_5OmniThinkerConfig: "omni"}
+    return FAMILIES[names[type(config)]]
