@@ -1,13 +1,12 @@
 #!/bin/bash
-# AVATAR's parts, Qwen3-VL-4B (video without sound), two GPUs of a node.
-# Submit from the repository's root; submit again to continue.
+# AVATAR's parts, Qwen3-VL-4B, two GPUs of one node. Submit from the repository's root; submit again to continue.
 #   sbatch slurm/vl3_4b.sh model.path=FOLDER data.manifest=FILE [key=value ...]
 #SBATCH --job-name=vl3_4b
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=2
 #SBATCH --gres=gpu:2
 #SBATCH --cpus-per-task=12
-#SBATCH --mem=80G
+#SBATCH --mem=90G
 #SBATCH --time=24:00:00
 #SBATCH --signal=USR1@300
 #SBATCH --requeue

@@ -1,13 +1,12 @@
 #!/bin/bash
-# AVATAR's parts, Qwen3-VL-8B (video without sound), four GPUs of a node.
-# Submit from the repository's root; submit again to continue.
+# AVATAR's parts, Qwen3-VL-8B, four GPUs of one node. Submit from the repository's root; submit again to continue.
 #   sbatch slurm/vl3_8b.sh model.path=FOLDER data.manifest=FILE [key=value ...]
 #SBATCH --job-name=vl3_8b
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=4
 #SBATCH --gres=gpu:4
 #SBATCH --cpus-per-task=12
-#SBATCH --mem=170G
+#SBATCH --mem=180G
 #SBATCH --time=24:00:00
 #SBATCH --signal=USR1@300
 #SBATCH --requeue

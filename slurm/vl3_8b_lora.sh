@@ -1,13 +1,12 @@
 #!/bin/bash
-# AVATAR's parts, Qwen3-VL-8B with LoRA (video without sound), four GPUs of a node.
-# Submit from the repository's root; submit again to continue.
+# AVATAR's parts, Qwen3-VL-8B, LoRA, four GPUs of a node. Submit from the repository's root; submit again to continue.
 #   sbatch slurm/vl3_8b_lora.sh model.path=FOLDER data.manifest=FILE [key=value ...]
 #SBATCH --job-name=vl3_8b_lora
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=4
 #SBATCH --gres=gpu:4
 #SBATCH --cpus-per-task=12
-#SBATCH --mem=90G
+#SBATCH --mem=80G
 #SBATCH --time=24:00:00
 #SBATCH --signal=USR1@300
 #SBATCH --requeue

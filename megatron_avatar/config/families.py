@@ -27,6 +27,7 @@ class Family:
     vision_start, image, video, vision_end, system: what the built-in chat template writes, for tokenizers without one.
     kin: model types that look alike and are refused, with the reason.
 
+    vision_matrices: of a block's feed-forward in the vision encoder; 3 with a gate, 2 without.
     head_norms: each query and key is normed before its rotation, and their projections have no bias. mrope_interleaved:
     time, height and width take rotary frequencies in turn, not in blocks. nested_names: the hub's folders call weights
     as transformers' modules are called, the language model a part of `model`.
@@ -49,6 +50,7 @@ class Family:
     vision_end: str = "<|vision_end|>"
     system: str = ""
     kin: tuple[tuple[str, str], ...] = ()
+    vision_matrices: int = 3
     head_norms: bool = False
     mrope_interleaved: bool = False
     nested_names: bool = False
@@ -124,6 +126,7 @@ VL3 = Family(
         ("qwen3_vl_moe", "a mixture of experts lies otherwise on disk; take a dense Qwen3-VL, as its 4B or 8B"),
         ("qwen3_5", "Qwen3.5 has linear attention, which the policy doesn't have"),
     ),
+    vision_matrices=2,
     head_norms=True,
     mrope_interleaved=True,
     nested_names=True,
