@@ -8,8 +8,9 @@ NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in python3.11 python3; do $$p -c '$(NEW_ENOUGH)' 2>/dev/null && { echo $$p; break; }; done)
 VENV := .venv/bin/python
 INSTALLED := .venv/.installed
-# A file's tests stay together, as they share what they make; two workers, or one a processor up to four.
-PYTEST := -rs -n logical --maxprocesses=4 --dist=loadfile
+# A file's tests stay together, as they share what they make; two workers, or one a processor up to four. The longest
+# files come first (tests/conftest.py).
+PYTEST := -rs -n logical --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 COVERAGE := .coverage_data
 # What `make test-all` is measured by; MEASURE= leaves it out.
 MEASURE := -m coverage run

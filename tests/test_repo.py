@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import LONGEST
+
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("megatron_avatar", "data_tools", "eval", "slurm")
 REQUIREMENTS = ("requirements.txt", "requirements-bench.txt", "requirements-lmms.txt")
@@ -127,6 +129,10 @@ def test_a_fault_without_its_text_or_its_tests_is_named():
                          ({"file": "gone.py"}, "No such file")):  # fmt: skip
         (problem,) = mutate.misplaced([mutate.Mutation(**here | change)]).values()
         assert says in problem
+
+
+def test_the_longest_files_of_tests_are_there():
+    assert all((ROOT / "tests" / name).is_file() for name in LONGEST)
 
 
 def test_endpoints_need_settings_alone():

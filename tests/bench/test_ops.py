@@ -9,12 +9,16 @@ from bench import ops
 def test_a_decode_step_launches_few_operations(shape):
     """Norms of queries and keys cost no launch: they are part of the rotation."""
     with ops.shard(shape) as policy:
-        found = ops.decode_step(policy) | ops.update_layer(policy) | ops.head_of(policy)
-        logits = ops.TOKENS * policy.vocab_size
+        found = ops.decode_step(policy) | ops.update_layer(policy)
     assert found["decode_layer_ops"] <= 10 and found["decode_outer_ops"] <= 24
-    # Forward each logit is read once, backward read once and written once in half precision, and little else.
-    assert found["head_bytes"]["forward"] < 1.1 * 4 * logits and found["head_bytes"]["backward"] < 1.7 * 6 * logits
     assert found["update_layer_forward"] <= 24 and found["update_layer_backward"] <= 40
+
+
+def test_the_head_touches_each_logit_once():
+    """Forward it is read once, backward read once and written once in half precision, and little else."""
+    with ops.shard("3b") as policy:
+        found, logits = ops.head_of(policy)["head_bytes"], ops.TOKENS * policy.vocab_size
+    assert found["forward"] < 1.1 * 4 * logits and found["backward"] < 1.7 * 6 * logits
 
 
 def test_a_later_call_of_generate_captures_nothing_again():

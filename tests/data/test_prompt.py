@@ -145,6 +145,14 @@ def test_each_video_has_its_own_sound_flag():
     assert (np.diff(both[1][0]) >= 0).sum() > 0 and both[1].max() > alone[0][1].max()
 
 
+@pytest.mark.parametrize(("kind", "flag", "path", "frames"), [
+    ("video", True, "a", 200), ("video", False, "a", 0), ("video", True, None, 0), ("audio", False, "a", 200),
+])  # fmt: skip
+def test_a_video_is_heard_where_its_line_says_so(kind, flag, path, frames):
+    media = Media("v", kind, 16, 8.0, None, 84, 84, audio_path=path, audio_samples=32_000, audio_in_video=flag)
+    assert plan_media(media, DATA).mel_frames == frames
+
+
 def text_of(ids):
     return TOKENIZER.decode(ids.tolist())
 

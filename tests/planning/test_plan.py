@@ -30,6 +30,7 @@ from megatron_avatar.config.schema import LoraConfig, ModelConfig, OptimConfig, 
 from megatron_avatar.planning.batches import micro_batches, pack, seen_pairs
 from megatron_avatar.planning.memory import (
     GIB,
+    add_dynamic,
     drop_gradients,
     measure_update,
     parameter_bytes,
@@ -208,6 +209,19 @@ def test_activations_are_the_saved_tensors_of_a_real_model(tmp_path, size, recom
         real = saved_bytes(policy, batch)
     assert planned.kept == pytest.approx(real, rel=0.02)
     assert planned.peak >= planned.kept
+
+
+@pytest.mark.parametrize(("pp_rank", "groups", "in_flight"), [(0, 3, 3), (0, 2, 2), (1, 3, 2), (2, 3, 1)])
+def test_a_stage_keeps_what_is_in_flight_behind_it(tmp_path, pp_rank, groups, in_flight):
+    """One forward, one backward: stage k of three waits for the gradients of 3 - k micro-batches."""
+    work = Work(True, False, 0, 0, 40, 8, 0, (2,) * groups, 64)
+    parallel = ParallelConfig(pp=3)
+    assert len(micro_batches(work)) == groups
+    with shard_on_meta(save(tmp_path, layers=6), ModelConfig(), parallel, 0, pp_rank) as policy:
+        memory = static_memory(policy, ModelConfig(), parallel, work, dp=1)
+        add_dynamic(memory, policy, work, 2, 1.0)
+        alone = measure_update(policy, micro_batches(work)[0]).kept
+    assert memory.activations == pytest.approx(in_flight * alone, rel=1e-2)
 
 
 def test_recomputation_and_sequence_parallelism_save_memory(tmp_path):

@@ -165,7 +165,7 @@ def tiny_vl3_config(*, layers: int = 4, tied: bool = False) -> Qwen3VLConfig:
     text = dict(
         vocab_size=VOCABULARY, num_hidden_layers=layers, hidden_size=64, num_attention_heads=4, num_key_value_heads=2,
         head_dim=32, intermediate_size=128, max_position_embeddings=4096, bos_token_id=None, eos_token_id=TEXT - 1,
-        rope_parameters=dict(rope_type="default", rope_theta=5e6, mrope_section=[6, 5, 5]),
+        rope_parameters=dict(rope_type="default", rope_theta=5e6, mrope_section=[8, 4, 4]),
     )  # fmt: skip
     vision = dict(
         depth=4, hidden_size=32, num_heads=2, intermediate_size=64, out_hidden_size=64, num_position_embeddings=25,
@@ -300,3 +300,9 @@ FAMILIES = {
         tiny_vl3_config, tiny_vl3, tiny_vl_prompts, vl_logits, VL_KINDS, ("image_and_video", "text", "video")
     ),
 }
+
+
+def family_of_config(config: Any) -> Family:
+    """The family of a configuration that a policy was built from."""
+    names = {Qwen3VLConfig: "vl3", Qwen2_5_VLConfig: "vl", Qwen2_5OmniThinkerConfig: "omni"}
+    return FAMILIES[names[type(config)]]
