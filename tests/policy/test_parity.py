@@ -65,12 +65,13 @@ def row_scores(model, family, prompt, temperature=0.8):
 
 @pytest.fixture(scope="module")
 def results(folder):
-    launch(parity_world.main, 4, folder)
+    launch(parity_world.main, 4, folder, timeout=1700)
     return json.loads((folder / "results.json").read_text())
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.core
 def test_every_layout_equals_transformers(results, layout):
     """Logits of every kind of prompt; scores and gradients of groups; weights after export and import."""
