@@ -150,7 +150,7 @@ def test_each_video_has_its_own_sound_flag():
 ])  # fmt: skip
 def test_a_video_is_heard_where_its_line_says_so(kind, flag, path, frames):
     media = Media("v", kind, 16, 8.0, None, 84, 84, audio_path=path, audio_samples=32_000, audio_in_video=flag)
-    assert plan_media(media, DATA).mel_frames == frames
+    assert plan_media(media, DATA, OMNI).mel_frames == frames
 
 
 def text_of(ids):
