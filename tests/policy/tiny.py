@@ -161,11 +161,12 @@ def tiny_vl(config: Qwen2_5_VLConfig, seed: int = 0) -> Qwen2_5_VLForConditional
 
 
 def tiny_vl3_config(*, layers: int = 4, tied: bool = False) -> Qwen3VLConfig:
-    """As small; heads of 32 where hidden size and heads would give 16, and features for the first three layers."""
+    """As small; heads of 32 where hidden size and heads would give 16, and features for the first three layers. The
+    slowest rotation, too, tells these short positions apart."""
     text = dict(
         vocab_size=VOCABULARY, num_hidden_layers=layers, hidden_size=64, num_attention_heads=4, num_key_value_heads=2,
         head_dim=32, intermediate_size=128, max_position_embeddings=4096, bos_token_id=None, eos_token_id=TEXT - 1,
-        rope_parameters=dict(rope_type="default", rope_theta=5e6, mrope_section=[8, 4, 4]),
+        rope_parameters=dict(rope_type="default", rope_theta=30.0, mrope_section=[8, 4, 4]),
     )  # fmt: skip
     vision = dict(
         depth=4, hidden_size=32, num_heads=2, intermediate_size=64, out_hidden_size=64, num_position_embeddings=25,
