@@ -44,7 +44,7 @@ from megatron_avatar.policy.weights import load_hf
 from megatron_avatar.records import Prompt
 
 TINY = str(Path(__file__).resolve().parents[1] / "assets" / "tiny_base")
-SHAPES = {"3b": "qwen2_5_omni_3b", "7b": "qwen2_5_omni_7b"}
+SHAPES = {"3b": "qwen2_5_omni_3b", "7b": "qwen2_5_omni_7b", "vl3_4b": "qwen3_vl_4b"}
 LAUNCHES = {"avatar::attend": 2, "avatar::draw": 2, "avatar::norm_backward": 2}  # kernels of one operation; else 1
 PROMPTS, ROWS, PROMPT, STEPS = 8, 8, 3492, 512
 TOKENS = 4096  # of the packed group

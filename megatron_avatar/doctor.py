@@ -128,7 +128,7 @@ def _gpus() -> Result:
     if not torch.cuda.is_available():
         from megatron_avatar.policy.devices import no_gpu
 
-        meaning = f"{no_gpu()}; the tiny recipes run on the CPU, those of the 3B and 7B models need GPUs"
+        meaning = f"{no_gpu()}; the tiny recipes run on the CPU, those of published models need GPUs"
         return Result("missing", "none", meaning)
     devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     names = ", ".join(f"{d.name} ({d.total_memory / GIB:.0f} GiB)" for d in devices)

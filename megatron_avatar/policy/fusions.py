@@ -250,6 +250,8 @@ def layer_spec(config: TransformerConfig) -> tuple[ModuleSpec, type]:
         attention.linear_qkv = mlp.linear_fc1 = transformer_engine.TEColumnParallelLinear
         attention.linear_proj = mlp.linear_fc2 = transformer_engine.TERowParallelLinear
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
     return layer, RMSNorm
 
 

@@ -22,17 +22,18 @@ from megatron_avatar.records import Completion, Group, Trajectory
 from megatron_avatar.resilience import checkpoint
 from megatron_avatar.training.learner import Learner
 from megatron_avatar.training.optim import build_optimizer
-from tests.policy.tiny import TEXT, tiny_prompts
+from tests.policy.tiny import TEXT, family_of_config
 
 STEPS = 20
-LENGTHS = {"audio_in_video": (3, 7, 5), "text": (6, 2), "video": (4, 4), "audio": (8, 1, 2)}
+LENGTHS = {"audio_in_video": (3, 7, 5), "text": (6, 2), "video": (4, 4), "audio": (8, 1, 2), "image": (3, 7, 5),
+           "image_and_video": (8, 1, 2)}  # fmt: skip
 
 
 def groups_of(policy) -> list[Group]:
     """A group of each kind of prompt, fresh and replayed completions mixed; the same on every rank."""
     rng = np.random.default_rng(0)
     groups = []
-    for kind, prompt in tiny_prompts(policy.hf_config).items():
+    for kind, prompt in family_of_config(policy.hf_config).prompts(policy.hf_config).items():
         completions = [Completion(rng.integers(0, TEXT, n), np.zeros(n, np.float32), True) for n in LENGTHS[kind]]
         rows = [Trajectory(kind, "plain", c, 0.5, {}, 0.0, "", "", 0, 0) for c in completions]
         advantages = rng.standard_normal(len(rows)).astype(np.float32)

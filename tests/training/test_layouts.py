@@ -7,7 +7,7 @@ import json
 import pytest
 
 from megatron_avatar.training.optim import FIRST_SCALE
-from tests.policy.tiny import tiny_config, tiny_thinker
+from tests.policy.tiny import tiny_config, tiny_thinker, tiny_vl3, tiny_vl3_config
 from tests.ranks import launch
 from tests.training import layouts_world
 from tests.training.layouts_world import STEPS
@@ -23,6 +23,10 @@ def leg(steps: int = STEPS, *, model: str = "untied", train_towers: bool = False
 
 def tied(steps: int = STEPS, **parallel):
     return leg(steps, model="tied", train_towers=True, **parallel)
+
+
+def qwen3(steps: int = STEPS, **parallel):
+    return leg(steps, model="qwen3", train_towers=True, **parallel)
 
 
 # Four ranks: what tp and pp leave over is data parallel. The models have 4 layers and 2 key-value heads.
@@ -49,6 +53,15 @@ TRAINED = {  # tied embeddings, encoders in training
         tied(4, tp=2, pp=2),
     ],
 }
+QWEN3 = {  # encoders in training, whose features go to three layers; 6 layers, three of them on the first of two stages
+    "plain": [qwen3()],
+    "tp2 pp2 sequence, full, distributed": [qwen3(tp=2, pp=2, sequence_parallel=True, recompute="full", **SHARED)],
+    "resharded": [
+        qwen3(6, tp=2, sequence_parallel=True, recompute="selective", **SHARED),
+        qwen3(6, pp=2, first_stage_layers=4),
+        qwen3(8, tp=4),
+    ],
+}
 OVERFLOWS = 2  # the step of the second replica's overflow
 HALF = {  # float32 main weights, bit for bit; float16 on other layouts, with its loss scale
     name: {
@@ -68,7 +81,8 @@ def curves(tmp_path_factory) -> dict[str, list[list[float]]]:
     folder = tmp_path_factory.mktemp("layouts")
     for name in ("untied", "tied"):
         tiny_thinker(tiny_config(layers=4, tied=name == "tied")).save_pretrained(folder / name)
-    groups = {"frozen": FROZEN, "trained": TRAINED, **HALF}
+    tiny_vl3(tiny_vl3_config(layers=6, tied=True)).save_pretrained(folder / "qwen3")
+    groups = {"frozen": FROZEN, "trained": TRAINED, "qwen3": QWEN3, **HALF}
     cases = {f"{group}/{name}": legs for group, cases in groups.items() for name, legs in cases.items()}
     launch(layouts_world.main, 4, folder, cases, timeout=1700)
     return json.loads((folder / "curves.json").read_text())
@@ -76,7 +90,7 @@ def curves(tmp_path_factory) -> dict[str, list[list[float]]]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("group", ["frozen", "trained"])
+@pytest.mark.parametrize("group", ["frozen", "trained", "qwen3"])
 def test_layouts_give_the_same_losses_and_gradients(curves, group):
     plain = curves[f"{group}/plain"]
     assert len(plain) == STEPS and max(norm for _, norm in plain) > 1 > min(norm for _, norm in plain)  # clipped or not

@@ -22,16 +22,21 @@ def source(kernel, types, constants):
                                                                  for n, v in constants.items()})  # fmt: skip
 
 
+SPLIT = [HALF, FULL, *[HALF] * 5, "fp32", *["i32"] * 4]
+DECODE = [HALF, FULL, HALF, HALF, HALF, LONGS, HALF, HALF, "fp32", *["i32"] * 5]
 KERNELS = {
     "norm": (norm._forward_kernel, [HALF, FULL, HALF, FULL, HALF, "i32", "fp32"], dict(ADDS=True, BLOCK=4096)),
     "norm_backward": (norm._backward_kernel, [HALF, FULL, FULL, HALF, FULL, FULL, "i32", "i32", "fp32"],
                       dict(ADDS=True, ROWS=64, BLOCK=4096)),
     "swiglu": (swiglu._forward_kernel, [HALF, HALF, "i32"], dict(BLOCK=1024)),
     "swiglu_backward": (swiglu._backward_kernel, [HALF, HALF, HALF, "i32"], dict(BLOCK=1024)),
-    "split_rope": (rope._split_kernel, [HALF, FULL, HALF, HALF, HALF, *["i32"] * 4], dict(BACK=False, BLOCK=64)),
-    "split_rope_backward": (rope._split_kernel, [HALF, FULL, HALF, HALF, HALF, *["i32"] * 4],
-                            dict(BACK=True, BLOCK=64)),
-    "decode_rope": (rope._decode_kernel, [HALF, FULL, HALF, HALF, HALF, LONGS, *["i32"] * 5], dict(BLOCK=64)),
+    "split_rope": (rope._split_kernel, SPLIT, dict(BACK=False, NORMS=False, BLOCK=64)),
+    "split_norm_rope": (rope._split_kernel, SPLIT, dict(BACK=False, NORMS=True, BLOCK=64)),
+    "split_rope_backward": (rope._split_kernel, SPLIT, dict(BACK=True, NORMS=False, BLOCK=64)),
+    "split_norm_rope_backward": (rope._split_back_kernel, [HALF, FULL, *[HALF] * 6, FULL, "fp32", *["i32"] * 4],
+                                 dict(TOKENS=16, BLOCK=64)),
+    "decode_rope": (rope._decode_kernel, DECODE, dict(NORMS=False, BLOCK=64)),
+    "decode_norm_rope": (rope._decode_kernel, DECODE, dict(NORMS=True, BLOCK=64)),
     "attend": (attend._parts_kernel, [*[HALF] * 5, *[LONGS] * 5, FULL, FULL, *["i32"] * 9, "fp32"],
                dict(STRETCH=512, KEYS=64, QUERIES=64, QUERY_BLOCKS=1, SIZE=128)),
     "merge": (attend._merge_kernel, [FULL, FULL, LONGS, LONGS, HALF, *["i32"] * 4], dict(STRETCH=512, SIZE=128)),
