@@ -53,7 +53,8 @@ def record(folder: Path, config: Config, backend: Backend) -> None:
 def introduce(config: Config, backend: Backend) -> None:
     """Say what a run starts from, and what is unlike its recipe or its model's training. Rank 0 alone speaks; all ranks
     call it, since they agree on the kernels here."""
-    fusions = choose_fusions(config.parallel.kernels, on_cpu=backend.device.type == "cpu")
+    fusions = choose_fusions(config.parallel.kernels, on_cpu=backend.device.type == "cpu",
+                             dtype=getattr(torch, config.model.dtype))  # fmt: skip
     if backend.rank:
         return
     model = config.model
