@@ -175,25 +175,21 @@ def step(
 
 def train(steps: int, seed: int = 0) -> list[float]:
     """Mean reward of each step on a dozen prompts in turn."""
+    torch.set_num_threads(1)  # the matrices are tiny
     torch.manual_seed(seed)
     model, memory = tiny_model(), Memory()
     frozen = tiny_model()
     frozen.load_state_dict(model.state_dict())
-    start = log_probs(frozen)
-
-    def reference(prompt: list[int], tokens: Tensor) -> Tensor:
-        with torch.no_grad():
-            return start(prompt, tokens)
+    start = torch.no_grad()(log_probs(frozen))
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     prompts = [f"{a}{b}" for a in range(4) for b in range(3)]
-    return [step(model, reference, optimizer, prompts[k % len(prompts)], memory) for k in range(steps)]
+    return [step(model, start, optimizer, prompts[k % len(prompts)], memory) for k in range(steps)]
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=240)
-    torch.set_num_threads(1)  # the matrices are tiny
     rewards = train(parser.parse_args().steps)
     for begin in range(0, len(rewards), 24):
         part = rewards[begin : begin + 24]
