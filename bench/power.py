@@ -1,6 +1,6 @@
 """How many seeds and items a study needs, so that a difference that counts is shown with 80 % power.
 
-    python -m bench.power [--effect 3] [--seeds 5 8 10 12 16 20] [--items 400 630 1000] [--questions 2] [--json]
+    python -m bench.power [--effect 3] [--seeds 5 8 10 12 16] [--items 400 630] [--questions 2] [--json]
 
 Right and wrong answers of two systems are drawn again and again: items differ in how hard they are and in which system
 they suit, and each training of a system is a little better or worse than another. Each draw goes through the study's
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 from scipy.optimize import brentq
@@ -41,6 +42,7 @@ def answers(seeds: int, items: int, effect: float, rng: np.random.Generator) -> 
     return drawn[0], drawn[1]
 
 
+@cache
 def _centre(share: float) -> float:
     """The logit around which items and trainings vary when `share` of the answers are right."""
     deviation = (ITEM**2 + SUITED**2 + SEED**2) ** 0.5
@@ -62,8 +64,8 @@ def power(seeds: int, items: int, effect: float, questions: int, repetitions: in
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--effect", type=float, default=3.0, help="the smallest difference that counts, in points")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[5, 8, 10, 12, 16, 20])
-    parser.add_argument("--items", type=int, nargs="+", default=[400, 630, 1000])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[5, 8, 10, 12, 16])
+    parser.add_argument("--items", type=int, nargs="+", default=[400, 630])
     parser.add_argument("--questions", type=int, default=2, help="primary ones, among which Holm's method shares 5 %%")
     parser.add_argument("--json", action="store_true", help=JSON_HELP)
     args = parser.parse_args(arguments)

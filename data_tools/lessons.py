@@ -30,7 +30,7 @@ ON_LADDER = 0.5  # of the clips are scenes of the ladder
 TONES = 0.2  # of these sound a pattern of tones
 SCENE_WEIGHT = {"direction": 3, "beeps": 2}  # the facts that are slowest to learn are seen more often
 WORDS = (*SHAPES, *COLORS, *COLUMNS, *SLOTS, *DIRECTIONS, *PITCHES, *NUMBERS, *LETTERS, *"0123456789", "chirp", "noise")
-LONGEST = 6  # words of a list
+NOTES, LISTS, LONGEST = 4, 4, 6  # copies beside a clip: of a question's evidence, of lists of at most so many words
 
 
 class Lesson(NamedTuple):
@@ -62,8 +62,8 @@ def draw_demo(rng: np.random.Generator) -> Shown:
 def draw_lessons(shown: Shown, rng: np.random.Generator) -> list[Lesson]:
     """The lessons that are given beside a scene, in any order: none sees another."""
     told = looks(shown.scene, rng) if shown.on_ladder else descriptions(shown, rng)
-    asked = [ask(str(name), rng) for name in rng.choice(list(LADDER), 2)]
-    return [*told, *map(notes, asked), words(rng)]
+    asked = [ask(str(name), rng) for name in rng.choice(list(LADDER), NOTES)]
+    return [*told, *map(notes, asked), *(words(rng) for _ in range(LISTS))]
 
 
 def descriptions(shown: Shown, rng: np.random.Generator) -> list[Lesson]:

@@ -115,7 +115,9 @@ class FixedPolicy:
 
     def complete(self, visit: Visit, n: int, step: int) -> tuple[list[Trajectory], list[str | None]]:
         rng = keyed_rng("outlook", visit.key)
-        success = self.chance(visit.sample_id, visit.variant)
+        success = self._success[visit.sample_id]
+        if visit.variant == "hinted":
+            success += HINT_LIFT * (1 - success)
         formatted = rng.random(n) < FORMAT
         right = formatted & (rng.random(n) < success)
         wrong = rng.choice(len(WRONG), n, p=WRONG)
@@ -127,11 +129,6 @@ class FixedPolicy:
             for k, (f, r, v, _) in enumerate(said)
         ]  # fmt: skip
         return rows, [None if not f else "right" if r else f"wrong {w}" for f, r, _, w in said]
-
-    def chance(self, sample_id: str, variant: Variant) -> float:
-        """How often a completion of this prompt is right."""
-        plain = self._success[sample_id]
-        return plain + HINT_LIFT * (1 - plain) if variant == "hinted" else plain
 
     def learn(self, fresh: list[Group], replayed: list[Group]) -> None:
         pass
