@@ -8,8 +8,12 @@ NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in python3.11 python3; do $$p -c '$(NEW_ENOUGH)' 2>/dev/null && { echo $$p; break; }; done)
 VENV := .venv/bin/python
 INSTALLED := .venv/.installed
-# A file's tests stay together, as they share what they make; two workers, or one a processor up to four.
-PYTEST := -rs -n logical --maxprocesses=4 --dist=loadfile
+# As packages are built by wheels everywhere, Debian's older pip has no deprecations to tell of.
+PIP := $(VENV) -m pip --disable-pip-version-check --quiet install --use-pep517
+TESTED := .venv/.installed-test
+# A file's tests stay together, as they share what they make; two workers, or one a processor up to four. The longest
+# files come first (tests/conftest.py).
+PYTEST := -rs -n logical --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 COVERAGE := .coverage_data
 # What `make test-all` is measured by; MEASURE= leaves it out.
 MEASURE := -m coverage run
@@ -26,15 +30,15 @@ demo: $(INSTALLED) ## synthesise data, train, evaluate, write runs/demo/report.h
 reproduce: $(INSTALLED) ## the paper in small: all systems, sweeps, tables and figures into runs/tiny/report.html
 	@$(VENV) slurm/reproduce.py profile=tiny
 
-test: $(INSTALLED) ## something of every part, in minutes
+test: $(TESTED) ## something of every part, in minutes
 	@$(VENV) -m pytest $(PYTEST) -m "(not slow or core) and not slurm and not gpu"
 
-test-all: $(INSTALLED) ## all that needs neither Slurm nor a GPU, and which lines and branches it ran
+test-all: $(TESTED) ## all that needs neither Slurm nor a GPU, and which lines and branches it ran
 	@rm -rf $(COVERAGE) && status=0 && \
 	  $(VENV) $(MEASURE) -m pytest $(PYTEST) -m "not slurm and not gpu" || status=$$?; [ -n "$(MEASURE)" ] || exit $$status; \
 	{ $(VENV) -m coverage combine --quiet && $(VENV) -m tests.covered; } || status=$$((status ? status : 1)); exit $$status
 
-test-slurm: $(INSTALLED) ## real jobs on a Slurm of this machine; installs Debian's packages where it may
+test-slurm: $(TESTED) ## real jobs on a Slurm of this machine; installs Debian's packages where it may
 	@command -v slurmctld /usr/sbin/slurmctld >/dev/null || if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	  apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends slurm-wlm munge; \
 	else echo 'error: Slurm is not installed: apt install slurm-wlm munge' >&2; exit 1; fi
@@ -53,7 +57,7 @@ base: $(INSTALLED) ## pretrain the demo's tiny base model anew
 doctor: $(INSTALLED) ## what this machine can run, and what is missing
 	@$(VENV) -m megatron_avatar.doctor
 
-lint: $(INSTALLED) ## static checks
+lint: $(TESTED) ## static checks
 	@$(VENV) -m ruff check .
 	@$(VENV) -m mypy
 
@@ -75,5 +79,10 @@ $(INSTALLED): requirements.txt
 	    'Install one (Debian, Ubuntu: apt install python3-venv), or name another: make PYTHON=FILE' >&2; exit 1; fi; \
 	fi
 	@echo 'installing requirements.txt into .venv (some minutes, once)'
-	@$(VENV) -m pip --disable-pip-version-check --quiet install -r requirements.txt
+	@$(PIP) -r requirements.txt
+	@touch $@
+
+$(TESTED): requirements-test.txt $(INSTALLED)
+	@echo 'installing requirements-test.txt into .venv (once)'
+	@$(PIP) -r requirements.txt -r requirements-test.txt
 	@touch $@

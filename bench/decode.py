@@ -22,6 +22,7 @@ import soundfile
 import torch
 
 from bench.timing import JSON_HELP, in_turns, is_default, medians, report
+from megatron_avatar.config.families import OMNI
 from megatron_avatar.data import features
 from megatron_avatar.data.decode import MediaError, decode_audio, decode_frames
 
@@ -103,8 +104,8 @@ def readers() -> dict[str, Reader]:
 
 def to_features(frames: np.ndarray, sound: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """Patches and log-mel spectrogram, the same for all."""
-    h, w = features.smart_resize(*frames.shape[1:3], MAX_PIXELS, MAX_PIXELS)
-    return features.patchify(features.resize(frames, h, w))[0], features.log_mel(decode_audio(sound))
+    h, w = features.smart_resize(*frames.shape[1:3], MAX_PIXELS, MAX_PIXELS, OMNI.factor)
+    return features.patchify(features.resize(frames, h, w), OMNI)[0], features.log_mel(decode_audio(sound))
 
 
 def compare(folder: Path, kind: str, rounds: int, seconds: float | None = None) -> dict[str, Any]:

@@ -26,19 +26,17 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import torch
 
-from bench.gpu_parts import PARTS, timed
+from bench.gpu_parts import PARTS, published_peak, share_of_peak, timed, without
 from bench.timing import JSON_HELP, in_turns, is_default, medians, report
 from megatron_avatar import config
 from megatron_avatar.config.schema import ModelConfig, OptimConfig, ParallelConfig, RLConfig, SamplingConfig
-from megatron_avatar.planning.seconds import Peaks, forward_flops, peaks_of
+from megatron_avatar.planning.seconds import forward_flops
 from megatron_avatar.policy import backend as backends
 from megatron_avatar.policy.build import build_policy
-from megatron_avatar.policy.decode import Decoder
 from megatron_avatar.policy.generate import generate
 from megatron_avatar.policy.model import OmniPolicy
 from megatron_avatar.records import Completion, Group, Prompt, Trajectory
@@ -204,7 +202,7 @@ class Bench:
             found["decode_fraction_of_published"] = found["decode_fraction"] * bandwidth / peak.bandwidth
         if self.backend.device.type == "cuda":
             few = min(64, size.new_tokens)
-            with patch.object(Decoder, "_replay", Decoder.step):
+            with without(self.policy, graphs=True, kernels=False):
                 self.generate(few, media)
                 eager = timed(lambda: self.generate(few, media)) - parts["prefill"]
             found["decode_eager_tok_s"] = rows * (few - 1) / eager
@@ -223,23 +221,17 @@ class Bench:
         pairs = prefix * (prefix + 1) / 2 + tokens * prefix + tokens * (size.new_tokens + 1) / 2
         forward = forward_flops(config, prefix + tokens, pairs, tokens)
         done = 3 * size.prompts * (forward.layers + forward.head) / seconds
-        peak = published_peak()
         few, part = groups[:2], media[:2]
         rows = [make_group(g.prompt, [t.completion]) for g in few for t in g.trajectories]
         row_media = [m for m in part for _ in range(size.completions)]
         turns = medians(in_turns({"groups": lambda: self.groups_update(few, part),
                                   "rows": lambda: self.groups_update(rows, row_media)}, ROUNDS))
         return {
-            "update_tflops": done / 1e12, "mfu": done / peak.flops if peak else None, "mfu_of_matmul": done / measured,
+            "update_tflops": done / 1e12, "mfu": share_of_peak(done), "mfu_of_matmul": done / measured,
             "update_tok_s": size.prompts * (prefix + tokens) / seconds,
             "speedup_rows": turns["rows"] / turns["groups"],
             "token_bound": size.completions * (prefix + size.new_tokens) / (prefix + tokens),
         }
-
-
-def published_peak() -> Peaks | None:
-    """Of this GPU, where it is known."""
-    return peaks_of(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
 
 
 @torch.no_grad()

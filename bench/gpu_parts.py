@@ -21,20 +21,19 @@ import numpy as np
 import torch
 
 from megatron_avatar.config.schema import SamplingConfig
-from megatron_avatar.planning.seconds import forward_flops, peaks_of, tower_flops, update_flops
-from megatron_avatar.policy import cache
+from megatron_avatar.planning.seconds import Peaks, forward_flops, peaks_of, tower_flops, update_flops
 from megatron_avatar.policy.architecture import RECOMPUTE
 from megatron_avatar.policy.decode import Decoder
 from megatron_avatar.policy.generate import generate
 from megatron_avatar.policy.groups import pack_groups
-from megatron_avatar.policy.kernels import attend, draw, head, norm, rope, swiglu
+from megatron_avatar.policy.kernels import attend, draw, head, merge, norm, rope, swiglu
 from megatron_avatar.policy.model import OmniPolicy
 from megatron_avatar.records import Prompt
 
 Bench = Any  # bench.gpu's class: that module imports this one
 ENTROPY = 0.75  # nats that the sure head is made for
 LEADERS = 512  # one of so many tokens has a chance to lead
-KERNELS = (attend, draw, head, norm, rope, swiglu, cache)
+KERNELS = (attend, draw, head, merge, norm, rope, swiglu)
 ROWS = ((256, 8), (64, 8), (4, 1))  # decoded together, and prompts
 TABLE_ROWS = 25
 
@@ -53,10 +52,15 @@ def timed(work: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def peak_flops() -> float | None:
-    """Published, of this GPU; None where it isn't known."""
-    peaks = peaks_of(torch.cuda.get_device_name()) if on_gpu() else None
-    return peaks.flops if peaks else None
+def published_peak() -> Peaks | None:
+    """Of this GPU, where it is known."""
+    return peaks_of(torch.cuda.get_device_name()) if on_gpu() else None
+
+
+def share_of_peak(flops_a_second: float) -> float | None:
+    """Of the published FLOP/s; None where that isn't known."""
+    peak = published_peak()
+    return flops_a_second / peak.flops if peak else None
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -217,10 +221,9 @@ def recompute(bench: Bench) -> dict[str, Any]:
             torch.cuda.empty_cache()
             continue
         needed, done = (len(groups) * flops for flops in update_flops(forward, name, adapters=False))
-        peak = peak_flops()
         found[name] = {
             "seconds": seconds, "needed_tflops": needed / seconds / 1e12, "done_tflops": done / seconds / 1e12,
-            "mfu": needed / seconds / peak if peak else None, "hfu": done / seconds / peak if peak else None,
+            "mfu": share_of_peak(needed / seconds), "hfu": share_of_peak(done / seconds),
             "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu() else None,
         }  # fmt: skip
     return found
@@ -233,8 +236,8 @@ def encoders(bench: Bench) -> dict[str, Any]:
     seconds = min(timed(lambda: bench.policy.embed_media(bench.prompts)) for _ in range(3))
     merge = bench.policy.hf_config.vision_config.spatial_merge_size**2
     visual, audio = int(np.prod(size.grid)) // merge, size.mel_frames // 4
-    flops, peak = size.prompts * tower_flops(bench.policy.hf_config, visual, audio), peak_flops()
-    return {"seconds": seconds, "tflops": flops / seconds / 1e12, "of_peak": flops / seconds / peak if peak else None}
+    speed = size.prompts * tower_flops(bench.policy.hf_config, visual, audio) / seconds
+    return {"seconds": seconds, "tflops": speed / 1e12, "of_peak": share_of_peak(speed)}
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -6,7 +6,8 @@ An operation is what the dispatcher sees and no view; the package's kernels coun
 `decode_layer_ops` and `decode_outer_ops` are of one decode step (64 rows of 8 prompts), `update_layer_forward` and
 `update_layer_backward` of a layer of a packed group, `elementwise_bytes` what the layer's operations that are no matrix
 product or attention read and write, `head_ops` and `head_bytes` the same of the log-probabilities of 4,096 completion
-tokens, `recaptures` the CUDA graphs that a later call of `generate` would capture again,
+tokens, `captures` and `plain_steps` the CUDA graphs that each of four calls of `generate` would capture, and the steps
+that it would launch operation by operation, `recaptures` those graphs of the last call that were there before,
 `host_reads_a_token` and `host_waits_a_token` how often the host asks for drawn tokens, and how often the device idles
 meanwhile.
 """
@@ -43,7 +44,7 @@ from megatron_avatar.policy.weights import load_hf
 from megatron_avatar.records import Prompt
 
 TINY = str(Path(__file__).resolve().parents[1] / "assets" / "tiny_base")
-SHAPES = {"3b": "qwen2_5_omni_3b", "7b": "qwen2_5_omni_7b"}
+SHAPES = {"3b": "qwen2_5_omni_3b", "7b": "qwen2_5_omni_7b", "vl3_4b": "qwen3_vl_4b"}
 LAUNCHES = {"avatar::attend": 2, "avatar::draw": 2, "avatar::norm_backward": 2}  # kernels of one operation; else 1
 PROMPTS, ROWS, PROMPT, STEPS = 8, 8, 3492, 512
 TOKENS = 4096  # of the packed group
@@ -159,9 +160,9 @@ class Replayed:
 
 
 def second_call() -> dict[str, Any]:
-    """What a second call of `generate` on the tiny model does anew, with shapes as a GPU has them: shapes that are
-    captured again; times that the host reads numbers from the device, a token, and of these those at which the device
-    has nothing else to do."""
+    """What later calls of `generate` on the tiny model do anew, with shapes as a GPU has them: captures and plain steps
+    of each call, shapes that the last one captures again; times that the host reads numbers from the device, a token,
+    and of these those at which the device has nothing else to do."""
     captured: list[Any] = []
     waits = Counter[str]()
 
@@ -206,14 +207,25 @@ def second_call() -> dict[str, Any]:
                 ("torch.cuda.graph_pool_handle", lambda: 0),
             ):  # fmt: skip
                 patches.enter_context(mock.patch(target, value))
+            counts = [(0, 0)]
+
+            def count() -> None:
+                assert isinstance(policy.kept_generation, kept.Kept)
+                plain = sum(decoder._steps.total() for decoder in policy.kept_generation.decoders)
+                counts.append((len(captured), plain))
+
             for _ in range(3):  # a shape is captured when it is met for the third time
                 generation.generate(policy, prompts, 4, sampling, keys)
+                count()
             before = len(captured)
+            waits.clear()  # the calls before are read to their ends
             with mock.patch("torch.Tensor.cpu", waited), mock.patch.object(generation.Drawn, "read", read):
                 completions = generation.generate(policy, prompts, 4, sampling, keys)
+            count()
         longest = max(len(row) for group in completions for row in group)
         again = [shape for shape in captured[before:] if shape in captured[:before]]
-        return {"recaptures": len(again), "captures_in_all": len(captured),
+        captures, plain_steps = (np.diff(column).tolist() for column in zip(*counts, strict=True))
+        return {"captures": captures, "plain_steps": plain_steps, "recaptures": len(again),
                 "host_reads_a_token": waits["cpu"] / longest,
                 "host_waits_a_token": waits["idle"] / longest}  # fmt: skip
     finally:

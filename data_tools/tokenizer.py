@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerFast
 
 from data_tools.families import FAMILIES, KINDS, LETTERS
 from data_tools.world import COLORS, COLUMNS, DIRECTIONS, NUMBERS, PITCHES, SHAPES, SLOTS
-from megatron_avatar.data.chat import CHAT_TEMPLATE
+from megatron_avatar.config.families import OMNI
+from megatron_avatar.data.chat import chat_template
 
 SPECIAL = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>", "<|box_end|>",
@@ -54,7 +55,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         tokenizer_object=tokenizer,
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
-        chat_template=CHAT_TEMPLATE,
+        chat_template=chat_template(OMNI),
         clean_up_tokenization_spaces=False,
         model_max_length=512,
     )

@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import platform
+import resource
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -26,7 +27,9 @@ console = Console()
 SYSTEMS = ("base", "sft", "grpo", "avatar")
 PACKAGES = ("torch", "megatron-core", "transformers", "nvidia-dali-cuda130", "h5py", "hydra-core", "numpy", "av")
 PROCESSES = 2  # side by side, one core each
-RENDER_S = 60.0  # between two states of the growing report; at first less, and at most a twentieth of the time
+RENDER_S = 60.0  # between two states of the growing report; at first less, and at most a thirtieth of a core
+# Both cores are taken: decode workers would cost a start of Python each and gain nothing, and so would wandb's service.
+HERE_ALONE = ("data.workers=0", "log.wandb=disabled")
 
 
 class Ledger:
@@ -37,7 +40,7 @@ class Ledger:
 
     def __init__(self, path: Path, settings: dict[str, int | bool]) -> None:
         self.path = path
-        self.state = {"settings": settings, "done": [], "wall_s": {}, "peak_rss_mib": 0.0}
+        self.state = {"settings": settings, "done": [], "wall_s": {}, "processor_s": 0.0, "peak_rss_mib": 0.0}
         if path.exists():
             self.state |= json.loads(path.read_text())
         if self.state["settings"] != settings:
@@ -75,7 +78,7 @@ def training(out: Path, name: str, recipe: str, seed: int, *, smoke: bool = Fals
     from megatron_avatar.config import load_config
 
     arguments = [f"recipe={recipe}", f"output_dir={out / name}", f"data.manifest={out / 'data' / 'manifest.jsonl'}",
-                 f"seed={seed}", f"name=demo_{name}"]  # fmt: skip
+                 f"seed={seed}", f"name=demo_{name}", *HERE_ALONE]  # fmt: skip
     if recipe != "tiny_sft":
         arguments.append(f"model.path={out / 'sft' / 'export' / 'sft'}")
     if processes > 1:
@@ -93,7 +96,7 @@ def evaluation(out: Path, name: str, model: str) -> Command:
     """The job that answers OUT's held-out samples with the Hugging Face folder `model`."""
     manifest, file = out / "data" / "manifest.jsonl", predictions_file(out, name)
     arguments = ["-m", "eval.run", f"model={model}", "benchmark=held_out", f"data={manifest}", "recipe=tiny_avatar",
-                 f"out={file.parent}", f"system={name}", "family=tiny"]  # fmt: skip
+                 f"out={file.parent}", f"system={name}", "family=tiny", *HERE_ALONE]  # fmt: skip
     return Command(arguments, out / "eval" / f"{name}.log", count_samples(manifest, "eval"), lambda: lines_of(file),
                    lambda: right_so_far(file))  # fmt: skip
 
@@ -160,7 +163,7 @@ class Growing:
             return
         from eval.report import render  # matplotlib, once there is something to draw
 
-        began = time.monotonic()
+        began = time.process_time()
         try:
             render(self._out, growing=True)
             self._written += 1
@@ -168,7 +171,7 @@ class Growing:
             return
         finally:
             now = time.monotonic()
-            self._next = now + max(min(RENDER_S, 15.0 * self._written), 19 * (now - began), 1.0)
+            self._next = now + max(min(RENDER_S, 15.0 * self._written), 29 * (time.process_time() - began), 1.0)
         if self._written == 1:
             console.print(f"open [bold]{escape(str(self._out))}/report.html[/] in a browser: it grows until the end")
 
@@ -203,10 +206,17 @@ def main() -> None:
         raise SystemExit(130) from None
     finally:
         if known - set(reused):  # else nothing ran
+            ledger.state["processor_s"] = round(ledger.state["processor_s"] + processor_seconds(), 1)
             ledger.add({"in all": time.monotonic() - began}, memory.peak_mib)
     write_results(out, arguments.seed, ledger)
     console.print(f"\nreport: [bold]{folder}/report.html[/]   ({(time.monotonic() - began) / 60:.1f} minutes)")
     console.print(f"models: {escape(', '.join(exported(out, name) for name in SYSTEMS[1:]))}", soft_wrap=True)
+
+
+def processor_seconds() -> float:
+    """What this process and all that it has waited for have computed."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(u.ru_utime + u.ru_stime for u in used)
 
 
 def write_results(out: Path, seed: int, ledger: Ledger) -> None:
@@ -214,14 +224,19 @@ def write_results(out: Path, seed: int, ledger: Ledger) -> None:
     from eval.report import print_table, render
     from eval.score import system_scores
     from eval.scoring.predictions import read_predictions
+    from eval.scoring.stats import paired_difference
 
     done = {name: json.loads((out / name / "done.json").read_text()) for name in ("grpo", "avatar")}
     assert done["grpo"]["steps"] == done["avatar"]["steps"], "the comparison is at equal updates"
+    predictions = {name: read_predictions(predictions_file(out, name)) for name in SYSTEMS}
+    difference = paired_difference(predictions["avatar"], predictions["grpo"])
     results = {
-        "systems": {name: system_scores(read_predictions(predictions_file(out, name))) for name in SYSTEMS},
+        "systems": {name: system_scores(found) for name, found in predictions.items()},
         "steps": done["avatar"]["steps"],
         "completions_generated": {name: d["completions_generated"] for name, d in done.items()},
+        "avatar_minus_grpo": {key: float(getattr(difference, key)) for key in ("value", "low", "high", "p", "n")},
         "wall_s": ledger.state["wall_s"],
+        "processor_s": ledger.state["processor_s"],
         "peak_rss_mib": ledger.state["peak_rss_mib"],
         "seed": seed,
         "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},

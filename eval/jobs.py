@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 POLL_S = 0.2
+LOOK_S = 1.0  # between two looks at how far a job is: files are counted for that
 
 
 @dataclass
@@ -96,7 +97,7 @@ def free_port() -> int:
 
 
 class PeakMemory(threading.Thread):
-    """Samples the resident memory of this process and its descendants, summed, twice a second."""
+    """Samples the resident memory of this process and its descendants, summed, every two seconds."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -112,7 +113,7 @@ class PeakMemory(threading.Thread):
                 except psutil.Error:
                     continue
             self.peak_mib = max(self.peak_mib, total / 2**20)
-            time.sleep(0.5)
+            time.sleep(2)
 
 
 def lines_of(path: Path) -> int:
@@ -144,6 +145,7 @@ def run_all(
     columns = (TextColumn("[bold]{task.description:<14}"), BarColumn(), MofNCompleteColumn(),
                TextColumn("{task.fields[value]:<14}"), TimeElapsedColumn(), TimeRemainingColumn())  # fmt: skip
     bars: dict[str, Any] = {}
+    looked = 0.0
     try:
         with Progress(*columns, console=console) as progress:
             while waiting or running:
@@ -153,11 +155,14 @@ def run_all(
                     running.append(job)
                     assert job.command is not None
                     bars[job.name] = progress.add_task(job.name, total=job.command.total, value="")
+                look = time.monotonic() > looked + LOOK_S
+                looked = time.monotonic() if look else looked
                 for job in list(running):
                     assert job.command is not None
                     code, command = job.status(), job.command
-                    count = command.total if code == 0 else min(command.done(), command.total)
-                    progress.update(bars[job.name], completed=count, value=command.value())
+                    if look or code is not None:
+                        count = command.total if code == 0 else min(command.done(), command.total)
+                        progress.update(bars[job.name], completed=count, value=command.value())
                     if code is None:
                         continue
                     if code:

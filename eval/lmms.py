@@ -3,7 +3,8 @@
     python -m eval.lmms model=FOLDER recipe=avatar_7b [key=value ...] -- --tasks worldsense,omni_bench \
         --gen_kwargs max_new_tokens=2048 --batch_size 16 --log_samples --output_path runs/lmms
 
-    model=FOLDER   a Hugging Face folder: a whole Qwen2.5-Omni, its Thinker alone as runs export it, or Qwen2.5-VL
+    model=FOLDER   a Hugging Face folder: a whole Qwen2.5-Omni, its Thinker alone as runs export it, Qwen2.5-VL or
+                   Qwen3-VL
     media=FOLDER   where measured media are kept for the next run; on several nodes it must be shared (a temporary one)
 
 Prompts are the task's own, without the recipe's data.instruction unless it is written here.

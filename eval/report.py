@@ -175,6 +175,7 @@ def facts(found: Measurements) -> list[tuple[str, str]]:
         *((f"time, {style.NAMES.get(name, name)}", wall.get(name)) for name in ("data", *TRAINED)),
         ("time, evaluations", sum(s for name, s in wall.items() if name.startswith("eval")) or None),
         ("time from first to last, parts side by side", wall.get("in all")),
+        ("time of processors, all processes", results.get("processor_s")),
         *shares(found.metrics.get("avatar", [])),
         ("peak memory, all processes", None if peak is None else f"{peak:,.0f} MiB"),
         ("machine", ", ".join(f"{key} {value}" for key, value in machine.items()) or None),

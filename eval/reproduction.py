@@ -24,6 +24,8 @@ from eval.paper.figures.series import read_metrics, series
 from eval.paper.results import Results
 from eval.paper.study import FAMILY, study
 
+HEAD = ("families", "figure5", "sample_efficiency", "training")  # what shows best what came out, the best first
+
 
 def build(out: Path) -> Path:
     """Write everything; returns the report. ValueError for a folder without runs, or whose files contradict others."""
@@ -40,6 +42,7 @@ def build(out: Path) -> Path:
         if content is not None:
             (out / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     small = [table for table in written if table["small"]]
+    there_are = [entry["name"] for entry in drawn["figures"]]
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
@@ -48,12 +51,13 @@ def build(out: Path) -> Path:
         name=out.name,
         families=there,
         first=_first(answers),
-        contents=[(render.anchor(table), table["title"]) for table in written if table["small"] or _measured([table])],
-        shown=next((entry["name"] for entry in drawn["figures"]), None),
+        contents=[(render.anchor(table), table["title"]) for table in written
+                  if table["small"] or _again([table])["measured"]],
+        again=_again(written),
+        shown=next((name for name in (*HEAD, *there_are) if name in there_are), None),
         study=answers,
         sections=[render.section(table) for table in small],
         paper_sections=[render.section(table) for table in written if not table["small"]],
-        paper_measured=_measured(written),
         figures=[{**entry, "svg": _svg(out / entry["files"]["svg"]), "page": _page(out, entry)}
                  for entry in drawn["figures"]],
         unmeasured=drawn["unmeasured"],
@@ -111,10 +115,14 @@ def _first(answers: dict[str, Any] | None) -> list[dict[str, Any]]:
     return [effect for effect in effects if effect["tests"] in ("primary", "secondary")][:4]
 
 
-def _measured(written: list[dict[str, Any]]) -> int:
-    """Cells of the paper's own tables that were measured."""
-    return sum(cell["measured"] is not None for table in written if not table["small"] for row in table["rows"]
-               for cell in row["cells"].values())  # fmt: skip
+def _again(written: list[dict[str, Any]]) -> dict[str, int]:
+    """Of the paper's own tables: cells, those measured, of these those with a number of the paper's, and
+    those whose 95 % interval holds it."""
+    cells = [cell for table in written if not table["small"] for row in table["rows"] for cell in row["cells"].values()]
+    measured = [cell for cell in cells if cell["measured"] is not None]
+    published = [cell for cell in measured if cell["paper"] is not None]
+    inside = sum(cell["low"] <= cell["paper"] <= cell["high"] for cell in published)
+    return {"cells": len(cells), "measured": len(measured), "published": len(published), "inside": inside}
 
 
 def _points(value: float | None) -> str:

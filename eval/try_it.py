@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = ROOT / "assets" / "tiny_base"
@@ -109,8 +110,9 @@ def main(arguments: list[str]) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    console.print(f"\n{time.monotonic() - began:.0f} s. To see and hear the clips, open in a browser: [bold]{page}[/]\n"
-                  "Next: [bold]make demo[/] trains such a model")  # fmt: skip
+    console.print(f"\n{time.monotonic() - began:.0f} s. To see and hear the clips, open in a browser: "
+                  f"[bold]{escape(str(page))}[/]", soft_wrap=True)
+    console.print("Next: [bold]make demo[/] trains such a model")
     return 0
 
 

@@ -56,6 +56,7 @@ def examine() -> dict[str, Result]:
         "DALI": _dali,
         "Apex": _apex,
         "Transformer Engine": _transformer_engine,
+        "FlashAttention-3": _flash_attention_3,
         "Slurm": _slurm,
     }
     results = {}
@@ -127,7 +128,7 @@ def _gpus() -> Result:
     if not torch.cuda.is_available():
         from megatron_avatar.policy.devices import no_gpu
 
-        meaning = f"{no_gpu()}; the tiny recipes run on the CPU, those of the 3B and 7B models need GPUs"
+        meaning = f"{no_gpu()}; the tiny recipes run on the CPU, those of published models need GPUs"
         return Result("missing", "none", meaning)
     devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     names = ", ".join(f"{d.name} ({d.total_memory / GIB:.0f} GiB)" for d in devices)
@@ -220,6 +221,12 @@ def _transformer_engine() -> Result:
         meaning = "optional: the language model uses Megatron-Core's local layers instead"
         return Result("note", "not installed", meaning)
     return Result("ok", _version("transformer-engine") or "installed")
+
+
+def _flash_attention_3() -> Result:
+    if importlib.util.find_spec("flash_attn_interface") is None:
+        return Result("note", "not installed", "optional, on H100 and H200: PyTorch's FlashAttention-2 runs instead")
+    return Result("ok", _version("flash-attn-3") or "installed")
 
 
 def _slurm() -> Result:

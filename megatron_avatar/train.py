@@ -24,6 +24,7 @@ def main(arguments: list[str]) -> int:
         print(__doc__)
         return 0 if arguments else 2
     from megatron_avatar.config import load_config
+    from megatron_avatar.config.checks import check_family
     from megatron_avatar.config.paths import check_inputs, check_model, refuse
     from megatron_avatar.config.world import check_start
     from megatron_avatar.first_words import tell as tell_first
@@ -34,8 +35,10 @@ def main(arguments: list[str]) -> int:
         config = load_config(arguments)
         if config.dry_run:
             refuse(check_model(config.model.path, needs=("config.json",)) if config.model.path else [])
+            check_family(config)
             return _plan(config)
         refuse(check_inputs(config))
+        check_family(config)
         if config.rl.rewards:  # before torch is read
             from megatron_avatar.rl.rewards.own import check
 

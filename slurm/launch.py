@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_avatar.config import Config, check_world
-from megatron_avatar.config.checks import check_folder, check_same_model, check_same_run
+from megatron_avatar.config.checks import check_family, check_folder, check_same_model, check_same_run
 from megatron_avatar.config.paths import check_inputs, refuse
 from megatron_avatar.planning import outline
 from slurm import container
@@ -30,6 +30,7 @@ def check(config: Config, *, nodes: int, tasks_per_node: int, made: str = "") ->
     container.check(config)
     changed = check_same_run(config)
     if Path(config.model.path).exists():
+        check_family(config)
         check_same_model(config)
     check_folder(Path(config.output_dir))
     outline.check_weights_fit(config, outline.shape_of(config), outline.of(config, nodes, tasks_per_node))

@@ -20,7 +20,9 @@ COMMAND_MARGIN = 3.0  # of a command's time limit over its planned hours: items 
 # sbatch's options, as far as they have a variable of the user's that says the same.
 VARIABLES = {
     "partition": "SBATCH_PARTITION", "account": "SBATCH_ACCOUNT", "qos": "SBATCH_QOS", "time": "SBATCH_TIMELIMIT",
-    "mem": "SBATCH_MEM_PER_NODE", "gres": "SBATCH_GRES",
+    "mem": "SBATCH_MEM_PER_NODE", "mem-per-cpu": "SBATCH_MEM_PER_CPU", "mem-per-gpu": "SBATCH_MEM_PER_GPU",
+    "gres": "SBATCH_GRES", "gpus": "SBATCH_GPUS", "gpus-per-node": "SBATCH_GPUS_PER_NODE",
+    "gpus-per-task": "SBATCH_GPUS_PER_TASK",
 }  # fmt: skip
 
 

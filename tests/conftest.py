@@ -28,13 +28,23 @@ settings.register_profile("nightly", deadline=None, max_examples=500, print_blob
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "project"))
 
 
+# Files that take minutes, in the order in which workers begin them: else the last one runs alone.
+LONGEST = ("training/test_layouts.py", "training/test_loop.py", "planning/test_plan.py", "bench/test_reference.py",
+           "test_sweep.py", "training/test_scoring.py", "training/test_replay_step.py",
+           "policy/test_parity.py")  # fmt: skip
+
+
 def pytest_configure(config: pytest.Config) -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:  # which runs many files
         ranks.start_server()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what this machine lacks; torch is asked for a GPU only if a test wants one."""
+    """Skip what this machine lacks; torch is asked for a GPU only if a test wants one. Workers begin with the longest
+    files."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        place = {str(Path(__file__).parent / name): number for number, name in enumerate(LONGEST)}
+        items.sort(key=lambda item: place.get(str(item.path), len(place)))
     if shutil.which("sbatch") is None:
         _skip(items, "slurm", "needs Slurm: sbatch is not on PATH")
     if any(item.get_closest_marker("gpu") for item in items):

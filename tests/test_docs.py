@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import shlex
 import subprocess
@@ -27,8 +28,13 @@ RUN_BY = {
     "tests/eval/paper/test_study.py", "eval.lmms": "tests/eval/test_lmms.py", "eval.try_it": "tests/eval/test_try.py",
     "bench.faults": "tests/bench/test_faults.py", "bench.reference": "tests/bench/test_reference.py",
     "bench.dynamics": "tests/planning/test_dynamics.py", "slurm/sweep.py": "tests/test_sweep.py",
-    "slurm/reproduce.py": "tests/test_jobs.py", "examples/one_step.py": "tests/test_examples.py",
+    "slurm/reproduce.py": "tests/test_sweep.py", "examples/one_step.py": "tests/test_examples.py",
+    "eval.demo": "tests/eval/test_demo.py", "megatron_avatar.train": "tests/training/test_entry.py",
 }  # fmt: skip
+# What these targets run; the others are tests and checks themselves.
+TARGETS = {"try": "eval.try_it", "demo": "eval.demo", "doctor": "megatron_avatar.doctor", "reproduce":
+           "slurm/reproduce.py"}  # fmt: skip
+CHECKS = ("test", "test-all", "test-slurm", "slurm-up", "slurm-down", "lint")
 NETWORK = ("git clone", "pip install", "hf download")
 STAND_INS = {"FOLDER": "models/omni_7b", "FILE": "data/manifest.jsonl", "PARTITION": "gpu", "HF_FOLDER": "models/x"}
 
@@ -46,7 +52,8 @@ ALL = [(page.name, command) for page in PAGES for command in commands(page) if n
 def test_a_command_of_a_page_is_tried_or_marked(page, command):
     words = shlex.split(command)
     if command.startswith("make "):
-        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.M)
+        recipe = re.search(rf"^{words[1]}:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.M)
+        assert recipe and (words[1] in CHECKS or TARGETS[words[1]] in recipe[1] and runs(TARGETS[words[1]]))
     elif words[0] in ("sbatch", "bash"):  # needs a cluster: the script is there, and its settings are sound
         script = next(word for word in words if word.startswith("slurm/"))
         text = (ROOT / script).read_text()
@@ -58,13 +65,28 @@ def test_a_command_of_a_page_is_tried_or_marked(page, command):
         given = settings(words)
         if "dry_run=true" in given or any(item.startswith("model.path=") for item in given):
             load_config(given)
+        assert runs("megatron_avatar.train")
     elif "-m" in words and words[words.index("-m") + 1] == "pytest":
         assert all((ROOT / word).exists() for word in words if word.startswith("tests/"))
     else:
         what = words[words.index("-m") + 1] if "-m" in words else words[1]
         assert what in RUN_BY, f"{page}: neither run by a test nor marked: {command}"
-        test = (ROOT / RUN_BY[what]).read_text()
-        assert what.rpartition(".")[2].split("/")[-1].removesuffix(".py") in test, f"{RUN_BY[what]} doesn't run {what}"
+        assert runs(what), f"{RUN_BY[what]} doesn't run {what}"
+
+
+def runs(what: str) -> bool:
+    """Whether the test that is said to run a module names it."""
+    name = what if what.endswith(".py") else what.rpartition(".")[2]
+    return name.split("/")[-1].removesuffix(".py") in (ROOT / RUN_BY[what]).read_text()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_command_hides_from_these_tests(page):
+    known = {line.strip() for line in re.findall(r"^    (?:\$ )?(?:\.venv/|make |sbatch |bash |git |export |pip ).*$",
+                                                 page.read_text(), re.M)}  # fmt: skip
+    odd = re.findall(r"^    ((?:source|python3?|torchrun|srun|docker|apptainer|sudo|apt|cp|mv|rm|curl|uv) .*)$",
+                     page.read_text(), re.M)  # fmt: skip
+    assert not set(odd) - known
 
 
 def settings(words: list[str]) -> list[str]:
@@ -80,6 +102,25 @@ def test_what_a_page_shows_below_a_prompt_is_what_the_command_says(page):
         done = subprocess.run(shlex.split(command), cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
         said = " ".join((done.stdout + done.stderr).split())
         assert " ".join(shown.split()) in said, f"{page.name}: {command}\n{said}"
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 170
+
+
+def test_the_readmes_demo_is_the_run_that_is_kept():
+    kept = ROOT / "bench" / "results" / "demo.json"
+    if not kept.exists():
+        pytest.skip("no results of a demo are kept: cp runs/demo/results.json bench/results/demo.json")
+    results, readme = json.loads(kept.read_text()), (ROOT / "README.md").read_text()
+    for row in ("overall", "what", "sync", "where"):
+        wanted = [f"{100 * results['systems'][name][row]:.1f}" for name in ("base", "sft", "grpo", "avatar")]
+        shown = re.search(rf"^    {row} +(.+)$", readme, re.M)
+        assert shown and shown[1].split() == wanted, f"{row}: {wanted}"
+    difference = results["avatar_minus_grpo"]
+    value, low, high = (f"{100 * difference[key]:+.1f}" for key in ("value", "low", "high"))
+    told = f"AVATAR against GRPO: {value} points (95 % interval over clips {low} to {high})"
+    assert told in " ".join(readme.split()), told
 
 
 def words_of(node: ast.AST) -> str:

@@ -67,6 +67,17 @@ def test_a_signal_before_python_could_answer_is_no_failure(job):
     assert job(138, log="0: x\nsrun: error: n1: task 0: User defined signal 1\n") == (75, REQUEUED)
 
 
+@pytest.mark.parametrize(("told", "status", "means"), [
+    ((), 138, 75), ((), 140, 75), ((1,), 138, 1), ((2,), 138, 2), ((74,), 138, 75), ((1,), 137, 137), ((), 137, 137),
+])  # fmt: skip
+def test_a_command_that_was_noticed_while_it_failed_has_failed(tmp_path, monkeypatch, told, status, means):
+    prefix = str(tmp_path / ".ended-x")
+    monkeypatch.setenv("AVATAR_ENDED", prefix)
+    for number in told:
+        ended.tell(number)
+    assert ended.settled(prefix, status) == means and not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("command", ["squeue", "scontrol"])
 @pytest.mark.parametrize("fails", [1, 2, 14])
 def test_a_controller_out_of_reach_for_minutes_costs_nothing(job, fake_slurm, command, fails):

@@ -50,6 +50,17 @@ def test_the_wheel_holds_the_package_alone_with_its_settings(wheel):
             path for path in there if not path.name.startswith("site")}, kind  # fmt: skip
 
 
+def test_it_asks_for_what_runs_and_for_tests_only_where_they_are_asked_for(wheel):
+    about = next(wheel.glob("*.dist-info/METADATA")).read_text().partition("\n\n")[0]
+    asked = set(re.findall(r"^Requires-Dist: (.+)$", about, re.MULTILINE))
+    pins = {name: {line for line in (ROOT / name).read_text().splitlines() if "==" in line}
+            for name in ("requirements.txt", "requirements-test.txt")}  # fmt: skip
+    assert {line for line in asked if "extra ==" not in line} == pins["requirements.txt"]
+    tests = {line.partition(";")[0] for line in asked if line.endswith('extra == "test"')}
+    assert tests == pins["requirements-test.txt"]
+    assert "\nLicense-Expression: Apache-2.0\n" in about and "\nLicense-File: LICENSE" in about
+
+
 def test_its_commands_are_functions(wheel):
     text = next(wheel.glob("*.dist-info/entry_points.txt")).read_text()
     commands = dict(re.findall(r"^(avatar-\w+) = megatron_avatar.commands:(\w+)$", text, re.MULTILINE))

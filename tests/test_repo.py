@@ -13,9 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import LONGEST
+
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("megatron_avatar", "data_tools", "eval", "slurm")
-REQUIREMENTS = ("requirements.txt", "requirements-bench.txt", "requirements-lmms.txt")
+REQUIREMENTS = ("requirements.txt", "requirements-test.txt", "requirements-bench.txt", "requirements-lmms.txt")
 PYTHON_FILES = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]
 MOST_LINES = 500
 # What a room may import of the project besides itself and the ground floor's single files.
@@ -129,13 +131,17 @@ def test_a_fault_without_its_text_or_its_tests_is_named():
         assert says in problem
 
 
+def test_the_longest_files_of_tests_are_there():
+    assert all((ROOT / "tests" / name).is_file() for name in LONGEST)
+
+
 def test_endpoints_need_settings_alone():
     used = {name for name in imports(ROOT / "megatron_avatar" / "endpoint.py") if name.startswith("megatron_avatar.")}
     assert all(name.startswith(("megatron_avatar.config", "megatron_avatar.files")) for name in used)
 
 
-def test_every_import_is_a_pinned_requirement():
-    text = "".join((ROOT / name).read_text() for name in REQUIREMENTS)
+def test_what_runs_imports_none_of_the_tests_requirements():
+    text = "".join((ROOT / name).read_text() for name in ("requirements.txt", "requirements-lmms.txt"))
     pins = dict(re.findall(r"^([\w.-]+)==(\S+)$", text, re.MULTILINE))
     pinned = {name.lower().replace("_", "-") for name in pins}
     assert "apex" not in pinned
@@ -184,7 +190,7 @@ def test_make_help_lists_every_target():
     [("version_info", "Python 3.11 or newer was not found"), ("ensurepip|pip", "neither venv nor pip")],
 )
 def test_make_says_what_a_bare_machine_lacks(tmp_path, refuses, message):
-    for name in ("Makefile", "requirements.txt"):
+    for name in ("Makefile", "requirements.txt", "requirements-test.txt"):
         (tmp_path / name).write_text((ROOT / name).read_text())
     python = tmp_path / "python"
     python.write_text(f'#!/bin/bash\n[[ "$*" =~ {refuses} ]] && exit 1\nexit 0\n')
@@ -196,11 +202,12 @@ def test_make_says_what_a_bare_machine_lacks(tmp_path, refuses, message):
 
 @pytest.mark.parametrize(("fails", "status"), [("", 0), ("pytest", 3), ("combine", 4), ("tests.covered", 5)])
 def test_test_all_ends_as_its_parts_do(tmp_path, fails, status):
-    for name in ("Makefile", "requirements.txt"):
+    for name in ("Makefile", "requirements.txt", "requirements-test.txt"):
         (tmp_path / name).write_text((ROOT / name).read_text())
     python = tmp_path / ".venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
-    (tmp_path / ".venv" / ".installed").touch()
+    for stamp in (".installed", ".installed-test"):
+        (tmp_path / ".venv" / stamp).touch()
     python.write_text(f'#!/bin/bash\necho "$*" >> seen\n[[ "$*" != *{fails or "nothing"}* ]] || exit {status}\n')
     python.chmod(0o755)
     run = make("test-all", cwd=tmp_path)

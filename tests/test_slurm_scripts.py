@@ -41,6 +41,11 @@ def directives(script: Path) -> dict[str, str]:
     return {key: value for key, value in found}
 
 
+def shape_of(script: Path) -> str:
+    """The name of the model that the script's recipe is for."""
+    return load_config([f"recipe={directives(script)['job-name']}", "model.path=m", "data.manifest=d"]).model.shape
+
+
 @pytest.fixture
 def submit(tmp_path):
     """Runs a script as Slurm does: a spooled copy, from another folder, with a job's environment. Model and data are
@@ -62,7 +67,7 @@ def submit(tmp_path):
 
     def run(script: Path, *arguments: str, **environment: str) -> tuple[subprocess.CompletedProcess, list[str]]:
         copy = shutil.copy(script, spool / "slurm_script")
-        shutil.copy(CONFIG_DIR / "shapes" / "qwen2_5_omni_7b" / "config.json", folder)
+        shutil.copy(CONFIG_DIR / "shapes" / shape_of(script) / "config.json", folder)
         options = directives(script)
         job = {
             "PATH": f"{programs}:{os.environ['PATH']}",

@@ -140,6 +140,8 @@ def test_what_the_user_asks_for_wins(prompt):
     assert "--gres=none" in lines[-1] and "--gpus-per-node=a100:4" in lines[-1]
     assert "--time" not in lines[-1] and "--partition" not in lines[-1], "the variables' words"
     assert "time limit" not in done.stdout
+    done, lines = prompt(AVATAR, **prompt.given, SBATCH_GPUS_PER_NODE="a100:4", SBATCH_MEM_PER_CPU="4G")
+    assert "--gres=none" in lines[-1] and "--mem" not in lines[-1], "GPUs and memory by variables of other names"
     done, lines = prompt(AVATAR, "cluster.partition=q", "cluster.minutes=100", **prompt.given)
     assert "--time=100" in lines[-1] and "--partition=q" in lines[-1] and "time limit 1:40 h" in done.stdout
     done, lines = prompt(AVATAR, "-t", "50", "cluster.gres=", **prompt.given)

@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from megatron_avatar.config.families import NAMES, Family, family_of
 from megatron_avatar.config.load import CONFIG_DIR, differences
 from megatron_avatar.config.schema import Config
 from megatron_avatar.files import step_folders
@@ -49,6 +50,29 @@ def check_same_model(config: Config) -> None:
         )
 
 
+def check_family(config: Config) -> None:
+    """Raise ValueError where the folder at model.path, if there is one, is of another family than the recipe's model,
+    or of none that can be trained: pixels, sound and stages are a family's."""
+    path = Path(config.model.path) / "config.json"
+    if not path.is_file():
+        return
+    family = _family(path)
+    wanted = _family(CONFIG_DIR / "shapes" / config.model.shape / "config.json") if config.model.shape else family
+    if family is not wanted:
+        raise ValueError(
+            f"model.path={config.model.path} is a {family.name}, but the recipe (model.shape={config.model.shape}) is "
+            f"for {wanted.name}: point model.path to one, or take a recipe whose model.shape is of {family.name}"
+        )
+
+
+def _family(path: Path) -> Family:
+    """Of a config.json."""
+    try:
+        return family_of(json.loads(path.read_text(encoding="utf-8-sig")).get("model_type"))
+    except (OSError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
 def check_folder(folder: Path) -> None:
     """Raise ValueError where files can't be written into `folder`, which need not exist yet; nothing is left there."""
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
@@ -84,11 +108,10 @@ def _sizes(folder: Path) -> dict[str, int]:
         return {name: int(found[name]) for name in SIZES}
     except OSError as error:
         raise ValueError(
-            f"{path} can't be read ({error.strerror}): point model.path to a Hugging Face folder of Qwen2.5-Omni or "
-            "Qwen2.5-VL"
+            f"{path} can't be read ({error.strerror}): point model.path to a Hugging Face folder of {NAMES}"
         ) from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no configuration of Qwen2.5-Omni or Qwen2.5-VL ({error!r})") from None
+        raise ValueError(f"{path} is no configuration of {NAMES} ({error!r})") from None
 
 
 def _difference(now: dict[str, int], wanted: dict[str, int]) -> str:

@@ -18,6 +18,9 @@ NAMES = {
     "model_7b": "the folder of Qwen2.5-Omni-7B",
     "model_3b": "the folder of Qwen2.5-Omni-3B",
     "model_vl_7b": "the folder of Qwen2.5-VL-7B-Instruct",
+    "model_vl3_8b": "the folder of Qwen3-VL-8B-Instruct",
+    "model_vl3_4b": "the folder of Qwen3-VL-4B-Instruct",
+    "model_vl3_2b": "the folder of Qwen3-VL-2B-Instruct",
     "data": "the manifest of the audio-visual data",
     "data_vl": "the manifest of the mathematics on pictures",
     "benchmarks": "the folder of the benchmarks, one folder each",
@@ -39,6 +42,9 @@ MODELS = {
     "qwen2_5_omni_7b": Published("Qwen/Qwen2.5-Omni-7B", 22, "model_7b", "data"),
     "qwen2_5_omni_3b": Published("Qwen/Qwen2.5-Omni-3B", 12, "model_3b", "data"),
     "qwen2_5_vl_7b": Published("Qwen/Qwen2.5-VL-7B-Instruct", 17, "model_vl_7b", "data_vl"),
+    "qwen3_vl_8b": Published("Qwen/Qwen3-VL-8B-Instruct", 18, "model_vl3_8b", "data"),
+    "qwen3_vl_4b": Published("Qwen/Qwen3-VL-4B-Instruct", 9, "model_vl3_4b", "data"),
+    "qwen3_vl_2b": Published("Qwen/Qwen3-VL-2B-Instruct", 5, "model_vl3_2b", "data"),
 }
 
 

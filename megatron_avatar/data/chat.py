@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from megatron_avatar.config.families import Family
 from megatron_avatar.records import MediaKind
 
 log = logging.getLogger(__name__)
@@ -18,16 +19,20 @@ TRIED = 'It\'s "so":\n<b>\\n é {{ 问 }}</b> & more'
 UNUSED = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # characters that Unicode keeps for programs' own use
 
 
-def _chat_template(before: str, image: str, video: str, after: str) -> str:
-    """Qwen2.5's conversation format with a model's names for the tokens of pictures."""
+def chat_template(family: Family) -> str:
+    """Qwen's conversation format with a family's names for the tokens of media, and its system prompt where it has one:
+    for tokenizers that bring no template, or one that can't hold such messages."""
+    system = (
+        "{% if loop.first and message['role'] != 'system' %}"
+        f"<|im_start|>system\n{family.system}<|im_end|>\n{{% endif %}}"
+    )
     return (
         "{% for message in messages %}"
-        "{% if loop.first and message['role'] != 'system' %}"
-        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+        f"{system if family.system else ''}"
         "<|im_start|>{{ message['role'] }}\n"
         "{% for part in message['content'] %}"
-        f"{{% if part['type'] == 'image' %}}{before}{image}{after}"
-        f"{{% elif part['type'] == 'video' %}}{before}{video}{after}"
+        f"{{% if part['type'] == 'image' %}}{family.vision_start}{family.image}{family.vision_end}"
+        f"{{% elif part['type'] == 'video' %}}{family.vision_start}{family.video}{family.vision_end}"
         "{% elif part['type'] == 'audio' %}<|audio_bos|><|AUDIO|><|audio_eos|>"
         "{% else %}{{ part['text'] }}{% endif %}{% endfor %}<|im_end|>\n"
         "{% endfor %}"
@@ -35,43 +40,42 @@ def _chat_template(before: str, image: str, video: str, after: str) -> str:
     )
 
 
-# For tokenizers that bring no template, or one that can't hold such messages.
-CHAT_TEMPLATE = _chat_template("<|vision_bos|>", "<|IMAGE|>", "<|VIDEO|>", "<|vision_eos|>")
-VL_CHAT_TEMPLATE = _chat_template("<|vision_start|>", "<|image_pad|>", "<|video_pad|>", "<|vision_end|>")
-
-
 class Chat:
     """Messages and texts as token ids. `placeholders`: the token that stands for each kind of medium.
 
-    The tokenizer's own chat template is taken if it gives back the texts and media of a message; else Qwen2.5's
-    format, with a warning.
+    The tokenizer's own chat template is taken if it gives back the texts and media of a message; else the built-in one
+    of the family, with a warning.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, placeholders: Mapping[MediaKind, int]) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, placeholders: Mapping[MediaKind, int], family: Family
+    ) -> None:
         self.tokenizer, self.placeholders = tokenizer, dict(placeholders)
         control = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
         self._control = re.compile(f"({'|'.join(map(re.escape, sorted(control, key=len, reverse=True))) or '(?!)'})")
-        built_in = CHAT_TEMPLATE if "audio" in placeholders else VL_CHAT_TEMPLATE
+        built_in = chat_template(family)
         own = tokenizer.chat_template
         self.template: str = own if isinstance(own, str) and own else built_in
         if own and (fault := self._fault()):
             where = tokenizer.name_or_path or "the tokenizer"
-            log.warning("%s: its chat template %s; prompts are written in Qwen2.5's format instead", where, fault)
+            log.warning("%s: its chat template %s; prompts are written in %s's format instead", where, fault,
+                        family.name)  # fmt: skip
             self.template = built_in
 
-    def prompt_ids(self, messages: list[Message]) -> list[int]:
+    def prompt_ids(self, messages: list[Message], spread: Callable[[str], str] = str) -> list[int]:
         """Token ids of messages whose content is a list of parts, up to where the assistant speaks.
 
-        Control tokens are those of the template; one that is spelled in a text stays text.
+        Control tokens are those of the template and of `spread`, which may replace what it wrote for media; one that is
+        spelled in a text stays text.
         """
         texts = [part["text"] for message in messages for part in message["content"] if part["type"] == "text"]
         if not any(map(self._control.search, texts)):
-            return self.tokenizer(self._rendered(messages), add_special_tokens=False)["input_ids"]
+            return self.tokenizer(spread(self._rendered(messages)), add_special_tokens=False)["input_ids"]
         mark = next(sign for sign in UNUSED if not any(sign in text for text in texts))
         disarmed = [message | {"content": [self._disarmed(part, mark) for part in message["content"]]}
                     for message in messages]  # fmt: skip
         ids: list[int] = []
-        for place, piece in enumerate(self._control.split(self._rendered(disarmed))):
+        for place, piece in enumerate(self._control.split(spread(self._rendered(disarmed)))):
             if place % 2:
                 ids.append(int(self.tokenizer.convert_tokens_to_ids(piece)))  # type: ignore[arg-type]  # of one token
             elif piece:

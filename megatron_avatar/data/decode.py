@@ -15,6 +15,7 @@ import soundfile
 import torch
 from PIL import Image
 
+from megatron_avatar.config.families import TEMPORAL_PATCH
 from megatron_avatar.config.schema import DataConfig
 from megatron_avatar.data import dali, packets
 from megatron_avatar.data.container import (
@@ -26,7 +27,7 @@ from megatron_avatar.data.container import (
     picture_start,
     require_upright,
 )
-from megatron_avatar.data.features import TEMPORAL_PATCH, resize
+from megatron_avatar.data.features import resize
 from megatron_avatar.data.picture import PICTURES, to_rgb
 from megatron_avatar.data.sound import MUTE, SAMPLE_RATE, UNKNOWN, Mix, read_track, require_length, require_rate
 from megatron_avatar.data.whole import require_whole
@@ -63,6 +64,13 @@ def plan_frames(media: Media, data: DataConfig) -> np.ndarray:
         return np.rint(np.linspace(0, media.frame_count - 1, count)).astype(np.int64)
     pts = np.asarray(media.pts)
     return np.abs(pts[None] - np.linspace(pts[0], pts[-1], count)[:, None]).argmin(axis=1)
+
+
+def frame_seconds(media: Media, indices: np.ndarray) -> np.ndarray:
+    """When the frames [T] at `indices` are shown: seconds [T] after the clip's first one."""
+    if media.pts is None:
+        return indices / media.fps
+    return np.asarray(media.pts)[indices] - media.pts[0]
 
 
 def _require_content(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Features of pictures and sound as Qwen2.5-Omni's towers take them.
+"""Features of pictures and sound as a family's encoders take them.
 
 Shapes: T frames, H and W pixels, N patches, n audio samples, L log-mel frames.
 """
@@ -12,14 +12,10 @@ import numpy as np
 import torch
 from PIL import Image
 from transformers.audio_utils import mel_filter_bank
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from megatron_avatar.config.families import MERGE, TEMPORAL_PATCH, Family
 from megatron_avatar.data.sound import SAMPLE_RATE
 
-PATCH = 14  # pixels a side
-MERGE = 2  # patches a side that become one token
-TEMPORAL_PATCH = 2  # frames a patch
-FACTOR = PATCH * MERGE
 MAX_ASPECT_RATIO = 200
 
 MEL_BINS = 128
@@ -27,19 +23,25 @@ N_FFT = 400
 HOP = 160
 
 
-def smart_resize(h: int, w: int, min_pixels: int, max_pixels: int, factor: int = FACTOR) -> tuple[int, int]:
-    """Nearest (height, width) in multiples of `factor` with the aspect ratio kept and min_pixels <= area <= max_pixels.
+def smart_resize(
+    h: int, w: int, min_pixels: int, max_pixels: int, factor: int, frames: int = 1
+) -> tuple[int, int]:
+    """Nearest (height, width) in multiples of `factor` with the aspect ratio kept and min_pixels <= frames * area <=
+    max_pixels. With several frames a side below `factor` is enlarged to it first, as Qwen3-VL's processor does.
 
     Raises ValueError for an aspect ratio above 200.
     """
+    if frames > 1 and min(h, w) < factor:
+        grow = max(factor / h, factor / w)
+        h, w = int(h * grow), int(w * grow)
     if max(h, w) > MAX_ASPECT_RATIO * min(h, w):
         raise ValueError(f"a picture of {w}x{h} has an aspect ratio above {MAX_ASPECT_RATIO}; crop it")
     height, width = (round(side / factor) * factor for side in (h, w))
-    if height * width > max_pixels:
-        shrink = math.sqrt(h * w / max_pixels)
+    if frames * height * width > max_pixels:
+        shrink = math.sqrt(frames * h * w / max_pixels)
         height, width = (max(factor, math.floor(side / shrink / factor) * factor) for side in (h, w))
-    elif height * width < min_pixels:
-        grow = math.sqrt(min_pixels / (h * w))
+    elif frames * height * width < min_pixels:
+        grow = math.sqrt(min_pixels / (frames * h * w))
         height, width = (math.ceil(side * grow / factor) * factor for side in (h, w))
     return height, width
 
@@ -70,48 +72,51 @@ def _resize_planes(planes: np.ndarray, h: int, w: int) -> np.ndarray:
 
 
 @cache
-def _normalised_pairs() -> np.ndarray:
+def _normalised_pairs(family: Family) -> np.ndarray:
     """[3, 65536] complex64: what two neighbouring bytes of each channel become, as one number of eight bytes."""
     pairs = np.arange(2**16, dtype=np.uint16).view(np.uint8)
-    return np.take(_normalised_bytes(), pairs, axis=1).view(np.complex64)
+    return np.take(_normalised_bytes(family), pairs, axis=1).view(np.complex64)
 
 
 @cache
-def _normalised_bytes() -> np.ndarray:
+def _normalised_bytes(family: Family) -> np.ndarray:
     """[3, 256] float32: what each byte of each channel becomes, rounded in the order of Qwen's image processor."""
     scaled = (np.arange(256) * (1 / 255)).astype(np.float32)
-    mean, std = (np.array(x, np.float32)[:, None] for x in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
+    mean, std = (np.array(x, np.float32)[:, None] for x in (family.mean, family.std))
     return (scaled - mean) / std
 
 
-def patchify(frames: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-    """Normalised patches [N, 1176] float32 of uint8 frames [T, H, W, 3], and their grid (t, h, w) int64.
+def patchify(frames: np.ndarray, family: Family) -> tuple[torch.Tensor, torch.Tensor]:
+    """Normalised patches [N, 6 * patch * patch] float32 of uint8 frames [T, H, W, 3], and their grid (t, h, w) int64.
 
-    T is even (a picture is given twice), H and W are multiples of 28. Patches of one 2 x 2 token are neighbours.
+    T is even (a picture is given twice), H and W are multiples of `family.factor`. Patches of one 2 x 2 token are
+    neighbours.
     """
     t, h, w, channels = frames.shape
-    assert channels == 3 and t % TEMPORAL_PATCH == 0 and h % FACTOR == 0 and w % FACTOR == 0, frames.shape
-    grid = (t // TEMPORAL_PATCH, h // PATCH, w // PATCH)
+    patch, factor = family.patch, family.factor
+    assert channels == 3 and t % TEMPORAL_PATCH == 0 and h % factor == 0 and w % factor == 0, frames.shape
+    grid = (t // TEMPORAL_PATCH, h // patch, w // patch)
     rows, columns = grid[1] // MERGE, grid[2] // MERGE
-    pixels = np.empty((grid[0], rows, columns, MERGE, MERGE, channels, TEMPORAL_PATCH, PATCH, PATCH // 2), np.complex64)
-    for channel, pairs in enumerate(_normalised_pairs()):
+    pixels = np.empty((grid[0], rows, columns, MERGE, MERGE, channels, TEMPORAL_PATCH, patch, patch // 2), np.complex64)
+    for channel, pairs in enumerate(_normalised_pairs(family)):
         plane = np.ascontiguousarray(frames[..., channel]).view(np.uint16)
         blocks = pairs.take(plane, mode="clip")  # nothing to clip: any 16 bits are an index
-        blocks = blocks.reshape(grid[0], TEMPORAL_PATCH, rows, MERGE, PATCH, columns, MERGE, PATCH // 2)
+        blocks = blocks.reshape(grid[0], TEMPORAL_PATCH, rows, MERGE, patch, columns, MERGE, patch // 2)
         pixels[:, :, :, :, :, channel] = blocks.transpose(0, 2, 5, 3, 6, 1, 4, 7)
     return torch.from_numpy(pixels.view(np.float32).reshape(math.prod(grid), -1)), torch.tensor(grid)
 
 
-def unpatchify(pixels: torch.Tensor, grid: tuple[int, int, int]) -> np.ndarray:
-    """The uint8 frames [2t, 14h, 14w, 3] of which `patchify` made patches [t * h * w, 1176]; a picture comes twice."""
+def unpatchify(pixels: torch.Tensor, grid: tuple[int, int, int], family: Family) -> np.ndarray:
+    """The uint8 frames [2t, patch * h, patch * w, 3] of which `patchify` made patches [t * h * w, 6 * patch * patch]; a
+    picture comes twice."""
     t, h, w = grid
     channels = pixels.reshape(len(pixels), 3, -1).numpy()
-    tables = _normalised_bytes()
+    tables, patch = _normalised_bytes(family), family.patch
     patches = np.stack([np.rint((channels[:, c] - tables[c, 0]) * (255 / (tables[c, 255] - tables[c, 0])))
                         for c in range(3)], axis=1).astype(np.uint8)  # fmt: skip
-    blocks = patches.reshape(t, h // MERGE, w // MERGE, MERGE, MERGE, 3, TEMPORAL_PATCH, PATCH, PATCH)
+    blocks = patches.reshape(t, h // MERGE, w // MERGE, MERGE, MERGE, 3, TEMPORAL_PATCH, patch, patch)
     frames = blocks.transpose(0, 6, 1, 3, 7, 2, 4, 8, 5)
-    return frames.reshape(t * TEMPORAL_PATCH, h * PATCH, w * PATCH, 3)
+    return frames.reshape(t * TEMPORAL_PATCH, h * patch, w * patch, 3)
 
 
 @cache

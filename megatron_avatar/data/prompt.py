@@ -7,10 +7,13 @@ that a prompt that is too long is known before training. Decoded media must then
 from __future__ import annotations
 
 import os
+import re
 import string
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import zip_longest
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from megatron_avatar.config.families import MERGE, OMNI, TEMPORAL_PATCH, Family, family_of
 from megatron_avatar.config.schema import DataConfig
 from megatron_avatar.data import dali, features
 from megatron_avatar.data.chat import Chat
@@ -27,6 +31,7 @@ from megatron_avatar.data.decode import (
     decode_audio,
     decode_frames,
     decode_image,
+    frame_seconds,
     plan_frames,
     prefers_dali,
 )
@@ -34,8 +39,6 @@ from megatron_avatar.files import is_machines, unwritable
 from megatron_avatar.records import Media, MediaKind, Prompt, Sample, Variant
 
 DECODED_AHEAD = 4
-IMAGE_MIN_PIXELS = 4 * features.FACTOR**2
-VIDEO_TOTAL_PIXELS = 90_316_800  # Qwen2.5-Omni's budget for a whole clip, counted in pairs of frames
 END = "<|im_end|>"
 MEDIUM = "<|medium|>"  # in a question: here stands the next of its media; without any they come first
 # For a prompt that is too long, by what takes most of it.
@@ -51,24 +54,32 @@ REMEDIES = {
 class MediaPlan:
     """What one medium becomes, known from its manifest line: `kind` is the placeholder that it fills.
 
-    indices [T]: frames to decode; grid (t, h, w) in patches, all 0 without a picture; mel_frames 0 without sound.
+    indices [T]: frames to decode; size (height, width) in pixels, grid (t, h, w) in patches, all 0 without a picture;
+    mel_frames 0 without sound.
     """
 
     media: Media
     kind: MediaKind
     indices: np.ndarray | None = None
+    size: tuple[int, int] = (0, 0)
     grid: tuple[int, int, int] = (0, 0, 0)
     seconds_per_grid: float = 0.0
     mel_frames: int = 0
 
     @property
     def fit(self) -> Fit:
-        """From the size in the manifest to that of the grid."""
-        h, w = (cells * features.PATCH for cells in self.grid[1:])
-        return Fit((self.media.height, self.media.width), (h, w))
+        """From the size in the manifest to that which is shown."""
+        return Fit((self.media.height, self.media.width), self.size)
+
+    @property
+    def timestamps(self) -> list[str]:
+        """The text before each pair of a video's frames: the mean of their times."""
+        assert self.indices is not None
+        seconds = frame_seconds(self.media, self.indices)
+        return [f"<{mean:.1f} seconds>" for mean in (seconds[::2] + seconds[1::2]) / 2]
 
 
-def plan_media(media: Media, data: DataConfig) -> MediaPlan | None:
+def plan_media(media: Media, data: DataConfig, family: Family) -> MediaPlan | None:
     """Plan for one medium; None where `data.mute` or `data.blind` leaves nothing of it.
 
     The sound of a video is heard where its manifest line says `audio_in_video` and names an `audio_path`.
@@ -78,13 +89,17 @@ def plan_media(media: Media, data: DataConfig) -> MediaPlan | None:
     if media.kind == "audio" or data.blind:
         return MediaPlan(media, "audio", mel_frames=mel_frames) if mel_frames else None
     if media.kind == "image":
-        h, w = features.smart_resize(media.height, media.width, IMAGE_MIN_PIXELS, data.image_max_pixels)
-        return MediaPlan(media, "image", grid=(1, h // features.PATCH, w // features.PATCH))
+        least = min(family.image_min_pixels, data.image_max_pixels)
+        h, w = features.smart_resize(media.height, media.width, least, data.image_max_pixels, family.factor)
+        return MediaPlan(media, "image", size=(h, w), grid=(1, h // family.patch, w // family.patch))
     indices = plan_frames(media, data)
-    budget = min(data.frame_max_pixels, VIDEO_TOTAL_PIXELS // len(indices) * features.TEMPORAL_PATCH)
-    h, w = features.smart_resize(media.height, media.width, min(data.frame_min_pixels, budget), budget)
-    grid = (len(indices) // features.TEMPORAL_PATCH, h // features.PATCH, w // features.PATCH)
-    return MediaPlan(media, "video", indices, grid, clip_seconds(media) / grid[0], mel_frames)
+    together = len(indices) if family.whole_clip else 1
+    room = family.clip_pixels if family.whole_clip else family.clip_pixels // len(indices) * TEMPORAL_PATCH
+    most = min(data.frame_max_pixels * together, room)
+    least = min(data.frame_min_pixels * together, most)
+    h, w = features.smart_resize(media.height, media.width, least, most, family.factor, together)
+    grid = (len(indices) // TEMPORAL_PATCH, h // family.patch, w // family.patch)
+    return MediaPlan(media, "video", indices, (h, w), grid, clip_seconds(media) / grid[0], mel_frames)
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
@@ -117,7 +132,7 @@ def check_words(chat: Chat, key: str, text: str) -> None:
 
 
 class PromptBuilder:
-    """Builds prompts for one tokenizer and one Hugging Face configuration: Qwen2.5-Omni, its Thinker, or Qwen2.5-VL.
+    """Builds prompts for one tokenizer and one Hugging Face configuration of a family (Omni's whole, or its Thinker's).
 
     `data.instruction` ends every prompt, `data.system` replaces the template's own system prompt. `end_id` is the token
     that ends a completion. Instances can be pickled to decode workers. Raises ValueError for a model of another kind,
@@ -126,26 +141,27 @@ class PromptBuilder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, hf_config: Any, data: DataConfig, context: int):
         config = getattr(hf_config, "thinker_config", hf_config)
-        vision, audio = config.vision_config, getattr(config, "audio_config", None)
-        mel_bins = features.MEL_BINS if audio is None else audio.num_mel_bins
-        ours = (features.PATCH, features.TEMPORAL_PATCH, features.MERGE, features.MEL_BINS)
+        self.family = family = family_of(hf_config.model_type)
+        vision, mel_bins = config.vision_config, config.audio_config.num_mel_bins if family.hears else features.MEL_BINS
+        ours = (family.patch, TEMPORAL_PATCH, MERGE, features.MEL_BINS)
         theirs = (vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size, mel_bins)
         if ours != theirs:
             raise ValueError(
                 f"config.json: (patch_size, temporal_patch_size, spatial_merge_size, num_mel_bins) is {theirs}, but "
-                f"{ours} is what Qwen2.5-Omni and Qwen2.5-VL have; set model.path to such a model"
+                f"{ours} is what {family.name} has; set model.path to such a model"
             )
         self.tokenizer, self.data, self.context = tokenizer, data, context
         self.placeholders: dict[MediaKind, int] = {"image": config.image_token_id, "video": config.video_token_id}
-        self.hears = audio is not None
-        if self.hears:
+        if family.hears:
             self.placeholders["audio"] = config.audio_token_id
             self.audio_bos, self.audio_eos = config.audio_start_token_id, config.audio_end_token_id
-            self.positions_per_second = config.position_id_per_seconds
             self.positions_per_chunk = int(config.position_id_per_seconds * config.seconds_per_chunk)
-        else:
-            self.positions_per_second = vision.tokens_per_second
-        self.chat = Chat(tokenizer, self.placeholders)
+        # Without a time axis every pair of frames lies at time 0 of its own.
+        self.positions_per_second = 0 if family.timestamps else attrgetter(family.position_rate)(config)
+        if family.timestamps:
+            around = (config.vision_start_token_id, config.video_token_id, config.vision_end_token_id)
+            self.video_tokens = tuple(tokenizer.convert_ids_to_tokens(list(around)))
+        self.chat = Chat(tokenizer, self.placeholders, family)
         check_words(self.chat, "data.instruction", data.instruction)
         check_words(self.chat, "data.system", data.system)
         self.end_id = int(tokenizer.convert_tokens_to_ids(END))  # type: ignore[arg-type]  # of one token
@@ -164,7 +180,7 @@ class PromptBuilder:
 
     def length(self, sample: Sample, variant: Variant = "plain") -> int:
         """Prompt tokens P, from the manifest alone: no file is opened. Raises ValueError beyond the context."""
-        return len(self._layout(sample, self._plans(sample), variant)[0])
+        return self._template(sample, self._plans(sample), variant)[1]
 
     @property
     def ahead(self) -> int:
@@ -176,7 +192,7 @@ class PromptBuilder:
         clips: list[tuple[Path, np.ndarray, Fit | None]] = []
         for sample, _ in requests:
             for media in sample.media:
-                plan = plan_media(media, self.data)
+                plan = plan_media(media, self.data, self.family)
                 if plan is not None and plan.indices is not None and os.path.isfile(root / media.path):
                     clips.append((root / media.path, plan.indices, plan.fit))
         dali.reader().announce(clips)
@@ -205,24 +221,25 @@ class PromptBuilder:
 
     def _plans(self, sample: Sample) -> list[MediaPlan]:
         try:
-            plans = [plan for media in sample.media if (plan := plan_media(media, self.data)) is not None]
+            plans = [plan for media in sample.media if (plan := plan_media(media, self.data, self.family)) is not None]
         except ValueError as error:
             raise ValueError(f"sample {sample.id}: {error}") from None
-        if not self.hears and any(plan.mel_frames for plan in plans):
+        if not self.family.hears and any(plan.mel_frames for plan in plans):
             raise ValueError(
-                f"sample {sample.id} has sound, which Qwen2.5-VL doesn't hear; set data.mute=true to leave sound out, "
-                "or model.path to a Qwen2.5-Omni folder"
+                f"sample {sample.id} has sound, which {self.family.name} doesn't hear; set data.mute=true to leave "
+                f"sound out, or model.path to a {OMNI.name} folder"
             )
         return plans
 
     def _patches(self, plan: MediaPlan, root: Path) -> torch.Tensor:
-        """[N, 1176] float32."""
+        """[N, 6 * patch * patch] float32."""
         path, fit = root / plan.media.path, plan.fit
         if plan.indices is not None:
-            return features.patchify(decode_frames(path, plan.indices, self.data.decoder, fit))[0]
+            return features.patchify(decode_frames(path, plan.indices, self.data.decoder, fit), self.family)[0]
         picture = decode_image(path)
         fit.check(path, picture.shape[1:3])
-        return features.patchify(np.repeat(features.resize(picture, *fit.size), features.TEMPORAL_PATCH, axis=0))[0]
+        twice = np.repeat(features.resize(picture, *fit.size), TEMPORAL_PATCH, axis=0)
+        return features.patchify(twice, self.family)[0]
 
     def _text(self, sample: Sample, variant: Variant) -> str:
         lines = [sample.question]
@@ -252,54 +269,89 @@ class PromptBuilder:
             content.append({"type": "text", "text": text})
         return _joined(content)
 
-    def _layout(self, sample: Sample, plans: list[MediaPlan], variant: Variant) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids [P] with placeholders expanded, and positions [3, P] (temporal, height, width)."""
+    def _template(self, sample: Sample, plans: list[MediaPlan], variant: Variant) -> tuple[list[int], int]:
+        """Token ids with one placeholder for each of `_blocks`, and the prompt's length P once they are expanded."""
         own = self.data.system
         system = [{"role": "system", "content": [{"type": "text", "text": own}]}] if own else []
         content = self._content(sample, plans, variant)
         if reason := unwritable("".join(part.get("text", "") for part in content)):
             raise ValueError(f"sample {sample.id}: of its text {reason}; correct it in the manifest")
-        template = self.chat.prompt_ids([*system, {"role": "user", "content": content}])
-        if [i for i in template if i in self.placeholders.values()] != [self.placeholders[p.kind] for p in plans]:
+        spread = partial(self._spread, plans) if self.family.timestamps else str
+        template = self.chat.prompt_ids([*system, {"role": "user", "content": content}], spread)
+        blocks = [block for plan in plans for block in self._blocks(plan)]
+        if [i for i in template if i in self.placeholders.values()] != [self.placeholders[b.kind] for b in blocks]:
             names = ", ".join(self.tokenizer.convert_ids_to_tokens(list(self.placeholders.values())))
             raise ValueError(
                 f"sample {sample.id}: the tokenized prompt does not hold one placeholder for each of its "
                 f"{len(plans)} media; check the chat template, which has to write {names}"
             )
         parts = {kind: sum(_tokens(plan)[kind] for plan in plans) for kind in REMEDIES if kind != "text"}
-        parts["text"] = len(template) - len(plans)
+        parts["text"] = len(template) - len(blocks)
         if (length := sum(parts.values())) > self.context:
+            if self.family.timestamps:  # a time, start and end belong to the video
+                times = [time for plan in plans if plan.kind == "video" for time in plan.timestamps]
+                told = sum(len(self.chat.text_ids(time)) + 2 for time in times)
+                parts |= {"video": parts["video"] + told, "text": parts["text"] - told}
             remedy = REMEDIES[max(parts, key=parts.__getitem__)]
             what = f"its prompt has {length} tokens, the context {self.context}"
             raise ValueError(f"sample {sample.id}: {what}; {remedy}, or raise model.context")
+        return template, length
+
+    def _layout(self, sample: Sample, plans: list[MediaPlan], variant: Variant) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids [P] with placeholders expanded, and positions [3, P] (temporal, height, width)."""
+        template, length = self._template(sample, plans, variant)
+        media = [place for place, token in enumerate(template) if token in self.placeholders.values()]
+        blocks = [block for plan in plans for block in self._blocks(plan)]
         ids: list[np.ndarray] = []
         positions: list[np.ndarray] = []
-        start, remaining = 0, iter(plans)
-        for token in template:
-            if token in self.placeholders.values():
-                block_ids, block_positions, advance = self._expand(next(remaining))
-            else:
-                block_ids, block_positions, advance = np.array([token]), np.zeros((3, 1), np.int64), 1
-            ids.append(block_ids)
-            positions.append(block_positions + start)
-            start += advance
+        start = 0
+        starts, ends = [0, *(place + 1 for place in media)], [*media, len(template)]
+        for first, last, block in zip(starts, ends, [*blocks, None], strict=True):
+            ids.append(np.array(template[first:last], np.int64))
+            positions.append(np.tile(np.arange(start, start + last - first), (3, 1)))
+            start += last - first
+            if block is not None:
+                block_ids, block_positions, advance = self._expand(block)
+                ids.append(block_ids)
+                positions.append(block_positions + start)
+                start += advance
         token_ids = np.concatenate(ids)
         assert len(token_ids) == length
         return token_ids, np.concatenate(positions, axis=1)
+
+    def _blocks(self, plan: MediaPlan) -> list[MediaPlan]:
+        """What one placeholder each stands for: the medium, or each pair of a video's frames, its time before it."""
+        if not (self.family.timestamps and plan.kind == "video"):
+            return [plan]
+        return [replace(plan, grid=(1, *plan.grid[1:]))] * plan.grid[0]
+
+    def _spread(self, plans: list[MediaPlan], text: str) -> str:
+        """The template's text with a video's place (start, placeholder and end, or the placeholder alone) once for each
+        pair of its frames, behind their time.
+
+        As transformers' releases up to 4.57 wrote it: later ones leave the template's start and end around the whole.
+        """
+        start, video, end = self.video_tokens
+        clips = iter([plan for plan in plans if plan.kind == "video"])
+
+        def place(found: re.Match[str]) -> str:
+            plan = next(clips, None)  # a template that writes more of them is refused afterwards
+            return found[0] if plan is None else "".join(f"{time}{start}{video}{end}" for time in plan.timestamps)
+
+        return re.sub(f"{re.escape(start + video + end)}|{re.escape(video)}", place, text)
 
     def _expand(self, plan: MediaPlan) -> tuple[np.ndarray, np.ndarray, int]:
         """Tokens [K] of one placeholder, positions [3, K] relative to its own, and how far the text after it moves."""
         sound = np.tile(np.arange(features.audio_tokens(plan.mel_frames) if plan.mel_frames else 0), (3, 1))
         if plan.kind == "audio":
             return np.full(sound.shape[1], self.placeholders["audio"]), sound, sound.shape[1]
-        t, h, w = plan.grid[0], plan.grid[1] // features.MERGE, plan.grid[2] // features.MERGE
+        t, h, w = plan.grid[0], plan.grid[1] // MERGE, plan.grid[2] // MERGE
         # float32 like transformers: at a chunk's border the rounding decides
         seconds = np.arange(t, dtype=np.float32) * np.float32(plan.seconds_per_grid)
         times = (seconds * np.float32(self.positions_per_second)).astype(np.int64)
         picture = np.stack([axis.ravel() for axis in np.meshgrid(times, np.arange(h), np.arange(w), indexing="ij")])
         if not plan.mel_frames:
-            # As in transformers, Omni's text goes on after the last position of all axes, VL's after height and width.
-            end = int(picture.max() if self.hears else picture[1:].max()) + 1
+            end = int(picture.max() if self.family.time_ends else picture[1:].max()) + 1
             return np.full(picture.shape[1], self.placeholders[plan.kind]), picture, end
         return self._interleave(picture, sound)
 
@@ -326,7 +378,7 @@ def _tokens(plan: MediaPlan) -> dict[str, int]:
     sound = features.audio_tokens(plan.mel_frames) if plan.mel_frames else 0
     kind = "video" if plan.kind == "audio" else plan.kind
     between = 2 if plan.kind == "video" and plan.mel_frames else 0  # where audio in video begins and ends
-    return {"image": 0, "video": 0, "audio": sound + between} | {kind: t * h * w // features.MERGE**2}
+    return {"image": 0, "video": 0, "audio": sound + between} | {kind: t * h * w // MERGE**2}
 
 
 def _joined(content: list[dict[str, str]]) -> list[dict[str, str]]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_avatar.config.families import family_of
 from megatron_avatar.config.schema import Config, ModelConfig, ParallelConfig
 from megatron_avatar.planning.batches import micro_batches, reading_batch
 from megatron_avatar.planning.meta import META, LiveBytes, shard_on_meta
@@ -21,7 +22,7 @@ from megatron_avatar.policy.groups import GroupBatch
 from megatron_avatar.policy.kept import SHARE
 from megatron_avatar.policy.lanes import make_jobs, plan_room
 from megatron_avatar.policy.model import OmniPolicy
-from megatron_avatar.policy.shape import hears
+from megatron_avatar.policy.shape import deepstack_layers, hears
 from megatron_avatar.policy.towers import ROWS_PER_CALL
 
 SAMPLING_BYTES = 40  # a logit while a token is drawn: float32 and float64 copies of the row (sampling.py)
@@ -152,9 +153,13 @@ def tower_bytes(hf_config: PolicyConfig, work: Work, itemsize: int, prompts: int
     otherwise the larger call of one encoder, and all embeddings. The factors were measured (tests/planning/test_plan.py
     holds them against real encoders)."""
     vision, train = hf_config.vision_config, work.train_towers
-    hidden, inner = vision.hidden_size, vision.intermediate_size
-    pixels = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-    width = pixels + (vision.depth * (10 * hidden + 4 * inner) + 6 * hidden if train else 6 * hidden + 3 * inner)
+    hidden, inner, deep = vision.hidden_size, vision.intermediate_size, deepstack_layers(hf_config)
+    matrices = family_of(hf_config.model_type).vision_matrices
+    width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    if train:
+        width += vision.depth * (10 * hidden + 2 * (matrices - 1) * inner) + (6 + 3 * deep) * hidden
+    else:  # at 11 the positions' interpolation counts, in encoders that learn them
+        width += max(11 * hidden, 6 * hidden + matrices * inner)
     rows = prompts * work.visual * vision.spatial_merge_size**2 / tp
     numbers = [(rows if train else min(rows, ROWS_PER_CALL)) * width]
     if hears(hf_config):
@@ -163,7 +168,7 @@ def tower_bytes(hf_config: PolicyConfig, work: Work, itemsize: int, prompts: int
         layers = audio.encoder_layers * (8 * hidden + 2 * inner) + 7 * hidden if train else 5 * hidden + 2 * inner
         rows = prompts * work.audio * 2 / tp  # as long as most layers see them
         numbers.append((rows if train else min(rows, ROWS_PER_CALL)) * (2 * audio.num_mel_bins + layers))
-    kept = prompts * (work.visual + work.audio) * hf_config.text_config.hidden_size
+    kept = prompts * (work.visual + work.audio) * (1 + deep) * hf_config.text_config.hidden_size
     return round(itemsize * ((sum(numbers) if train else max(numbers)) + kept))
 
 
@@ -199,6 +204,11 @@ def add_dynamic(memory: RankMemory, policy: OmniPolicy, work: Work, n_on: int, r
     update = measure_update(policy, max(batches, key=len))
     in_flight = min(policy.backend.pp - policy.backend.pp_rank, len(batches))
     memory.activations = round(ratio * update.kept * in_flight)
+    if policy.pre_process and (deep := deepstack_layers(policy.hf_config)):
+        # Rows for the first layers wait through the update, and once more as those of a micro-batch.
+        rows = (len(work.completions) + in_flight * work.prompts_together()) * (work.visual + work.audio)
+        row = (1 + deep) * policy.config.hidden_size * policy.config.params_dtype.itemsize
+        memory.activations += round(ratio * rows * row)
     memory.workspace = round(ratio * (update.peak - update.kept))
     if work.fresh:
         memory.cache, rows = generation_room(policy, work, n_on)

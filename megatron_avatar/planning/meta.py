@@ -1,8 +1,8 @@
 """A rank of any layout in this one process, on the meta device: shapes without numbers, for plans.
 
 The rank's policy is the real one, built and run by the code that trains. Its process groups answer without a message,
-and the bytes that its tensors would take are counted while they live. Its layers are torch's, as on a CPU: where a GPU
-runs fused kernels, which keep less for the backward pass, a plan counts too much, most of all with recompute=none.
+and the bytes that its tensors would take are counted while they live. Its linear layers are torch's; the
+package's kernels count as they run on a GPU.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
+from megatron_avatar.config.families import family_of
 from megatron_avatar.config.schema import Config
 from megatron_avatar.planning.work import Work
 from megatron_avatar.policy.shape import Shape, hears
@@ -183,8 +184,9 @@ def peaks_of(device: str) -> Peaks | None:
 def tower_flops(shape: Shape, visual: int, audio: int) -> float:
     """FLOP of the encoders' forward pass over so many visual and audio tokens; windowed attention left out."""
     vision = shape.vision_config
-    width, depth = vision.hidden_size, vision.depth
-    flops = 2.0 * visual * vision.spatial_merge_size**2 * depth * (4 * width**2 + 3 * width * vision.intermediate_size)
+    width, depth, matrices = vision.hidden_size, vision.depth, family_of(shape.model_type).vision_matrices
+    block = 4 * width**2 + matrices * width * vision.intermediate_size
+    flops = 2.0 * visual * vision.spatial_merge_size**2 * depth * block
     if hears(shape):
         sound = shape.audio_config
         width, depth = sound.d_model, sound.encoder_layers

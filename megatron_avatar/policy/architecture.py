@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
-from transformers import Qwen2_5_VLConfig, Qwen2_5OmniThinkerConfig
+from transformers import Qwen2_5_VLConfig, Qwen2_5OmniThinkerConfig, Qwen3VLConfig, Qwen3VLVisionModel
+from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import Qwen2_5OmniAudioEncoder, Qwen2_5OmniVisionEncoder
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
+from megatron_avatar.config.families import NAMES, OMNI, VL, VL3, Family, family_of
 from megatron_avatar.config.schema import ModelConfig, ParallelConfig
 from megatron_avatar.config.validate import DTYPES
 from megatron_avatar.policy.fusions import choose_fusions
-from megatron_avatar.policy.shape import Shape, hears
+from megatron_avatar.policy.shape import Shape, deepstack_layers, hears
 
 # parallel.recompute -> LayerConfig. A feed-forward keeps three quarters of what a layer keeps; the core attention keeps
 # nothing that its neighbours don't. `light` computes norms and SwiGLU again, a third of what is kept, and no product.
@@ -32,58 +35,72 @@ class LayerConfig(TransformerConfig):
     """Megatron-Core's configuration, and what our layer adds to it."""
 
     recompute_light: bool = False  # norms and SwiGLU are computed again in the backward pass
+    mrope_interleaved: bool = False  # time, height and width take rotary frequencies in turn
 
 
-# model_type of config.json -> the configuration's class.
-CONFIGS: dict[str, Any] = {
-    "qwen2_5_omni": Qwen2_5OmniThinkerConfig,
-    "qwen2_5_omni_thinker": Qwen2_5OmniThinkerConfig,
-    "qwen2_5_vl": Qwen2_5_VLConfig,
+class Classes(NamedTuple):
+    """A family's classes in transformers: its configuration and its encoders."""
+
+    config: Any
+    vision: Any
+    audio: Any = None
+
+
+CLASSES: dict[Family, Classes] = {
+    OMNI: Classes(Qwen2_5OmniThinkerConfig, Qwen2_5OmniVisionEncoder, Qwen2_5OmniAudioEncoder),
+    VL: Classes(Qwen2_5_VLConfig, Qwen2_5_VisionTransformerPretrainedModel),
+    VL3: Classes(Qwen3VLConfig, Qwen3VLVisionModel),
 }
-# Qwen2.5-Omni's Thinker or Qwen2.5-VL; transformers types the parts of both as dictionaries or None.
+# A family's configuration; transformers types its parts as dictionaries or None.
 PolicyConfig = Shape
 
 
 def read_model_type(hf_folder: str | Path) -> str:
-    """The folder's class, a key of CONFIGS: all of Omni, its Thinker alone, or VL. ValueError for everything else."""
+    """The folder's class: all of Omni, its Thinker alone, or a VL. ValueError for everything else."""
     return _read(hf_folder)["model_type"]
 
 
 def _read(hf_folder: str | Path) -> dict[str, Any]:
-    """A folder's config.json, of one of CONFIGS. ValueError for everything else."""
+    """A folder's config.json, of one of the families. ValueError for everything else."""
     path = Path(hf_folder) / "config.json"
-    remedy = "point model.path to a Hugging Face folder of Qwen2.5-Omni or Qwen2.5-VL"
     if not path.is_file():
-        raise ValueError(f"{path} doesn't exist: {remedy}")
+        raise ValueError(f"{path} doesn't exist: point model.path to a Hugging Face folder of {NAMES}")
     try:
         config = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}): download or export it again") from None
     model_type = config.get("model_type") if isinstance(config, dict) else None
-    if model_type not in CONFIGS:
-        raise ValueError(
-            f"{path}: model_type is {model_type!r}, but the policy is built for {', '.join(CONFIGS)}: {remedy}"
-        )
+    try:
+        family_of(model_type)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     if model_type == "qwen2_5_omni" and not isinstance(config.get("thinker_config"), dict):
         raise ValueError(f"{path}: has no thinker_config, which the policy is built from: download it again")
     return config
 
 
 def read_config(hf_folder: str | Path) -> PolicyConfig:
-    """What the policy is built from: the Thinker's configuration (of the full Omni class or alone), or VL's.
+    """What the policy is built from: the Thinker's configuration (of the full Omni class or alone), or a VL's.
 
-    Both have `text_config` and `vision_config`; VL, which doesn't hear, has no `audio_config`.
+    All have `text_config` and `vision_config`; a VL, which doesn't hear, has no `audio_config`.
     """
     raw = _read(hf_folder)
     # Of all of Omni the Thinker's part alone: the others say on every reading what they lack.
-    config = CONFIGS[raw["model_type"]].from_dict(raw.get("thinker_config", raw))
-    rope = config.text_config.rope_parameters
-    if config.text_config.use_sliding_window or rope["rope_type"] != "default" or "mrope_section" not in rope:
+    config = CLASSES[family_of(raw["model_type"])].config.from_dict(raw.get("thinker_config", raw))
+    text, rope = config.text_config, config.text_config.rope_parameters
+    windows, biases = (getattr(text, name, False) for name in ("use_sliding_window", "attention_bias"))
+    if windows or biases or rope["rope_type"] != "default" or "mrope_section" not in rope:
         raise ValueError(
-            f"{hf_folder}/config.json: sliding windows and scaled or one-dimensional rotary positions are not "
-            "supported; expected use_sliding_window false and rope_parameters of rope_type 'default' with mrope_section"
+            f"{hf_folder}/config.json: sliding windows, attention_bias and scaled or one-dimensional rotary positions "
+            "are not supported; expected use_sliding_window and attention_bias false or absent, and rope_parameters of "
+            "rope_type 'default' with mrope_section"
         )
     return config
+
+
+def classes_of(hf_config: PolicyConfig) -> Classes:
+    """The classes of a configuration's family."""
+    return CLASSES[family_of(hf_config.model_type)]
 
 
 def placeholder_ids(hf_config: PolicyConfig) -> tuple[int, ...]:
@@ -99,14 +116,14 @@ def transformer_config(
 
     Raises ValueError where the model doesn't split into parallel.tp and parallel.pp, naming a layout that does.
     """
-    text = hf_config.text_config
+    text, family = hf_config.text_config, family_of(hf_config.model_type)
     heads, groups, tp, pp = text.num_attention_heads, text.num_key_value_heads, parallel.tp, parallel.pp
     if heads % tp or text.intermediate_size % tp or (groups % tp and tp % groups):
         raise ValueError(
             f"parallel.tp={tp} doesn't divide the {heads} attention heads, {groups} key-value heads and "
             f"{text.intermediate_size} feed-forward units of the model: choose a tp that does"
         )
-    _check_stages(text.num_hidden_layers, parallel)
+    _check_stages(text.num_hidden_layers, parallel, deepstack_layers(hf_config))
     if model.dtype not in DTYPES:
         raise ValueError(f"model.dtype={model.dtype!r} is unknown: choose one of {', '.join(DTYPES)}")
     dtype = getattr(torch, model.dtype)
@@ -116,16 +133,19 @@ def transformer_config(
         hidden_size=text.hidden_size,
         num_attention_heads=heads,
         num_query_groups=groups,
+        kv_channels=getattr(text, "head_dim", None) or text.hidden_size // heads,
         ffn_hidden_size=text.intermediate_size,
         normalization="RMSNorm",
         layernorm_epsilon=text.rms_norm_eps,
         add_bias_linear=False,
-        add_qkv_bias=True,
+        add_qkv_bias=not family.head_norms,
+        qk_layernorm=family.head_norms,
         gated_linear_unit=True,
         activation_func=F.silu,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         mrope_section=list(text.rope_parameters["mrope_section"]),
+        mrope_interleaved=family.mrope_interleaved,
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
         sequence_parallel=parallel.sequence_parallel and tp > 1,
@@ -140,28 +160,38 @@ def transformer_config(
         moe_token_dispatcher_type="alltoall",  # asked for by variable_seq_lengths, even in a dense model
         num_layers_in_first_pipeline_stage=parallel.first_stage_layers,
         **RECOMPUTE[parallel.recompute],
-        **choose_fusions(parallel.kernels, on_cpu=on_cpu).settings(),
+        **choose_fusions(parallel.kernels, on_cpu=on_cpu, dtype=dtype).settings(),
     )
 
 
-def _check_stages(layers: int, parallel: ParallelConfig) -> None:
-    """ValueError where the layers don't share out over the pipeline's stages, naming what would."""
+def _check_stages(layers: int, parallel: ParallelConfig, deepstack: int) -> None:
+    """ValueError where the layers don't share out over the pipeline's stages, naming what would. The first stage, which
+    has the encoders, needs the layers that deepstack feeds."""
     pp, first = parallel.pp, parallel.first_stage_layers
-    if first is None and layers % pp == 0:
+    if first is None and layers % pp == 0 and (pp == 1 or layers // pp >= deepstack):
         return
     if pp == 1:
         raise ValueError(f"parallel.first_stage_layers={first} needs parallel.pp of 2 or more: raise it, or write null")
-    fitting = [n for n in range(1, layers - pp + 2) if (layers - n) % (pp - 1) == 0]
+    even = [n for n in range(1, layers - pp + 2) if (layers - n) % (pp - 1) == 0]
+    fitting = [n for n in even if n >= deepstack]
     if first in fitting:
         return
-    if not fitting:
+    if not even:
         raise ValueError(f"parallel.pp={pp} is more than the {layers} layers of the model: lower it")
+    need = f"the {deepstack} layers to which the vision encoder's features go (deepstack)"
+    if not fitting:
+        raise ValueError(f"parallel.pp={pp} leaves the first stage no room for {need}: lower it")
+    if first is None and layers % pp:
+        why = f"parallel.pp={pp} doesn't divide the {layers} layers of the model"
+    elif first is None or first in even:
+        why = f"the first stage would have {first or layers // pp} layers, less than {need}"
+    else:
+        why = (f"parallel.first_stage_layers={first} leaves {layers - first} of {layers} layers for {pp - 1} further "
+               "stages")  # fmt: skip
     # The first stage carries the encoders as well: rather fewer layers there than an even share.
     wanted = layers / pp if first is None else first
     best = max((n for n in fitting if n <= wanted), default=fitting[0])
     raise ValueError(
-        (f"parallel.pp={pp} doesn't divide the {layers} layers of the model" if first is None else
-         f"parallel.first_stage_layers={first} leaves {layers - first} of {layers} layers for {pp - 1} further stages")
-        + f": write parallel.first_stage_layers={best} (then {(layers - best) // (pp - 1)} on each other stage; "
+        f"{why}: write parallel.first_stage_layers={best} (then {(layers - best) // (pp - 1)} on each other stage; "
         f"{', '.join(map(str, fitting))} fit) or change parallel.pp"
     )

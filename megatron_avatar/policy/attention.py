@@ -31,6 +31,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_avatar.policy.cache import KeyValueCache
 from megatron_avatar.policy.flash import Kernel, Lengths, kernel_for, to_device
+from megatron_avatar.policy.kernels.merge import merge_parts
 
 
 class Layout(NamedTuple):
@@ -87,13 +88,10 @@ class _GroupAttention(torch.autograd.Function):
         output, lse = kernel.forward(query, key, value, layout.segments, layout.segments, True, scale)
         if layout.key_lengths:
             queries, keys = layout.queries, layout.keys
-            prefix_output, prefix_lse = kernel.forward(
+            part, part_lse = kernel.forward(
                 query[queries], key[keys], value[keys], layout.query_lengths, layout.key_lengths, False, scale
             )
-            own_output, own_lse = output[queries].to(lse.dtype), lse[queries]
-            share = torch.sigmoid(prefix_lse - own_lse)[..., None]
-            output[queries] = torch.lerp(own_output, prefix_output.to(lse.dtype), share).to(output.dtype)
-            lse[queries] = torch.logaddexp(own_lse, prefix_lse)
+            merge_parts(output, lse, part, part_lse, queries)
         ctx.save_for_backward(query, key, value, output, lse)
         ctx.arguments = layout, kernel, scale
         return output
@@ -112,9 +110,11 @@ class _GroupAttention(torch.autograd.Function):
                 grad[queries], query[queries], key[keys], value[keys], output[queries], lse[queries],
                 layout.query_lengths, layout.key_lengths, False, scale,
             )  # fmt: skip
-            dq[queries] += prefix_dq
-            dk[keys] += prefix_dk
-            dv[keys] += prefix_dv
+            for whole, rows, part in ((dq, queries, prefix_dq), (dk, keys, prefix_dk), (dv, keys, prefix_dv)):
+                if isinstance(rows, slice):
+                    whole[rows].add_(part)
+                else:
+                    whole.index_add_(0, rows, part)
         return dq, dk, dv, None, None, None
 
 
@@ -169,7 +169,7 @@ class GroupCoreAttention(MegatronModule):
     ) -> Tensor:
         """Attention of every segment to its prefix and itself."""
         assert attention_bias is None and packed_seq_params is None
-        query, key, value = query[:, 0], key[:, 0], value[:, 0]
+        query, key, value = (x.squeeze(1) for x in (query, key, value))
         if self.cache is not None:
             self.cache.store_prompts(self.layer_number, key, value)
         return group_attention(query, key, value, attention_mask, self.softmax_scale).flatten(1)[:, None]

@@ -7,6 +7,7 @@ requests for CUDA are answered by the CPU, so that every layout runs, and is tes
 from __future__ import annotations
 
 import functools
+import gc
 import itertools
 import os
 import re
@@ -114,6 +115,8 @@ def start(parallel: ParallelConfig, *, seed: int = 0) -> Backend:
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     os.environ.setdefault("MKL_CBWR", MKL_REPRODUCIBLE)  # read by MKL at its first call
     torch.set_num_threads(parallel.threads)
+    if starts := next(_starts):  # circles keep an earlier policy's groups, and gloo's threads poll as long as they live
+        gc.collect()
     rank, local_rank, world = _place_from_environment()
     if parallel.tp < 1 or parallel.pp < 1 or world % (parallel.tp * parallel.pp):
         raise ValueError(
@@ -134,7 +137,7 @@ def start(parallel: ParallelConfig, *, seed: int = 0) -> Backend:
     else:
         _check_master()
         store, _, _ = next(dist.rendezvous("env://", rank, world, timeout=TIMEOUT))
-        store = dist.PrefixStore(f"start_{next(_starts)}", store)  # apart from the addresses of an earlier start
+        store = dist.PrefixStore(f"start_{starts}", store)  # apart from the addresses of an earlier start
         if device.type == "cuda":
             claim(device.index, rank, store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)

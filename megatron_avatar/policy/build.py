@@ -7,6 +7,7 @@ from pathlib import Path
 from megatron_avatar.config.schema import ModelConfig, ParallelConfig
 from megatron_avatar.policy.architecture import read_config, transformer_config
 from megatron_avatar.policy.backend import Backend
+from megatron_avatar.policy.fusions import choose_fusions, pin
 from megatron_avatar.policy.lora import add_lora
 from megatron_avatar.policy.model import OmniPolicy
 
@@ -22,6 +23,7 @@ def build_policy(
     """
     hf_config = read_config(hf_folder)
     config = transformer_config(hf_config, model, parallel, on_cpu=backend.device.type != "cuda")
+    pin(choose_fusions(parallel.kernels, on_cpu=backend.device.type != "cuda", dtype=config.params_dtype))
     policy = OmniPolicy(hf_config, config, backend).to(backend.device)
     policy.set_train_towers(False)
     if model.lora.rank:

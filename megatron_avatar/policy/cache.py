@@ -25,9 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_avatar.policy.flash import to_device
-from megatron_avatar.policy.kernels.attend import Tables, attend
-from megatron_avatar.policy.kernels.device import runs_triton
-from megatron_avatar.policy.kernels.rope import decode_rope
+from megatron_avatar.policy.kernels.attend import Tables, attend, by_kernels
+from megatron_avatar.policy.kernels.rope import HeadNorms, decode_rope
 
 PAGE = 512  # tokens of a prompt that are worked on together
 FIRST_ROOM = 64  # own tokens there is room for at first; doubled when used up
@@ -86,7 +85,7 @@ class KeyValueCache:
         self._pages, self._own = store(room.pages, room.page), store(room.rows, self._most_own if static else 0)
         self._tables: dict[tuple[int, ...], Tables] = {}  # by rows, pages, readers, parts
         self._layout: tuple[int, ...] | None = None  # whose tables are up to date
-        self._kernels = static and runs_triton(next(iter(self._own.values()))[0])
+        self._kernels = static and by_kernels(next(iter(self._own.values()))[0])
 
     # ------------------------------------------------------------------------------------------------------------
     # Prompts and rows come and go: host only, but for the moves
@@ -238,11 +237,14 @@ class KeyValueCache:
             self._later = torch.zeros(later.shape, dtype=self.dtype, device=self.device)
             self._later = self._later.masked_fill_(later, float("-inf"))[:, None, None]
 
-    def attend(self, layer: int, mixed: Tensor, angles: Tensor, scale: float) -> Tensor:
-        """Rotate the rows' new queries and keys, store keys and values, and attend to prompts and own tokens, in one
-        softmax: mixed [R, groups, share + 2, d] as the projection leaves it, angles [2, R, d] -> [R, heads * d]."""
+    def attend(
+        self, layer: int, mixed: Tensor, angles: Tensor, scale: float, norms: HeadNorms | None = None
+    ) -> Tensor:
+        """Norm (where there are norms) and rotate the rows' new queries and keys, store keys and values, and attend to
+        prompts and own tokens, in one softmax: mixed [R, groups, share + 2, d] as the projection leaves it, angles
+        [2, R, d] -> [R, heads * d]."""
         keys, values = self._own[layer]
-        query = decode_rope(mixed, angles, keys, values, self._lengths)
+        query = decode_rope(mixed, angles, keys, values, self._lengths, norms)
         page_keys, page_values = self._pages[layer]
         return attend(query, page_keys, page_values, keys, values, self._lengths, self._later, self._step,
                       self._own_tokens, scale)  # fmt: skip

@@ -1,9 +1,11 @@
-"""Which layers and which Adam run: Transformer Engine's and Apex's where they are installed, else torch's own.
+"""Which layers, Adam, gradient norms and attention run: Transformer Engine's, Apex's and FlashAttention-3's where they
+are installed, else torch's own.
 
 What is installed is Megatron-Core's finding, made when it is imported; it is taken where a self-test at the start
-agrees with torch (selftest.py). A GPU is needed for either; on a CPU, and with parallel.kernels=torch, everything is
-torch's. Transformer Engine's linear layers stay apart from its norms, to keep the parameters' names, and with them
-weights and checkpoints, the same in all cases; by construction: it has not been run with Transformer Engine.
+agrees with torch (selftest.py). A GPU is needed for each; on a CPU, and with parallel.kernels=torch, everything is
+torch's. Norms, rotary positions and SwiGLU have kernels of our own, so none of theirs is taken. Transformer Engine's
+linear layers stay apart from norms, to keep the parameters' names, and with them weights and checkpoints, the same in
+all cases; by construction: it has not been run with Transformer Engine.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -20,28 +23,65 @@ import torch.distributed as dist
 from megatron.core import optimizer as megatron_optimizer
 from megatron.core.extensions import transformer_engine
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.optimizer import distrib_optimizer
+from megatron.core.optimizer import clip_grads, distrib_optimizer
+from megatron.core.optimizer import optimizer as mixed_precision
 from megatron.core.tensor_parallel import layers as megatron_layers
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.nn import attention as torch_attention
 
-from megatron_avatar.policy import selftest
+from megatron_avatar.policy import flash, selftest
 from megatron_avatar.policy.attention import GroupCoreAttention
 from megatron_avatar.policy.kernels.norm import norm
 from megatron_avatar.policy.layer import OmniLayer
 
-PARTS = {"linear": "linear layers", "adam": "AdamW", "accumulate": "gradient accumulation"}
-TITLES = {"transformer_engine": "Transformer Engine", "apex": "Apex", "torch": "torch"}
-# Megatron-Core's record of where its Adam comes from: module, name, found here, value for torch's.
-ADAM_FLAGS = [
-    (module, name, getattr(module, name), of_torch)
-    for module, name, of_torch in (
+# Parts, in the order in which they are tested; a layer's gradient accumulation is its own package's.
+PARTS = {"linear": "linear layers", "engine_accumulate": "gradient accumulation", "adam": "AdamW",
+         "accumulate": "gradient accumulation", "norms": "gradient norms", "attention": "attention"}  # fmt: skip
+TITLES = {"transformer_engine": "Transformer Engine", "apex": "Apex", "flash_attn_3": "FlashAttention-3",
+          "torch": "torch"}  # fmt: skip
+APEX_ACCUMULATES = megatron_layers._grad_accum_fusion_available
+FLASH_3 = "FA3"  # torch's name of it (torch.nn.attention.activate_flash_attention_impl)
+HOPPER = (9, 0)  # the GPUs that it is made for
+
+
+def apply_at_once(function: Callable, flag: torch.Tensor, lists: list[list[torch.Tensor]], *arguments: Any) -> Any:
+    """torch's in place of Apex's multi_tensor_applier."""
+    return function(lists, *arguments)
+
+
+def l2_norm(lists: list[list[torch.Tensor]], per_tensor: bool) -> tuple[torch.Tensor, None]:
+    """The norm [1] of all tensors together. Megatron-Core's own waits for the device once a tensor."""
+    assert not per_tensor
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(lists[0])))[None], None
+
+
+def scale_each(lists: list[list[torch.Tensor]], factor: float) -> None:
+    """factor * source into each target, in the target's dtype."""
+    for source, target in zip(*lists, strict=True):
+        torch.mul(source, factor, out=target)
+
+
+def _record(*rows: tuple[Any, str, Any]) -> list[tuple[Any, str, Any, Any]]:
+    return [(module, name, getattr(module, name), of_torch) for module, name, of_torch in rows]
+
+
+# Megatron-Core's record of where its kernels come from: module, name, found here, torch's.
+FLAGS = {
+    "adam": _record(
         (megatron_optimizer, "USING_PYTORCH_OPTIMIZER", True),
         (distrib_optimizer, "HAVE_APEX_OR_TE", False),
         (distrib_optimizer, "USING_TE_OPTIMIZER", False),
         (distrib_optimizer, "USING_APEX_OPTIMIZER", False),
-    )
-]
+    ),
+    "norms": _record(
+        (clip_grads, "multi_tensor_applier", apply_at_once),
+        (clip_grads, "l2_norm_impl", l2_norm),
+        (clip_grads, "multi_tensor_scale_impl", scale_each),
+        (mixed_precision, "multi_tensor_applier", apply_at_once),
+        (mixed_precision, "multi_tensor_scale_impl", scale_each),
+    ),
+}
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -59,12 +99,14 @@ class RMSNorm(torch.nn.RMSNorm):
 
 @dataclass(frozen=True)
 class Fusions:
-    """The choice: where layers and Adam come from, and what is fused. `missing` is what this machine lacks,
-    `refused` what is installed and doesn't do as torch does."""
+    """The choice: where layers, Adam, gradient norms and attention come from, and what is fused. `missing` is what this
+    machine lacks, `refused` what is installed and doesn't do as torch does."""
 
     layers: str = "torch"  # transformer_engine | torch
     adam: str = "torch"  # transformer_engine | apex | torch
-    weight_gradients: bool = False  # a layer's backward adds to the float32 buffer by itself (Apex's kernel)
+    norms: str = "torch"  # transformer_engine | apex | torch
+    attention: str = "torch"  # flash_attn_3 | torch
+    weight_gradients: bool = False  # a layer's backward adds to the float32 buffer by itself
     missing: tuple[str, ...] = ()
     refused: tuple[str, ...] = ()
 
@@ -85,37 +127,57 @@ class Fusions:
         """One line for the log."""
         names = {package: f"{title} {_version(package)}".strip() for package, title in TITLES.items()}
         parts = [f"layers of {names[self.layers]}", f"AdamW of {names[self.adam]}"]
+        parts += [names[self.attention]] * (self.attention != "torch")
         parts += ["fused gradient accumulation"] * self.weight_gradients
         line = ", ".join(parts) + (f"; not installed: {', '.join(self.missing)}" if self.missing else "")
         return line + "".join(f"; left aside: {reason}" for reason in self.refused)
 
 
-def choose_fusions(kernels: str, *, on_cpu: bool) -> Fusions:
-    """What to run for parallel.kernels: `auto` takes what Megatron-Core found and agrees with torch, `torch` nothing of
-    it. The first call on GPUs is made by all ranks together: one that refuses speaks for all."""
+def choose_fusions(kernels: str, *, on_cpu: bool, dtype: torch.dtype) -> Fusions:
+    """What to run for parallel.kernels and a model's dtype: `auto` takes what is found and agrees with torch, `torch`
+    nothing of it. The first call on GPUs is made by all ranks together: one that refuses speaks for all."""
     if on_cpu or kernels == "torch":
         return Fusions()
-    adam_of_torch = ADAM_FLAGS[0][2]
-    has_engine = transformer_engine.HAVE_TE
-    can_accumulate = megatron_layers._grad_accum_fusion_available
-    adam = "torch" if adam_of_torch else megatron_optimizer.Adam.__module__.split(".")[0]
-    found = {"linear": "transformer_engine" * has_engine, "adam": adam * (adam != "torch"),
-             "accumulate": "apex" * can_accumulate}  # fmt: skip
-    refused = refusals(tuple(found.items()), dist.get_world_size() if dist.is_initialized() else 1)
-    missing = ["Transformer Engine"] * (not has_engine) + ["Apex with --cuda_ext"] * (not can_accumulate)
+    found = installed(dtype)
+    refused = refusals(tuple(found.items()), dtype, dist.get_world_size() if dist.is_initialized() else 1)
+    taken = {part: package if package and part not in refused else "torch" for part, package in found.items()}
+    engine = taken["linear"] == "transformer_engine"
+    accumulates = taken["engine_accumulate" if engine else "accumulate"] != "torch"
+    missing = ["Transformer Engine"] * (not found["linear"])
+    missing += ["Apex with --cuda_ext"] * (not found["accumulate"] and not engine)
+    missing += ["FlashAttention-3"] * (not found["attention"] and fits_flash_3(dtype))
     return Fusions(
-        layers="transformer_engine" if has_engine and "linear" not in refused else "torch",
-        adam="torch" if "adam" in refused else adam,
-        weight_gradients=can_accumulate and "accumulate" not in refused,
-        missing=tuple(missing),
+        layers=taken["linear"], adam=taken["adam"], norms=taken["norms"], attention=taken["attention"],
+        weight_gradients=accumulates, missing=tuple(missing),
         refused=tuple(f"{TITLES[found[part]]}'s {PARTS[part]} ({reason})" for part, reason in refused.items()),
-    )
+    )  # fmt: skip
+
+
+def installed(dtype: torch.dtype) -> dict[str, str]:
+    """The package that has each of PARTS here; empty where none does."""
+    engine = "transformer_engine" * transformer_engine.HAVE_TE
+    adam = "" if FLAGS["adam"][0][2] else package_of(megatron_optimizer.Adam)
+    norms = package_of(FLAGS["norms"][0][2])
+    flash_3 = fits_flash_3(dtype) and find_spec("flash_attn_interface") is not None
+    return {"linear": engine, "engine_accumulate": engine, "adam": adam, "accumulate": "apex" * APEX_ACCUMULATES,
+            "norms": "" if norms == "megatron" else norms, "attention": "flash_attn_3" * flash_3}  # fmt: skip
+
+
+def package_of(thing: Any) -> str:
+    return thing.__module__.split(".")[0]
+
+
+def fits_flash_3(dtype: torch.dtype) -> bool:
+    """Whether FlashAttention-3 would run here: a GPU that it is made for, a dtype, and a torch that has a switch."""
+    half = dtype in (torch.float16, torch.bfloat16)
+    switch = FLASH_3 in getattr(torch_attention, "list_flash_attention_impls", list)()
+    return half and switch and torch.cuda.get_device_capability() == HOPPER
 
 
 @functools.cache
-def refusals(found: tuple[tuple[str, str], ...], ranks: int) -> dict[str, str]:
+def refusals(found: tuple[tuple[str, str], ...], dtype: torch.dtype, ranks: int) -> dict[str, str]:
     """Why no rank takes a part: some rank's test, or what it has. Replicas of different kernels drift apart."""
-    mine = {part: (package, tested(part) if package else "") for part, package in found}
+    mine = {part: (package, tested(part, dtype) if package else "") for part, package in found}
     everyone: list[Any] = [mine]
     if ranks > 1:
         everyone = [None] * ranks
@@ -129,21 +191,53 @@ def refusals(found: tuple[tuple[str, str], ...], ranks: int) -> dict[str, str]:
     return reasons
 
 
-def tested(part: str) -> str:
+def tested(part: str, dtype: torch.dtype) -> str:
     """Why a package's part isn't taken, from a test on this rank's GPU; empty where it agrees with torch."""
+    engine = functools.partial(_imported, "transformer_engine.pytorch", "Linear")
+    apex = functools.partial(_imported, "fused_weight_gradient_mlp_cuda", "wgrad_gemm_accum_fp32")
     tests: dict[str, tuple[Callable[..., str], Callable[[], Any]]] = {
-        "linear": (selftest.linear, lambda: import_module("transformer_engine.pytorch").Linear),
+        "linear": (selftest.linear, engine),
+        "engine_accumulate": (selftest.accumulating_linear, engine),
         "adam": (selftest.adam, lambda: megatron_optimizer.Adam),
-        "accumulate": (selftest.accumulate,
-                       lambda: import_module("fused_weight_gradient_mlp_cuda").wgrad_gemm_accum_fp32),
-    }  # fmt: skip
-    return selftest.verdict(*tests[part], torch.device("cuda", torch.cuda.current_device()))
+        "accumulate": (selftest.accumulate, apex),
+        "norms": (selftest.norms, lambda: tuple(found for _, _, found, _ in FLAGS["norms"][:3])),
+        "attention": (selftest.attention, flash_3),
+    }
+    try:
+        return selftest.verdict(*tests[part], torch.device("cuda", torch.cuda.current_device()), dtype)
+    finally:
+        if part == "attention":
+            switch_attention("torch")
 
 
-def pin_adam(fusions: Fusions) -> None:
-    """Make the next optimizer take the chosen Adam: Megatron-Core alone would take whichever it found."""
-    for module, name, found, of_torch in ADAM_FLAGS:
-        setattr(module, name, of_torch if fusions.adam == "torch" else found)
+def _imported(module: str, name: str) -> Any:
+    return getattr(import_module(module), name)
+
+
+def flash_3() -> flash.Kernel:
+    """FlashAttention-3 by torch's switch, which puts it in the place of FlashAttention-2 in the whole process."""
+    switch_attention("flash_attn_3")
+    return flash.FLASH_VARLEN
+
+
+def switch_attention(package: str) -> None:
+    """Make torch's operations of FlashAttention those of `package`: flash_attn_3, or torch's own."""
+    now = getattr(torch_attention, "current_flash_attention_impl", lambda: None)()
+    if package == "flash_attn_3" and now != FLASH_3:
+        torch_attention.activate_flash_attention_impl(FLASH_3)
+    elif package == "torch" and now == FLASH_3:
+        torch_attention.restore_flash_attention_impl()
+
+
+def pin(fusions: Fusions) -> None:
+    """Make the models and optimizers that are built from now on take what was chosen: Megatron-Core alone would take
+    whichever it found."""
+    for part, package in (("adam", fusions.adam), ("norms", fusions.norms)):
+        for module, name, found, of_torch in FLAGS[part]:
+            setattr(module, name, of_torch if package == "torch" else found)
+    # Transformer Engine's layers need no Apex for it; Megatron-Core's output layer, whose product is ours, asks for it.
+    megatron_layers._grad_accum_fusion_available = APEX_ACCUMULATES or fusions.weight_gradients
+    switch_attention(fusions.attention)
 
 
 def layer_spec(config: TransformerConfig) -> tuple[ModuleSpec, type]:
@@ -156,6 +250,8 @@ def layer_spec(config: TransformerConfig) -> tuple[ModuleSpec, type]:
         attention.linear_qkv = mlp.linear_fc1 = transformer_engine.TEColumnParallelLinear
         attention.linear_proj = mlp.linear_fc2 = transformer_engine.TERowParallelLinear
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
     return layer, RMSNorm
 
 

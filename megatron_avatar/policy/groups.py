@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_avatar.policy.flash import to_device
 from megatron_avatar.records import Prompt
 
 
@@ -65,12 +64,9 @@ class GroupBatch:
         )
 
     def media_index(self, placeholder_ids: Collection[int]) -> Tensor:
-        """Places in S [M] where media embeddings go: the prompts' placeholders, prompt by prompt, in order.
-
-        Found on the host: a device would have to be waited for.
-        """
-        places = torch.isin(self.prompt_ids, torch.tensor(sorted(placeholder_ids))).nonzero()[:, 0]
-        return to_device(places, self.token_ids.device)
+        """Places in S [M] where media embeddings go, rising: the prompts' placeholders. On the host, where they are
+        found: a device would have to be waited for."""
+        return torch.isin(self.prompt_ids, torch.tensor(sorted(placeholder_ids))).nonzero()[:, 0]
 
 
 def pack_groups(prompts: Sequence[Prompt], completions: Sequence[Sequence[np.ndarray]]) -> GroupBatch:

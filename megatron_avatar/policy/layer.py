@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from megatron_avatar.policy.cache import KeyValueCache
 from megatron_avatar.policy.kernels.norm import add_norm, norm
-from megatron_avatar.policy.kernels.rope import split_rope
+from megatron_avatar.policy.kernels.rope import HeadNorms, split_rope
 from megatron_avatar.policy.kernels.swiglu import swiglu
 
 PLAIN = (tensor_parallel.ColumnParallelLinear, tensor_parallel.RowParallelLinear)
@@ -35,6 +35,20 @@ class Angles(MultimodalRotaryEmbedding):
         return torch.stack([angles.cos(), angles.sin()])
 
 
+class InterleavedAngles(Angles):
+    """The same where time, height and width take frequencies in turn: of every three the second is height's and the
+    third width's, as many as their sections have; all others are time's."""
+
+    def forward(self, position_ids: Tensor, mrope_section: list[int], **_: Any) -> Tensor:
+        turns = position_ids[:, 0, :, None].float() * self.inv_freq  # [3, S, d / 2]
+        turn = turns[0].clone()
+        for axis in (1, 2):
+            own = slice(axis, 3 * mrope_section[axis], 3)
+            turn[:, own] = turns[axis, :, own]
+        turn = torch.cat([turn, turn], dim=-1)
+        return torch.stack([turn.cos(), turn.sin()])
+
+
 class OmniLayer(TransformerLayer):
     """Norm, attention, norm, SwiGLU. Shapes: S packed tokens or R rows, H hidden size, d head size."""
 
@@ -42,12 +56,17 @@ class OmniLayer(TransformerLayer):
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
-        context: None = None,
-        context_mask: None = None,
+        context: Tensor | None = None,
+        context_mask: Tensor | None = None,
         rotary_pos_emb: Tensor | None = None,
         **_: Any,
-    ) -> tuple[Tensor, None]:
-        """The stream [S, 1, H] behind this layer; attention_mask is the segment table, rotary_pos_emb the angles."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """The stream [S, 1, H] behind this layer, and what of `context` the layers after it take.
+
+        attention_mask is the segment table, rotary_pos_emb the angles; context are deepstack's features for the places
+        context_mask (see `add_features`). Arguments all, so that every micro-batch in flight has its own, and that
+        recomputation hands their gradients on.
+        """
         recompute = self.config.recompute_light and torch.is_grad_enabled()
         attention, keeper = self.self_attention, CheckpointWithoutOutput(fp8=None) if recompute else None
         normed = self._norm(self.input_layernorm, hidden_states, keeper)
@@ -55,17 +74,19 @@ class OmniLayer(TransformerLayer):
         if keeper is not None:
             keeper.discard_output_and_register_recompute(mixed)
         assert rotary_pos_emb is not None
-        query, key, value = (x[:, None] for x in split_rope(mixed, rotary_pos_emb))
+        query, key, value = (x[:, None] for x in split_rope(mixed, rotary_pos_emb, head_norms(attention)))
         branch = attention.linear_proj(attention.core_attention(query, key, value, attention_mask))[0]
         if self.recompute_mlp:
             stream = hidden_states + branch
-            return stream + tensor_parallel.checkpoint(self._feed_forward, False, stream), None
-        if recompute:
+            stream = stream + tensor_parallel.checkpoint(self._feed_forward, False, stream)
+        elif recompute:
             stream = hidden_states + branch
-            return stream + self._light_feed_forward(stream), None
-        weight, eps = self.pre_mlp_layernorm.weight, self.config.layernorm_epsilon
-        stream, normed = add_norm(branch, hidden_states, weight, eps)
-        return stream + self.mlp.linear_fc2(swiglu(self.mlp.linear_fc1(normed)[0]))[0], None
+            stream = stream + self._light_feed_forward(stream)
+        else:
+            weight, eps = self.pre_mlp_layernorm.weight, self.config.layernorm_epsilon
+            stream, normed = add_norm(branch, hidden_states, weight, eps)
+            stream = stream + self.mlp.linear_fc2(swiglu(self.mlp.linear_fc1(normed)[0]))[0]
+        return add_features(stream, context, context_mask)
 
     def _norm(self, module: Any, stream: Tensor, keeper: CheckpointWithoutOutput | None) -> Tensor:
         eps = self.config.layernorm_epsilon
@@ -98,7 +119,7 @@ class OmniLayer(TransformerLayer):
         stream, normed = _added(branch, stream, self.input_layernorm.weight, eps)
         mixed = heads_of(attention, project(attention.linear_qkv, normed)[:, None])
         core = attention.core_attention
-        attended = cache.attend(core.layer_number, mixed, angles, core.softmax_scale)
+        attended = cache.attend(core.layer_number, mixed, angles, core.softmax_scale, head_norms(attention))
         stream, normed = add_norm(
             project(attention.linear_proj, attended), stream, self.pre_mlp_layernorm.weight, eps
         )
@@ -109,6 +130,24 @@ def _added(branch: Tensor | None, stream: Tensor, weight: Tensor, eps: float) ->
     if branch is None:
         return stream, norm(stream, weight, eps)
     return add_norm(branch, stream, weight, eps)
+
+
+def add_features(stream: Tensor, features: Tensor | None, places: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Deepstack: the stream [S, 1, H] with the first H columns of features [M, n H] added at `places` [M], and their
+    other columns, which are the next layers'; None where none are left."""
+    if features is None:
+        return stream, None
+    assert places is not None
+    own, others = features.split([stream.shape[2], features.shape[1] - stream.shape[2]], dim=1)
+    stream = stream[:, 0].index_add(0, places, own.to(stream.dtype))[:, None]
+    return stream, others if others.shape[1] else None
+
+
+def head_norms(attention: SelfAttention) -> HeadNorms | None:
+    """The norms of queries and keys, in families that have them."""
+    if not attention.config.qk_layernorm:
+        return None
+    return HeadNorms(attention.q_layernorm.weight, attention.k_layernorm.weight, attention.config.layernorm_epsilon)
 
 
 def heads_of(attention: SelfAttention, mixed: Tensor) -> Tensor:

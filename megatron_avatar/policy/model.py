@@ -1,7 +1,8 @@
-"""The policy: transformers' Qwen2.5-Omni or Qwen2.5-VL encoders in front of a Megatron-Core GPTModel.
+"""The policy: transformers' encoders of a family in front of a Megatron-Core GPTModel.
 
-Shapes: S packed tokens, H hidden size, N completion tokens, M media placeholders, V vocabulary. One row of S tokens
-a call; with sequence parallelism the decoder holds S / tp of them a rank.
+Shapes: S packed tokens, H hidden size, W width of media embeddings (H, and H more for each layer that deepstack feeds),
+N completion tokens, M media placeholders, V vocabulary. One row of S tokens a call; with sequence parallelism the
+decoder holds S / tp of them a rank.
 """
 
 from __future__ import annotations
@@ -16,16 +17,16 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_avatar.policy.architecture import PolicyConfig, placeholder_ids
+from megatron_avatar.policy.architecture import LayerConfig, PolicyConfig, placeholder_ids
 from megatron_avatar.policy.backend import Backend
 from megatron_avatar.policy.cache import KeyValueCache
+from megatron_avatar.policy.flash import to_device
 from megatron_avatar.policy.fusions import layer_spec
 from megatron_avatar.policy.groups import GroupBatch
 from megatron_avatar.policy.kernels.norm import add_norm
-from megatron_avatar.policy.layer import Angles
+from megatron_avatar.policy.layer import Angles, InterleavedAngles
 from megatron_avatar.policy.logprobs import completion_logprobs, linear_float32
 from megatron_avatar.policy.towers import Towers
 from megatron_avatar.records import Prompt
@@ -42,9 +43,10 @@ class LanguageModel(GPTModel):
     """GPTModel that ends at the last hidden state: the head is the policy's, and sees completion tokens only. Angles
     are made once a pass."""
 
-    def __init__(self, config: TransformerConfig, *args, **kwargs) -> None:
+    def __init__(self, config: LayerConfig, *args, **kwargs) -> None:
         super().__init__(config, *args, **kwargs)
-        self.rotary_pos_emb = Angles(
+        angles = InterleavedAngles if config.mrope_interleaved else Angles
+        self.rotary_pos_emb = angles(
             kv_channels=config.kv_channels, rotary_percent=1.0, rotary_base=kwargs["rotary_base"]
         )
 
@@ -55,7 +57,7 @@ class LanguageModel(GPTModel):
 class OmniPolicy(MegatronModule):
     """One pipeline stage of the policy. The encoders (`towers`) live on the first stage only."""
 
-    def __init__(self, hf_config: PolicyConfig, config: TransformerConfig, backend: Backend) -> None:
+    def __init__(self, hf_config: PolicyConfig, config: LayerConfig, backend: Backend) -> None:
         super().__init__(config=config)
         text = hf_config.text_config
         self.hf_config = hf_config
@@ -96,7 +98,7 @@ class OmniPolicy(MegatronModule):
             self.towers.set_train(train)
 
     def embed_media(self, prompts: Sequence[Prompt], grad: bool = False) -> list[Tensor | None]:
-        """Embeddings [M, H] of each prompt's media (see Towers); None for all prompts off the first stage."""
+        """Embeddings [M, W] of each prompt's media (see Towers); None for all prompts off the first stage."""
         return self.towers(prompts, grad) if self.pre_process else [None] * len(prompts)
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor | None] | None) -> None:
@@ -119,29 +121,45 @@ class OmniPolicy(MegatronModule):
     ) -> Tensor:
         """Run this stage's layers on token_ids [1, S] at positions [3, 1, S].
 
-        `segments` is GroupBatch's table. `media` are embed_media's tensors for the places media_index [M], which
-        the first stage alone looks at. Returns the hidden states: [S, 1, H] on the last stage, [S, 1, H] or with
-        sequence parallelism [S / tp, 1, H] before.
+        `segments` is GroupBatch's table. `media` are embed_media's tensors for the places media_index [M] (rising, on
+        the host), which the first stage alone looks at. Returns the hidden states: [S, 1, H] on the last stage,
+        [S, 1, H] or with sequence parallelism [S / tp, 1, H] before.
         """
-        decoder_input = None
+        decoder_input, beside = None, None
         recompute = self._set_recompute()
         if self.pre_process:
             decoder_input = self.language_model.embedding(token_ids, None)
             parts = [part for part in media or () if part is not None]
             if parts:
-                features = torch.cat(parts).to(decoder_input.dtype)
                 assert media_index is not None
-                assert len(features) == len(media_index), "media embeddings and placeholders differ in number"
-                decoder_input = decoder_input[:, 0].index_copy(0, media_index, features)[:, None]
+                decoder_input, beside = self._insert(decoder_input, torch.cat(parts), media_index)
             if self.config.sequence_parallel:
                 decoder_input = tensor_parallel.scatter_to_sequence_parallel_region(decoder_input)
             if recompute and not decoder_input.requires_grad:
                 decoder_input.requires_grad_()  # else the first layer's recomputation would drop its gradients
-        hidden = self.language_model(token_ids, positions, segments, decoder_input)
+        hidden = self.language_model(token_ids, positions, segments, decoder_input, extra_block_kwargs=beside)
         if self.post_process and self.config.sequence_parallel:
             # The head sums its input's gradient over the ranks: each takes its own part of it.
             hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
         return hidden
+
+    def _insert(self, embedded: Tensor, features: Tensor, places: Tensor) -> tuple[Tensor, dict[str, Tensor] | None]:
+        """Put media embeddings [M, W] into embedded tokens [S, 1, H] at `places` [M]; the columns behind H are
+        deepstack's, and go with their places to the layers (see layer.add_features) as the decoder's context."""
+        assert len(features) == len(places), "media embeddings and placeholders differ in number"
+        width, index = self.config.hidden_size, to_device(places, embedded.device)
+        own, others = features[:, :width].to(embedded.dtype), features[:, width:]
+        embedded = embedded[:, 0].index_copy(0, index, own)[:, None]
+        if not others.numel():
+            return embedded, None
+        if self.config.sequence_parallel:
+            share = len(embedded) // self.backend.tp
+            first = share * self.backend.tp_rank
+            here = slice(*torch.searchsorted(places, torch.tensor([first, first + share])).tolist())
+            # Each rank has the gradient of its own tokens; the encoders want all of it on every rank.
+            others = tensor_parallel.copy_to_tensor_model_parallel_region(others)[here]
+            index = index[here] - first
+        return embedded, dict(context=others, context_mask=index)
 
     def decode(self, token_ids: Tensor, positions: Tensor, received: Tensor | None, cache: KeyValueCache) -> Tensor:
         """Run this stage's layers on one token a row, without gradient: token_ids [R], positions [3, R].

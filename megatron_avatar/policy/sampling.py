@@ -72,8 +72,8 @@ def uniforms(key: str, completion: int, count: int) -> np.ndarray:
 
 
 def stop_token_ids(policy: OmniPolicy) -> list[int]:
-    """Tokens that end a completion: `eos_token_id` of the model's config.json (Qwen's <|im_end|>), and of Qwen2.5-VL
-    <|endoftext|> as well, its `bos_token_id`, at which its own generation ends too."""
+    """Tokens that end a completion: `eos_token_id` of the model's config.json (Qwen's <|im_end|>), and of the VLs
+    <|endoftext|> as well, their `bos_token_id`, at which their own generation ends too."""
     ids, vl_end = _named(policy, "eos_token_id"), None if hears(policy.hf_config) else _named(policy, "bos_token_id")
     if ids is None:
         raise ValueError(

@@ -1,6 +1,7 @@
-"""Transformer Engine's and Apex's kernels against torch, once a process: what differs, or fails, is not taken.
+"""Kernels of other packages against torch, once a process, in the model's dtype: what differs, or fails, is not taken.
 
-`kernels=auto` finds these packages in many containers, built for other GPUs or versions than those at hand.
+`kernels=auto` finds Transformer Engine, Apex and FlashAttention-3 in many containers, built for other GPUs or versions
+than those at hand. Each test returns what differs, in words; nothing where they agree.
 """
 
 from __future__ import annotations
@@ -13,10 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_avatar.policy import flash
+
 ROWS, COLUMNS, TOKENS = 96, 64, 32
-TOLERANCE = 2e-2  # of the largest number: bfloat16's products; a wrong layout differs by all of it
+# Of the largest number: products in a dtype (float32's by TensorFloat-32); a wrong layout differs by all of it.
+TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 5e-3, torch.float32: 5e-3}
 ADAM_TOLERANCE = 1e-3  # Apex's formula rounds to 2.4e-5 in float32; one without the decay differs by 0.3
+NORM_TOLERANCE = 1e-3  # one rounding to float16
 STEPS = 3
+# Head sizes of the language models and the encoders, and sequences of an attention: queries, and keys they all see.
+HEAD_SIZES, QUERIES, KEYS = (64, 80, 128), (70, 5, 33), (129, 1, 64)
 
 
 def differs(ours: Tensor, theirs: Tensor) -> float:
@@ -27,25 +34,48 @@ def differs(ours: Tensor, theirs: Tensor) -> float:
     return float((ours.double() - theirs).abs().max() / theirs.abs().max().clamp_min(1e-30))
 
 
-def linear(make: Callable[..., Any], device: torch.device, dtype: torch.dtype = torch.bfloat16) -> str:
-    """A linear layer's output and gradients; `make` as transformer_engine.pytorch.Linear. Empty where they agree."""
-    layer = make(COLUMNS, ROWS, bias=True, params_dtype=dtype, device=device)
-    generator = torch.Generator().manual_seed(0)
-    x, g = (torch.randn(TOKENS, n, generator=generator).to(device, dtype) for n in (COLUMNS, ROWS))
-    found = []
-    for forward in (layer, lambda x: F.linear(x, layer.weight, layer.bias)):
-        layer.zero_grad(set_to_none=True)
-        x = x.detach().requires_grad_()
-        out = forward(x)
-        out = out[0] if isinstance(out, tuple) else out
-        out.backward(g)
-        found.append((out.detach(), x.grad, layer.weight.grad, layer.bias.grad))
-    names = ("output", "input's gradient", "weight's gradient", "bias's gradient")
-    return _said(names, found[0], found[1], TOLERANCE)
+def linear(make: Callable[..., Any], device: torch.device, dtype: torch.dtype) -> str:
+    """A column-parallel layer with a bias and a row-parallel one without, as the decoder's: outputs and gradients;
+    `make` as transformer_engine.pytorch.Linear."""
+    found = ""
+    for mode, bias in (("column", True), ("row", False)):
+        layer = make(COLUMNS, ROWS, bias=bias, parallel_mode=mode, params_dtype=dtype, device=device)
+        ours, theirs = (_passed(layer, forward, device, dtype)
+                        for forward in (layer, functools.partial(_plain, layer, bias)))  # fmt: skip
+        names = ("output", "input's gradient", "weight's gradient", *["bias's gradient"] * bias)
+        found = found or _said(names, ours, theirs, TOLERANCE[dtype])
+    return found
 
 
-def adam(make: Callable[..., Any], device: torch.device) -> str:
-    """Some steps of AdamW in float32; `make` as FusedAdam of Transformer Engine and Apex."""
+def accumulating_linear(make: Callable[..., Any], device: torch.device, dtype: torch.dtype) -> str:
+    """The same layers' gradients of the weights, which they add to a float32 buffer by themselves."""
+    found = ""
+    for mode, bias in (("column", True), ("row", False)):
+        layer = make(COLUMNS, ROWS, bias=bias, parallel_mode=mode, params_dtype=dtype, device=device,
+                     fuse_wgrad_accumulation=True)  # fmt: skip
+        layer.weight.main_grad = torch.ones(ROWS, COLUMNS, device=device)
+        layer.weight.grad_added_to_main_grad = False
+        x, g = _random(device, dtype)
+        _passed(layer, layer, device, dtype)
+        expected = 1 + g.float().t() @ x.float()
+        found = found or _said(("gradient buffer",), (layer.weight.main_grad,), (expected,), TOLERANCE[dtype])
+        if not layer.weight.grad_added_to_main_grad:
+            found = found or "it doesn't say that it added the gradient to the buffer"
+    return found
+
+
+def accumulate(add: Callable[[Tensor, Tensor, Tensor], Any], device: torch.device, dtype: torch.dtype) -> str:
+    """A weight's gradient added to a float32 buffer; `add` as fused_weight_gradient_mlp_cuda.wgrad_gemm_accum_fp32."""
+    x, g = _random(device, dtype)
+    buffer = torch.ones(ROWS, COLUMNS, device=device)
+    expected = buffer + g.float().t() @ x.float()
+    add(x, g, buffer)
+    return _said(("gradient buffer",), (buffer,), (expected,), TOLERANCE[dtype])
+
+
+def adam(make: Callable[..., Any], device: torch.device, dtype: torch.dtype) -> str:
+    """Some steps of AdamW, in float32 as main weights are in every `dtype`; `make` as FusedAdam of Transformer Engine
+    and Apex."""
     generator = torch.Generator().manual_seed(0)
     start, *gradients = (torch.randn(ROWS, COLUMNS, generator=generator).to(device) for _ in range(STEPS + 1))
     settings: dict[str, Any] = dict(lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
@@ -60,14 +90,71 @@ def adam(make: Callable[..., Any], device: torch.device) -> str:
     return _said(("update",), found[0], found[1], ADAM_TOLERANCE)
 
 
-def accumulate(add: Callable[[Tensor, Tensor, Tensor], Any], device: torch.device) -> str:
-    """A weight's gradient added to a float32 buffer; `add` as fused_weight_gradient_mlp_cuda.wgrad_gemm_accum_fp32."""
+def norms(kernels: tuple[Callable, Callable, Callable], device: torch.device, dtype: torch.dtype) -> str:
+    """The norm of gradients, their scaling, and the copy of main weights into float16 ones; `kernels` as Megatron-Core
+    finds them: multi_tensor_applier, multi_tensor_l2norm, multi_tensor_scale."""
+    apply, l2_norm, scale = kernels
     generator = torch.Generator().manual_seed(0)
-    x, g = (torch.randn(TOKENS, n, generator=generator).to(device, torch.bfloat16) for n in (COLUMNS, ROWS))
-    buffer = torch.ones(ROWS, COLUMNS, device=device)
-    expected = buffer + g.float().t() @ x.float()
-    add(x, g, buffer)
-    return _said(("gradient buffer",), (buffer,), (expected,), TOLERANCE)
+    gradients = [torch.randn(n, generator=generator).to(device) for n in (ROWS * COLUMNS, 7, 70_001)]
+    flag = torch.zeros(1, dtype=torch.int, device=device)
+    norm = torch.cat(gradients).norm()
+    scaled, copied = ([x.clone() for x in gradients] for _ in "ab")
+    if dtype is torch.float16:  # Megatron-Core copies bfloat16 without these kernels
+        copied = [x.to(dtype) * 0 for x in gradients]
+    found, _ = apply(l2_norm, flag, [gradients], False)
+    apply(scale, flag, [scaled, scaled], 0.25)
+    apply(scale, flag, [gradients, copied], 1.0)
+    ours = (found.reshape(()), torch.cat(scaled), torch.cat(copied))
+    theirs = (norm, 0.25 * torch.cat(gradients), torch.cat(gradients))
+    return _said(("norm", "scaling", "copy"), ours, theirs, NORM_TOLERANCE)
+
+
+def attention(kernel: flash.Kernel, device: torch.device, dtype: torch.dtype) -> str:
+    """Segments that see themselves, and queries that see keys of other lengths: outputs, log-sum-exps and gradients,
+    with two and with seven heads a key."""
+    found = ""
+    for size in HEAD_SIZES:
+        for share in (2, 7):
+            for lengths, causal in ((QUERIES, True), (KEYS, False)):
+                generator = torch.Generator().manual_seed(size)
+                shapes = [(sum(QUERIES), 2 * share), (sum(lengths), 2), (sum(lengths), 2), (sum(QUERIES), 2 * share)]
+                tensors = [torch.randn(*shape, size, generator=generator).to(device, dtype) for shape in shapes]
+                ours, theirs = (_attended(way, tensors, lengths, causal) for way in (kernel, flash.IN_CHUNKS))
+                names = ("output", "log-sum-exp", "queries' gradient", "keys' gradient", "values' gradient")
+                found = found or _said(names, ours, theirs, TOLERANCE[dtype])
+    return found
+
+
+def _attended(
+    kernel: flash.Kernel, tensors: list[Tensor], lengths: flash.Lengths, causal: bool
+) -> tuple[Tensor, ...]:  # fmt: skip
+    query, key, value, grad = tensors
+    more = (QUERIES, lengths, causal, query.shape[-1] ** -0.5)
+    output, lse = kernel.forward(query, key, value, *more)
+    return output, lse, *kernel.backward(grad, query, key, value, output, lse, *more)
+
+
+def _random(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A layer's input [TOKENS, COLUMNS] and its output's gradient [TOKENS, ROWS]."""
+    generator = torch.Generator().manual_seed(0)
+    x, g = (torch.randn(TOKENS, n, generator=generator).to(device, dtype) for n in (COLUMNS, ROWS))
+    return x, g
+
+
+def _plain(layer: Any, bias: bool, x: Tensor) -> Tensor:
+    return F.linear(x, layer.weight, layer.bias if bias else None)
+
+
+def _passed(layer: Any, forward: Callable, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Output, the input's gradient, and the gradients that the layer's parameters have then."""
+    layer.zero_grad(set_to_none=True)
+    x, g = _random(device, dtype)
+    x.requires_grad_()
+    out = forward(x)
+    out = out[0] if isinstance(out, tuple) else out
+    out.backward(g)
+    assert x.grad is not None
+    return out.detach(), x.grad, *(p.grad for p in layer.parameters() if p.grad is not None and p.numel())
 
 
 def _said(names: tuple[str, ...], ours: tuple, theirs: tuple, tolerance: float) -> str:
@@ -77,10 +164,10 @@ def _said(names: tuple[str, ...], ours: tuple, theirs: tuple, tolerance: float) 
     return ""
 
 
-def verdict(test: Callable[..., str], make: Callable[[], Callable[..., Any]], device: torch.device) -> str:
+def verdict(test: Callable[..., str], make: Callable[[], Any], device: torch.device, dtype: torch.dtype) -> str:
     """Why a package's kernel isn't taken; empty where it agrees with torch. `make` finds it."""
     try:
         with torch.enable_grad():
-            return test(make(), device)
+            return test(make(), device, dtype)
     except Exception as error:  # a package built for something else may raise anything
         return f"{type(error).__name__}: {error}".splitlines()[0][:200]

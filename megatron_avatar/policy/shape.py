@@ -7,16 +7,20 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Protocol
 
+from megatron_avatar.config.families import NAMES, family_of
+
 TEXT = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size",
         "vocab_size")  # fmt: skip
 VISION = ("depth", "hidden_size", "intermediate_size", "in_channels", "patch_size", "temporal_patch_size",
           "spatial_merge_size", "out_hidden_size")  # fmt: skip
+VISION3 = ("num_position_embeddings", "deepstack_visual_indexes")  # of Qwen3's encoder, which has them
 AUDIO = ("d_model", "encoder_layers", "encoder_ffn_dim", "num_mel_bins", "output_dim")
 
 
 class Shape(Protocol):
     """A model's sizes: what `read_shape` returns, and every configuration of transformers."""
 
+    model_type: str
     text_config: Any
     vision_config: Any
 
@@ -24,18 +28,23 @@ class Shape(Protocol):
 
 
 def read_shape(folder: str | Path) -> Shape:
-    """text_config, vision_config and, where the model hears, audio_config of Qwen2.5-Omni (the whole class or its
-    Thinker) or Qwen2.5-VL, with the sizes named above. Raises ValueError where the folder has none of them."""
+    """model_type, text_config, vision_config and, where the model hears, audio_config of a family's folder (of Omni the
+    whole class or its Thinker), with the sizes named above. Raises ValueError where the folder has none of them."""
     path = Path(folder) / "config.json"
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
+        model_type = found["model_type"]
+        family_of(model_type)
         found = found.get("thinker_config", found)  # of the full Omni class
+        vision = found["vision_config"]
         text = found.get("text_config", found)  # VL's older files have the sizes at their top
         tied = bool(found.get("tie_word_embeddings", text.get("tie_word_embeddings", False)))
         head = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
+        seen = (*VISION, *(k for k in VISION3 if k in vision))
         shape: Any = SimpleNamespace(
+            model_type=model_type,
             text_config=SimpleNamespace(tie_word_embeddings=tied, head_dim=head, **{k: text[k] for k in TEXT}),
-            vision_config=SimpleNamespace(**{k: found["vision_config"][k] for k in VISION}),
+            vision_config=SimpleNamespace(**{k: vision[k] for k in seen}),
         )
         if "audio_config" in found:
             shape.audio_config = SimpleNamespace(**{k: found["audio_config"][k] for k in AUDIO})
@@ -43,12 +52,17 @@ def read_shape(folder: str | Path) -> Shape:
     except OSError as error:
         raise ValueError(f"{path} can't be read ({error.strerror}): correct the path") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no configuration of Qwen2.5-Omni or Qwen2.5-VL ({error!r})") from None
+        raise ValueError(f"{path} is no configuration of {NAMES} ({error!r})") from None
 
 
 def hears(shape: Shape) -> bool:
     """Whether the model has an audio encoder."""
     return getattr(shape, "audio_config", None) is not None
+
+
+def deepstack_layers(shape: Shape) -> int:
+    """Decoder layers, from the first on, that features of the vision encoder are added behind."""
+    return len(getattr(shape.vision_config, "deepstack_visual_indexes", ()))
 
 
 def text_parameters(shape: Shape) -> int:
@@ -60,11 +74,12 @@ def text_parameters(shape: Shape) -> int:
 
 
 def layer_parameters(shape: Shape) -> int:
-    """Of one layer: attention with its biases, feed-forward, two norms."""
+    """Of one layer: attention with its biases or head norms, feed-forward, two norms."""
     text = shape.text_config
     hidden, size = text.hidden_size, text.head_dim
     queries, keys = text.num_attention_heads * size, text.num_key_value_heads * size
-    attention = hidden * (queries + 2 * keys) + queries + 2 * keys + queries * hidden
+    beside = 2 * size if family_of(shape.model_type).head_norms else queries + 2 * keys
+    attention = hidden * (queries + 2 * keys) + beside + queries * hidden
     return attention + 3 * hidden * text.intermediate_size + 2 * hidden
 
 
@@ -75,12 +90,17 @@ def embedding_parameters(shape: Shape) -> int:
 def tower_parameters(shape: Shape) -> int:
     """Parameters of the encoders, to what joins them to the language model."""
     vision = shape.vision_config
-    hidden, inner, merged = vision.hidden_size, vision.intermediate_size, vision.spatial_merge_size**2
+    hidden, inner, out = vision.hidden_size, vision.intermediate_size, vision.out_hidden_size
     patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2 * hidden
-    block = 4 * hidden * hidden + 4 * hidden + 3 * hidden * inner + 2 * inner + hidden + 2 * hidden
-    wide = hidden * merged
-    count = patch + vision.depth * block + hidden + wide * wide + wide + wide * vision.out_hidden_size
-    count += vision.out_hidden_size
+    attention, wide = 4 * hidden * hidden + 4 * hidden, hidden * vision.spatial_merge_size**2
+    merger = wide * wide + wide + wide * out + out
+    if positions := getattr(vision, "num_position_embeddings", 0):  # Qwen3's: LayerNorm, GELU, learned positions
+        block = attention + 2 * hidden * inner + inner + hidden + 4 * hidden
+        count = patch + hidden + positions * hidden + vision.depth * block + 2 * hidden + merger
+        count += deepstack_layers(shape) * (2 * wide + merger)
+    else:
+        block = attention + 3 * hidden * inner + 2 * inner + hidden + 2 * hidden
+        count = patch + vision.depth * block + hidden + merger
     if hears(shape):
         audio = shape.audio_config
         width, inner = audio.d_model, audio.encoder_ffn_dim

@@ -77,6 +77,18 @@ def linear_slots(policy: OmniPolicy, layer: Any) -> dict[str, Slot]:
     }
 
 
+def _attention_slots(attention: Any, weights: Slot, prefix: str) -> list[Slot]:
+    """What a family has beside the projections: their biases, or norms of queries and keys."""
+    slots = []
+    if attention.linear_qkv.bias is not None:
+        biases = {name.replace(".weight", ".bias"): shape[:1] for name, shape in weights.shapes.items()}
+        slots.append(Slot(attention.linear_qkv.bias, biases, dim=0, blocks=weights.blocks))
+    if attention.config.qk_layernorm:
+        for name, norm in (("q_norm", attention.q_layernorm), ("k_norm", attention.k_layernorm)):
+            slots.append(Slot(norm.weight, {f"{prefix}{name}.weight": tuple(norm.weight.shape)}))
+    return slots
+
+
 def policy_slots(policy: OmniPolicy) -> list[Slot]:
     """All parameters of this rank but LoRA's adapters, with Hugging Face names as a Thinker's folder has them."""
     text, gpt = policy.hf_config.text_config, policy.language_model
@@ -88,12 +100,10 @@ def policy_slots(policy: OmniPolicy) -> list[Slot]:
         slots.append(Slot(gpt.embedding.word_embeddings.weight, {"model.embed_tokens.weight": vocabulary}, dim=0))
     for layer in gpt.decoder.layers:
         prefix, linear = f"model.layers.{layer.layer_number - 1}.", linear_slots(policy, layer)
-        weights = linear["linear_qkv"]
-        biases = {name.replace(".weight", ".bias"): shape[:1] for name, shape in weights.shapes.items()}
         slots += [
             Slot(layer.input_layernorm.weight, {f"{prefix}input_layernorm.weight": (hidden,)}),
             *linear.values(),
-            Slot(layer.self_attention.linear_qkv.bias, biases, dim=0, blocks=weights.blocks),
+            *_attention_slots(layer.self_attention, linear["linear_qkv"], f"{prefix}self_attn."),
             Slot(layer.pre_mlp_layernorm.weight, {f"{prefix}post_attention_layernorm.weight": (hidden,)}),
         ]
     if policy.post_process:

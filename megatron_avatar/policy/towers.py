@@ -3,7 +3,8 @@
 A picture's or a video's slices (one pair of frames each) and a sound's chunks (2 s each) are encoded without seeing
 each other. So the tensor-parallel ranks share them out, and a rank encodes its share in pieces of bounded size.
 
-Shapes: N rows (patches or log-mel frames), H hidden size, M media placeholders of a prompt.
+Shapes: N rows (patches or log-mel frames), M media placeholders of a prompt, W columns of an embedding: the language
+model's hidden size, and as many more for each layer that deepstack feeds.
 """
 
 from __future__ import annotations
@@ -22,12 +23,10 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from torch import Tensor, nn
 from transformers.initialization import no_init_weights
-from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import Qwen2_5OmniAudioEncoder, Qwen2_5OmniVisionEncoder
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
 from megatron_avatar.policy import tower_attention
-from megatron_avatar.policy.architecture import PolicyConfig, placeholder_ids
-from megatron_avatar.policy.shape import hears
+from megatron_avatar.policy.architecture import PolicyConfig, classes_of, placeholder_ids
+from megatron_avatar.policy.shape import deepstack_layers
 from megatron_avatar.records import Prompt
 
 # Rows of one encoder call without gradient. At the 7B's width a patch takes 65 KiB of activations in bfloat16 (a frame
@@ -37,12 +36,12 @@ ROWS_PER_CALL = 32_768
 
 @dataclass(frozen=True)
 class Units:
-    """The input of one encoder: rows [N, features], cut into units that don't see each other.
+    """The input of one encoder: rows [N, features] in parts, cut into units that don't see each other.
 
     shapes: of each unit, (height, width) in patches or (log-mel frames,). tokens: embeddings that it gives.
     """
 
-    rows: Tensor
+    rows: list[Tensor]
     shapes: list[tuple[int, ...]]
     tokens: list[int]
 
@@ -63,12 +62,13 @@ class Towers(nn.Module):
         self.hf_config = hf_config
         self.dtype = dtype
         self.placeholder_ids = placeholder_ids(hf_config)
-        encoder = Qwen2_5OmniVisionEncoder if hears(hf_config) else Qwen2_5_VisionTransformerPretrainedModel
+        self.width = (1 + deepstack_layers(hf_config)) * hf_config.text_config.hidden_size
+        classes = classes_of(hf_config)
         with no_init_weights():
-            self.visual = encoder._from_config(deepcopy(hf_config.vision_config), dtype=dtype)
-            self.audio_tower = None
-            if hears(hf_config):
-                self.audio_tower = Qwen2_5OmniAudioEncoder._from_config(deepcopy(hf_config.audio_config), dtype=dtype)
+            self.visual = classes.vision._from_config(deepcopy(hf_config.vision_config), dtype=dtype)
+            self.audio_tower: Any = None
+            if classes.audio is not None:
+                self.audio_tower = classes.audio._from_config(deepcopy(hf_config.audio_config), dtype=dtype)
         for tower in self.children():  # their configurations are copies: hf_config stays what the folder says
             config: Any = tower.config
             config._attn_implementation = tower_attention.NAME
@@ -87,7 +87,7 @@ class Towers(nn.Module):
             setattr(parameter, "average_gradients_across_tp_domain", True)  # noqa: B010  (Megatron-Core's mark)
 
     def forward(self, prompts: Sequence[Prompt], grad: bool = False) -> list[Tensor | None]:
-        """Embeddings [M, H] of each prompt's media, in the order of its placeholders; None without media.
+        """Embeddings [M, W] of each prompt's media, in the order of its placeholders; None without media.
 
         All ranks of a tensor-parallel group call it alike. With `grad` (training towers), where torch records
         gradients, each encoder runs exactly once, without media on a dummy that gets a gradient of zero, so that all
@@ -117,28 +117,28 @@ class Towers(nn.Module):
     def _slices(self, prompt: Prompt) -> Units:
         """The pictures: attention, full or in windows, stays inside of a slice of time."""
         if prompt.pixels is None or prompt.grid_thw is None:
-            return Units(torch.empty(0, 0), [], [])
+            return Units([], [], [])
         shapes: list[tuple[int, ...]] = [(h, w) for t, h, w in prompt.grid_thw.tolist() for _ in range(t)]
         merged = self.hf_config.vision_config.spatial_merge_size**2
-        return Units(prompt.pixels, shapes, [h * w // merged for h, w in shapes])
+        return Units([prompt.pixels], shapes, [h * w // merged for h, w in shapes])
 
     def _chunks(self, prompt: Prompt) -> Units:
         """The sounds: convolutions, positions, attention and pooling stay inside of a chunk."""
         if prompt.mel is None or prompt.mel_lengths is None:
-            return Units(torch.empty(0, 0), [], [])
+            return Units([], [], [])
         assert self.audio_tower is not None, f"{prompt.sample_id}: sound for a model that doesn't hear"
         longest = 2 * self.audio_tower.n_window
         assert longest % 4 == 0, "pooling by two after a convolution of stride two would cross the chunks' borders"
         lengths = [min(longest, n - start) for n in prompt.mel_lengths.tolist() for start in range(0, n, longest)]
-        return Units(prompt.mel.T, [(length,) for length in lengths], [_audio_tokens(length) for length in lengths])
+        return Units([prompt.mel.T], [(length,) for length in lengths], [_audio_tokens(length) for length in lengths])
 
     def _dummy_slice(self) -> Units:
         vision = self.hf_config.vision_config
         side, channels = vision.spatial_merge_size, vision.in_channels * vision.temporal_patch_size
-        return Units(torch.zeros(side**2, channels * vision.patch_size**2), [(side, side)], [1])
+        return Units([torch.zeros(side**2, channels * vision.patch_size**2)], [(side, side)], [1])
 
     def _dummy_chunk(self) -> Units:
-        return Units(torch.zeros(4, self.hf_config.audio_config.num_mel_bins), [(4,)], [1])
+        return Units([torch.zeros(4, self.hf_config.audio_config.num_mel_bins)], [(4,)], [1])
 
     # ------------------------------------------------------------------------------------------------------------
     # Encoding
@@ -146,7 +146,8 @@ class Towers(nn.Module):
     def _see(self, rows: Tensor, shapes: Sequence[tuple[int, ...]]) -> Tensor:
         # Slices of one size are one video to the encoder, which loops over videos in Python.
         grid = [(len(list(run)), *shape) for shape, run in itertools.groupby(shapes)]
-        return self.visual(rows, torch.tensor(grid, device=rows.device)).pooler_output
+        seen = self.visual(rows, torch.tensor(grid, device=rows.device))
+        return torch.cat([seen.pooler_output, *getattr(seen, "deepstack_features", ())], dim=1)
 
     def _hear(self, rows: Tensor, shapes: Sequence[tuple[int, ...]]) -> Tensor:
         lengths = torch.tensor([length for (length,) in shapes], device=rows.device)
@@ -156,7 +157,7 @@ class Towers(nn.Module):
     def _encode(
         self, encoder: Callable[[Tensor, Sequence[tuple[int, ...]]], Tensor], units: Units, dummy: Units, grad: bool
     ) -> Tensor:
-        """Embeddings of all units [sum of tokens, H], of which this tensor-parallel rank encodes its share."""
+        """Embeddings of all units [sum of tokens, W], of which this tensor-parallel rank encodes its share."""
         group = parallel_state.get_tensor_model_parallel_group()
         sizes, borders = units.sizes, share_out(units.sizes, group.size())
         counts = [sum(units.tokens[start:stop]) for start, stop in itertools.pairwise(borders)]
@@ -165,16 +166,20 @@ class Towers(nn.Module):
         first = np.cumsum([0, *sizes])  # row of each unit
         own = []
         for low, high in ((start + low, start + high) for low, high in pieces):
-            rows = units.rows[first[low] : first[high]]
-            own.append(encoder(rows.to(self.device, self.dtype), units.shapes[low:high]))
+            rows = take(units.rows, first[low], first[high])
+            own.append(encoder(self._moved(rows), units.shapes[low:high]))
         if grad and not own:
-            own.append(encoder(dummy.rows.to(self.device, self.dtype), dummy.shapes)[:0])
+            own.append(encoder(self._moved(dummy.rows), dummy.shapes)[:0])
         share = torch.cat(own) if own else self._nothing()
         assert len(share) == counts[group.rank()]
         return share if group.size() == 1 or not sum(counts) else _GatherShares.apply(share, counts, group)
 
+    def _moved(self, parts: Sequence[Tensor]) -> Tensor:
+        """Rows [N, features] on the encoders' device, in their dtype: cast there, not by the host before the copy."""
+        return torch.cat([rows.to(self.device).to(self.dtype) for rows in parts])
+
     def _nothing(self) -> Tensor:
-        return torch.empty(0, self.hf_config.text_config.hidden_size, dtype=self.dtype, device=self.device)
+        return torch.empty(0, self.width, dtype=self.dtype, device=self.device)
 
     def _interleave(self, prompt: Prompt, visual: Tensor, audio: Tensor) -> Tensor | None:
         """Put one prompt's visual and audio embeddings into the order of its placeholders."""
@@ -194,7 +199,7 @@ class Towers(nn.Module):
 
 
 class _GatherShares(torch.autograd.Function):
-    """All ranks' embeddings [sum of counts, H] from each rank's own [counts[rank], H].
+    """All ranks' embeddings [sum of counts, W] from each rank's own [counts[rank], W].
 
     Every rank has the whole gradient of the result and hands its own rows on. They are multiplied by the ranks'
     number, because Megatron-Core then averages the weights' gradients over the ranks, where we want their sum.
@@ -235,13 +240,21 @@ def pack(sizes: Sequence[int], budget: int | None) -> list[tuple[int, int]]:
     return [*pieces, (start, len(sizes))] if sizes else []
 
 
+def take(parts: Sequence[Tensor], start: int, stop: int) -> list[Tensor]:
+    """Views of the rows from `start` to `stop` of parts [N, features] that lie one behind the other."""
+    found, first = [], 0
+    for rows in parts:
+        if max(start, first) < min(stop, first + len(rows)):
+            found.append(rows[max(start - first, 0) : stop - first])
+        first += len(rows)
+    return found
+
+
 def _join(parts: Iterable[Units]) -> Units:
     parts = [units for units in parts if units.shapes]
-    if not parts:
-        return Units(torch.empty(0, 0), [], [])
     chain = itertools.chain.from_iterable
     return Units(
-        torch.cat([units.rows for units in parts]),
+        list(chain(units.rows for units in parts)),
         list(chain(units.shapes for units in parts)),
         list(chain(units.tokens for units in parts)),
     )

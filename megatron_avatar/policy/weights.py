@@ -1,6 +1,6 @@
-"""Weights from and to Hugging Face folders of Qwen2.5-Omni and Qwen2.5-VL, one tensor at a time, under any tp and pp.
+"""Weights from and to Hugging Face folders of all families, one tensor at a time, under any tp and pp.
 
-A folder may hold the full Omni class (names start with `thinker.`), the Thinker alone, or VL, with names in the hub's
+A folder may hold the full Omni class (names start with `thinker.`), the Thinker alone, or a VL, with names in the hub's
 style or in the newer one. What the policy doesn't have (talker, vocoder) is copied through at export.
 """
 
@@ -21,6 +21,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_avatar.config.asked import FILE
+from megatron_avatar.config.families import family_of
 from megatron_avatar.config.schema import LoraConfig
 from megatron_avatar.policy.architecture import read_model_type
 from megatron_avatar.policy.lora import lora_adapters
@@ -119,8 +120,8 @@ def export_adapters(
     """Write the adapters of `lora` as a PEFT folder for the model in `source_folder`. All ranks call it together.
 
     With `towers`, which were then trained beside the adapters, the encoders go with them (PEFT's modules_to_save).
-    Layers are named as transformers 5 has them in its modules, with `hub` as the hub's folders have them: of Omni those
-    are transformers 4's modules too, and vLLM reads them.
+    Layers are named as transformers 5 has them in its modules, with `hub` as the hub's folders have them: of
+    Qwen2.5-Omni those are transformers 4's modules too, and vLLM reads them.
     Raises OSError on all ranks where it can't be written.
     """
     dtype = policy.config.params_dtype
@@ -320,11 +321,12 @@ def _write_adapters(
     hub: bool,
 ) -> None:  # fmt: skip
     """adapter_model.safetensors and adapter_config.json, for PEFT on the source's class in transformers."""
-    prefix = class_prefix(source_folder)
-    layers = rf"{re.escape(prefix)}{re.escape('model.' if hub else nested('model.'))}layers"
+    prefix, family = class_prefix(source_folder), family_of(read_model_type(source_folder))
+    style = (lambda name: name) if hub and not family.nested_names else nested
+    layers = rf"{re.escape(prefix)}{re.escape(style('model.'))}layers"
 
     def rename(name: str) -> str:
-        return f"base_model.model.{prefix}{name if hub else nested(name)}"
+        return f"base_model.model.{prefix}{style(name)}"
 
     # Of a fused layer's parts only those that were targeted: the others' B is zero.
     wanted = {name for name in shapes if "lora_B" not in name or name.split(".")[-3] in lora.targets}

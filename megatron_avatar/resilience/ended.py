@@ -43,7 +43,9 @@ def told(prefix: str, status: int) -> int:
 
 def settled(prefix: str, status: int) -> int:
     """`told`, of a command that may not tell: it was ended by Slurm's notice or by itself. The files are removed."""
-    means = told(prefix, INTERRUPTED if status in NOTICES else status)
+    means = told(prefix, status)
+    if means in NOTICES:  # a failure that was told counts before the notice that ended its launcher
+        means = FAILED if Path(f"{prefix}-{FAILED}").exists() else INTERRUPTED
     forget(prefix)
     return means
 

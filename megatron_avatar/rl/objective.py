@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 LOG_RATIO_LIMIT = 20.0
@@ -62,9 +63,9 @@ def policy_loss(
 
     All tensors are [N]. `old_logprobs` are those stored at generation, for replayed tokens too;
     `advantages` are per token, temporal shaping applied; the weights come from `token_weights`, zeroed
-    for fillers; `completion_index` int64 names each token's completion. At `ratio_level` "sequence" the
-    ratio is the geometric mean over the completion. `dual_clip` c > 1 keeps the surrogate of a negative
-    advantage above c * A.
+    for fillers; `completion_index` int64 names each token's completion, one behind the other. At `ratio_level`
+    "sequence" the ratio is the geometric mean over the completion. `dual_clip` c > 1 keeps the surrogate of a
+    negative advantage above c * A. No shape depends on values, so nothing waits for the device.
 
     Statistics are float64 scalars, to be added over micro-batches and ranks except those named *_max (maximum);
     fillers count nowhere. `kl_sum` runs over on-policy tokens, all `off_` ones over replayed ones: `off_weight_sum`
@@ -94,16 +95,16 @@ def policy_loss(
         on = kl_weights > 0
         off = (surrogate_weights > 0) & ~on
         live = on | off
-        live_ratio, off_ratio = ratio[live].double(), ratio[off].double()
+        live_ratio, off_ratio = (ratio.double().where(kept, 0) for kept in (live, off))
         stats = {
             "tokens": live.sum().double(),
             "ratio_sum": live_ratio.sum(),
             "ratio_max": _largest(live_ratio),
-            "clipped_tokens": clipped[live].sum().double(),
-            "kl_sum": kl[on].double().sum(),
+            "clipped_tokens": (clipped & live).sum().double(),
+            "kl_sum": kl.double().where(on, 0).sum(),
             "off_ratio_max": _largest(off_ratio),
             "off_tokens": off.sum().double(),
-            "off_bounded_tokens": bounded[off].sum().double(),
+            "off_bounded_tokens": (bounded & off).sum().double(),
             "off_weight_sum": off_ratio.sum(),
             "off_weight_sq_sum": off_ratio.square().sum(),
             "per_token_surrogate": surrogate.detach(),
@@ -111,13 +112,23 @@ def policy_loss(
     return loss, stats
 
 
+def completion_slots(index: Tensor) -> Tensor:
+    """0, 1, 2, … for the completions that `index` [N] names one behind the other, as int64 [N]: each is below N."""
+    return F.pad((index[1:] != index[:-1]).long(), (min(1, len(index)), 0)).cumsum(0)
+
+
+def completion_means(values: Tensor, slots: Tensor) -> Tensor:
+    """Means of `values` [N] over completions, [N]: that of completion k at place k, 0 behind the last."""
+    sums, counts = (values.new_zeros(len(values)).index_add(0, slots, x) for x in (values, torch.ones_like(values)))
+    return sums / counts.clamp(min=1)
+
+
 def _largest(values: Tensor) -> Tensor:
-    """The largest of `values` [n]; 0 where there is none."""
+    """The largest of `values` [N], none of them negative; 0 where there is none."""
     return values.amax() if len(values) else values.sum()
 
 
 def _completion_mean(values: Tensor, completion_index: Tensor) -> Tensor:
     """Mean of `values` [N] over each completion, given back to each of its tokens [N]."""
-    _, slot, counts = torch.unique(completion_index, return_inverse=True, return_counts=True)
-    sums = values.new_zeros(len(counts)).index_add(0, slot, values)
-    return (sums / counts)[slot]
+    slots = completion_slots(completion_index)
+    return completion_means(values, slots)[slots]

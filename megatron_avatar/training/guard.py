@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from megatron_avatar.config.schema import GuardConfig
+from megatron_avatar.policy.flash import to_device
+from megatron_avatar.rl.objective import completion_means, completion_slots
 
 ENTROPY_EDGES = (0.1, 0.5, 1.0, 2.0, 4.0)  # nats; the bins that a step's error is told by
 SURE = 2  # bins of tokens that the model is sure of, below 0.5 nats
@@ -70,13 +72,15 @@ class Guard:
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.above, self.in_a_row = state["above"], state["in_a_row"]
 
-    def to_mask(self, error: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Which tokens [N] belong to a completion whose mean `error` [N] passes rl.guard.mask, and the means [C] of the
-        completions that `index` [N] names. One that isn't finite is not masked: it makes the whole update unusable."""
-        _, slot, counts = torch.unique(index, return_inverse=True, return_counts=True)
-        means = error.new_zeros(len(counts)).index_add(0, slot, error) / counts
-        limit = self.limits.mask or math.inf
-        return ((means > limit) & means.isfinite())[slot], means
+    def to_mask(self, error: Tensor, on: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Which tokens [N] belong to a fresh completion whose mean `error` [N] passes rl.guard.mask; the completions'
+        means [N], one behind the other; and which of these are of fresh completions [N]. `on` [N]: fresh tokens;
+        `index` [N] names completions. One that isn't finite is not masked: it makes the whole update unusable."""
+        slots = completion_slots(index)
+        means = completion_means(error, slots)
+        fresh = torch.zeros_like(on).scatter(0, slots, on)
+        over = fresh & (means > (self.limits.mask or math.inf)) & means.isfinite()
+        return over[slots], means, fresh
 
     def judge(self, error: StepError, *, speaks: bool) -> bool:
         """Whether the step may be applied. Warns where one rank `speaks`; raises LogprobMismatch on all of them."""
@@ -118,17 +122,20 @@ def step_error(stats: dict[str, Any]) -> StepError:
     )  # fmt: skip
 
 
-def error_stats(error: Tensor, entropy: Tensor, on: Tensor, masked: Tensor, means: Tensor) -> dict[str, Tensor]:
+def error_stats(
+    error: Tensor, entropy: Tensor, on: Tensor, masked: Tensor, means: Tensor, fresh: Tensor
+) -> dict[str, Tensor]:
     """A micro-batch's share of what `step_error` reads: float64, sums except *_max. `error`, `entropy` [N] float64;
-    `on` [N]: fresh tokens, `masked` [N] those of masked completions; `means` [C] the fresh completions' own."""
-    bins = torch.bucketize(entropy[on], torch.tensor(ENTROPY_EDGES, device=entropy.device, dtype=entropy.dtype))
-    kept, size = on & ~masked, len(ENTROPY_EDGES) + 1
+    `on` [N]: fresh tokens, `masked` [N] those of masked completions; `means` and `fresh` [N] as `Guard.to_mask` gives
+    them."""
+    edges = to_device(torch.tensor(ENTROPY_EDGES, dtype=entropy.dtype), entropy.device)
+    bins, none = torch.bucketize(entropy, edges), error.new_zeros(len(ENTROPY_EDGES) + 1)
+    kept, own = on & ~masked, error.where(on, 0)
     return {
-        "error_sum": error[on].sum(), "error_tokens": on.sum().double(), "fresh": error.new_tensor(len(means)),
-        "error_kept_sum": error[kept].sum(), "on_tokens": kept.sum().double(),
-        "error_max": means.amax() if len(means) else error.new_zeros(()),
-        "error_bins": torch.bincount(bins, error[on], minlength=size).double(),
-        "error_bin_tokens": torch.bincount(bins, minlength=size).double(),
+        "error_sum": own.sum(), "error_tokens": on.sum().double(), "fresh": fresh.sum().double(),
+        "error_kept_sum": error.where(kept, 0).sum(), "on_tokens": kept.sum().double(),
+        "error_max": means.where(fresh, 0).amax(),
+        "error_bins": none.index_add(0, bins, own), "error_bin_tokens": none.index_add(0, bins, on.double()),
     }  # fmt: skip
 
 

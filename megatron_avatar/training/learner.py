@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from megatron_avatar.config.schema import RLConfig
 from megatron_avatar.planning.batches import seen_pairs
 from megatron_avatar.planning.seconds import forward_flops, update_flops
 from megatron_avatar.policy.backend import Backend
+from megatron_avatar.policy.flash import to_device
 from megatron_avatar.policy.groups import GroupBatch, pack_groups
 from megatron_avatar.policy.lora import lora_adapters
 from megatron_avatar.policy.micro_batches import plan_micro_batches
@@ -26,9 +28,10 @@ from megatron_avatar.rl.objective import policy_loss, token_weights
 from megatron_avatar.rl.shaping import between_tags, temporal_weights, token_places
 from megatron_avatar.training.balance import even_out, imbalance, packed_tokens
 from megatron_avatar.training.guard import Guard, StepError, error_stats, step_error
-from megatron_avatar.training.optim import Optimization
+from megatron_avatar.training.optim import LEAST_SCALE, Optimization
 
 POSITION_BINS = 20
+POLL_EVERY = 8  # micro-batches: asking whether to stop is a message between all ranks
 OUTSIDE = -1.0  # the place of a token that the temporal weighting leaves out
 Pieces = Callable[[np.ndarray], list[str]]  # token ids [L] to the text of each
 Poll = Callable[[], None]  # called by all ranks together; raises to drop what is not applied yet
@@ -112,7 +115,7 @@ class Learner:
         for name, rows in per_token.items():
             flat = [rows[i][k] for i, kept in micro.members if i >= 0 for k in kept]
             values = np.concatenate(flat) if flat else np.zeros(len(micro.batch.target_ids), np.float32)
-            micro.tensors[name] = torch.as_tensor(values, device=self.backend.device)
+            micro.tensors[name] = to_device(torch.as_tensor(values), self.backend.device)
 
     # ---- the schedule --------------------------------------------------------------------------
 
@@ -122,23 +125,23 @@ class Learner:
         """Run Megatron's schedule (pipelined or not); what `loss` returned last, one entry a micro-batch.
 
         `embed` runs the encoders here, in place of the embeddings that the micro-batches hold. `poll`, a collective
-        call, may raise to drop the update: before the schedule, and before every micro-batch where there is no
-        pipeline, whose stages are never at the same one.
+        call, may raise to drop the update: before the schedule, and before each POLL_EVERY-th micro-batch where there
+        is no pipeline, whose stages are never at the same one.
         """
         if poll is not None:
             poll()
         temperature = self.rl.sampling.temperature
 
-        def forward_step(iterator: Iterator[MicroBatch], model: torch.nn.Module) -> tuple:
-            micro = next(iterator)
-            if poll is not None and self.backend.pp == 1:
+        def forward_step(iterator: Iterator[tuple[int, MicroBatch]], model: torch.nn.Module) -> tuple:
+            number, micro = next(iterator)
+            if poll is not None and self.backend.pp == 1 and number and number % POLL_EVERY == 0:
                 poll()
             media = self.policy.embed_media(micro.prompts, grad=True) if embed else micro.media
             output = model(micro.batch, media, temperature)
             return output, lambda out, non_loss_data=False: loss(micro, out)
 
         return get_forward_backward_func()(
-            forward_step_func=forward_step, data_iterator=iter(micros), model=[self.optimization.model],
+            forward_step_func=forward_step, data_iterator=iter(enumerate(micros)), model=[self.optimization.model],
             num_microbatches=len(micros), seq_length=max(m.batch.token_ids.shape[1] for m in micros),
             micro_batch_size=1, forward_only=forward_only, collect_non_loss_data=forward_only,
         )
@@ -202,8 +205,11 @@ class Learner:
         """
         rl, shaping = self.rl, self.rl.shaping
         per_token: dict[str, list[list[np.ndarray]]] = {
-            k: [] for k in ("old", "ref", "advantage", "surrogate_weight", "kl_weight", "completion", "on", "position")
-        }
+            k: [] for k in ("old", "ref", "advantage", "surrogate_weight", "kl_weight", "completion", "on", "known",
+                            "position")
+        }  # fmt: skip
+        places = [(i, k) for i, group in enumerate(groups) for k in range(len(group.trajectories))]
+        self.masked = [] if check_logprobs else self.masked
         serial = 0
         for group, ref in zip(groups, reference, strict=True):
             lengths = [len(t.completion) for t in group.trajectories]
@@ -215,7 +221,7 @@ class Learner:
                 "old": [t.completion.logprobs for t in group.trajectories],
                 "ref": [r if on else t.completion.logprobs
                         for r, t, on in zip(ref, group.trajectories, group.on_policy, strict=True)],
-                "advantage": [], "completion": [], "on": [], "position": [],
+                "advantage": [], "completion": [], "on": [], "known": [], "position": [],
             }
             for trajectory, advantage, on in zip(group.trajectories, group.advantages, group.on_policy, strict=True):
                 length, ids = len(trajectory.completion), trajectory.completion.token_ids
@@ -227,6 +233,7 @@ class Learner:
                 rows["advantage"].append(shaped.astype(np.float32))
                 rows["completion"].append(np.full(length, serial))
                 rows["on"].append(np.full(length, bool(on)))
+                rows["known"].append(np.full(length, places[serial] in self.masked))
                 rows["position"].append(token_places(length, inside).nan_to_num(nan=OUTSIDE).numpy())
                 serial += 1
             for name, values in rows.items():
@@ -236,43 +243,18 @@ class Learner:
             self._attach(micro, groups, per_token)
         scale = len(micros) * self.backend.dp  # the schedule averages over micro-batches, DDP over ranks
 
-        places = [(i, k) for i, group in enumerate(groups) for k in range(len(group.trajectories))]
-        self.masked = [] if check_logprobs else self.masked
-        known = torch.tensor([places.index(place) for place in self.masked], device=self.backend.device)
-        found: list[int] = []
+        found: list[torch.Tensor] = []  # of each micro-batch: its masked tokens' completions, -1 for other tokens
 
         def loss(micro: MicroBatch, out: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-            logprobs, entropy = out
-            t = micro.tensors
-            on = t["on"].bool()  # a filler isn't
-            error = (logprobs.detach() - t["old"]).abs().double().exp()
-            masked, means = self.guard.to_mask(error[on], t["completion"][on])
-            masked = torch.zeros_like(on).masked_scatter(on, masked)
-            if not check_logprobs:
-                masked = on & torch.isin(t["completion"], known)
-            found.extend(t["completion"][masked].unique().tolist())
-            surrogate_weight = t["surrogate_weight"].float().masked_fill(masked, 0)
-            value, stats = policy_loss(
-                logprobs, t["old"], t["ref"], t["advantage"], surrogate_weight,
-                t["kl_weight"].float().masked_fill(masked, 0),
-                t["completion"] - t["completion"][0], clip_low=rl.clip_low, clip_high=rl.clip_high,
-                dual_clip=rl.dual_clip, ratio_level=rl.ratio_level, beta=rl.beta,
-            )
-            real = surrogate_weight > 0
-            placed = real & (t["position"] >= 0)
-            bins = (t["position"] * POSITION_BINS).long().clamp(max=POSITION_BINS - 1)[placed]
-            surrogate = stats.pop("per_token_surrogate").abs()
-            stats = {k: v.detach().double() for k, v in stats.items()}
-            stats["loss"] = value.detach().double().clone()
-            stats["entropy_sum"] = entropy.detach()[real].double().sum()
-            stats |= error_stats(error, entropy.detach().double(), on, masked, means)
-            stats["surrogate_bins"] = torch.bincount(bins, surrogate[placed], minlength=POSITION_BINS).double()
-            stats["position_bins"] = torch.bincount(bins, minlength=POSITION_BINS).double()
+            value, stats, masked = self.loss(micro.tensors, out, judge=check_logprobs)
+            found.append(masked)
             return value * scale, stats
 
+        again = partial(self._run, micros, loss, forward_only=False, embed=self.train_towers, poll=None)
         self.optimization.zero_grad()
-        stats = self._reduce(self._run(micros, loss, forward_only=False, embed=self.train_towers, poll=poll))
-        self.masked = [places[serial] for serial in sorted(self.backend.broadcast_from_last_stage(found))]
+        stats = self._reduce(again(poll=poll))
+        serials = {int(serial) for masked in found for serial in masked.unique()} - {-1}
+        self.masked = [places[serial] for serial in sorted(self.backend.broadcast_from_last_stage(serials))]
         stats["masked"] = sum(self.backend.all_gather_object_dp(len(self.masked)))
         error = step_error(stats)
         if check_logprobs:
@@ -282,25 +264,89 @@ class Learner:
         stats |= (self.error or error).record() | self._loads(micros) | self._flops(micros)
         # Where every prompt of the step was set aside, momentum alone must not move the weights.
         applied = self.usable and n_on + n_off > 0
-        stats["grad_norm"], stats["skipped"] = self._step(math.isfinite(error.mean)) if applied else (0.0, True)
+        stats["grad_norm"], stats["skipped"] = 0.0, True
+        if applied:
+            stats["grad_norm"], stats["skipped"] = self._step(math.isfinite(error.mean), again)
         return stats | self._scaling()
 
-    def _step(self, usable: bool) -> tuple[float, bool]:
-        """Apply the gradient, or skip it where it, or what it was made from, is not finite: (norm, skipped)."""
-        overflows, scale = self.optimization.overflows, self.optimization.loss_scale
-        norm, skipped = self.optimization.step(usable=usable)
-        if overflows < self.optimization.overflows <= TOLD_OVERFLOWS and self.backend.rank == 0:
+    def loss(
+        self, t: dict[str, torch.Tensor], out: torch.Tensor, *, judge: bool
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
+        """A micro-batch's share of the step's loss, its statistics, and its masked tokens' completions [N] (-1 for
+        other tokens), from `update`'s tensors [N] a token and the policy's output [2, N]. Without `judge` those are
+        masked that are known to be. No shape depends on values: the host never waits for the device here.
+        """
+        rl, (logprobs, entropy), on = self.rl, out, t["on"].bool()  # a filler isn't on
+        error = (logprobs.detach() - t["old"]).abs().double().exp()
+        masked, means, fresh = self.guard.to_mask(error, on, t["completion"])
+        if not judge:
+            masked = t["known"].bool()
+        surrogate_weight, kl_weight = (t[name].float().masked_fill(masked, 0) for name in
+                                       ("surrogate_weight", "kl_weight"))  # fmt: skip
+        value, stats = policy_loss(
+            logprobs, t["old"], t["ref"], t["advantage"], surrogate_weight, kl_weight, t["completion"],
+            clip_low=rl.clip_low, clip_high=rl.clip_high, dual_clip=rl.dual_clip, ratio_level=rl.ratio_level,
+            beta=rl.beta,
+        )  # fmt: skip
+        real = surrogate_weight > 0
+        placed = real & (t["position"] >= 0)
+        bins = (t["position"] * POSITION_BINS).long().clamp(0, POSITION_BINS - 1)
+        surrogate = stats.pop("per_token_surrogate").abs()
+        none = surrogate.new_zeros(POSITION_BINS)
+        stats = {k: v.detach().double() for k, v in stats.items()}
+        stats["loss"] = value.detach().double().clone()
+        stats["entropy_sum"] = entropy.detach().double().where(real, 0).sum()
+        stats |= error_stats(error, entropy.detach().double(), on, masked, means, fresh)
+        stats["surrogate_bins"] = none.index_add(0, bins, surrogate.where(placed, 0)).double()
+        stats["position_bins"] = none.double().index_add(0, bins, placed.double())
+        return value, stats, t["completion"].where(masked, -1)
+
+    def _step(self, usable: bool, again: Callable[[], Any]) -> tuple[float, bool]:
+        """Apply the gradient, or skip it where it, or what it was made from, is not finite: (norm, skipped). `again`
+        makes the gradient once more, which tells an overflow from numbers that no loss scale makes finite."""
+        optimization, speaks = self.optimization, self.backend.rank == 0
+        overflows, scale = optimization.overflows, optimization.loss_scale
+        norm, skipped = optimization.step(usable=usable)
+        if overflows < optimization.overflows <= TOLD_OVERFLOWS and speaks:
             log.warning("a gradient is beyond float16 at a loss scale of %g: this update is skipped, the next one has "
                         "%g (number %d of the stage; a few are how the scale is found)", scale,
-                        self.optimization.loss_scale, self.optimization.overflows)  # fmt: skip
-        if self.optimization.skipped_in_row >= SKIPS_IN_ROW:
-            more = "" if scale is None else " Or set model.dtype=bfloat16, whose numbers reach further than float16's."
-            raise NonFiniteUpdates(
-                f"{SKIPS_IN_ROW} updates in a row were skipped: their log-probabilities or gradients are not finite. "
-                "None was applied; the last checkpoint is good. Lower optim.lr, or look for broken samples in the data."
-                + more
-            )
+                        optimization.loss_scale, optimization.overflows)  # fmt: skip
+        if overflows < optimization.overflows and optimization.overflows_in_row == SKIPS_IN_ROW:
+            with optimization.least_scale():
+                optimization.zero_grad()
+                again()
+            if place := self._first_not_finite():
+                raise NonFiniteUpdates(self._said(f"by a loss scale of {LEAST_SCALE:g} too, first in {place}"))
+        if optimization.skipped_in_row >= SKIPS_IN_ROW:
+            place = self._first_not_finite()
+            what = f"first in {place}" if place else "their squares are not"
+            raise NonFiniteUpdates(self._said(what if usable else "the latest one's log-probabilities"))
         return norm, skipped
+
+    def _first_not_finite(self) -> str:
+        """The weight, in words, at which the gradient on its way from the loss is first not finite on any rank; empty
+        where it is finite everywhere."""
+        found = []
+        for number, name in enumerate(self.optimization.not_finite()):
+            above, _, rest = name.partition(".layers.")
+            tower = above.startswith("towers")
+            if rest and not tower:
+                place, _, leaf = rest.partition(".")
+                layer = self.policy.get_submodule(f"{above}.layers.{place}").layer_number  # counted over all stages
+                name = f"{leaf} of layer {layer}"
+            found.append((not tower, self.backend.pp_rank, number, name))
+        places = [place for part in self.backend.all_gather_object(found) for place in part]
+        return max(places)[-1] if places else ""
+
+    def _said(self, what: str) -> str:
+        """Why a run ends whose updates are not finite; `what` is known of the latest one."""
+        half = self.optimization.loss_scale is not None
+        more = " Or set model.dtype=bfloat16, whose numbers reach further than float16's." if half else ""
+        return (
+            f"{SKIPS_IN_ROW} updates in a row were skipped, the latest one number {self.optimization.updates} of the "
+            f"stage: their log-probabilities or gradients are not finite ({what}). None was applied; the last "
+            f"checkpoint is good. Lower optim.lr, or look for broken samples in the data.{more}"
+        )
 
     def update_sft(self, groups: list[Group], media: list, *, poll: Poll | None = None) -> dict[str, float]:
         """One step of cross-entropy on the completions, averaged over all tokens of the step (NaN without any).
@@ -318,9 +364,10 @@ class Learner:
             return nll * scale, {"nll": nll.detach().double().clone(),
                                  "entropy_sum": out[1].detach().double().sum() * float(real)}
 
+        again = partial(self._run, micros, loss, forward_only=False, embed=self.train_towers, poll=None)
         self.optimization.zero_grad()
-        stats = self._reduce(self._run(micros, loss, forward_only=False, embed=self.train_towers, poll=poll))
-        grad_norm, skipped = self._step(math.isfinite(stats["nll"])) if tokens else (0.0, True)
+        stats = self._reduce(again(poll=poll))
+        grad_norm, skipped = self._step(math.isfinite(stats["nll"]), again) if tokens else (0.0, True)
         count = tokens or math.nan
         return {"loss": float(stats["nll"] / count), "entropy": float(stats["entropy_sum"] / count),
                 "grad_norm": grad_norm, "skipped": skipped, "tokens": tokens, **self._loads(micros),

@@ -42,14 +42,13 @@ from megatron_avatar.rl.step import (
     rewards_of,
 )
 from megatron_avatar.rl.tracker import RewardTracker
-from megatron_avatar.training import metrics
+from megatron_avatar.training import metrics, provenance
 from megatron_avatar.training.balance import deal, packed_tokens
 from megatron_avatar.training.evaluate import evaluate
 from megatron_avatar.training.format_watch import FormatWatch
 from megatron_avatar.training.guard import Guard
 from megatron_avatar.training.learner import Learner
 from megatron_avatar.training.optim import Optimization, build_optimizer
-from megatron_avatar.training.provenance import about, introduce
 from megatron_avatar.training.rollout import load_prompts, make_groups, share_visits
 from megatron_avatar.training.scoring import UNSCORED, Scoring
 from megatron_avatar.training.sft import sft_groups
@@ -76,7 +75,7 @@ class Run:
         check_stages(config, self.samples)
         self.scoring = Scoring(config, backend)  # the judge has to answer before weights are read
         tokenizer = load_tokenizer(config.model.path)
-        introduce(config, backend)
+        provenance.introduce(config, backend)
         self.policy = build_policy(config.model.path, backend, config.model, config.parallel, seed=config.seed)
         load_hf(self.policy, config.model.path)
         self.builder = PromptBuilder(tokenizer, self.policy.hf_config, config.data, config.model.context)
@@ -456,7 +455,7 @@ def train(config: Config, backend: Backend) -> None:
     if backend.rank == 0:  # once the settings, the data and the weights have proved usable
         folder.mkdir(parents=True, exist_ok=True)
         save_config(config, folder / "config.yaml")
-        (folder / "provenance.json").write_text(json.dumps(about(backend), indent=1) + "\n")
+        provenance.record(folder, config, backend)
     try:
         names = list(config.stages)
         if run.watchdog is not None:

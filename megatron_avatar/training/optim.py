@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from torch import nn
 
 from megatron_avatar.config.schema import OptimConfig, ParallelConfig
 from megatron_avatar.config.validate import SCHEDULES
-from megatron_avatar.policy.fusions import choose_fusions, pin_adam
+from megatron_avatar.policy.fusions import choose_fusions, pin
 from megatron_avatar.resilience.shares import share
 
 DISTRIBUTED_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}  # tensors shaped like the weights
@@ -39,9 +41,9 @@ class Optimization:
     nor weight decay moves it. `lr` is the rate of the latest update, `skipped` counts the stage's updates refused for
     non-finite numbers, `skipped_in_row` those since the latest one applied. In float16 `loss_scale` is what gradients
     are multiplied with on their way, and `overflows` counts those of the stage's skipped updates that a smaller scale
-    answers; they don't count as in a row. With the distributed optimizer a rank
-    keeps main weights and moments of its share of the gradient buffer, and the weights themselves move into a buffer of
-    their own.
+    answers; they don't count as in a row, but for themselves (`overflows_in_row`). With the distributed optimizer a
+    rank keeps main weights and moments of its share of the gradient buffer, and the weights themselves move into a
+    buffer of their own.
     """
 
     def __init__(
@@ -96,13 +98,34 @@ class Optimization:
         )
         self._scheduler.step(1)  # update k = 1, 2, … uses the schedule's point k: no update at a rate of zero
         self.lr = 0.0
-        self.skipped = self.skipped_in_row = self.overflows = 0
+        self.skipped = self.skipped_in_row = self.overflows = self.overflows_in_row = 0
         self._count_updates()
 
     @property
     def loss_scale(self) -> float | None:
         """Of the next update; None but in float16."""
         return None if self._scaler is None else float(self._scaler.scale)
+
+    @property
+    def updates(self) -> int:
+        """Of the stage so far, those that were skipped too."""
+        return self._scheduler.num_steps - 1
+
+    @contextmanager
+    def least_scale(self) -> Iterator[None]:
+        """Gradients by the least loss scale there is: what isn't finite then, no scale makes so."""
+        assert self._scaler is not None, "float16 alone has a loss scale"
+        usual, self._scaler._scale = self._scaler._scale, self._scaler.min_scale
+        try:
+            yield
+        finally:
+            self._scaler._scale = usual
+
+    def not_finite(self) -> list[str]:
+        """Names of the parameters, in their order, whose gradient of the latest backward pass holds a number on this
+        rank that is not finite."""
+        return [name for name, p in self.model.module.named_parameters()
+                if p.requires_grad and hasattr(p, "main_grad") and not bool(p.main_grad.isfinite().all())]
 
     def main_weights(self) -> dict[str, torch.Tensor]:
         """Name -> float32 main weight of every parameter: in float32 the weight itself, with the distributed optimizer
@@ -145,7 +168,9 @@ class Optimization:
         fell = self.loss_scale is not None and before is not None and self.loss_scale < before
         if usable and not applied and found and fell:
             self.overflows += 1
+            self.overflows_in_row += 1
         else:
+            self.overflows_in_row = 0
             self.skipped_in_row = 0 if applied else self.skipped_in_row + 1
         self._scheduler.step(1)
         if resting:
@@ -247,7 +272,7 @@ def build_optimizer(
         raise ValueError("no parameter of the policy is trainable: nothing to optimize")
     (dtype,) = {p.dtype for p in trainable}  # Megatron-Core mixes up the moments of a model of two dtypes
     parallel = parallel or ParallelConfig()
-    pin_adam(choose_fusions(parallel.kernels, on_cpu=trainable[0].device.type == "cpu"))
+    pin(choose_fusions(parallel.kernels, on_cpu=trainable[0].device.type == "cpu", dtype=dtype))
     optimizer_config = OptimizerConfig(
         optimizer="adam",
         lr=lr,

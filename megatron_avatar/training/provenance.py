@@ -18,6 +18,7 @@ from megatron_avatar.config.schema import Config
 from megatron_avatar.data.decode import decoders
 from megatron_avatar.policy.backend import Backend
 from megatron_avatar.policy.fusions import choose_fusions
+from megatron_avatar.rl.rewards import own
 
 log = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,10 +35,26 @@ def about(backend: Backend) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def record(folder: Path, config: Config, backend: Backend) -> None:
+    """Write a run's provenance.json. Of each reward of one's own it keeps the SHA-256 of every file that scored so far,
+    the latest last; a continued run that scores with another one than before says so."""
+    file = folder / "provenance.json"
+    before = json.loads(file.read_text()).get("rewards", {}) if file.exists() else {}
+    rewards = {}
+    for name, place in config.rl.rewards.items():
+        known, now = before.get(name, {}).get("sha256", []), own.digest(place)
+        if known and known[-1] != now:
+            log.warning("rl.rewards.%s: %s has changed since this run began; older scores stay", name, place)
+        rewards[name] = {"place": place, "sha256": known if known[-1:] == [now] else [*known, now]}
+    facts = about(backend) | ({"rewards": rewards} if rewards else {})
+    file.write_text(json.dumps(facts, indent=1) + "\n")
+
+
 def introduce(config: Config, backend: Backend) -> None:
     """Say what a run starts from, and what is unlike its recipe or its model's training. Rank 0 alone speaks; all ranks
     call it, since they agree on the kernels here."""
-    fusions = choose_fusions(config.parallel.kernels, on_cpu=backend.device.type == "cpu")
+    fusions = choose_fusions(config.parallel.kernels, on_cpu=backend.device.type == "cpu",
+                             dtype=getattr(torch, config.model.dtype))  # fmt: skip
     if backend.rank:
         return
     model = config.model

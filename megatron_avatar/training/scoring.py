@@ -13,9 +13,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from megatron_avatar.config.families import Family, family_of
 from megatron_avatar.config.schema import Config, JudgeConfig
 from megatron_avatar.data.features import unpatchify
 from megatron_avatar.endpoint import Endpoint, Replies
+from megatron_avatar.policy.architecture import read_model_type
 from megatron_avatar.policy.backend import Backend
 from megatron_avatar.policy.generate import GenerationStopped
 from megatron_avatar.records import Group, Prompt, Sample
@@ -51,12 +53,14 @@ class Scoring:
         self._scores = backend.tp_rank == 0 and backend.is_last_stage
         self._asks = bool(config.judge.endpoint) and any(s.rewards.get("judge") for s in config.stages.values())
         self._endpoint: Endpoint | None = None
+        self._family: Family | None = None  # of the policy, where a judge is shown what it saw
         self._judge: RuleJudge | HttpJudge = RuleJudge()
         if self._asks and self._scores:
             owner = f"rank-{backend.rank}"
             replies = Replies(Path(config.output_dir) / "judge", owner, write=not config.replay_step)
             self._endpoint = judge_endpoint(config.judge, replies)
             self._judge = HttpJudge(self._endpoint)
+            self._family = family_of(read_model_type(config.model.path))
         problem = None
         if self._endpoint is not None:
             try:
@@ -84,7 +88,7 @@ class Scoring:
         rl, verdicts = self._config.rl, []
         weights = {name: weight for name, weight in weights.items() if weight}  # a stage may switch one off by 0
         if weights.get("judge", 0) > 0:
-            shown = [] if prompt is None else pictures(prompt, self._config.judge.frames)
+            shown = pictures(prompt, self._config.judge.frames, self._family) if prompt and self._family else []
             verdicts = judge_rewards(self._judge, sample, texts, shown)
         mine = {name: own.score(name, place, texts, sample) for name, place in rl.rewards.items() if weights.get(name)}
         scored = score_group(sample, texts, weights, verdicts, numerical=rl.numerical, self_reward=rl.self_reward,
@@ -159,14 +163,14 @@ def judge_endpoint(judge: JudgeConfig, replies: Replies | None) -> Endpoint[dict
     )
 
 
-def pictures(prompt: Prompt, count: int) -> list[bytes]:
+def pictures(prompt: Prompt, count: int, family: Family) -> list[bytes]:
     """JPEGs of at most `count` of the frames and pictures that the policy saw, evenly spread over them."""
     if prompt.pixels is None or prompt.grid_thw is None:
         return []
     frames, start = [], 0
     for grid in prompt.grid_thw.tolist():
         patches = math.prod(grid)
-        shown = unpatchify(prompt.pixels[start : start + patches], tuple(grid))
+        shown = unpatchify(prompt.pixels[start : start + patches], tuple(grid), family)
         frames += list(shown[:: 1 if grid[0] > 1 else 2])  # a picture is there twice
         start += patches
     chosen = np.unique(np.rint(np.linspace(0, len(frames) - 1, min(count, len(frames)))).astype(int))

@@ -77,7 +77,7 @@ def measure_lengths(
     for name, stage in config.stages.items():
         estimates = expected[name] = {}
         for sample in stage_samples(samples, stage).values():
-            length = builder.length(sample, "hinted" if sample.hint else "plain")
+            length = prompt_tokens.get(sample.id) or builder.length(sample, "hinted" if sample.hint else "plain")
             room, traced = rl.sampling.max_new_tokens, sample.trace if stage.kind == "sft" else None
             if traced:
                 room = len(builder.completion_ids(traced))

@@ -33,7 +33,7 @@ def test_a_checkpoint_of_another_model_is_refused_in_numbers(config):
     checks.check_same_model(config)  # named and passed over when it is loaded
 
 
-@pytest.mark.parametrize("shape", ["qwen2_5_omni_3b", "qwen2_5_omni_7b", "qwen2_5_vl_7b", "tiny_base"])
+@pytest.mark.parametrize("shape", sorted(path.name for path in (CONFIG_DIR / "shapes").iterdir()))
 def test_sizes_are_found_in_every_kind_of_folder(config, shape, tmp_path):
     config.model.path, config.model.shape = str(CONFIG_DIR / "shapes" / shape), shape
     assert checks.model_sizes(config)["hidden_size"] > 0 and checks.other_shape(config) == ""
@@ -42,6 +42,30 @@ def test_sizes_are_found_in_every_kind_of_folder(config, shape, tmp_path):
     (tmp_path / "omni" / "config.json").write_text(json.dumps({"thinker_config": whole}))
     config.model.path = str(tmp_path / "omni")
     assert checks.other_shape(config) == ""
+
+
+@pytest.mark.parametrize(("recipe", "shape", "says"), [
+    ("avatar_7b", "qwen3_vl_8b", r"is a Qwen3-VL, but the recipe \(model.shape=qwen2_5_omni_7b\) is for Qwen2.5-Omni"),
+    ("vl3_8b", "qwen2_5_vl_7b", r"is a Qwen2.5-VL, but .* is for Qwen3-VL: .* take a recipe whose model.shape is"),
+    ("vl3_4b", "qwen2_5_omni_3b", "is a Qwen2.5-Omni, but the recipe"),
+])  # fmt: skip
+def test_a_recipe_of_another_family_is_refused(recipe, shape, says):
+    config = load_config([f"recipe={recipe}", f"model.path={CONFIG_DIR / 'shapes' / shape}", "data.manifest=d"])
+    with pytest.raises(ValueError, match=says):
+        checks.check_family(config)
+    config.model.shape = ""  # of no published model: nothing to compare with
+    checks.check_family(config)
+
+
+def test_a_folder_of_no_family_is_refused_with_the_reason(config, tmp_path):
+    checks.check_family(config)
+    path = Path(config.model.path) / "config.json"
+    for text, says in (('{"model_type": "qwen3_vl_moe"}', "mixture of experts"), ("[]", "config.json: "), ("{", ": ")):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=says):
+            checks.check_family(config)
+    path.unlink()
+    checks.check_family(config)  # not there yet, or refused elsewhere
 
 
 def test_a_run_of_other_settings_goes_on_only_when_told(config):

@@ -6,7 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -135,6 +135,17 @@ def test_grpo_recipes_are_avatar_with_the_ablation():
     assert load(recipe="grpo_3b").rl == grpo.rl and load(recipe="grpo_3b").parallel.tp == 2
 
 
+def test_qwen3_vls_recipes_have_avatars_parts_without_sound():
+    avatar, ours = load(), load(recipe="vl3_8b")
+    assert ours.rl == avatar.rl and ours.optim == avatar.optim and ours.data.mute and not ours.model.cold_start
+    assert [stage.steps for stage in ours.stages.values()] == [1000] and not load(recipe="vl3_4b").data.blind
+    assert replace(ours.model, shape="qwen3_vl_4b") == load(recipe="vl3_4b").model
+    for size in ("4b", "8b"):
+        grpo, ablated = load(recipe=f"grpo_vl3_{size}"), load("ablation=grpo", recipe=f"vl3_{size}")
+        assert grpo.rl == ablated.rl and grpo.data == ablated.data and grpo.model == ablated.model
+    assert ours.data.frame_max_pixels // 32**2 == avatar.data.frame_max_pixels // 28**2 == 64, "tokens a pair of frames"
+
+
 @pytest.mark.parametrize(
     ("recipe", "layout", "sizes"),
     [
@@ -144,6 +155,10 @@ def test_grpo_recipes_are_avatar_with_the_ablation():
         ("grpo_7b", "a100_40g", (4, 2)),
         ("grpo_3b", "a100_40g", (4, 1)),
         ("sft_3b", "h100_80g", (2, 1)),
+        ("vl3_8b", None, (4, 1)),
+        ("grpo_vl3_4b", "h100_80g", (2, 1)),
+        ("vl3_8b_lora", "a100_40g", (4, 2)),
+        ("vl3_4b", "a100_40g", (4, 1)),
         ("avatar_7b", "single", (1, 1)),
     ],
 )

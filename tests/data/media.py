@@ -7,10 +7,10 @@ from pathlib import Path
 import av
 import numpy as np
 import soundfile
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, trainers
+from tokenizers.models import BPE, WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5OmniThinkerConfig
+from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5OmniThinkerConfig, Qwen3VLConfig
 
 SPECIAL = (
     "<|endoftext|> <|im_start|> <|im_end|> <|vision_bos|> <|vision_eos|> <|audio_bos|> <|audio_eos|> "
@@ -20,6 +20,8 @@ VL_SPECIAL = (
     "<|endoftext|> <|im_start|> <|im_end|> <|vision_start|> <|vision_end|> <|image_pad|> <|video_pad|>"
 ).split()
 WORDS = "system user assistant You are a helpful . what moves ? A B C red blue Hint : look twice think".split()
+QWEN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+        r"\s+(?!\S)|\s+")  # fmt: skip
 OPTIONS = {"libvpx-vp9": {"deadline": "realtime", "cpu-used": "8"}, "libvpx": {"deadline": "realtime", "cpu-used": "8"}}
 
 
@@ -34,6 +36,22 @@ def make_tokenizer(special: Sequence[str] = SPECIAL) -> PreTrainedTokenizerFast:
         eos_token="<|im_end|>",
         additional_special_tokens=list(special),
     )
+
+
+def make_qwen_tokenizer(special: Sequence[str]) -> PreTrainedTokenizerFast:
+    """Qwen's tokenizer with few merges: its normalizer, its borders of words, its added tokens."""
+    tokenizer = Tokenizer(BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    words = pre_tokenizers.Split(Regex(QWEN), behavior="isolated")
+    signs = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, signs])
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(["what is seen and heard in the clip ?\n\nsystem user <|im_end|>" * 3], trainer)
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    tokenizer.add_tokens([AddedToken("<tool_call>", special=False, normalized=False)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
 
 
 def make_config(**overrides) -> Qwen2_5OmniThinkerConfig:
@@ -58,6 +76,13 @@ def make_vl_config() -> Qwen2_5_VLConfig:
         vision_end_token_id=token["<|vision_end|>"],
         vision_config={"tokens_per_second": 2},  # of the published models
     )
+
+
+def make_vl3_config(tokenizer: PreTrainedTokenizerFast) -> Qwen3VLConfig:
+    """Of a tokenizer with the tokens of a VL."""
+    names = dict(image_token_id="<|image_pad|>", video_token_id="<|video_pad|>",
+                 vision_start_token_id="<|vision_start|>", vision_end_token_id="<|vision_end|>")  # fmt: skip
+    return Qwen3VLConfig(**{key: tokenizer.convert_tokens_to_ids(name) for key, name in names.items()})
 
 
 def make_video(path: Path, frames=16, h=84, w=84, fps=8, codec="libvpx-vp9", pts=None, tag=None) -> Path:

@@ -7,44 +7,28 @@ from pathlib import Path
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer
 
-from megatron_avatar.data.chat import CHAT_TEMPLATE, VL_CHAT_TEMPLATE, Chat
+from megatron_avatar.config.families import OMNI, VL
+from megatron_avatar.data.chat import Chat, chat_template
+from tests.data.media import make_qwen_tokenizer
 
 TINY = Path(__file__).parents[2] / "assets" / "tiny_base"
-OMNI = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>", "<|box_end|>",
-        "<|quad_start|>", "<|quad_end|>", "<|vision_bos|>", "<|vision_eos|>", "<|vision_pad|>", "<|IMAGE|>",
-        "<|VIDEO|>")  # fmt: skip
-QWEN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
-        r"\s+(?!\S)|\s+")  # fmt: skip
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>", "<|box_end|>",
+           "<|quad_start|>", "<|quad_end|>", "<|vision_bos|>", "<|vision_eos|>", "<|vision_pad|>", "<|IMAGE|>",
+           "<|VIDEO|>")  # fmt: skip
+BUILT_IN = chat_template(OMNI)
 KINDS = {"image": "<|IMAGE|>", "video": "<|VIDEO|>", "audio": "<|AUDIO|>"}
 
 
-def qwen():
-    """Qwen2.5-Omni's tokenizer with few merges: its normalizer, its borders of words, its added tokens."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.NFC()
-    words = pre_tokenizers.Split(Regex(QWEN), behavior="isolated")
-    signs = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, signs])
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(["what is seen and heard in the clip ?\n\nsystem user <|im_end|>" * 3], trainer)
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in OMNI])
-    tokenizer.add_tokens([AddedToken("<tool_call>", special=False, normalized=False)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
-
-
-TOKENIZERS = {"qwen": qwen(), "tiny": AutoTokenizer.from_pretrained(TINY)}
+TOKENIZERS = {"qwen": make_qwen_tokenizer(SPECIAL), "tiny": AutoTokenizer.from_pretrained(TINY)}
 
 
 def chat(tokenizer):
-    return Chat(tokenizer, {kind: tokenizer.convert_tokens_to_ids(token) for kind, token in KINDS.items()})
+    return Chat(tokenizer, {kind: tokenizer.convert_tokens_to_ids(token) for kind, token in KINDS.items()}, OMNI)
 
 
-pieces = st.sampled_from([*OMNI, "<|im_", "end|>", "<|", "\ufdd0", "\ufdd1", " ", "\n", "what is", "é", "<think>"])
+pieces = st.sampled_from([*SPECIAL, "<|im_", "end|>", "<|", "\ufdd0", "\ufdd1", " ", "\n", "what is", "é", "<think>"])
 texts = st.lists(pieces | st.text(max_size=4), max_size=8).map("".join)
 
 
@@ -98,20 +82,20 @@ EACH = "{% for m in messages %}{{ ... }}{% endfor %}"
     (EACH.replace("...", "m['content'] | map(attribute='text') | join"), "a message of image and text"),
     (EACH.replace("...", "m['content'][-1]['text'] if m['role'] == 'user'"), "loses or changes the text"),
     ("{{ raise_exception('no system role') if messages[0]['role'] == 'system' }}", "loses or changes"),
-    (CHAT_TEMPLATE.replace("part['type'] == 'audio'", "part['type'] == 'sound'"), "audio and text"),
-    ("{% for", "fails on a message of text .TemplateSyntaxError"), (VL_CHAT_TEMPLATE, "one placeholder for each of"),
+    (BUILT_IN.replace("part['type'] == 'audio'", "part['type'] == 'sound'"), "audio and text"),
+    ("{% for", "fails on a message of text .TemplateSyntaxError"), (chat_template(VL), "one placeholder for each of"),
 ])  # fmt: skip
 def test_a_template_that_cannot_hold_the_messages_is_found_at_once(template, fault, caplog):
-    tokenizer = qwen()
+    tokenizer = make_qwen_tokenizer(SPECIAL)
     tokenizer.chat_template, tokenizer.name_or_path = template, "/models/tuned"
     with caplog.at_level(logging.WARNING):
         made = chat(tokenizer)
-    assert made.template == CHAT_TEMPLATE and caplog.text.count("/models/tuned: its chat template") == 1
+    assert made.template == BUILT_IN and caplog.text.count("/models/tuned: its chat template") == 1
     assert fault.split(" .")[0] in caplog.text and fault.split(" .")[-1] in caplog.text
 
 
 def test_a_template_that_holds_them_is_taken(caplog):
-    tokenizer = qwen()
-    tokenizer.chat_template = CHAT_TEMPLATE.replace("a helpful assistant", "Qwen, a virtual human")
+    tokenizer = make_qwen_tokenizer(SPECIAL)
+    tokenizer.chat_template = BUILT_IN.replace("a helpful assistant", "Qwen, a virtual human")
     made = chat(tokenizer)
     assert "virtual human" in made.template and not caplog.records

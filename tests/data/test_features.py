@@ -10,6 +10,7 @@ from transformers import WhisperFeatureExtractor
 from transformers.models.qwen2_5_omni.processing_qwen2_5_omni import _get_feat_extract_output_lengths
 from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as oracle
 
+from megatron_avatar.config.families import OMNI
 from megatron_avatar.data.features import audio_tokens, log_mel, patchify, resize, smart_resize
 
 
@@ -20,9 +21,9 @@ from megatron_avatar.data.features import audio_tokens, log_mel, patchify, resiz
 def test_smart_resize_equals_transformers(h, w, low, high):
     if max(h, w) / min(h, w) > 200:
         with pytest.raises(ValueError, match="aspect ratio"):
-            smart_resize(h, w, low, high)
+            smart_resize(h, w, low, high, 28)
     else:
-        assert smart_resize(h, w, low, high) == oracle.smart_resize(h, w, 28, low, high)
+        assert smart_resize(h, w, low, high, 28) == oracle.smart_resize(h, w, 28, low, high)
 
 
 @pytest.mark.parametrize("size", [(84, 84), (100, 250), (480, 331), (30, 50)])
@@ -31,8 +32,8 @@ def test_image_patches_equal_transformers(size):
     expected = oracle.Qwen2VLImageProcessorPil(size={"shortest_edge": 3136, "longest_edge": 50176})(
         Image.fromarray(picture), return_tensors="pt"
     )
-    resized = resize(picture[None], *smart_resize(*size, 3136, 50176))
-    pixels, grid = patchify(np.repeat(resized, 2, axis=0))
+    resized = resize(picture[None], *smart_resize(*size, 3136, 50176, 28))
+    pixels, grid = patchify(np.repeat(resized, 2, axis=0), OMNI)
     assert torch.equal(grid, expected["image_grid_thw"][0])
     assert torch.equal(pixels, expected["pixel_values"])
 
@@ -45,13 +46,13 @@ def test_frames_in_planes_are_resized_and_cut_as_pillow_resizes_each(count):
     small = resize(frames, 56, 84)
     assert np.array_equal(small, np.stack(expected)) and small.transpose(0, 3, 1, 2).flags.c_contiguous
     if count % 2 == 0:
-        assert torch.equal(patchify(small)[0], patchify(np.stack(expected))[0])
+        assert torch.equal(patchify(small, OMNI)[0], patchify(np.stack(expected), OMNI)[0])
 
 
 def test_video_patches_hold_both_frames_of_a_pair():
     """A video patch is the image patch of its first frame beside the image patch of its second."""
     frames = np.random.default_rng(1).integers(0, 256, (4, 56, 84, 3), dtype=np.uint8)
-    pixels, grid = patchify(frames)
+    pixels, grid = patchify(frames, OMNI)
     assert grid.tolist() == [2, 4, 6]
     process = oracle.Qwen2VLImageProcessorPil(size={"shortest_edge": 3136, "longest_edge": 50176})
     single = [process(Image.fromarray(f), return_tensors="pt")["pixel_values"].view(24, 3, 2, 196) for f in frames]

@@ -197,7 +197,7 @@ def test_order_is_a_permutation_an_epoch_and_resumes(ids, seed, sizes):
     assert taken == SampleOrder(reversed(ids), seed, "s").take(len(taken))
     for epoch in range(len(taken) // len(ids)):
         assert Counter(taken[epoch * len(ids) : (epoch + 1) * len(ids)]) == Counter(ids)
-    resumed = SampleOrder(ids, seed, "s")
+    resumed = SampleOrder(reversed(ids), seed, "s")  # the same samples in a manifest of another order
     resumed.load_state_dict(order.state_dict())
     assert resumed.take(30) == order.take(30)
 

@@ -15,8 +15,9 @@ from transformers.models.qwen2_5_omni import modeling_qwen2_5_omni as modeling
 from transformers.models.qwen2_5_omni.processing_qwen2_5_omni import Qwen2_5OmniProcessor
 
 from data_tools.tokenizer import build_tokenizer
+from megatron_avatar.config.families import OMNI
 from megatron_avatar.config.schema import INSTRUCTION, DataConfig
-from megatron_avatar.data.chat import CHAT_TEMPLATE, Chat
+from megatron_avatar.data.chat import Chat, chat_template
 from megatron_avatar.data.decode import MediaError
 from megatron_avatar.data.features import audio_tokens, log_mel
 from megatron_avatar.data.prompt import MEDIUM, PromptBuilder, check_words, load_tokenizer, plan_media
@@ -85,14 +86,14 @@ layouts = st.one_of(
 def test_positions_equal_transformers(layout, fps, max_frames):
     audio_in_video, media = layout
     data = replace(DATA, fps=fps, max_frames=max_frames)
-    token_ids, positions = builder(data)._layout(sample(*media), plans := [plan_media(m, data) for m in media], "plain")
+    token_ids, positions = builder(data)._layout(sample(*media), plans := builder(data)._plans(sample(*media)), "plain")
     assert np.array_equal(positions, rope_index(token_ids, plans, audio_in_video))
 
 
 @settings(max_examples=100, deadline=None)
 @given(heard, st.sampled_from([0.3, 1.0, 2.0, 4.0]))
 def test_interleaving_equals_transformers(media, fps):
-    plan = plan_media(media, replace(DATA, fps=fps))
+    plan = plan_media(media, replace(DATA, fps=fps), OMNI)
     ids, _, _ = builder()._expand(plan)
 
     class Processor(Qwen2_5OmniProcessor):
@@ -117,9 +118,9 @@ def test_interleaving_equals_transformers(media, fps):
 
 def test_seconds_per_grid_are_those_really_sampled():
     clip = Media("v", "video", 16, 8.0, None, 84, 84)
-    assert plan_media(clip, DATA).seconds_per_grid == 0.5  # 8 frames of 2 s
+    assert plan_media(clip, DATA, OMNI).seconds_per_grid == 0.5  # 8 frames of 2 s
     long = replace(clip, frame_count=480)
-    assert plan_media(long, replace(DATA, max_frames=8)).seconds_per_grid == 15.0  # 8 frames of 60 s, not 2 / fps
+    assert plan_media(long, replace(DATA, max_frames=8), OMNI).seconds_per_grid == 15.0  # 8 frames of 60 s, not 2 / fps
 
 
 @pytest.mark.parametrize(("frames", "grid"), [(768, (384, 24, 46)), (96, (48, 52, 92)), (16, (8, 52, 92))])
@@ -127,7 +128,7 @@ def test_a_long_video_stays_within_the_budget_of_the_whole_clip(frames, grid):
     """Per frame 90,316,800 / T * 2 pixels, at 768 frames 235,200: of 1280 x 720, 12.99 by 23.09 tokens,
     rounded down. Shorter clips keep the frame's own limit, which 26 by 46 tokens don't reach."""
     data = DataConfig(instruction="", fps=1.0, max_frames=768, frame_max_pixels=1_016_064)
-    plan = plan_media(Media("v", "video", frames * 25, 25.0, None, 720, 1280), data)
+    plan = plan_media(Media("v", "video", frames * 25, 25.0, None, 720, 1280), data, OMNI)
     assert plan.grid == grid and len(plan.indices) == frames
     assert plan.grid[0] * plan.grid[1] * plan.grid[2] * 196 <= 90_316_800
 
@@ -136,12 +137,20 @@ def test_each_video_has_its_own_sound_flag():
     """A clip without sound beside one with: the tokens of each are those that it has alone."""
     mute = Media("v", "video", 16, 8.0, None, 84, 84)
     loud = replace(mute, audio_path="a", audio_samples=32_000, audio_in_video=True)
-    both = builder()._layout(sample(loud, mute), [plan_media(m, DATA) for m in (loud, mute)], "plain")
-    alone = [builder()._layout(sample(m), [plan_media(m, DATA)], "plain") for m in (loud, mute)]
+    both = builder()._layout(sample(loud, mute), [plan_media(m, DATA, OMNI) for m in (loud, mute)], "plain")
+    alone = [builder()._layout(sample(m), [plan_media(m, DATA, OMNI)], "plain") for m in (loud, mute)]
     blocks = [ids[np.isin(ids, (CONFIG.video_token_id, CONFIG.audio_token_id))] for ids, _ in (both, *alone)]
     assert np.array_equal(blocks[0], np.concatenate(blocks[1:]))
     assert (blocks[1] == CONFIG.audio_token_id).sum() == 50
     assert (np.diff(both[1][0]) >= 0).sum() > 0 and both[1].max() > alone[0][1].max()
+
+
+@pytest.mark.parametrize(("kind", "flag", "path", "frames"), [
+    ("video", True, "a", 200), ("video", False, "a", 0), ("video", True, None, 0), ("audio", False, "a", 200),
+])  # fmt: skip
+def test_a_video_is_heard_where_its_line_says_so(kind, flag, path, frames):
+    media = Media("v", kind, 16, 8.0, None, 84, 84, audio_path=path, audio_samples=32_000, audio_in_video=flag)
+    assert plan_media(media, DATA, OMNI).mel_frames == frames
 
 
 def text_of(ids):
@@ -162,7 +171,7 @@ def test_text_of_the_user_turn():
 
 def test_own_template_wins():
     tokenizer = make_tokenizer()
-    tokenizer.chat_template = CHAT_TEMPLATE.replace("<|im_start|>{{ message['role'] }}", "look twice")
+    tokenizer.chat_template = chat_template(OMNI).replace("<|im_start|>{{ message['role'] }}", "look twice")
     own = PromptBuilder(tokenizer, CONFIG, DATA, 100)
     assert text_of(own.build(sample(), ".").token_ids).count("look twice what moves ? <|im_end|>") == 1
 
@@ -245,7 +254,7 @@ def test_words_that_the_tokenizer_cannot_hold_are_refused(words, why, key):
 def test_the_default_instruction_is_held_by_the_tiny_tokenizer_and_asks_for_the_tags():
     """Byte by byte, since the tiny world knows few of its words; spaces may go, letters may not."""
     tokenizer = build_tokenizer()
-    chat = Chat(tokenizer, {})
+    chat = Chat(tokenizer, {}, OMNI)
     check_words(chat, "data.instruction", INSTRUCTION)
     with pytest.raises(ValueError, match=f"needs {re.escape(MEDIUM)} for the places of media"):
         check_words(chat, "data.system", f"{MEDIUM} look")

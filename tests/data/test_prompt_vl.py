@@ -11,6 +11,7 @@ from PIL import Image
 from transformers import Qwen2_5_VLModel, Qwen2_5_VLProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from megatron_avatar.config.families import VL
 from megatron_avatar.config.schema import DataConfig
 from megatron_avatar.data.prompt import PromptBuilder, plan_media
 from megatron_avatar.records import Media, Sample
@@ -68,7 +69,7 @@ videos = st.builds(
 @given(st.lists(st.one_of(images, videos), max_size=4), st.sampled_from([0.3, 1.0, 2.0, 4.0]))
 def test_positions_equal_transformers(media, fps):
     data = replace(DATA, fps=fps)
-    token_ids, positions = builder(data)._layout(sample(*media), plans := [plan_media(m, data) for m in media], "plain")
+    token_ids, positions = builder(data)._layout(sample(*media), plans := builder(data)._plans(sample(*media)), "plain")
     assert np.array_equal(positions, rope_index(token_ids, plans))
 
 
@@ -76,7 +77,7 @@ def test_a_long_video_takes_its_time_on_the_first_axis():
     """An hour in 64 frames: 32 pairs, 2 positions a second. The text goes on after the picture's width."""
     data = replace(DATA, fps=2.0)
     hour = Media("v", "video", 86_400, 24.0, None, 84, 84)
-    ids, positions = builder(data)._layout(sample(hour), [plan_media(hour, data)], "plain")
+    ids, positions = builder(data)._layout(sample(hour), [plan_media(hour, data, VL)], "plain")
     times, (start,) = positions[0, ids == CONFIG.video_token_id], np.flatnonzero(ids == CONFIG.vision_start_token_id)
     assert np.array_equal(times[::9] - times[0], np.arange(32) * 225)
     (end,) = np.flatnonzero(ids == CONFIG.vision_end_token_id)

@@ -7,7 +7,8 @@ from transformers import AutoTokenizer
 
 from data_tools.synthesize import draw_samples
 from data_tools.tokenizer import SPECIAL, TAGS, build_tokenizer, words
-from megatron_avatar.data.chat import CHAT_TEMPLATE
+from megatron_avatar.config.families import OMNI
+from megatron_avatar.data.chat import chat_template
 
 TOKENIZER = build_tokenizer()
 
@@ -62,7 +63,7 @@ def test_the_chat_format_is_qwens():
         "<|im_start|>user\n<|vision_bos|><|VIDEO|><|vision_eos|>What color is the circle?<|im_end|>\n"
         "<|im_start|>assistant\n"
     )
-    assert TOKENIZER.chat_template == CHAT_TEMPLATE
+    assert TOKENIZER.chat_template == chat_template(OMNI)
 
 
 def test_all_that_the_synthesiser_says_is_known_words():
@@ -80,4 +81,4 @@ def test_a_saved_tokenizer_is_the_same(tmp_path, text):
     TOKENIZER.save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     assert loaded(text)["input_ids"] == encode(text) and loaded.decode(encode(text)) == text
-    assert loaded.chat_template == CHAT_TEMPLATE
+    assert loaded.chat_template == chat_template(OMNI)

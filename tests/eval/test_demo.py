@@ -9,7 +9,7 @@ from eval import demo
 from eval.demo import Growing, Ledger
 from eval.jobs import startable
 from eval.paper.figures import training
-from tests.eval.made_up import write_run
+from tests.eval.made_up import write_lines, write_run
 
 
 def test_a_demo_is_continued_but_never_mixed_with_another(tmp_path):
@@ -50,6 +50,37 @@ def test_the_report_is_there_while_the_run_goes_on(tmp_path):
     assert demo.right_so_far(demo.predictions_file(tmp_path, "avatar")).startswith("right ")
 
 
+def test_the_first_curve_is_there_with_the_second_step_of_the_first_training(tmp_path):
+    """The cold start is what begins behind the clips; nothing else has to be there for its curve."""
+    behind = [job.name for job in demo.parts(tmp_path, 0, False) if job.needs == ("data",)]
+    assert behind == ["sft"]
+    write_lines(tmp_path / "sft" / "metrics.jsonl", [{"step": s, "stage": "sft", "stage_step": s, "loss": 9.0 - s}
+                                                     for s in (1, 2)])  # fmt: skip
+    Growing(tmp_path)()
+    page = (tmp_path / "report.html").read_text()
+    assert 'aria-label="Loss of the cold start."' in page and (tmp_path / "figures" / "sft_loss.svg").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)  # nine processes, each with its imports
+def test_a_short_demo_from_clips_to_report(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "demo"
+    monkeypatch.setattr("sys.argv", ["demo", "--out", str(out), "--smoke"])
+    demo.main()
+    results = json.loads((out / "results.json").read_text())
+    assert set(results["systems"]) == set(demo.SYSTEMS) and results["steps"] == 6
+    assert results["completions_generated"] == {"grpo": 6 * 16 * 8, "avatar": 6 * 16 * 4}
+    assert results["processor_s"] > 0 and results["avatar_minus_grpo"]["n"] == results["systems"]["grpo"]["n"]
+    page = (out / "report.html").read_text()
+    assert page.count("<audio controls") >= 3 and "refresh" not in page
+    assert not list(out.glob("*/wandb")), "no service beside two busy cores"
+    assert demo.right_so_far(demo.predictions_file(out, "avatar")).startswith("right ")
+    capsys.readouterr()
+    demo.main()
+    said = capsys.readouterr().out
+    assert "done before, reused: data, sft" in said and "held-out accuracy" in said and f"{out}/report.html" in said
+
+
 def test_the_report_grows_while_one_system_has_answered_half(tmp_path, monkeypatch):
     write_run(tmp_path, items=12, steps=3)
     file = demo.predictions_file(tmp_path, "avatar")
@@ -65,12 +96,13 @@ def test_the_report_grows_while_one_system_has_answered_half(tmp_path, monkeypat
 def test_a_report_that_fails_isnt_tried_again_at_once(tmp_path, monkeypatch):
     (tmp_path / "sft").mkdir()
     (tmp_path / "sft" / "metrics.jsonl").touch()
-    times = iter((100.0, 100.0, 110.0))
-    monkeypatch.setattr(demo, "time", SimpleNamespace(monotonic=lambda: next(times)))
+    times, used = iter((100.0, 200.0)), iter((5.0, 15.0))
+    clocks = SimpleNamespace(monotonic=lambda: next(times), process_time=lambda: next(used))
+    monkeypatch.setattr(demo, "time", clocks)
     grow = Growing(tmp_path)
     monkeypatch.setattr("eval.report.render", lambda *_, **__: open(tmp_path / "absent"))
     grow()
-    assert grow._next == 110 + 19 * 10
+    assert grow._next == 200 + 29 * 10
 
 
 def test_time_in_all_counts_stopped_attempts_and_none_that_ran_nothing(tmp_path, monkeypatch):

@@ -65,6 +65,7 @@ def test_the_page_stands_alone_and_nothing_foreign_is_markup(run):
     for system in SYSTEMS:
         assert text.count(f"{system} says {ATTACK}") == 6  # shown as the system wrote it
     assert "Which shape is <b>red</b>? (0)" in text and "s<9>" in text and "clip.webm: damaged <file>" in text
+    assert html.count("<table") == len(re.findall(r'<div class="wide">\s*<table', html)), "what is wide scrolls"
     ids = re.findall(r'\sid="([^"]+)"', html)
     clashing = {i for i in ids if ids.count(i) > 1 and not i.startswith("DejaVu")}
     referenced = set(re.findall(r'url\(#([^)]+)\)', html))

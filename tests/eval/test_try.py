@@ -37,3 +37,16 @@ def test_a_minute_ends_in_a_page(tmp_path, monkeypatch, capsys):
     assert html.count("<audio controls") == 3 and html.count('src="data:image/jpeg') == 24 and "script" not in page.tags
     assert all(source.startswith(("data:", "#")) for source in page.sources)
     assert try_it.main(["--out", "out", "--model", str(tmp_path)]) == 2
+
+
+def test_paths_are_shown_as_they_are(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(try_it, "answer", lambda manifest, out, name, model: out / name)
+    monkeypatch.setattr(try_it, "make_clips", lambda out, seed: out / "manifest.jsonl")
+    (tmp_path / "[b]<i>").mkdir()
+    monkeypatch.setattr("eval.scoring.predictions.read_predictions", lambda _: [])
+    monkeypatch.setattr("megatron_avatar.data.manifest.load_manifest", lambda _: [])
+    assert try_it.main(["--out", "[b]<i>", "--model", "[m]<u>"]) == 0
+    assert "[b]<i>/report.html" in capsys.readouterr().out
+    html = (tmp_path / "[b]<i>" / "report.html").read_text()
+    assert "<code>[m]&lt;u&gt;</code>" in html and "<u>" not in html

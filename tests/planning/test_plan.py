@@ -21,6 +21,8 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5OmniThinkerConfig,
     Qwen2_5OmniThinkerForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
 )
 
 from megatron_avatar.config.load import CONFIG_DIR, load_config
@@ -28,6 +30,7 @@ from megatron_avatar.config.schema import LoraConfig, ModelConfig, OptimConfig, 
 from megatron_avatar.planning.batches import micro_batches, pack, seen_pairs
 from megatron_avatar.planning.memory import (
     GIB,
+    add_dynamic,
     drop_gradients,
     measure_update,
     parameter_bytes,
@@ -44,12 +47,18 @@ from megatron_avatar.train import main
 from megatron_avatar.training.learner import Learner
 from megatron_avatar.training.optim import build_optimizer
 from tests.planning.models import SIZES, one_rank, plan, save
-from tests.policy.tiny import tiny_config, tiny_prompts
+from tests.policy.tiny import tiny_config, tiny_prompts, tiny_vl3_config, tiny_vl_prompts
 
 ROOT = Path(__file__).parents[2]
 SHAPES = CONFIG_DIR / "shapes"
-# Parameters of the published weights: the Thinkers of Qwen2.5-Omni, and Qwen2.5-VL-7B-Instruct.
-PUBLISHED = {"qwen2_5_omni_7b": 8_931_813_888, "qwen2_5_omni_3b": 4_703_464_448, "qwen2_5_vl_7b": 8_292_166_656}
+# Parameters of the published weights: the Thinkers of Qwen2.5-Omni, Qwen2.5-VL-7B-Instruct and Qwen3-VL.
+PUBLISHED = {"qwen2_5_omni_7b": 8_931_813_888, "qwen2_5_omni_3b": 4_703_464_448, "qwen2_5_vl_7b": 8_292_166_656,
+             "qwen3_vl_2b": 2_127_532_032, "qwen3_vl_4b": 4_437_815_808, "qwen3_vl_8b": 8_767_123_696}  # fmt: skip
+CLASSES = {
+    "qwen2_5_omni_thinker": (Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditionalGeneration),
+    "qwen2_5_vl": (Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration),
+    "qwen3_vl": (Qwen3VLConfig, Qwen3VLForConditionalGeneration),
+}
 
 
 # ---- parameters --------------------------------------------------------------------------------
@@ -57,12 +66,10 @@ PUBLISHED = {"qwen2_5_omni_7b": 8_931_813_888, "qwen2_5_omni_3b": 4_703_464_448,
 
 @pytest.mark.parametrize("shape", PUBLISHED)
 def test_shapes_are_those_of_the_published_models(shape):
-    classes = (Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditionalGeneration)
-    if "vl" in shape:
-        classes = (Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration)
     config = json.loads((SHAPES / shape / "config.json").read_text())
+    settings, cls = CLASSES[config["model_type"]]
     with torch.device("meta"):
-        model = classes[1](classes[0].from_dict(config))
+        model = cls(settings.from_dict(config))
     theirs = sum(p.numel() for p in model.parameters())
     with shard_on_meta(str(SHAPES / shape), ModelConfig(), ParallelConfig(), 0, 0) as policy:
         ours = sum(p.numel() for p in policy.parameters())
@@ -204,6 +211,19 @@ def test_activations_are_the_saved_tensors_of_a_real_model(tmp_path, size, recom
     assert planned.peak >= planned.kept
 
 
+@pytest.mark.parametrize(("pp_rank", "groups", "in_flight"), [(0, 3, 3), (0, 2, 2), (1, 3, 2), (2, 3, 1)])
+def test_a_stage_keeps_what_is_in_flight_behind_it(tmp_path, pp_rank, groups, in_flight):
+    """One forward, one backward: stage k of three waits for the gradients of 3 - k micro-batches."""
+    work = Work(True, False, 0, 0, 40, 8, 0, (2,) * groups, 64)
+    parallel = ParallelConfig(pp=3)
+    assert len(micro_batches(work)) == groups
+    with shard_on_meta(save(tmp_path, layers=6), ModelConfig(), parallel, 0, pp_rank) as policy:
+        memory = static_memory(policy, ModelConfig(), parallel, work, dp=1)
+        add_dynamic(memory, policy, work, 2, 1.0)
+        alone = measure_update(policy, micro_batches(work)[0]).kept
+    assert memory.activations == pytest.approx(in_flight * alone, rel=1e-2)
+
+
 def test_recomputation_and_sequence_parallelism_save_memory(tmp_path):
     kept = []
     for settings in (dict(), dict(sequence_parallel=True), dict(sequence_parallel=True, recompute="selective"),
@@ -240,10 +260,13 @@ def test_bytes_are_counted_while_they_live():
 
 
 @pytest.mark.parametrize("train_towers", [False, True])
-def test_encoders_take_about_what_is_planned(tmp_path, train_towers):
-    folder = save(tmp_path)
-    prompt = tiny_prompts(tiny_config())["audio_in_video"]
-    work = Work(True, train_towers, 24, 100, prompt=150, completion=9, fresh=1, completions=(2,), budget=99)
+@pytest.mark.parametrize(("config", "prompts", "kind", "visual", "audio"), [
+    (tiny_config, tiny_prompts, "audio_in_video", 24, 100), (tiny_vl3_config, tiny_vl_prompts, "video", 24, 0),
+], ids=["omni", "vl3"])  # fmt: skip
+def test_encoders_take_about_what_is_planned(tmp_path, config, prompts, kind, visual, audio, train_towers):
+    config().save_pretrained(tmp_path)
+    folder, prompt = str(tmp_path), prompts(config())[kind]
+    work = Work(True, train_towers, visual, audio, prompt=150, completion=9, fresh=1, completions=(2,), budget=99)
     with one_rank(folder, ModelConfig(), ParallelConfig()) as policy:
         policy.set_train_towers(train_towers)
         with LiveBytes() as memory:
@@ -326,7 +349,7 @@ def test_the_remedy_keeps_the_recipes_prompts():
 
 
 SHIPPED = sorted(path.stem for path in (CONFIG_DIR / "recipe").glob("*.yaml") if not path.stem.startswith("tiny"))
-ALIKE = ("grpo_3b", "grpo_vl_7b", "sft_3b")  # differ from others only in what others vary
+ALIKE = ("grpo_3b", "grpo_vl_7b", "grpo_vl3_4b", "grpo_vl3_8b", "sft_3b")  # differ from others only in what others vary
 
 
 @pytest.mark.parametrize(("layout", "gib"), [("a100_40g", 39.5), ("a100_80g", 79)])  # a little less than on the label

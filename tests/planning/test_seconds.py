@@ -68,6 +68,17 @@ def test_a_steps_tokens_follow_from_the_recipe():
     assert silent.visual == silent.audio == 0
 
 
+def test_a_videos_times_are_text_where_a_family_has_no_time_axis():
+    config = load_config(["recipe=vl3_4b", "dry_run=true"])
+    shape = read_config(SHAPES / "qwen3_vl_4b")
+    work = stage_work(config, config.stages["visual"], shape, dp=1, longest=False)
+    assert (work.visual, work.audio, work.prompt) == (8 * 64, 0, 8 * 64 + 8 * 9 + 200)
+    longest = stage_work(config, config.stages["visual"], shape, dp=1, longest=True)
+    assert longest.visual == longest.prompt - 8 * 9 - 200
+    pictures = replace(config, data=replace(config.data, frame_max_pixels=1024, frame_min_pixels=1024))
+    assert stage_work(pictures, config.stages["visual"], shape, dp=1, longest=False).visual == 512, "a picture's"
+
+
 @pytest.mark.slow
 def test_more_work_takes_longer():
     def seconds(*overrides: str) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """Runs on four ranks: generation and vocabulary-parallel log-probabilities in every layout.
 
-main(FOLDER) reads the model there; rank 0 writes FOLDER/results.json: layout -> completions as [token ids,
-log-probabilities, finished].
+main(FOLDER) reads the models there, FOLDER/FAMILY; rank 0 writes FOLDER/results.json: family and layout -> completions
+as [token ids, log-probabilities, finished].
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ from megatron_avatar.policy.model import OmniPolicy
 from megatron_avatar.policy.weights import load_hf
 from tests.policy import tiny
 
-LAYOUTS = [(2, 1, False), (1, 2, False), (2, 2, True)]  # (tp, pp, sequence parallel)
+# (family, tp, pp, sequence parallel)
+LAYOUTS = [("omni", 2, 1, False), ("omni", 1, 2, False), ("omni", 2, 2, True), ("vl3", 2, 2, True)]
+LAYERS = {"omni": 4, "vl3": 6}  # deepstack wants three on the first of two stages
 STOP_IDS = list(range(1, 10))  # many, so that completions of a random model end at different times
 SAMPLING = SamplingConfig(temperature=0.8, max_new_tokens=40)
 KEYS = [f"seed/stage/step/{kind}/0" for kind in tiny.KINDS]
@@ -33,11 +35,14 @@ traces: list[list[int | None]] = []  # of every generation on this rank
 ROWS = 3  # odd, so that sequence parallelism has to pad a decode step
 
 
-def make_folder(folder: Path) -> Path:
-    config = tiny.tiny_config()
-    config.eos_token_id = STOP_IDS
-    tiny.tiny_thinker(config).save_pretrained(folder)
-    return folder
+def make_folder(folder: Path, name: str) -> Path:
+    """FOLDER/NAME, the family's tiny model with these stop tokens."""
+    family = tiny.FAMILIES[name]
+    config = family.config(layers=LAYERS[name])
+    for owner in (config, config.text_config):
+        owner.eos_token_id = STOP_IDS
+    family.model(config).save_pretrained(folder / name)
+    return folder / name
 
 
 def open_policy(folder: Path, parallel: ParallelConfig) -> OmniPolicy:
@@ -64,10 +69,10 @@ class TracedGeneration(Generation):
         return super()._exchange(*args)
 
 
-def check_layout(folder: Path, parallel: ParallelConfig) -> list:
-    policy = open_policy(folder, parallel)
+def check_layout(folder: Path, family: str, parallel: ParallelConfig) -> list:
+    policy = open_policy(folder / family, parallel)
     backend = policy.backend
-    prompts = list(tiny.tiny_prompts(policy.hf_config).values())[:3]
+    prompts = list(tiny.FAMILIES[family].prompts(policy.hf_config).values())[:3]
     groups = generate(policy, prompts, ROWS, SAMPLING, KEYS[:3])
     # One prompt is enough to keep all stages at work: its rows are shared out to the lanes.
     generate(policy, prompts[:1], 2, dataclasses.replace(SAMPLING, max_new_tokens=3), KEYS[:1])
@@ -129,9 +134,9 @@ def main(folder: Path) -> None:
     check_logprobs()
     generation.Generation = TracedGeneration
     results = {}
-    for tp, pp, sequence_parallel in LAYOUTS:
+    for family, tp, pp, sequence_parallel in LAYOUTS:
         parallel = ParallelConfig(tp=tp, pp=pp, sequence_parallel=sequence_parallel)
-        results[f"{tp}-{pp}-{sequence_parallel}"] = check_layout(folder, parallel)
+        results[f"{family}-{tp}-{pp}-{sequence_parallel}"] = check_layout(folder, family, parallel)
     if os.environ["RANK"] == "0":
         (folder / "results.json").write_text(json.dumps(results))
 

@@ -21,18 +21,29 @@ from megatron_avatar.policy.groups import pack_groups
 from megatron_avatar.policy.model import OmniPolicy
 from megatron_avatar.policy.weights import export_hf, load_hf
 from megatron_avatar.records import Prompt
-from tests.policy.tiny import tiny_completions, tiny_prompts, tiny_vl_prompts
+from tests.policy.tiny import FAMILIES, Family, tiny_completions
 
 # (tp, pp, sequence parallel); what four ranks leave over is data parallel. tp 4 shares 2 key-value heads out.
-LAYOUTS = [(2, 1, False), (1, 2, False), (2, 2, False), (2, 1, True), (2, 2, True), (4, 1, True)]
-MODELS = ("tiny", "tied", "vl", "qwen")
-TRAINED = ("tiny", "tied")  # with gradients and round trips
-GRADIENT_KINDS = ("audio_in_video", "text")  # the second micro-batch has no media, but the encoders are trained
+LAYOUTS = [(1, 1, False), (2, 1, False), (1, 2, False), (2, 2, False), (2, 1, True), (2, 2, True), (4, 1, True)]
+# model -> its family, and how its configuration is made. Deepstack wants three layers on the first of two stages.
+MODELS: dict[str, tuple[str, dict]] = {
+    "tiny": ("omni", {}),
+    "tied": ("omni", dict(tied=True)),
+    "vl": ("vl", {}),
+    "vl3": ("vl3", dict(layers=6)),
+    "vl3_tied": ("vl3", dict(layers=6, tied=True)),
+    "qwen": ("omni", dict(qwen=True, layers=2)),
+}
+TRAINED = ("tiny", "tied", "vl3", "vl3_tied")  # with gradients and round trips
 
 
-def models_of(tp: int) -> tuple[str, ...]:
+def family_of(name: str) -> Family:
+    return FAMILIES[MODELS[name][0]]
+
+
+def models_of(tp: int) -> list[str]:
     """Those whose heads tp divides: Qwen's proportions have 14."""
-    return MODELS if 14 % tp == 0 else MODELS[:-1]
+    return [name for name in MODELS if 14 % tp == 0 or name != "qwen"]
 
 
 def worst(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
@@ -55,21 +66,21 @@ def logits_errors(
     return policy.backend.broadcast_from_last_stage(errors)
 
 
-def share_error(policy: OmniPolicy, tp: int) -> float:
+def share_error(policy: OmniPolicy, prompt: Prompt, tp: int) -> float:
     """How far the encoders of any rank of the first stage are from 1 / tp of a video's slices."""
     rows = []
     if policy.pre_process:
         hook = policy.towers.visual.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
-        prompt = tiny_prompts(policy.hf_config)["audio_in_video"]
         policy.embed_media([prompt])
         hook.remove()
         rows[0] -= len(prompt.pixels) // tp
     return float(max(abs(row) for other in policy.backend.all_gather_object(rows) for row in other))
 
 
-def train_step(policy: OmniPolicy, folder: Path, source: Path) -> tuple[dict[str, torch.Tensor], ...]:
-    """Scores by kind and gradients by Hugging Face name, of two micro-batches in Megatron-Core's schedule."""
-    prompts = tiny_prompts(policy.hf_config)
+def train_step(
+    policy: OmniPolicy, prompts: dict[str, Prompt], trained: tuple[str, ...], folder: Path, source: Path
+) -> tuple[dict[str, torch.Tensor], ...]:
+    """Scores by kind and gradients by Hugging Face name, of some micro-batches in Megatron-Core's schedule."""
     policy.set_train_towers(True)
     policy.config.finalize_model_grads_func = finalize_model_grads
     parallel = DistributedDataParallel(policy.config, DistributedDataParallelConfig(), policy)
@@ -82,9 +93,9 @@ def train_step(policy: OmniPolicy, folder: Path, source: Path) -> tuple[dict[str
 
     scored = get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=iter(GRADIENT_KINDS),
+        data_iterator=iter(trained),
         model=[parallel],
-        num_microbatches=len(GRADIENT_KINDS),
+        num_microbatches=len(trained),
         seq_length=1,  # shapes travel with the tensors
         micro_batch_size=1,
         forward_only=False,
@@ -111,12 +122,13 @@ def check_layout(folder: Path, tp: int, pp: int, sequence_parallel: bool) -> dic
         build = partial(build_policy, source, backend, ModelConfig(), parallel)
         policy = build()
         load_hf(policy, source)
-        prompts = tiny_vl_prompts if name == "vl" else tiny_prompts
-        errors = logits_errors(policy, prompts(policy.hf_config), load_file(folder / f"{name}.logits"))
+        family = family_of(name)
+        prompts = family.prompts(policy.hf_config)
+        errors = logits_errors(policy, prompts, load_file(folder / f"{name}.logits"))
         results |= {f"{name}.{kind}": error for kind, error in errors.items()}
         if name not in TRAINED:
             continue
-        results[f"{name}.share"] = share_error(policy, tp)
+        results[f"{name}.share"] = share_error(policy, prompts["video"], tp)
         export_hf(policy, out, source)
         again = build()
         load_hf(again, out)  # on all ranks, from the exported folder
@@ -125,7 +137,7 @@ def check_layout(folder: Path, tp: int, pp: int, sequence_parallel: bool) -> dic
         )
         exported, original = (load_file(path / "model.safetensors") for path in (out, source))
         results[f"{name}.export"] = worst(exported, original)
-        scores, gradients = train_step(policy, out, source)
+        scores, gradients = train_step(policy, prompts, family.trained, out, source)
         results[f"{name}.scores"] = worst(scores, load_file(folder / f"{name}.scores"))
         results[f"{name}.gradients"] = worst(gradients, load_file(folder / f"{name}.gradients"))
     backends.stop()

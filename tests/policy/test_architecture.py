@@ -8,11 +8,12 @@ from types import SimpleNamespace
 import pytest
 from transformers import Qwen2_5OmniConfig
 
+from megatron_avatar.config.schema import ModelConfig, ParallelConfig
 from megatron_avatar.policy import architecture
-from megatron_avatar.policy.architecture import placeholder_ids, read_config, read_model_type
+from megatron_avatar.policy.architecture import placeholder_ids, read_config, read_model_type, transformer_config
 from megatron_avatar.policy.sampling import banned_tokens, stop_token_ids
 from megatron_avatar.policy.shape import hears
-from tests.policy.tiny import AUDIO, IMAGE, VIDEO, tiny_config, tiny_vl_config
+from tests.policy.tiny import AUDIO, IMAGE, VIDEO, tiny_config, tiny_vl3_config, tiny_vl_config
 
 # As Qwen2.5-VL-7B-Instruct is published: the language model's settings lie beside the others, not in a text_config.
 PUBLISHED = dict(
@@ -40,6 +41,26 @@ PUBLISHED = dict(
     vision_config=dict(depth=32, hidden_size=1280, out_hidden_size=3584, tokens_per_second=2),
 )
 
+# As Qwen3-VL-4B-Instruct is: no key of sliding windows, and the older name of what rotates.
+PUBLISHED3 = dict(
+    model_type="qwen3_vl",
+    image_token_id=151655,
+    video_token_id=151656,
+    vision_start_token_id=151652,
+    vision_end_token_id=151653,
+    tie_word_embeddings=True,
+    text_config=dict(
+        model_type="qwen3_vl_text", attention_bias=False, bos_token_id=151643, eos_token_id=151645, head_dim=128,
+        hidden_size=2560, intermediate_size=9728, max_position_embeddings=262144, num_attention_heads=32,
+        num_hidden_layers=36, num_key_value_heads=8, rms_norm_eps=1e-06, rope_theta=5000000, vocab_size=151936,
+        rope_scaling={"mrope_interleaved": True, "mrope_section": [24, 20, 20], "rope_type": "default"},
+    ),
+    vision_config=dict(
+        model_type="qwen3_vl", depth=24, hidden_size=1024, num_heads=16, intermediate_size=4096, patch_size=16,
+        num_position_embeddings=2304, deepstack_visual_indexes=[5, 11, 17], out_hidden_size=2560,
+    ),
+)  # fmt: skip
+
 
 def write(folder, config):
     (folder / "config.json").write_text(json.dumps(config))
@@ -61,18 +82,40 @@ def test_vl_as_published(tmp_path):
     assert not hears(config) and placeholder_ids(config) == (151655, 151656)
 
 
+def test_qwen3_vl_as_published(tmp_path):
+    config = read_config(write(tmp_path, PUBLISHED3))
+    ours = transformer_config(config, ModelConfig(), ParallelConfig(tp=4), on_cpu=True)
+    assert (ours.kv_channels, ours.num_query_groups, ours.hidden_size, ours.num_layers) == (128, 8, 2560, 36)
+    assert ours.qk_layernorm and not ours.add_qkv_bias and ours.mrope_interleaved
+    assert ours.mrope_section == [24, 20, 20] and config.text_config.rope_parameters["rope_theta"] == 5e6
+    assert config.tie_word_embeddings and not hears(config) and placeholder_ids(config) == (151655, 151656)
+
+
+@pytest.mark.parametrize("pp, first, match", [
+    (16, None, "pp=16 doesn't divide the 36 layers .*: write parallel.first_stage_layers=6 "),
+    (18, None, "first stage would have 2 layers, less than the 3 .*deepstack.*: write parallel.first_stage_layers=19 "),
+    (8, 1, "first stage would have 1 layers, less than the 3 .*deepstack.*: write parallel.first_stage_layers=8 "),
+    (35, None, "pp=35 leaves the first stage no room for the 3 layers .*deepstack.*: lower it"),
+])  # fmt: skip
+def test_layouts_that_cut_deepstack_are_refused(tmp_path, pp, first, match):
+    config = read_config(write(tmp_path, PUBLISHED3))
+    with pytest.raises(ValueError, match=match):
+        transformer_config(config, ModelConfig(), ParallelConfig(pp=pp, first_stage_layers=first), on_cpu=True)
+
+
 def test_every_class_gives_the_same_parts(tmp_path):
     configs = {
         "qwen2_5_omni": Qwen2_5OmniConfig(thinker_config=tiny_config().to_dict(), enable_audio_output=False),
         "qwen2_5_omni_thinker": tiny_config(),
         "qwen2_5_vl": tiny_vl_config(),
+        "qwen3_vl": tiny_vl3_config(),
     }
     for name, config in configs.items():
         config.save_pretrained(tmp_path / name)
         assert read_model_type(tmp_path / name) == name
         read = read_config(tmp_path / name)
-        assert (read.text_config.hidden_size, read.vision_config.depth) == (64, 2)
-        assert hears(read) == (name != "qwen2_5_vl")
+        assert (read.text_config.hidden_size, read.vision_config.depth) == (64, 4 if "3" in name else 2)
+        assert hears(read) == ("omni" in name)
         assert placeholder_ids(read) == ((IMAGE, VIDEO, AUDIO) if hears(read) else (IMAGE, VIDEO))
 
 
@@ -104,6 +147,7 @@ def test_control_tokens_are_found_wherever_a_config_names_them(tmp_path):
     stops, banned = tokens(read_config(write(tmp_path, PUBLISHED)))
     assert stops == [151645, 151643]  # <|im_end|> and <|endoftext|>, as VL's own generation
     assert banned == media | {151644}  # <|im_start|>, which config.json doesn't name
+    assert tokens(read_config(write(tmp_path, PUBLISHED3))) == (stops, banned)
     shapes = Path(architecture.__file__).parents[1] / "config" / "shapes"
     for shape in ("qwen2_5_omni_7b", "qwen2_5_omni_3b"):
         stops, banned = tokens(read_config(shapes / shape))
@@ -111,7 +155,9 @@ def test_control_tokens_are_found_wherever_a_config_names_them(tmp_path):
 
 
 @pytest.mark.parametrize("change, match", [
-    (dict(model_type="qwen2_vl"), "model_type is 'qwen2_vl'.*point model.path to .* Qwen2.5-Omni or Qwen2.5-VL"),
+    (dict(model_type="qwen2_vl"), "model_type is 'qwen2_vl'.*point model.path to .* Qwen2.5-Omni, Qwen2.5-VL or "),
+    (dict(model_type="qwen3_vl_moe"), "model_type is 'qwen3_vl_moe' .*mixture of experts.*dense Qwen3-VL"),
+    (PUBLISHED3 | {"text_config": PUBLISHED3["text_config"] | {"attention_bias": True}}, "attention_bias"),
     (dict(use_sliding_window=True), "sliding windows"),
     (dict(rope_scaling={"rope_type": "yarn", "factor": 4.0, "mrope_section": [16, 24, 24]}), "scaled"),
     (dict(rope_scaling=None), "one-dimensional"),

@@ -127,7 +127,7 @@ def test_the_kernels_see_the_same(monkeypatch, size):
     monkeypatch.setattr(kernels, "STRETCH", 4)
     monkeypatch.setattr(kernels, "KEYS", 16)
     monkeypatch.setitem(globals(), "SIZE", size)
-    for module in (caches, kernels, rope):
+    for module in (kernels, rope):
         monkeypatch.setattr(module, "runs_triton", lambda tensor: True)
     monkeypatch.setitem(globals(), "LAYERS", (3,))
     world = World(True, pages=6, rows=6, steps=6)

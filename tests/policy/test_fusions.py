@@ -18,7 +18,7 @@ from megatron.core.transformer.transformer_block import get_num_layers_to_build
 
 from megatron_avatar.config.schema import Config, ModelConfig, ParallelConfig
 from megatron_avatar.policy import backend as backends
-from megatron_avatar.policy import fusions, selftest
+from megatron_avatar.policy import flash, fusions, selftest
 from megatron_avatar.policy.architecture import transformer_config
 from megatron_avatar.policy.build import build_policy
 from megatron_avatar.policy.fusions import Fusions, choose_fusions
@@ -28,77 +28,113 @@ from megatron_avatar.policy.weights import load_hf
 from megatron_avatar.training import provenance
 from tests.policy.tiny import tiny_completions, tiny_config, tiny_prompts, tiny_thinker
 
+HALF = torch.bfloat16
+auto = partial(choose_fusions, "auto", on_cpu=False, dtype=HALF)
 
-def pretend(monkeypatch, *, engine: bool, apex: bool) -> None:
-    """Leave Megatron-Core's findings as they would be with these packages."""
-    adam = "transformer_engine.pytorch.optimizers" if engine else "apex.optimizers" if apex else "torch.optim"
+
+def pretend(monkeypatch, *, engine: bool, apex: bool, flash_3: bool = False) -> None:
+    """Leave Megatron-Core's findings, and torch's switch, as they would be with these packages."""
+    package = "transformer_engine.pytorch.optimizers" if engine else "apex.optimizers" if apex else "torch.optim"
     monkeypatch.setattr(fusions.transformer_engine, "HAVE_TE", engine)
-    monkeypatch.setattr(fusions.megatron_layers, "_grad_accum_fusion_available", apex)
-    monkeypatch.setattr(fusions.megatron_optimizer, "Adam", type("Adam", (), {"__module__": adam}))
+    monkeypatch.setattr(fusions, "APEX_ACCUMULATES", apex)
+    monkeypatch.setattr(fusions.megatron_optimizer, "Adam", type("Adam", (), {"__module__": package}))
     flags = [(m, name, not of_torch if engine or apex else of_torch, of_torch)
-             for m, name, _, of_torch in fusions.ADAM_FLAGS]
-    monkeypatch.setattr(fusions, "ADAM_FLAGS", flags)
-    monkeypatch.setattr(fusions, "tested", lambda part: "")
+             for m, name, _, of_torch in fusions.FLAGS["adam"]]
+    monkeypatch.setitem(fusions.FLAGS, "adam", flags)
+    if engine or apex:
+        multi = type("MultiTensor", (), {"__module__": package})()
+        monkeypatch.setitem(fusions.FLAGS, "norms", [(m, name, multi, of_torch)
+                                                     for m, name, _, of_torch in fusions.FLAGS["norms"]])
+    monkeypatch.setattr(fusions, "fits_flash_3", lambda dtype: flash_3)
+    monkeypatch.setattr(fusions, "find_spec", lambda name: flash_3 or None)
+    monkeypatch.setattr(fusions, "tested", lambda part, dtype: "")
     monkeypatch.setattr(fusions, "refusals", functools.cache(fusions.refusals.__wrapped__))
 
 
 @pytest.mark.parametrize(
-    ("engine", "apex", "expected"),
+    ("engine", "apex", "flash_3", "expected"),
     [
-        (True, True, ("transformer_engine", "transformer_engine", True, ())),
-        (True, False, ("transformer_engine", "transformer_engine", False, ("Apex with --cuda_ext",))),
-        (False, True, ("torch", "apex", True, ("Transformer Engine",))),
-        (False, False, ("torch", "torch", False, ("Transformer Engine", "Apex with --cuda_ext"))),
+        (True, True, True, ("transformer_engine", "transformer_engine", "flash_attn_3", True, ())),
+        (True, False, False, ("transformer_engine", "transformer_engine", "torch", True, ())),
+        (False, True, False, ("torch", "apex", "torch", True, ("Transformer Engine",))),
+        (False, False, True, ("torch", "torch", "flash_attn_3", False, ("Transformer Engine", "Apex with --cuda_ext"))),
     ],
 )
-def test_what_is_installed_is_taken(monkeypatch, engine, apex, expected):
-    pretend(monkeypatch, engine=engine, apex=apex)
-    chosen = choose_fusions("auto", on_cpu=False)
-    assert (chosen.layers, chosen.adam, chosen.weight_gradients, chosen.missing) == expected
-    assert choose_fusions("torch", on_cpu=False) == choose_fusions("auto", on_cpu=True) == Fusions()
-    for name in expected[3]:
+def test_what_is_installed_is_taken(monkeypatch, engine, apex, flash_3, expected):
+    pretend(monkeypatch, engine=engine, apex=apex, flash_3=flash_3)
+    chosen = auto()
+    assert (chosen.layers, chosen.adam, chosen.attention, chosen.weight_gradients, chosen.missing) == expected
+    assert chosen.norms == chosen.adam
+    assert choose_fusions("torch", on_cpu=False, dtype=HALF) == choose_fusions("auto", on_cpu=True, dtype=HALF)
+    assert choose_fusions("torch", on_cpu=False, dtype=HALF) == Fusions()
+    for name in expected[-1]:
         assert name in str(chosen)
-    assert ("AdamW of Transformer Engine" in str(chosen)) is engine
+    assert ("AdamW of Transformer Engine" in str(chosen)) is engine and ("FlashAttention-3" in str(chosen)) is flash_3
     assert str(Fusions()).startswith("layers of torch ")
+    monkeypatch.setattr(fusions, "fits_flash_3", lambda dtype: True)
+    monkeypatch.setattr(fusions, "find_spec", lambda name: None)
+    assert auto().missing == (*expected[-1], "FlashAttention-3")
 
 
-@pytest.mark.parametrize("part", ["linear", "adam", "accumulate"])
+TAKEN = {"linear": "layers", "adam": "adam", "norms": "norms", "attention": "attention"}
+
+
+@pytest.mark.parametrize("part", list(fusions.PARTS))
 def test_what_disagrees_with_torch_is_left_aside_and_said(monkeypatch, part):
-    pretend(monkeypatch, engine=True, apex=True)
-    monkeypatch.setattr(fusions, "tested", lambda name: "it differs" if name == part else "")
-    chosen = choose_fusions("auto", on_cpu=False)
-    assert (chosen.layers == "torch") is (part == "linear") and (chosen.adam == "torch") is (part == "adam")
-    assert chosen.weight_gradients is (part != "accumulate") and not chosen.missing
-    assert f"left aside: {'Apex' if part == 'accumulate' else 'Transformer Engine'}'s" in str(chosen)
+    """Where Transformer Engine's layers aren't taken, Apex's accumulation is; where theirs isn't, there is none."""
+    pretend(monkeypatch, engine=True, apex=True, flash_3=True)
+    monkeypatch.setattr(fusions, "tested", lambda name, dtype: "it differs" if name == part else "")
+    chosen = auto()
+    for name, field in TAKEN.items():
+        assert (getattr(chosen, field) == "torch") is (name == part)
+    assert chosen.weight_gradients is (part != "engine_accumulate") and not chosen.missing
+    package = {"accumulate": "Apex", "attention": "FlashAttention-3"}.get(part, "Transformer Engine")
+    assert f"left aside: {package}'s {fusions.PARTS[part]} (it differs)" in str(chosen)
 
 
 def test_one_ranks_refusal_is_every_ranks(monkeypatch, caplog):
     """Gathered once, and by every rank in `introduce`, before rank 0 alone speaks."""
-    pretend(monkeypatch, engine=False, apex=True)
+    pretend(monkeypatch, engine=False, apex=True, flash_3=True)
     calls = []
 
     def gather(everyone, mine):
         calls.append(mine)
-        everyone[:] = [mine, mine | {"adam": ("apex", "it differs")}, mine | {"accumulate": ("", "")}]
+        everyone[:] = [mine, mine | {"adam": ("apex", "it differs")}, mine | {"accumulate": ("", "")},
+                       mine | {"attention": ("", "")}]  # fmt: skip
 
     monkeypatch.setattr(fusions, "dist", SimpleNamespace(
-        is_initialized=lambda: True, get_world_size=lambda: 3, all_gather_object=gather))  # fmt: skip
-    provenance.introduce(Config(), SimpleNamespace(rank=1, device=torch.device("cuda", 0)))
+        is_initialized=lambda: True, get_world_size=lambda: 4, all_gather_object=gather))  # fmt: skip
+    config = Config()
+    config.model.dtype = "bfloat16"
+    provenance.introduce(config, SimpleNamespace(rank=1, device=torch.device("cuda", 0)))
     assert len(calls) == 1 and not caplog.records
-    chosen = choose_fusions("auto", on_cpu=False)
-    assert len(calls) == 1 and (chosen.adam, chosen.weight_gradients) == ("torch", False)
-    assert chosen.refused == ("Apex's AdamW (rank 1: it differs)", "Apex's gradient accumulation (rank 2: it has none)")
+    chosen = auto()
+    assert len(calls) == 1 and (chosen.adam, chosen.weight_gradients, chosen.attention) == ("torch", False, "torch")
+    assert chosen.norms == "apex" and chosen.refused == (
+        "Apex's AdamW (rank 1: it differs)", "Apex's gradient accumulation (rank 2: it has none)",
+        "FlashAttention-3's attention (rank 3: it has none)",
+    )  # fmt: skip
 
 
 class Linear(torch.nn.Linear):
-    """As transformer_engine.pytorch.Linear is called."""
+    """As transformer_engine.pytorch.Linear is called; wrong by a share of its output, in column or in row layers, in
+    one dtype, or in what it adds to the buffer."""
 
-    def __init__(self, columns, rows, *, bias, params_dtype, device, wrong=0.0) -> None:
+    def __init__(self, columns, rows, *, bias, parallel_mode, params_dtype, device, fuse_wgrad_accumulation=False,
+                 wrong=0.0, wrong_mode=None, wrong_dtype=None, adds=1.0) -> None:  # fmt: skip
         super().__init__(columns, rows, bias=bias, dtype=params_dtype, device=device)
-        self.wrong = wrong
+        hit = wrong_mode in (None, parallel_mode) and wrong_dtype in (None, params_dtype)
+        self.wrong, self.fused, self.adds = wrong * hit, fuse_wgrad_accumulation, adds
 
     def forward(self, x):
-        return super().forward(x) + self.wrong * x.sum()
+        out = super().forward(x) + self.wrong * x.sum()
+        if self.fused:
+            out.register_hook(lambda g: self.add(g.float().t() @ x.detach().float()))
+        return out
+
+    def add(self, gradient):
+        self.weight.main_grad += self.adds * gradient
+        self.weight.grad_added_to_main_grad = True
 
 
 class Adam:
@@ -120,33 +156,88 @@ class Adam:
         self.weight -= self.lr * (mean / (square.sqrt() + self.eps) + self.decay * self.weight)
 
 
-def test_the_self_tests_tell_right_kernels_from_wrong_ones():
-    cpu = torch.device("cpu")
-
-    def add(x, g, buffer):
-        buffer += g.float().t() @ x.float()
-
-    assert selftest.verdict(selftest.linear, lambda: Linear, cpu) == ""
-    assert selftest.verdict(selftest.adam, lambda: Adam, cpu) == ""
-    assert selftest.verdict(selftest.accumulate, lambda: add, cpu) == ""
-    wrong = [
-        selftest.verdict(selftest.linear, lambda: partial(Linear, wrong=0.1), cpu),
-        selftest.verdict(selftest.adam, lambda: lambda params, **more: Adam(params, **more | {"eps": 1.0}), cpu),
-        selftest.verdict(selftest.adam, lambda: lambda params, **more: Adam(params, **more | {"weight_decay": 0}), cpu),
-        selftest.verdict(selftest.accumulate, lambda: lambda x, g, buffer: None, cpu),
-        selftest.verdict(selftest.accumulate, lambda: lambda x, g, buffer: buffer.fill_(math.nan), cpu),
-    ]
-    assert all(" differs from torch's by " in reason for reason in wrong), wrong
-    assert "ModuleNotFoundError" in selftest.verdict(selftest.linear, lambda: import_module("no_such_package"), cpu)
+def add(x, g, buffer):
+    """As fused_weight_gradient_mlp_cuda.wgrad_gemm_accum_fp32."""
+    buffer += g.float().t() @ x.float()
 
 
-def test_adam_is_switched_and_switched_back(monkeypatch):
+MULTI = (fusions.apply_at_once, fusions.l2_norm, fusions.scale_each)
+RIGHT = {
+    "linear": Linear, "engine_accumulate": Linear, "adam": Adam, "accumulate": add, "norms": MULTI,
+    "attention": flash.FLASH_CPU,
+}  # fmt: skip
+WRONG = {
+    "linear": [partial(Linear, wrong=0.1), partial(Linear, wrong=0.1, wrong_mode="row"),
+               partial(Linear, wrong=0.1, wrong_mode="column")],
+    "engine_accumulate": [partial(Linear, adds=0.5), partial(Linear, adds=math.nan)],
+    "adam": [lambda params, **more: Adam(params, **more | {"eps": 1.0}),
+             lambda params, **more: Adam(params, **more | {"weight_decay": 0})],
+    "accumulate": [lambda x, g, buffer: None, lambda x, g, buffer: buffer.fill_(math.nan)],
+    "norms": [(MULTI[0], lambda lists, each: (lists[0][0].norm()[None], None), MULTI[2]),
+              (MULTI[0], MULTI[1], lambda lists, factor: None)],
+    "attention": [flash.FLASH_CPU._replace(backward=lambda grad, *rest: flash.FLASH_CPU.backward(2 * grad, *rest)),
+                  flash.FLASH_CPU._replace(forward=lambda *a: flash.FLASH_CPU.forward(*a[:6], 1.0))],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("part", list(fusions.PARTS))
+def test_the_self_tests_tell_right_kernels_from_wrong_ones_in_each_dtype(monkeypatch, part, dtype):
+    """`tested`, with what each package would be in its place, on the CPU."""
+    calls, plain, switched = [], selftest.verdict, []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(fusions, "switch_attention", switched.append)
+    for kernel in (RIGHT[part], *WRONG[part]):
+        def verdict(test, make, device, asked, kernel=kernel):
+            calls.append((device.type, asked))
+            return plain(test, lambda: kernel, torch.device("cpu"), asked)
+
+        monkeypatch.setattr(selftest, "verdict", verdict)
+        reason = fusions.tested(part, dtype)
+        assert (" differs from torch's by " in reason) if kernel is not RIGHT[part] else reason == ""
+    assert set(calls) == {("cuda", dtype)} and set(switched) == ({"torch"} if part == "attention" else set())
+
+
+def test_a_fault_of_one_dtype_is_one_of_that_dtype():
+    make = partial(Linear, wrong=0.1, wrong_dtype=torch.float16)
+    reasons = [selftest.verdict(selftest.linear, lambda: make, torch.device("cpu"), dtype)
+               for dtype in (torch.float32, torch.float16, torch.bfloat16)]
+    assert [bool(reason) for reason in reasons] == [False, True, False]
+    missing = selftest.verdict(selftest.linear, lambda: import_module("no_such_package"), torch.device("cpu"), HALF)
+    assert "ModuleNotFoundError" in missing
+
+
+def test_what_was_chosen_is_pinned_and_taken_back(monkeypatch):
+    """Megatron-Core's records, and torch's switch of FlashAttention."""
     pretend(monkeypatch, engine=False, apex=True)
-    for module, name, found, _ in fusions.ADAM_FLAGS:
+    active = []
+    monkeypatch.setattr(fusions, "torch_attention", SimpleNamespace(
+        current_flash_attention_impl=lambda: active[-1] if active else None,
+        activate_flash_attention_impl=active.append, restore_flash_attention_impl=active.clear))  # fmt: skip
+    flags = fusions.FLAGS["adam"] + fusions.FLAGS["norms"]
+    for module, name, found, _ in flags:
         monkeypatch.setattr(module, name, found)
-    for adam, index in (("torch", 3), ("apex", 2)):
-        fusions.pin_adam(Fusions(adam=adam))
-        assert all(getattr(flag[0], flag[1]) is flag[index] for flag in fusions.ADAM_FLAGS)
+    monkeypatch.setattr(fusions.megatron_layers, "_grad_accum_fusion_available", False)
+    monkeypatch.setattr(fusions, "APEX_ACCUMULATES", False)
+    for chosen, index in ((Fusions(), 3), (Fusions(adam="apex", norms="apex", attention="flash_attn_3"), 2)) * 2:
+        fusions.pin(chosen)
+        assert all(getattr(flag[0], flag[1]) is flag[index] for flag in flags)
+        assert active == ["FA3"] * (index == 2)
+    assert not fusions.megatron_layers._grad_accum_fusion_available
+    fusions.pin(Fusions(layers="transformer_engine", weight_gradients=True))
+    assert fusions.megatron_layers._grad_accum_fusion_available, "the output layer is built without Apex"
+    fusions.pin(Fusions())
+    assert not active and not fusions.megatron_layers._grad_accum_fusion_available
+
+
+def test_flash_attention_3_is_for_half_precision_on_hopper(monkeypatch):
+    for capability, fits in (((9, 0), True), ((8, 0), False), ((10, 0), False)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
+        assert fusions.fits_flash_3(torch.float16) is fusions.fits_flash_3(torch.bfloat16) is fits
+        assert not fusions.fits_flash_3(torch.float32)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(fusions, "torch_attention", SimpleNamespace())  # of an older torch
+    assert not fusions.fits_flash_3(torch.float16)
 
 
 class FakeColumn(tensor_parallel.ColumnParallelLinear):
@@ -183,7 +274,7 @@ def test_layers_of_transformer_engine_keep_names_and_scores(backend, tmp_path, m
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-3), ("bfloat16", 5e-2)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-3), ("bfloat16", 5e-2), ("float16", 1e-2)])
 def test_kernels_give_equal_losses_where_both_run(tmp_path, dtype, tolerance):
     backend = backends.start(ParallelConfig())
     tiny_thinker(tiny_config(qwen=True, layers=2)).save_pretrained(tmp_path)

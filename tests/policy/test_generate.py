@@ -3,13 +3,12 @@
 import dataclasses
 import itertools
 import json
-from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 from megatron.core import tensor_parallel
-from transformers import Qwen2_5OmniThinkerForConditionalGeneration, TopKLogitsWarper, TopPLogitsWarper
+from transformers import Qwen2_5OmniThinkerForConditionalGeneration, Qwen3VLForConditionalGeneration
 
 from megatron_avatar.config.schema import ModelConfig, ParallelConfig, SamplingConfig
 from megatron_avatar.policy import backend as backends
@@ -20,8 +19,6 @@ from megatron_avatar.policy.build import build_policy
 from megatron_avatar.policy.cache import KeyValueCache
 from megatron_avatar.policy.generate import GenerationStopped, generate
 from megatron_avatar.policy.groups import pack_groups
-from megatron_avatar.policy.kernels.draw import find
-from megatron_avatar.policy.sampling import draw
 from megatron_avatar.policy.weights import load_hf
 from megatron_avatar.records import Prompt
 from tests.policy import generation_world, tiny
@@ -35,7 +32,7 @@ BANNED = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return make_folder(tmp_path_factory.mktemp("thinker"))
+    return make_folder(tmp_path_factory.mktemp("models"), "omni")
 
 
 @pytest.fixture(scope="module")
@@ -306,16 +303,52 @@ def test_generation_recomputes_nothing(policy, prompts, folder, monkeypatch, rec
 
 
 @pytest.fixture(scope="module")
-def by_layout(folder):
-    launch(generation_world.main, 4, folder)
-    return json.loads((folder / "results.json").read_text())
+def qwen3(policy, folder):
+    """Qwen3-VL's policy, its prompts, and what it generates of them."""
+    source = make_folder(folder.parent, "vl3")
+    other = build_policy(source, policy.backend, ModelConfig(path=str(source)), ParallelConfig())
+    load_hf(other, source)
+    prompts = list(tiny.FAMILIES["vl3"].prompts(other.hf_config).values())
+    return other, prompts, generate(other, prompts, ROWS, SAMPLING, KEYS)
+
+
+def test_qwen3_generates_what_it_scores(qwen3):
+    """Features that go to several layers when the prompt is read, and norms of queries and keys at every token."""
+    policy, prompts, generated = qwen3
+    recorded = [row.logprobs for group in generated for row in group]
+    for ours, theirs in zip(recorded, train_scores(policy, prompts, generated), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    own = torch.arange(policy.towers.width) < policy.config.hidden_size
+    media = [rows * own for rows in policy.embed_media(prompts[:3])]
+    poor = generate(policy, prompts[:3], ROWS, SAMPLING, KEYS[:3], media=media)
+    recorded = [row.logprobs for group in poor for row in group]
+    assert error(recorded, train_scores(policy, prompts[:3], poor)) > 1.05, "without deepstack the gate trips"
+
+
+def test_qwen3_greedy_equals_transformers(qwen3, folder):
+    policy, prompts, _ = qwen3
+    model = Qwen3VLForConditionalGeneration.from_pretrained(folder.parent / "vl3").eval()
+    ours = generate(policy, prompts, 1, SamplingConfig(max_new_tokens=24), KEYS, greedy=True)
+    for prompt, (row,) in zip(prompts, ours, strict=True):
+        theirs = model.generate(
+            **tiny.vl_inputs(model, prompt), max_new_tokens=24, do_sample=False, eos_token_id=STOP_IDS,
+            suppress_tokens=list(BANNED),
+        )  # fmt: skip
+        assert row.token_ids.tolist() == theirs[0, len(prompt) :].tolist()
+    assert max(len(row) for (row,) in ours) > 4
+
+
+@pytest.fixture(scope="module")
+def by_layout(folder, qwen3):
+    launch(generation_world.main, 4, folder.parent)
+    return json.loads((folder.parent / "results.json").read_text())
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "-".join(map(str, layout)))
 @pytest.mark.slow
-def test_layouts_generate_alike(by_layout, generated, layout):
+def test_layouts_generate_alike(by_layout, generated, qwen3, layout):
     rows = by_layout["-".join(map(str, layout))]
-    expected = [row for group in generated[:3] for row in group]
+    expected = [row for group in (generated if layout[0] == "omni" else qwen3[2])[:3] for row in group]
     for (ids, logprobs, finished), row in zip(rows, expected, strict=True):
         assert ids == row.token_ids.tolist() and finished == row.finished
         np.testing.assert_allclose(logprobs, row.logprobs, atol=1e-5)
@@ -346,83 +379,6 @@ def test_stop_and_what_is_left_behind(policy, prompts):
 def test_settings_out_of_range_are_refused(policy, prompts, wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         generate(policy, prompts, 1, SamplingConfig(**wrong), KEYS)
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# One draw
-
-
-def draws(sampling, logits, banned=(), count=4000):
-    """How often each token comes out of evenly spaced uniform numbers, as shares; and the log-probabilities."""
-    mask = torch.zeros(len(logits), dtype=torch.bool)
-    mask[list(banned)] = True
-    uniforms = (torch.arange(count, dtype=torch.float64) + 0.5) / count
-    ids, scores, cut = draw(logits.expand(count, -1), uniforms, sampling, mask)
-    full = torch.log_softmax(logits / sampling.temperature, -1)
-    torch.testing.assert_close(scores, full[ids])  # whatever was banned or truncated
-    shares = Counter(ids.tolist())
-    # All rows are alike: what was cut off is what no uniform number leads to.
-    possible = full.exp()[sorted(shares)].sum() / full.exp()[~mask].sum()
-    torch.testing.assert_close(cut, (1 - possible).expand(count), atol=2e-3, rtol=0)
-    return torch.tensor([shares[i] / count for i in range(len(logits))])
-
-
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_draw_follows_the_distribution(temperature):
-    logits = torch.randn(11, generator=torch.Generator().manual_seed(3)) * 2
-    sampling = SamplingConfig(temperature=temperature)
-    torch.testing.assert_close(draws(sampling, logits), (logits / temperature).softmax(-1), atol=1 / 4000, rtol=0)
-    allowed = logits.clone()
-    allowed[[2, 10]] = float("-inf")
-    shares = draws(sampling, logits, banned=(2, 10))
-    torch.testing.assert_close(shares, (allowed / temperature).softmax(-1), atol=1 / 4000, rtol=0)
-    assert shares[2] == shares[10] == 0
-
-
-@pytest.mark.parametrize("top_k, top_p", [(3, 1.0), (0, 0.6), (5, 0.7), (0, 1e-9), (1, 1.0), (99, 1.0)])
-def test_truncation_equals_transformers(top_k, top_p):
-    logits = torch.randn(11, generator=torch.Generator().manual_seed(5)) * 2
-    wanted = logits[None] / 0.9
-    if top_k:
-        wanted = TopKLogitsWarper(top_k)(None, wanted)
-    if top_p < 1:
-        wanted = TopPLogitsWarper(top_p)(None, wanted)
-    shares = draws(SamplingConfig(temperature=0.9, top_k=top_k, top_p=top_p), logits)
-    torch.testing.assert_close(shares, wanted[0].softmax(-1), atol=1 / 4000, rtol=0)
-
-
-def test_top_p_is_a_share_of_what_top_k_left():
-    """Of eleven tokens nearly alike four are left; half of their mass is two of them, half of all mass would be all."""
-    shares = draws(SamplingConfig(top_k=4, top_p=0.5), torch.arange(11) * 0.01)
-    torch.testing.assert_close(shares, torch.tensor([0.0] * 9 + [0.5, 0.5]), atol=5e-3, rtol=0)
-    shares = draws(SamplingConfig(top_k=4, top_p=0.5), torch.arange(11) * 0.01, banned=(10, 9, 8))
-    assert shares.nonzero().flatten().tolist() == [6, 7], "nor of what may not be drawn"
-
-
-def test_extreme_uniforms_never_draw_a_banned_token():
-    mask = torch.tensor([True, False, True, False, True])
-    uniforms = torch.tensor([0.0, np.nextafter(1.0, 0.0)], dtype=torch.float64)
-    ids, *_ = draw(torch.zeros(2, 5), uniforms, SamplingConfig(), mask)
-    assert ids.tolist() == [1, 3]
-
-
-def test_sums_that_fall_never_lead_to_a_token_without_mass():
-    """A GPU adds up in parallel, so that neighbouring sums may come in the wrong order by a rounding error."""
-    mass = torch.tensor([[0.0, 0.5, 0.0, 0.0, 0.5]], dtype=torch.float64)
-    cdf = torch.tensor([[0.0, 0.5, 0.5 + 1e-9, 0.5 - 1e-9, 1.0]], dtype=torch.float64)
-    uniform = torch.tensor([[0.5 + 5e-10]], dtype=torch.float64)
-    assert torch.searchsorted(cdf, uniform, right=True).item() in (2, 3), "the case shows nothing"
-    assert mass[0, find(mass, cdf, uniform).item()] > 0
-
-
-@pytest.mark.parametrize("sampling", [SamplingConfig(), SamplingConfig(top_k=3), SamplingConfig(top_p=0.5)])
-def test_logits_that_are_no_numbers_draw_an_id_in_range(sampling):
-    logits = torch.zeros(3, 5)
-    logits[0] = float("nan")
-    logits[1, 2] = float("inf")
-    for uniforms in (torch.full((3,), 0.9, dtype=torch.float64), None):
-        ids, scores, _ = draw(logits, uniforms, sampling, torch.tensor([False, False, False, False, True]))
-        assert ((ids >= 0) & (ids < 5)).all() and scores.isnan().tolist() == [True, True, False]
 
 
 # ---- the host a step behind ----------------------------------------------------------------------------------------

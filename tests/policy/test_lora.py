@@ -11,11 +11,7 @@ import torch
 from peft import LoraConfig as PeftConfig
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import (
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2_5OmniForConditionalGeneration,
-    Qwen2_5OmniThinkerForConditionalGeneration,
-)
+from transformers import Qwen2_5OmniForConditionalGeneration, Qwen2_5OmniThinkerForConditionalGeneration
 
 from megatron_avatar.config.schema import (
     LORA_TARGETS,
@@ -35,17 +31,7 @@ from megatron_avatar.records import Completion, Group, Trajectory
 from megatron_avatar.training.learner import Learner
 from megatron_avatar.training.optim import build_optimizer
 from tests.policy import lora_world
-from tests.policy.tiny import (
-    thinker_logits,
-    tiny_completions,
-    tiny_config,
-    tiny_prompts,
-    tiny_thinker,
-    tiny_vl,
-    tiny_vl_config,
-    tiny_vl_prompts,
-    vl_logits,
-)
+from tests.policy.tiny import FAMILIES, thinker_logits, tiny_completions, tiny_config, tiny_prompts, tiny_thinker
 from tests.policy.tiny_omni import tiny_omni
 from tests.ranks import launch
 
@@ -118,26 +104,29 @@ def test_adapters_are_peft_s(folder, backend, tmp_path, targets):
     assert {name.split(".")[-3] for name in names} == set(targets) and len(names) == 2 * 2 * len(targets)
 
 
-@pytest.mark.parametrize("kind", ["omni", "vl"])
-def test_full_classes_with_trained_encoders(backend, tmp_path, kind):
-    """Adapters find their layers in the full Omni class and in VL; encoders that trained come with them."""
+@pytest.mark.parametrize("kind, hub", [("omni", False), ("vl", False), ("vl3", False), ("vl3", True)])
+def test_full_classes_with_trained_encoders(backend, tmp_path, kind, hub):
+    """Adapters find their layers in the full Omni class and in the VLs; encoders that trained come with them. The hub's
+    names are transformers' own in Qwen3-VL."""
     source, out = tmp_path / "source", tmp_path / "out"
     if kind == "omni":
         config = tiny_omni(source).config.thinker_config
         prompt, cls = tiny_prompts(config)["audio_in_video"], Qwen2_5OmniForConditionalGeneration
     else:
-        config = tiny_vl_config(layers=2)
-        tiny_vl(config).save_pretrained(source)
-        prompt, cls = tiny_vl_prompts(config)["video"], Qwen2_5_VLForConditionalGeneration
+        family = FAMILIES[kind]
+        config = family.config(layers=3)
+        model = family.model(config)
+        model.save_pretrained(source)
+        prompt, cls = family.prompts(config)["video"], type(model)
     policy = load(source, backend)
     shake(policy)
     with torch.no_grad():
         for parameter in policy.towers.parameters():
             parameter.mul_(1.1)
-    export_adapters(policy, out, source, LORA, towers=True)
+    export_adapters(policy, out, source, LORA, towers=True, hub=hub)
     model = with_adapters(cls.from_pretrained(source).eval(), out).base_model.model
     with torch.no_grad():
-        theirs = thinker_logits(model.thinker, prompt) if kind == "omni" else vl_logits(model, prompt)
+        theirs = thinker_logits(model.thinker, prompt) if kind == "omni" else family.logits(model, prompt)
     torch.testing.assert_close(logits_of(policy, prompt), theirs, atol=1e-4, rtol=0)
 
 
@@ -178,20 +167,22 @@ def test_generation_makes_the_dense_product_once_and_follows_changes(folder, bac
         np.testing.assert_allclose(scores.detach().numpy(), row.logprobs, atol=1e-5)
 
 
-@pytest.mark.parametrize("recompute", ["none", "full"])
-def test_gradients_are_peft_s(folder, backend, recompute):
+@pytest.mark.parametrize("kind, recompute", [("omni", "none"), ("omni", "full"), ("vl3", "full")])
+def test_gradients_are_peft_s(backend, tmp_path, kind, recompute):
     """Those of every A and B, at values where none is zero, and none of the weights'."""
-    policy = build_policy(folder, backend, ModelConfig(lora=LORA), ParallelConfig(recompute=recompute)).train()
-    load_hf(policy, folder)
+    family, layers = FAMILIES[kind], 2
+    model = family.model(family.config(layers=layers))
+    model.save_pretrained(tmp_path)
+    policy = build_policy(tmp_path, backend, ModelConfig(lora=LORA), ParallelConfig(recompute=recompute)).train()
+    load_hf(policy, tmp_path)
     shake(policy)
-    prompt, completion = tiny_prompts(policy.hf_config)["audio_in_video"], tiny_completions()[0]
+    prompt, completion = family.prompts(policy.hf_config)[family.trained[0]], tiny_completions()[0]
     policy(pack_groups([prompt], [[completion]]), policy.embed_media([prompt]))[0].sum().backward()
     trained = {name for name, parameter in policy.named_parameters() if parameter.grad is not None}
     assert trained == {name for name, _ in policy.named_parameters() if re.search(r"lora_\w+\.[ab]$", name)}
 
-    model = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(folder).eval()
-    layers = rf"model\.language_model\.layers\.\d+\.\w+\.({'|'.join(LORA_TARGETS)})"
-    model = get_peft_model(model, PeftConfig(r=LORA.rank, lora_alpha=LORA.alpha, target_modules=layers))
+    targets = rf"model\.language_model\.layers\.\d+\.\w+\.({'|'.join(LORA_TARGETS)})"
+    model = get_peft_model(model, PeftConfig(r=LORA.rank, lora_alpha=LORA.alpha, target_modules=targets))
     theirs = {
         name.replace("base_model.model.model.language_model", "model").replace(".default", ""): parameter
         for name, parameter in model.named_parameters()
@@ -202,14 +193,14 @@ def test_gradients_are_peft_s(folder, backend, recompute):
         for slot in slots:
             for name, value in zip(slot.shapes, slot.join(slot.parameter), strict=True):
                 theirs[name].copy_(value)
-    logits = thinker_logits(model.base_model.model, prompt, completion)[len(prompt) - 1 : -1]
+    logits = family.logits(model.base_model.model, prompt, completion)[len(prompt) - 1 : -1]
     logits.log_softmax(-1)[range(len(completion)), completion].sum().backward()
     ours = {
         name: value
         for slot in slots
         for name, value in zip(slot.shapes, slot.join(slot.parameter.grad), strict=True)
     }
-    assert ours.keys() == theirs.keys() and len(ours) == 2 * 7 * 2
+    assert ours.keys() == theirs.keys() and len(ours) == 2 * 7 * layers
     for name, value in ours.items():
         assert value.abs().max() > 0
         torch.testing.assert_close(value, theirs[name].grad, atol=1e-4, rtol=1e-4)

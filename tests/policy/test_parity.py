@@ -1,4 +1,4 @@
-"""The policy equals transformers' Qwen2.5-Omni Thinker: logits, scores of packed groups, and gradients.
+"""The policy equals transformers' models of every family: logits, scores of packed groups, and gradients.
 
 Tolerance: 1e-5 of the logits' standard deviation, in float32. The layouts with several ranks share one launch.
 """
@@ -16,42 +16,27 @@ from megatron_avatar.policy.build import build_policy
 from megatron_avatar.policy.groups import pack_groups
 from megatron_avatar.policy.weights import load_hf, policy_slots
 from tests.policy import parity_world
-from tests.policy.parity_world import GRADIENT_KINDS, LAYOUTS, TRAINED, models_of
-from tests.policy.tiny import (
-    AUDIO,
-    KINDS,
-    VL_KINDS,
-    thinker_logits,
-    tiny_completions,
-    tiny_config,
-    tiny_prompts,
-    tiny_thinker,
-    tiny_vl,
-    tiny_vl_config,
-    tiny_vl_prompts,
-    vl_logits,
-)
+from tests.policy.parity_world import LAYOUTS, MODELS, TRAINED, family_of, models_of
+from tests.policy.tiny import AUDIO, FAMILIES, tiny_completions, tiny_prompts
 from tests.ranks import launch
 
 TOLERANCE = 1e-5
-CONFIGS = {"tiny": {}, "tied": dict(tied=True), "qwen": dict(qwen=True, layers=2)}
+GRADIENT_KINDS = FAMILIES["omni"].trained
+OMNIS = [name for name, (family, _) in MODELS.items() if family == "omni"]
 
 
 def write_references(folder):
     """The models, with transformers' logits, scores and gradients."""
-    vl = tiny_vl(tiny_vl_config())
-    vl.save_pretrained(folder / "vl")
-    with torch.no_grad():
-        prompts = tiny_vl_prompts(vl.config)
-        save_file({kind: vl_logits(vl, prompts[kind]) for kind in VL_KINDS}, folder / "vl.logits")
-    for name in CONFIGS:
-        config = tiny_config(**CONFIGS[name])
-        model, prompts = tiny_thinker(config), tiny_prompts(config)
+    for name, (_, sizes) in MODELS.items():
+        family = family_of(name)
+        config = family.config(**sizes)
+        model, prompts = family.model(config), family.prompts(config)
         model.save_pretrained(folder / name)
         with torch.no_grad():
-            save_file({kind: thinker_logits(model, prompts[kind]) for kind in KINDS}, folder / f"{name}.logits")
+            logits = {kind: family.logits(model, prompts[kind]) for kind in family.kinds}
+            save_file(logits, folder / f"{name}.logits")
         if name in TRAINED:
-            scores = {f"scores.{kind}": row_scores(model, prompts[kind]) for kind in GRADIENT_KINDS}
+            scores = {f"scores.{kind}": row_scores(model, family, prompts[kind]) for kind in family.trained}
             (-sum(score[0].sum() for score in scores.values()) / len(scores)).backward()
             save_file({kind: score.detach() for kind, score in scores.items()}, folder / f"{name}.scores")
             with torch.no_grad():
@@ -67,11 +52,11 @@ def folder(tmp_path_factory):
     return write_references(tmp_path_factory.mktemp("parity"))
 
 
-def row_scores(model, prompt, temperature=0.8):
+def row_scores(model, family, prompt, temperature=0.8):
     """transformers' log-probability and entropy [2, N] of the completions, each in a row of its own."""
     parts = []
     for completion in tiny_completions():
-        logits = thinker_logits(model, prompt, completion)[len(prompt) - 1 : -1] / temperature
+        logits = family.logits(model, prompt, completion)[len(prompt) - 1 : -1] / temperature
         logprobs = logits.log_softmax(-1)
         entropy = -(logprobs.exp() * logprobs).sum(-1)
         parts.append(torch.stack([logprobs[range(len(completion)), completion], entropy.detach()]))
@@ -80,17 +65,18 @@ def row_scores(model, prompt, temperature=0.8):
 
 @pytest.fixture(scope="module")
 def results(folder):
-    launch(parity_world.main, 4, folder)
+    launch(parity_world.main, 4, folder, timeout=1700)
     return json.loads((folder / "results.json").read_text())
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.core
 def test_every_layout_equals_transformers(results, layout):
     """Logits of every kind of prompt; scores and gradients of groups; weights after export and import."""
     checks = results["-".join(map(str, layout))]
-    kinds = {model: VL_KINDS if model == "vl" else KINDS for model in models_of(layout[0])}
+    kinds = {model: family_of(model).kinds for model in models_of(layout[0])}
     expected = {f"{model}.{kind}" for model in kinds for kind in kinds[model]}
     trained = ("export", "round_trip", "share", "scores", "gradients")
     expected |= {f"{model}.{check}" for model in TRAINED for check in trained}
@@ -112,7 +98,7 @@ def logits_error(policy, prompt, reference, media=None):
     return float((logits - reference).abs().max() / reference.std())
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", OMNIS)
 def test_one_rank_equals_transformers_and_mistakes_show(folder, backend, name):
     policy, references = load(folder / name, backend), load_file(folder / f"{name}.logits")
     prompts = tiny_prompts(policy.hf_config)
@@ -145,16 +131,18 @@ def test_one_rank_equals_transformers_and_mistakes_show(folder, backend, name):
     assert {name: error for name, error in mistakes.items() if error < 100 * TOLERANCE} == {}
 
 
-@pytest.mark.parametrize("freeze_embedding", [False, True])
-def test_recomputation_gives_the_same_gradients(folder, backend, freeze_embedding):
-    """Also where nothing in front of the first layer needs a gradient; without one nothing is recomputed."""
-    gradients = []
+@pytest.mark.parametrize("name, frozen", [("tiny", ""), ("tiny", "embedding"), ("vl3", ""), ("vl3", "towers")])
+def test_recomputation_gives_the_same_gradients(folder, backend, name, frozen):
+    """Also where nothing in front of the first layer needs a gradient, and of encoders whose features go to several
+    layers; without a gradient nothing is recomputed."""
+    gradients, family = [], family_of(name)
     for recompute in ("none", "light", "selective", "full"):
-        policy = load(folder / "tiny", backend, recompute=recompute)
-        policy.language_model.embedding.requires_grad_(not freeze_embedding)
-        prompts = [tiny_prompts(policy.hf_config)[kind] for kind in GRADIENT_KINDS]
+        policy = load(folder / name, backend, recompute=recompute)
+        policy.language_model.embedding.requires_grad_(frozen != "embedding")
+        policy.set_train_towers(name == "vl3" and frozen != "towers")
+        prompts = [family.prompts(policy.hf_config)[kind] for kind in family.trained]
         batch = pack_groups(prompts, [tiny_completions()] * len(prompts))
-        media, calls = policy.embed_media(prompts), []
+        media, calls = policy.embed_media(prompts, grad=True), []
         first = policy.language_model.decoder.layers[0]
         hook = first.mlp.linear_fc2.register_forward_hook(lambda *_, calls=calls: calls.append(1))
         with torch.no_grad():
@@ -162,7 +150,8 @@ def test_recomputation_gives_the_same_gradients(folder, backend, freeze_embeddin
         policy(batch, media)[0].sum().backward()
         hook.remove()
         assert len(calls) == (2 if recompute in ("none", "light") else 3)
-        gradients.append({n: p.grad for n, p in policy.language_model.named_parameters() if p.requires_grad})
+        gradients.append({n: p.grad for n, p in policy.named_parameters() if p.requires_grad})
+        assert any(name.startswith("towers.") for name in gradients[-1]) == (name == "vl3" and not frozen)
     assert all(gradient is not None for gradient in gradients[0].values())
     for name, gradient in gradients[0].items():
         assert all(torch.equal(gradient, other[name]) for other in gradients[1:]), name
@@ -203,11 +192,13 @@ def test_features_that_do_not_fit_the_placeholders_are_refused(folder, backend):
 
 
 @pytest.mark.parametrize(
-    "tp, pp, match", [(3, 1, "parallel.tp=3.*4 attention heads"), (1, 3, "parallel.pp=3.*4 layers")]
-)
-def test_layouts_that_do_not_fit_are_refused(folder, backend, tp, pp, match):
+    "name, tp, pp, match",
+    [("tiny", 3, 1, "parallel.tp=3.*4 attention heads"), ("tiny", 1, 3, "parallel.pp=3.*4 layers"),
+     ("vl3", 1, 3, "first stage would have 2 layers, less than the 3 .*deepstack.*: write .*first_stage_layers=4 ")],
+)  # fmt: skip
+def test_layouts_that_do_not_fit_are_refused(folder, backend, name, tp, pp, match):
     with pytest.raises(ValueError, match=match):
-        load(folder / "tiny", dataclasses.replace(backend, tp=tp, pp=pp), tp=tp, pp=pp)
+        load(folder / name, dataclasses.replace(backend, tp=tp, pp=pp), tp=tp, pp=pp)
 
 
 def test_other_architectures_are_refused(folder, backend, tmp_path):

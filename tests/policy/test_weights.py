@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
-    Qwen2_5_VLForConditionalGeneration,
+    AutoModelForImageTextToText,
     Qwen2_5OmniForConditionalGeneration,
     Qwen2_5OmniThinkerForConditionalGeneration,
 )
@@ -22,16 +22,7 @@ from megatron_avatar.policy.build import build_policy
 from megatron_avatar.policy.groups import pack_groups
 from megatron_avatar.policy.safetensors_folder import INDEX
 from megatron_avatar.policy.weights import export_hf, load_hf
-from tests.policy.tiny import (
-    thinker_logits,
-    tiny_config,
-    tiny_prompts,
-    tiny_thinker,
-    tiny_vl,
-    tiny_vl_config,
-    tiny_vl_prompts,
-    vl_logits,
-)
+from tests.policy.tiny import FAMILIES, thinker_logits, tiny_config, tiny_prompts, tiny_thinker
 from tests.policy.tiny_omni import tiny_omni
 
 
@@ -101,24 +92,27 @@ def test_full_class_in_shards_comes_back_as_the_full_class(backend, tmp_path):
         assert torch.equal(thinker_logits(again.thinker, prompt), thinker_logits(full.thinker, prompt))
 
 
-@pytest.mark.parametrize("style", ["hub", "nested"])
-def test_vl_in_both_styles_of_names(backend, tmp_path, style):
-    """`model.layers.*` and `visual.*` as on the hub, or both below `model`: the export has the source's."""
-    source, out = tmp_path / "source", tmp_path / "out"
-    model = tiny_vl(tiny_vl_config(layers=2))
+@pytest.mark.parametrize("name, tied, style", [("vl", False, "hub"), ("vl", False, "nested"), ("vl3", False, "nested"),
+                                               ("vl3", True, "nested")])  # fmt: skip
+def test_vl_in_both_styles_of_names(backend, tmp_path, name, tied, style):
+    """`model.layers.*` and `visual.*` as Qwen2.5-VL on the hub, or both below `model`: the export has the source's."""
+    source, out, family = tmp_path / "source", tmp_path / "out", FAMILIES[name]
+    model = family.model(family.config(layers=3, tied=tied))
     model.save_pretrained(source)
-    if style == "nested":
-        names = model.state_dict()
-        assert any(name.startswith("model.language_model.layers") for name in names)
-        save_file(names, source / "model.safetensors", metadata={"format": "pt"})
+    if style == "nested" and name == "vl":
+        save_file(model.state_dict(), source / "model.safetensors", metadata={"format": "pt"})
+    names = tensors_of(source)
+    assert any(name.startswith("model.language_model.layers") for name in names) == (style == "nested")
+    assert ("lm_head.weight" in names) != tied
     policy = load(source, backend)
     export_hf(policy, out, source)
     assert same_tensors(tensors_of(out), tensors_of(source))
-    prompt = tiny_vl_prompts(model.config)["video"]
-    again = Qwen2_5_VLForConditionalGeneration.from_pretrained(out).eval()
+    prompt = family.prompts(model.config)["video"]
+    again = AutoModelForImageTextToText.from_pretrained(out).eval()
+    assert type(again) is type(model)
     with torch.no_grad():
-        theirs = vl_logits(model, prompt)
-        assert torch.equal(vl_logits(again, prompt), theirs)
+        theirs = family.logits(model, prompt)
+        assert torch.equal(family.logits(again, prompt), theirs)
     ours = policy.logits(pack_groups([prompt], [[prompt.token_ids[:1]]]), policy.embed_media([prompt]))
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
 

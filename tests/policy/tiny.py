@@ -1,9 +1,12 @@
-"""Tiny Qwen2.5-Omni Thinkers and Qwen2.5-VLs with random weights, and prompts for them.
+"""Tiny models of every family with random weights, and prompts for them.
 
-The same classes as the 7B, made in a second. Positions come from transformers.
+The same classes as the published models, made in a second. Positions come from transformers.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +16,8 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5OmniThinkerConfig,
     Qwen2_5OmniThinkerForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
 )
 
 from megatron_avatar.records import Prompt
@@ -155,53 +160,88 @@ def tiny_vl(config: Qwen2_5_VLConfig, seed: int = 0) -> Qwen2_5_VLForConditional
     return _with_large_weights(Qwen2_5_VLForConditionalGeneration(config), seed)
 
 
-def tiny_vl_prompts(config: Qwen2_5_VLConfig, seed: int = 0) -> dict[str, Prompt]:
-    """One prompt of each of VL_KINDS: a picture of 84 x 140 pixels, 4 s of 2-fps video (8 frames of 56 x 84)."""
+def tiny_vl3_config(*, layers: int = 4, tied: bool = False) -> Qwen3VLConfig:
+    """As small; heads of 32 where hidden size and heads would give 16, and features for the first three layers. The
+    slowest rotation, too, tells these short positions apart."""
+    text = dict(
+        vocab_size=VOCABULARY, num_hidden_layers=layers, hidden_size=64, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=32, intermediate_size=128, max_position_embeddings=4096, bos_token_id=None, eos_token_id=TEXT - 1,
+        rope_parameters=dict(rope_type="default", rope_theta=30.0, mrope_section=[8, 4, 4]),
+    )  # fmt: skip
+    vision = dict(
+        depth=4, hidden_size=32, num_heads=2, intermediate_size=64, out_hidden_size=64, num_position_embeddings=25,
+        deepstack_visual_indexes=[0, 1, 3],
+    )  # fmt: skip
+    return Qwen3VLConfig(
+        text_config=text,
+        vision_config=vision,
+        tie_word_embeddings=tied,
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        vision_start_token_id=VISION_START,
+        vision_end_token_id=VISION_END,
+    )
+
+
+def tiny_vl3(config: Qwen3VLConfig, seed: int = 0) -> Qwen3VLForConditionalGeneration:
+    """A Qwen3-VL in float32, made like the tiny Thinker."""
+    return _with_large_weights(Qwen3VLForConditionalGeneration(config), seed)
+
+
+def tiny_vl_prompts(config: Qwen2_5_VLConfig | Qwen3VLConfig, seed: int = 0) -> dict[str, Prompt]:
+    """One prompt of each of VL_KINDS: a picture of 6 x 10 patches, 4 s of 2-fps video (8 frames of 4 x 6). Qwen3-VL has
+    text and a start and an end token around each pair of frames."""
     rng = np.random.default_rng(seed)
-    tokens = {"image": IMAGE, "video": VIDEO}
+    newer = isinstance(config, Qwen3VLConfig)
     with torch.device("meta"):
-        meta = Qwen2_5_VLForConditionalGeneration(config)
+        meta = (Qwen3VLForConditionalGeneration if newer else Qwen2_5_VLForConditionalGeneration)(config)
     prompts = {}
     for kind in VL_KINDS:
         ids = rng.integers(0, TEXT, 5).tolist()
         shown = [name for name in VL_GRIDS if name in kind]
         for name in shown:
-            ids += [VISION_START, *[tokens[name]] * (int(np.prod(VL_GRIDS[name])) // 4), VISION_END]
-            ids += rng.integers(0, TEXT, 4).tolist()
+            count, parts = int(np.prod(VL_GRIDS[name])) // 4, VL_GRIDS[name][0] if newer else 1
+            for _ in range(parts):
+                ids += [VISION_START, *[IMAGE if name == "image" else VIDEO] * (count // parts), VISION_END]
+                ids += rng.integers(0, TEXT, 4).tolist()
         token_ids = torch.tensor([ids])
         positions, _ = meta.model.get_rope_index(
-            token_ids, _vl_types(token_ids), attention_mask=torch.ones_like(token_ids), **_vl_grids(token_ids)
+            token_ids, _vl_types(token_ids), attention_mask=torch.ones_like(token_ids), **_vl_grids(token_ids, newer)
         )
+        vision = config.vision_config
+        columns = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
         patches = sum(int(np.prod(VL_GRIDS[name])) for name in shown)
         prompts[kind] = Prompt(
             sample_id=kind,
             variant="plain",
             token_ids=token_ids[0].numpy(),
             positions=positions[:, 0].numpy(),
-            pixels=torch.from_numpy(rng.standard_normal((patches, 1176), np.float32)) if shown else None,
+            pixels=torch.from_numpy(rng.standard_normal((patches, columns), np.float32)) if shown else None,
             grid_thw=torch.tensor([VL_GRIDS[name] for name in shown]) if shown else None,
         )
     return prompts
 
 
-def vl_logits(
-    model: Qwen2_5_VLForConditionalGeneration, prompt: Prompt, completion: np.ndarray | None = None
-) -> torch.Tensor:
+def vl_logits(model: PreTrainedModel, prompt: Prompt, completion: np.ndarray | None = None) -> torch.Tensor:
     """transformers' logits [P + L, V] of one of tiny_vl_prompts and, if given, one completion [L].
 
-    Positions are transformers' own. Of two media the picture comes first.
+    Positions are transformers' own.
     """
     completion = np.zeros(0, np.int64) if completion is None else completion
+    return model(**vl_inputs(model, prompt, completion)).logits[0]
+
+
+def vl_inputs(model: PreTrainedModel, prompt: Prompt, completion: np.ndarray | None = None) -> dict[str, Any]:
+    """What transformers' model is called with, or its `generate`. Of two media the picture comes first."""
+    completion = np.zeros(0, np.int64) if completion is None else completion
     ids = torch.from_numpy(np.concatenate([prompt.token_ids, completion]))[None]
-    media = _vl_grids(ids)
+    media = _vl_grids(ids, isinstance(model.config, Qwen3VLConfig))
     pictures = int(np.prod(VL_GRIDS["image"])) if "image_grid_thw" in media else 0
     if pictures:
         media["pixel_values"] = prompt.pixels[:pictures]
     if "video_grid_thw" in media:
         media["pixel_values_videos"] = prompt.pixels[pictures:]
-    return model(input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=_vl_types(ids), **media).logits[
-        0
-    ]
+    return dict(input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=_vl_types(ids), **media)
 
 
 def _vl_types(ids: torch.Tensor) -> torch.Tensor:
@@ -209,10 +249,12 @@ def _vl_types(ids: torch.Tensor) -> torch.Tensor:
     return (ids == IMAGE).int() + 2 * (ids == VIDEO).int()
 
 
-def _vl_grids(ids: torch.Tensor) -> dict[str, torch.Tensor]:
+def _vl_grids(ids: torch.Tensor, newer: bool) -> dict[str, torch.Tensor]:
     grids = {"image_grid_thw": torch.tensor([VL_GRIDS["image"]])} if IMAGE in ids else {}
     if VIDEO in ids:
-        grids |= dict(video_grid_thw=torch.tensor([VL_GRIDS["video"]]), second_per_grid_ts=torch.tensor([1.0]))
+        grids |= dict(video_grid_thw=torch.tensor([VL_GRIDS["video"]]))
+        if not newer:
+            grids |= dict(second_per_grid_ts=torch.tensor([1.0]))
     return grids
 
 
@@ -238,3 +280,30 @@ def thinker_logits(
         media |= dict(input_features=prompt.mel[None], feature_attention_mask=mask)
     # Without the mask, transformers would fall back to one-dimensional positions.
     return model(input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=positions, **media).logits[0]
+
+
+class Family(NamedTuple):
+    """How a family's tiny model is made, and what transformers says of it. `trained`: kinds of prompts that make a
+    step's micro-batches, of which one has no media, though the encoders are trained."""
+
+    config: Callable[..., Any]
+    model: Callable[..., PreTrainedModel]
+    prompts: Callable[..., dict[str, Prompt]]
+    logits: Callable[..., torch.Tensor]
+    kinds: tuple[str, ...]
+    trained: tuple[str, ...]
+
+
+FAMILIES = {
+    "omni": Family(tiny_config, tiny_thinker, tiny_prompts, thinker_logits, KINDS, ("audio_in_video", "text")),
+    "vl": Family(tiny_vl_config, tiny_vl, tiny_vl_prompts, vl_logits, VL_KINDS, ("image_and_video", "text")),
+    "vl3": Family(
+        tiny_vl3_config, tiny_vl3, tiny_vl_prompts, vl_logits, VL_KINDS, ("image_and_video", "text", "video")
+    ),
+}
+
+
+def family_of_config(config: Any) -> Family:
+    """The family of a configuration that a policy was built from."""
+    names = {Qwen3VLConfig: "vl3", Qwen2_5_VLConfig: "vl", Qwen2_5OmniThinkerConfig: "omni"}
+    return FAMILIES[names[type(config)]]

@@ -1,13 +1,19 @@
 """Rewards of one's own: found, checked before a run begins, bounded like the others, part of the sum."""
 
+import hashlib
+import json
 import math
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from megatron_avatar.config import load_config
 from megatron_avatar.records import Sample
 from megatron_avatar.rl.rewards import bounded as workers
 from megatron_avatar.rl.rewards import own, score_group
+from megatron_avatar.training import provenance
 
 HERE = "tests/rl/own_rewards.py"
 SAMPLE = Sample("id7", "stage1", "train", "what", "?", "red", "free_form")
@@ -50,6 +56,31 @@ def test_the_import_costs_no_text_its_reward(monkeypatch, tmp_path):
     monkeypatch.setattr(own, "bounded", lambda *a: workers.bounded(*a, deadline_s=0.5))
     monkeypatch.setattr(workers, "PATIENCE", 200)  # a busy machine
     assert own.score("heavy", f"{tmp_path}/heavy.py:f", ["a"], SAMPLE) == [1.0]
+
+
+def test_two_files_of_one_name_are_two_modules(tmp_path):
+    for folder, value in (("a", 0.25), ("b", 0.75)):
+        (tmp_path / folder).mkdir()
+        code = f"import sys\nVALUE = {value}\ndef f(text, sample): return sys.modules[f.__module__].VALUE\n"
+        (tmp_path / folder / "mine.py").write_text(code)
+    places = [f"{tmp_path}/{folder}/mine.py:f" for folder in "ab"]
+    own.check(dict(zip("ab", places, strict=True)))
+    assert [own.find(place)("", SAMPLE) for place in places] == [0.25, 0.75]
+
+
+def test_a_runs_provenance_keeps_every_file_that_scored(tmp_path, caplog):
+    file, config = tmp_path / "mine.py", load_config(RECIPE)
+    config.rl.rewards = {"mine": f"{file}:f", "half": "tests.rl.own_rewards:half"}
+    backend, digests = SimpleNamespace(rank=0, world=1, device=torch.device("cpu"), tp=1, pp=1, dp=1), []
+    for body in ("return 1.0", "return 1.0", "return 0.5"):
+        file.write_text(f"def f(text, sample): {body}\n")
+        digests.append(hashlib.sha256(file.read_bytes()).hexdigest())
+        provenance.record(tmp_path, config, backend)
+    kept = json.loads((tmp_path / "provenance.json").read_text())["rewards"]
+    assert kept["mine"] == {"place": f"{file}:f", "sha256": digests[1:]}
+    assert kept["half"]["sha256"] == [hashlib.sha256(Path(HERE).read_bytes()).hexdigest()]
+    (said,) = [entry.message for entry in caplog.records]
+    assert said.startswith(f"rl.rewards.mine: {file}:f has changed since this run began")
 
 
 def test_one_that_ends_its_process_stops_the_run():

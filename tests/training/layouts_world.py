@@ -7,6 +7,7 @@ that the leg before it left. Writes FOLDER/curves.json: name -> [[loss, gradient
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -21,17 +22,18 @@ from megatron_avatar.records import Completion, Group, Trajectory
 from megatron_avatar.resilience import checkpoint
 from megatron_avatar.training.learner import Learner
 from megatron_avatar.training.optim import build_optimizer
-from tests.policy.tiny import TEXT, tiny_prompts
+from tests.policy.tiny import TEXT, family_of_config
 
 STEPS = 20
-LENGTHS = {"audio_in_video": (3, 7, 5), "text": (6, 2), "video": (4, 4), "audio": (8, 1, 2)}
+LENGTHS = {"audio_in_video": (3, 7, 5), "text": (6, 2), "video": (4, 4), "audio": (8, 1, 2), "image": (3, 7, 5),
+           "image_and_video": (8, 1, 2)}  # fmt: skip
 
 
 def groups_of(policy) -> list[Group]:
     """A group of each kind of prompt, fresh and replayed completions mixed; the same on every rank."""
     rng = np.random.default_rng(0)
     groups = []
-    for kind, prompt in tiny_prompts(policy.hf_config).items():
+    for kind, prompt in family_of_config(policy.hf_config).prompts(policy.hf_config).items():
         completions = [Completion(rng.integers(0, TEXT, n), np.zeros(n, np.float32), True) for n in LENGTHS[kind]]
         rows = [Trajectory(kind, "plain", c, 0.5, {}, 0.0, "", "", 0, 0) for c in completions]
         advantages = rng.standard_normal(len(rows)).astype(np.float32)
@@ -40,7 +42,8 @@ def groups_of(policy) -> list[Group]:
 
 
 def run_leg(folder: Path, leg: dict, case: str, start: int, last: bool) -> list[list[float]]:
-    """Loss and gradient norm of the steps from `start` on."""
+    """Loss and gradient norm of the steps from `start` on; in float16 the loss scale after each too. At step
+    leg["overflow"] a gradient of the second replica alone is beyond any number: no rank has a norm (None)."""
     parallel = ParallelConfig(**leg["parallel"])
     model = ModelConfig(dtype=leg["dtype"])
     source, towers = folder / leg["model"], leg["train_towers"]
@@ -71,10 +74,18 @@ def run_leg(folder: Path, leg: dict, case: str, start: int, last: bool) -> list[
     n_on = sum(int(g.on_policy.sum()) for g in everything)
     n_off = sum(len(g.trajectories) for g in everything) - n_on
     curve = []
-    for _ in range(leg["steps"]):
+    weight = policy.language_model.decoder.layers[0].mlp.linear_fc1.weight
+    for step in range(start, start + leg["steps"]):
+        beyond = step == leg.get("overflow")
+        hook = weight.register_hook(lambda grad: grad * math.inf) if beyond and backend.dp_rank == 1 else None
         stats = learner.update(mine, media, began, n_on=n_on, n_off=n_off, check_logprobs=False)
-        assert not stats["skipped"]
-        curve.append([float(stats["loss"]), stats["grad_norm"]])
+        if hook is not None:
+            hook.remove()
+        seen = {(stats["skipped"], stats.get("loss_scale"), stats.get("overflows")) for stats in
+                backend.all_gather_object({name: stats.get(name) for name in ("skipped", "loss_scale", "overflows")})}
+        assert len(seen) == 1 and stats["skipped"] == beyond, seen
+        scale = [stats["loss_scale"]] if "loss_scale" in stats else []
+        curve.append([float(stats["loss"]), None if beyond else stats["grad_norm"], *scale])
     if not last:
         checkpoint.save(
             folder / case, start + leg["steps"], policy=policy, optimization=optimization, reference=learner.reference,

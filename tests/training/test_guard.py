@@ -83,16 +83,16 @@ def test_a_warning_says_the_likely_cause_and_where_it_lies(caplog, error, words)
 def test_statistics_are_numpy_s(count, seed):
     """Means of completions and bins against numpy's, with masked, replayed and fresh tokens in any mixture."""
     rng = np.random.default_rng(seed)
-    index, error = rng.integers(0, 5, count), np.exp(rng.exponential(0.7, count))
+    index, error = np.sort(rng.integers(0, 5, count)), np.exp(rng.exponential(0.7, count))
     entropy, on = rng.exponential(1.5, count), rng.random(5) < 0.7
     guard = Guard(GuardConfig(), exact=False)
     fresh = torch.from_numpy(on[index])
-    masked, means = guard.to_mask(torch.from_numpy(error)[fresh], torch.from_numpy(index)[fresh])
+    masked, means, which = guard.to_mask(torch.from_numpy(error), fresh, torch.from_numpy(index))
     own = {c: error[index == c].mean() for c in np.unique(index) if on[c]}
-    np.testing.assert_allclose(means.numpy(), list(own.values()))
+    np.testing.assert_allclose(means[which].numpy(), list(own.values()))
     over = np.array([on[c] and own[c] > 2 for c in index], bool)
-    assert masked.tolist() == over[on[index]].tolist()
-    stats = error_stats(torch.from_numpy(error), torch.from_numpy(entropy), fresh, torch.from_numpy(over), means)
+    assert masked.tolist() == over.tolist()
+    stats = error_stats(torch.from_numpy(error), torch.from_numpy(entropy), fresh, masked, means, which)
     step = step_error({name: value.numpy() for name, value in stats.items()} | {"masked": 0})
     wanted = error[on[index]]
     assert step.mean == pytest.approx(wanted.mean() if len(wanted) else 0.0)
@@ -103,4 +103,4 @@ def test_statistics_are_numpy_s(count, seed):
     np.testing.assert_allclose(step.tokens, np.histogram(entropy[on[index]], edges)[0])
     np.testing.assert_allclose(step.sums, np.histogram(entropy[on[index]], edges, weights=wanted)[0])
     off = Guard(GuardConfig(mask=0), exact=False)
-    assert not off.to_mask(torch.from_numpy(error), torch.from_numpy(index))[0].any()
+    assert not off.to_mask(torch.from_numpy(error), fresh, torch.from_numpy(index))[0].any()

@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from tests.policy.tiny import tiny_config, tiny_thinker
+from megatron_avatar.training.optim import FIRST_SCALE
+from tests.policy.tiny import tiny_config, tiny_thinker, tiny_vl3, tiny_vl3_config
 from tests.ranks import launch
 from tests.training import layouts_world
 from tests.training.layouts_world import STEPS
@@ -15,12 +16,17 @@ TOLERANCE, NORM_TOLERANCE = 1e-4, 1e-3  # absolute for losses, relative for grad
 SHARED = dict(distributed_optimizer=True)
 
 
-def leg(steps: int = STEPS, *, model: str = "untied", train_towers: bool = False, dtype: str = "float32", **parallel):
-    return dict(steps=steps, model=model, train_towers=train_towers, dtype=dtype, parallel=parallel)
+def leg(steps: int = STEPS, *, model: str = "untied", train_towers: bool = False, dtype: str = "float32",
+        overflow: int | None = None, **parallel):  # fmt: skip
+    return dict(steps=steps, model=model, train_towers=train_towers, dtype=dtype, overflow=overflow, parallel=parallel)
 
 
 def tied(steps: int = STEPS, **parallel):
     return leg(steps, model="tied", train_towers=True, **parallel)
+
+
+def qwen3(steps: int = STEPS, **parallel):
+    return leg(steps, model="qwen3", train_towers=True, **parallel)
 
 
 # Four ranks: what tp and pp leave over is data parallel. The models have 4 layers and 2 key-value heads.
@@ -47,13 +53,26 @@ TRAINED = {  # tied embeddings, encoders in training
         tied(4, tp=2, pp=2),
     ],
 }
-HALF = {  # float32 main weights, bit for bit; float16 on another layout, with its loss scale
-    dtype: {
-        "whole": [leg(8, dtype=dtype, tp=2, **more)],
-        "continued": [leg(5, dtype=dtype, tp=2, **more), leg(3, dtype=dtype, tp=2, **more)],
-    }
-    for dtype, more in {"bfloat16": SHARED, "float16": {"pp": 2}}.items()
+QWEN3 = {  # encoders in training, whose features go to three layers; 6 layers, three of them on the first of two stages
+    "plain": [qwen3()],
+    "tp2 pp2 sequence, full, distributed": [qwen3(tp=2, pp=2, sequence_parallel=True, recompute="full", **SHARED)],
+    "resharded": [
+        qwen3(6, tp=2, sequence_parallel=True, recompute="selective", **SHARED),
+        qwen3(6, pp=2, first_stage_layers=4),
+        qwen3(8, tp=4),
+    ],
 }
+OVERFLOWS = 2  # the step of the second replica's overflow
+HALF = {  # float32 main weights, bit for bit; float16 on other layouts, with its loss scale
+    name: {
+        "whole": [leg(8, dtype=name.split()[0], **more)],
+        "continued": [leg(5, dtype=name.split()[0], **more), leg(3, dtype=name.split()[0], **more)],
+    }
+    for name, more in {
+        "bfloat16": dict(tp=2, **SHARED), "float16": dict(tp=2, pp=2),
+        "float16 replicas": dict(tp=2, overflow=OVERFLOWS), "float16 shared": dict(tp=2, overflow=OVERFLOWS, **SHARED),
+    }.items()
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +81,8 @@ def curves(tmp_path_factory) -> dict[str, list[list[float]]]:
     folder = tmp_path_factory.mktemp("layouts")
     for name in ("untied", "tied"):
         tiny_thinker(tiny_config(layers=4, tied=name == "tied")).save_pretrained(folder / name)
-    groups = {"frozen": FROZEN, "trained": TRAINED, **HALF}
+    tiny_vl3(tiny_vl3_config(layers=6, tied=True)).save_pretrained(folder / "qwen3")
+    groups = {"frozen": FROZEN, "trained": TRAINED, "qwen3": QWEN3, **HALF}
     cases = {f"{group}/{name}": legs for group, cases in groups.items() for name, legs in cases.items()}
     launch(layouts_world.main, 4, folder, cases, timeout=1700)
     return json.loads((folder / "curves.json").read_text())
@@ -70,7 +90,7 @@ def curves(tmp_path_factory) -> dict[str, list[list[float]]]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("group", ["frozen", "trained"])
+@pytest.mark.parametrize("group", ["frozen", "trained", "qwen3"])
 def test_layouts_give_the_same_losses_and_gradients(curves, group):
     plain = curves[f"{group}/plain"]
     assert len(plain) == STEPS and max(norm for _, norm in plain) > 1 > min(norm for _, norm in plain)  # clipped or not
@@ -89,9 +109,23 @@ def test_layouts_give_the_same_losses_and_gradients(curves, group):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_continues_bit_for_bit(curves, dtype):
-    assert curves[f"{dtype}/whole"] == curves[f"{dtype}/continued"]
+@pytest.mark.parametrize("name", HALF)
+def test_half_precision_continues_bit_for_bit(curves, name):
+    assert curves[f"{name}/whole"] == curves[f"{name}/continued"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("name", ["float16 replicas", "float16 shared"])
+def test_one_replicas_overflow_is_every_ranks(curves, name):
+    """All skip it and halve the scale (equal on all ranks, as the legs assert); what follows is float32's loss, a step
+    behind."""
+    norms, scales = ([step[k] for step in curves[f"{name}/whole"]] for k in (1, 2))
+    assert [norm is None for norm in norms] == [step == OVERFLOWS for step in range(8)]
+    assert scales == [FIRST_SCALE] * OVERFLOWS + [FIRST_SCALE / 2] * (8 - OVERFLOWS)
+    losses, plain = ([step[0] for step in curve] for curve in (curves[f"{name}/whole"], curves["frozen/plain"]))
+    assert losses[OVERFLOWS + 1] == losses[OVERFLOWS] != losses[OVERFLOWS - 1]
+    assert max(abs(a - b) for a, b in zip(losses[: OVERFLOWS + 1], plain, strict=False)) < 1e-2
 
 
 @pytest.mark.slow

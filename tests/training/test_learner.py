@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,10 +14,11 @@ from megatron_avatar.policy.build import build_policy
 from megatron_avatar.policy.generate import GenerationStopped
 from megatron_avatar.policy.weights import load_hf
 from megatron_avatar.records import Completion, Group, Trajectory
+from megatron_avatar.training import learner as learners
 from megatron_avatar.training import metrics
 from megatron_avatar.training.guard import LogprobMismatch
 from megatron_avatar.training.learner import Learner, NonFiniteUpdates
-from megatron_avatar.training.optim import build_optimizer
+from megatron_avatar.training.optim import FIRST_SCALE, build_optimizer
 from tests.policy.tiny import tiny_config, tiny_prompts, tiny_thinker
 
 TAGGED = ("<think>", "sounds", "</think><answer>", "two", "</answer>")
@@ -206,24 +206,47 @@ def test_a_number_that_is_not_finite_skips_the_update_and_three_in_a_row_end_the
     monkeypatch.setattr(policy, "hidden", lambda *args: hidden(*args) * math.nan)
     stats = update(ours, groups)
     assert stats["skipped"] and not math.isfinite(stats["logprob_error"]) and not math.isfinite(stats["grad_norm"])
-    with pytest.raises(NonFiniteUpdates, match="None was applied"):
+    with pytest.raises(NonFiniteUpdates, match="latest one number 4 .*latest one's log-probabilities.*None was app"):
         update(ours, groups)
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(policy).items())
     monkeypatch.undo()
     assert not update(ours, groups)["skipped"] and ours.optimization.skipped_in_row == 0
 
 
-@pytest.mark.parametrize("scale", [None, 1.0])
-def test_in_float16_the_last_words_name_bfloat16(scale):
-    refused = SimpleNamespace(overflows=0, loss_scale=scale, skipped_in_row=3, step=lambda usable: (math.inf, True))
-    with pytest.raises(NonFiniteUpdates) as caught:
-        Learner._step(SimpleNamespace(optimization=refused), True)
-    assert ("model.dtype=bfloat16" in str(caught.value)) is (scale is not None)
+def test_a_gradient_that_no_loss_scale_makes_finite_ends_the_run_after_three(world, backend, tmp_path):
+    """Where, and in which update, is said; where a scale answers an overflow, nothing is lost but the updates."""
+    _, groups = world
+    policy = build_policy(tmp_path, backend, ModelConfig(path=str(tmp_path), dtype="float16"), ParallelConfig())
+    load_hf(policy, tmp_path)
+    ours, factor, before = learner(policy, backend, guard=OFF), [1.0], weights(policy)
+
+    def disturb(module, inputs, output) -> None:
+        if output[0].requires_grad:
+            output[0].register_hook(lambda grad: grad * factor[0])
+
+    policy.language_model.decoder.layers[1].mlp.linear_fc1.register_forward_hook(disturb)
+    factor[0] = math.nan
+    for overflows in (1, 2):
+        stats = update(ours, groups)
+        assert stats["skipped"] and stats["overflows"] == overflows
+    said = r"number 3 of the stage.*by a loss scale of 1 too, first in mlp.linear_fc1.weight of layer 2\)"
+    with pytest.raises(NonFiniteUpdates, match=said) as end:
+        update(ours, groups)
+    assert "None was applied" in str(end.value) and "model.dtype=bfloat16" in str(end.value)
+    assert ours.optimization.loss_scale == FIRST_SCALE / 8 and ours.optimization.not_finite()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(policy).items())
+    factor[0], ours.optimization.overflows_in_row = 2.0**20, 0  # by a scale of 8,192 beyond float16, by 1 it isn't
+    for _ in range(4):
+        assert update(ours, groups)["skipped"]
+    factor[0] = 1.0
+    assert not update(ours, groups)["skipped"] and ours.optimization.overflows_in_row == 0
+    assert not all(torch.equal(tensor, before[name]) for name, tensor in weights(policy).items())
 
 
 @pytest.mark.parametrize("after", [0, 2])
-def test_a_stop_within_the_references_pass_gives_the_policy_its_own_weights_back(world, backend, after):
+def test_a_stop_within_the_references_pass_gives_the_policy_its_own_weights_back(world, backend, after, monkeypatch):
     """Before its first micro-batch or between two of them; what is saved then is the policy."""
+    monkeypatch.setattr(learners, "POLL_EVERY", 1)
     policy, groups = world
     ours = learner(policy, backend, tokens_per_micro_batch=1)
     update(ours, groups, check_logprobs=False)  # the policy has left its reference
@@ -250,3 +273,29 @@ def test_the_reference_keeps_its_own_encoders(world, backend):
         policy.towers.visual.merger.ln_q.weight.mul_(1.5)
     after = ours.reference_logprobs(groups, policy.embed_media(prompts))
     assert all(np.array_equal(a, b) for x, y in zip(before, after, strict=True) for a, b in zip(x, y, strict=True))
+
+
+@pytest.mark.parametrize(("tokens", "polls"), [(160, 1), (1, 3)])
+def test_ranks_ask_each_other_seldom_within_an_update(world, backend, monkeypatch, tokens, polls):
+    """Before it, and then before every second of its five micro-batches."""
+    monkeypatch.setattr(learners, "POLL_EVERY", 2)
+    policy, groups = world
+    asked = []
+    update(learner(policy, backend, tokens_per_micro_batch=tokens, guard=OFF), groups, poll=lambda: asked.append(1))
+    assert len(asked) == polls
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("judge", [False, True])
+def test_the_loss_never_waits_for_the_device(world, backend, level, judge):
+    """Tensors without numbers stand no shape that depends on values, nor a copy to the host."""
+    policy, groups = world
+    ours = learner(policy, backend, ratio_level=level)
+    tensors = {}
+    ours.loss = lambda t, out, judge, plain=ours.loss: tensors.update(t) or plain(t, out, judge=judge)
+    update(ours, groups, check_logprobs=False)
+    names = {name: tensor.to("meta") for name, tensor in tensors.items()}
+    out = torch.zeros(2, len(tensors["old"]), device="meta", requires_grad=True)
+    value, stats, masked = Learner.loss(ours, names, out, judge=judge)
+    value.backward()
+    assert out.grad.shape == out.shape and masked.shape == tensors["old"].shape and len(stats) > 15

@@ -280,12 +280,12 @@ def fused(monkeypatch):
         monkeypatch.setattr(module, "Adam", FusedAdam)
     names = ("USING_PYTORCH_OPTIMIZER", "HAVE_APEX_OR_TE", "USING_TE_OPTIMIZER", "USING_APEX_OPTIMIZER")
     apex = dict(zip(names, (False, True, False, True), strict=True))
-    flags = [(module, name, apex[name], of_torch) for module, name, _, of_torch in fusions.ADAM_FLAGS]
-    monkeypatch.setattr(fusions, "ADAM_FLAGS", flags)
+    flags = [(module, name, apex[name], of_torch) for module, name, _, of_torch in fusions.FLAGS["adam"]]
+    monkeypatch.setitem(fusions.FLAGS, "adam", flags)
     for module, name, found, _ in flags:
         monkeypatch.setattr(module, name, found)
     chosen = {"auto": fusions.Fusions(adam="apex"), "torch": fusions.Fusions()}
-    monkeypatch.setattr(optim_module, "choose_fusions", lambda kernels, on_cpu: chosen[kernels])
+    monkeypatch.setattr(optim_module, "choose_fusions", lambda kernels, **_: chosen[kernels])
 
 
 @pytest.mark.parametrize("distributed", [False, True])
@@ -296,14 +296,14 @@ def test_a_fused_adam_gives_the_same_updates_and_its_checkpoints_fit(backend, tm
     )
     assert isinstance(one.optimization._optimizer.optimizer, FusedAdam)
     assert type(two.optimization._optimizer.optimizer) is torch.optim.AdamW
-    fusions.pin_adam(fusions.Fusions(adam="apex"))
+    fusions.pin(fusions.Fusions(adam="apex"))
     one.train(0, 3)
     path = one.save(tmp_path, 3)
     norms = one.train(3, 6)
     three.train(7, 8)
     three.load(path)
     assert three.train(3, 6) == norms
-    fusions.pin_adam(fusions.Fusions())
+    fusions.pin(fusions.Fusions())
     two.train(7, 8)
     two.load(path)
     assert two.train(3, 6) == pytest.approx(norms, rel=1e-4)

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from megatron_avatar.config import load_config
+from megatron_avatar.config.families import OMNI
 from megatron_avatar.data.features import patchify
 from megatron_avatar.records import Prompt, Sample
 from megatron_avatar.rl.rewards.http_judge import CRITERIA
@@ -32,14 +33,14 @@ def verdict(body, number=0):
 def test_the_judge_sees_the_frames_that_the_policy_saw():
     video = np.repeat(np.arange(0, 160, 10, dtype=np.uint8), 56 * 84 * 3).reshape(16, 56, 84, 3)
     photo = np.full((1, 28, 28, 3), 200, np.uint8)
-    parts = [patchify(video), patchify(np.repeat(photo, 2, axis=0))]
+    parts = [patchify(video, OMNI), patchify(np.repeat(photo, 2, axis=0), OMNI)]
     prompt = Prompt("s", "plain", np.zeros(1), np.zeros((3, 1)), torch.cat([p for p, _ in parts]),
                     torch.stack([g for _, g in parts]))  # fmt: skip
-    shown = [np.asarray(Image.open(io.BytesIO(jpeg))) for jpeg in pictures(prompt, 8)]
+    shown = [np.asarray(Image.open(io.BytesIO(jpeg))) for jpeg in pictures(prompt, 8, OMNI)]
     assert [picture.shape for picture in shown] == [(56, 84, 3)] * 7 + [(28, 28, 3)]
     assert [round(picture.mean(), -1) for picture in shown] == [0, 20, 50, 70, 90, 110, 140, 200]
-    assert len(pictures(prompt, 100)) == 17
-    assert pictures(Prompt("s", "plain", np.zeros(1), np.zeros((3, 1))), 8) == []
+    assert len(pictures(prompt, 100, OMNI)) == 17
+    assert pictures(Prompt("s", "plain", np.zeros(1), np.zeros((3, 1))), 8, OMNI) == []
 
 
 def test_a_stage_may_switch_a_reward_off_by_a_weight_of_zero():

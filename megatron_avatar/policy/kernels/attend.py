@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_avatar.policy.kernels.device import next_power, runs_triton, tl, triton
+from megatron_avatar.policy.kernels.device import fits_head, next_power, runs_triton, tl, triton
 
 STRETCH = 512  # of a row's own tokens, one program
 KEYS = 64  # worked on at a time
@@ -49,6 +49,11 @@ def attend(
     [R, 1, 1, own] is -inf beyond a row's own, None where all rows have `own` (torch's operations alone ask).
     """
     return _attend(query, page_keys, page_values, keys, values, lengths, later, list(tables), own, scale)
+
+
+def by_kernels(tensor: Tensor) -> bool:
+    """Whether Triton's kernels take this query or store, whose last axis is a head's."""
+    return runs_triton(tensor) and fits_head(tensor.shape[-1])
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -224,7 +229,7 @@ def _attend(
     query: Tensor, page_keys: Tensor, page_values: Tensor, keys: Tensor, values: Tensor, lengths: Tensor,
     later: Tensor | None, tables: list[Tensor | None], own: int, scale: float,
 ) -> Tensor:  # fmt: skip
-    run = triton_attend if runs_triton(query) else torch_attend
+    run = triton_attend if by_kernels(query) else torch_attend
     return run(query, page_keys, page_values, keys, values, lengths, later, Tables._make(tables), own, scale)
 
 

@@ -20,6 +20,7 @@ except (ImportError, OSError, RuntimeError) as error:  # then nothing calls the 
     triton, tl, MISSING = SimpleNamespace(jit=lambda function: function), None, str(error) or type(error).__name__
 
 CAPABILITY = (8, 0)
+MOST_HEAD = 128  # beside 64 queries and 64 keys, in the 163 KiB of an A100's block
 log = logging.getLogger(__name__)
 
 
@@ -40,6 +41,14 @@ def _obstacle(index: int) -> str:
     if reason:
         log.warning("torch's operations in place of the package's kernels: %s", reason)
     return reason
+
+
+@functools.cache
+def fits_head(size: int) -> bool:
+    """Whether a GPU's shared memory holds attention's blocks of heads of this size; said once where it doesn't."""
+    if size > MOST_HEAD:
+        log.warning("torch's attention in decoding: the kernel takes heads of at most %d, not %d", MOST_HEAD, size)
+    return size <= MOST_HEAD
 
 
 def next_power(count: int) -> int:

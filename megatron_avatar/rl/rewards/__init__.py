@@ -98,8 +98,7 @@ def combine(parts: Mapping[str, float], weights: Mapping[str, float]) -> float:
     """
     present = {name: w for name, w in weights.items() if w > 0 and not math.isnan(parts.get(name, math.nan))}
     total = sum(present.values())
-    reward = sum(weight * parts[name] for name, weight in present.items()) / total if total else 0.0
-    return min(1.0, max(0.0, reward))  # a sum of rounded weights may pass 1 by one ulp
+    return sum(weight * parts[name] for name, weight in present.items()) / total if total else 0.0
 
 
 def check_weights(weights: dict[str, float], own: Collection[str] = ()) -> None:

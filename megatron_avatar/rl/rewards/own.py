@@ -8,6 +8,7 @@ The function takes (text, sample) and returns a number in [0, 1], or NaN where i
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -61,7 +62,7 @@ def _from_file(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(path)
     path = path.resolve()
-    name = f"own_reward_{path.stem}"
+    name = f"own_reward_{path.stem}_{hashlib.sha256(bytes(path)).hexdigest()[:8]}"  # two files may have one stem
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -72,6 +73,14 @@ def _from_file(path: Path) -> Any:
     finally:
         sys.path.remove(str(path.parent))
     return module
+
+
+def digest(place: str) -> str | None:
+    """SHA-256 of the file that holds the function, in hexadecimal; None for a module without a source file."""
+    where = place.rpartition(":")[0]
+    find(place)
+    file = where if where.endswith(".py") else getattr(sys.modules[where], "__file__", None)
+    return None if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 
 def check(rewards: Mapping[str, str]) -> None:

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from eval.paper.study import _points, _word, study
-from eval.reproduction import build, provenance
+from eval.reproduction import _again, build, provenance
 from eval.scoring.stats import Difference
 from tests.eval.made_up_reproduction import write_predictions, write_reproduction, write_training
 from tests.eval.test_report import Page
@@ -107,6 +107,16 @@ def test_a_report_of_half_a_reproduction_says_what_is_missing(tmp_path):
     assert "not measured" in text and "<script" not in text and "default-src 'none'" in text
 
 
+def test_the_head_counts_cells_of_the_papers_tables_alone():
+    def cell(paper, measured=None, low=None, high=None):
+        return {"paper": paper, "measured": measured, "low": low, "high": high}
+
+    cells = [cell(50.0, 48.0, 46.0, 51.0), cell(50.0, 40.0, 38.0, 42.0), cell(None, 9.0, 8.0, 10.0), cell(50.0)]
+    table = {"small": False, "rows": [{"cells": dict(enumerate(cells))}]}
+    counts = {"cells": 4, "measured": 3, "published": 2, "inside": 1}
+    assert _again([table, {**table, "small": True}]) == counts
+
+
 @pytest.mark.slow
 def test_a_whole_report(tmp_path):
     text = build(write_reproduction(tmp_path)).read_text()
@@ -114,6 +124,7 @@ def test_a_whole_report(tmp_path):
     assert all(source.startswith(("data:", "#")) for source in page.sources) and "script" not in page.tags
     ids = set(re.findall(r'id="([^"]+)"', text))
     assert {link[1:] for link in re.findall(r'<a href="(#[^"]+)"', text)} <= ids
+    assert 'id="families"' in text[text.index('id="figures"') :] and "Shown above" in text
     assert text.index("In short") < text.index("<nav>") < text.index('id="tables"') < text.index('id="provenance"')
     assert text.count("<table") == text.count('<div class="wide"><table'), "whatever is wide scrolls by itself"
     small = text[text.index('id="table-small_av"') :].partition("</section>")[0]

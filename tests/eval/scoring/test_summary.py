@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from eval.asking.benchmark import Aggregate, Benchmark, Records, Source
+from eval.asking.benchmark import Aggregate, Benchmark, Records, Source, load_benchmark
+from eval.scoring.predictions import score_line
 from eval.scoring.summary import as_json, show, summarise
 
 
@@ -61,6 +62,18 @@ def test_an_item_of_several_values_counts_in_each():
     found = summarise(made(), [line("a", 1.0, task=["x", "y"]), line("b", 0.0, task=["y"]), line("c", 0.0, task=[])])
     assert {name: e.value for name, e in found["breakdowns"]["task"].items()} == {"x": 1.0, "y": 0.5}
     assert found["headline"].value == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize("protocol", ["ours", "released"])
+@pytest.mark.parametrize("error", [None, "damaged"])
+def test_a_failed_item_has_no_answer_whatever_its_text_says(protocol, error):
+    """The released script of this benchmark drops what failed; ours counts it as wrong."""
+    asked = {"id": "a", "k": 0, "protocol": protocol, "kind": "number", "gold": "3", "text": "<answer>3</answer>"}
+    asked |= {"choices": [], "letters": "", "keep": {}, "error": error}
+    scored = score_line(load_benchmark("av_counting"), asked)
+    assert scored["answer"] == (None if error else "3")
+    assert scored["scores"]["accuracy"] == (0.0 if error else 1.0)
+    assert scored["counted"] == (error is None or protocol == "ours")
 
 
 def test_what_is_left_out_failed_or_not_judged_is_counted():

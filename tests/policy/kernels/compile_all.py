@@ -1,4 +1,6 @@
-"""Compile every kernel at 7B's and 3B's shapes for sm_80 and sm_90, without a GPU; prints their sizes as JSON."""
+"""Compile every kernel at 7B's and 3B's shapes for sm_80 and sm_90, in bfloat16 and float16, without a GPU; prints
+their sizes as JSON. Heads of 80 are computed in blocks of 128, as those of 128 are; those of 64 in blocks of their own,
+and few queries in blocks of 16."""
 
 import json
 
@@ -6,7 +8,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from megatron_avatar.policy.kernels import attend, draw, head, norm, rope, swiglu
+from megatron_avatar.policy.kernels import attend, draw, head, merge, norm, rope, swiglu
 
 HALF, FULL, INTS, LONGS, DOUBLES = "*bf16", "*fp32", "*i32", "*i64", "*fp64"
 
@@ -20,19 +22,26 @@ def source(kernel, types, constants):
                                                                  for n, v in constants.items()})  # fmt: skip
 
 
+SPLIT = [HALF, FULL, *[HALF] * 5, "fp32", *["i32"] * 4]
+DECODE = [HALF, FULL, HALF, HALF, HALF, LONGS, HALF, HALF, "fp32", *["i32"] * 5]
 KERNELS = {
     "norm": (norm._forward_kernel, [HALF, FULL, HALF, FULL, HALF, "i32", "fp32"], dict(ADDS=True, BLOCK=4096)),
     "norm_backward": (norm._backward_kernel, [HALF, FULL, FULL, HALF, FULL, FULL, "i32", "i32", "fp32"],
                       dict(ADDS=True, ROWS=64, BLOCK=4096)),
     "swiglu": (swiglu._forward_kernel, [HALF, HALF, "i32"], dict(BLOCK=1024)),
     "swiglu_backward": (swiglu._backward_kernel, [HALF, HALF, HALF, "i32"], dict(BLOCK=1024)),
-    "split_rope": (rope._split_kernel, [HALF, FULL, HALF, HALF, HALF, *["i32"] * 4], dict(BACK=False, BLOCK=64)),
-    "split_rope_backward": (rope._split_kernel, [HALF, FULL, HALF, HALF, HALF, *["i32"] * 4],
-                            dict(BACK=True, BLOCK=64)),
-    "decode_rope": (rope._decode_kernel, [HALF, FULL, HALF, HALF, HALF, LONGS, *["i32"] * 5], dict(BLOCK=64)),
+    "split_rope": (rope._split_kernel, SPLIT, dict(BACK=False, NORMS=False, BLOCK=64)),
+    "split_norm_rope": (rope._split_kernel, SPLIT, dict(BACK=False, NORMS=True, BLOCK=64)),
+    "split_rope_backward": (rope._split_kernel, SPLIT, dict(BACK=True, NORMS=False, BLOCK=64)),
+    "split_norm_rope_backward": (rope._split_back_kernel, [HALF, FULL, *[HALF] * 6, FULL, "fp32", *["i32"] * 4],
+                                 dict(TOKENS=16, BLOCK=64)),
+    "decode_rope": (rope._decode_kernel, DECODE, dict(NORMS=False, BLOCK=64)),
+    "decode_norm_rope": (rope._decode_kernel, DECODE, dict(NORMS=True, BLOCK=64)),
     "attend": (attend._parts_kernel, [*[HALF] * 5, *[LONGS] * 5, FULL, FULL, *["i32"] * 9, "fp32"],
                dict(STRETCH=512, KEYS=64, QUERIES=64, QUERY_BLOCKS=1, SIZE=128)),
     "merge": (attend._merge_kernel, [FULL, FULL, LONGS, LONGS, HALF, *["i32"] * 4], dict(STRETCH=512, SIZE=128)),
+    "merge_parts": (merge._merge_kernel, [HALF, FULL, HALF, FULL, FULL, LONGS, *["i32"] * 7],
+                    dict(LISTED=True, BLOCK=4096)),
     "draw_stats": (draw._stats_kernel, [FULL, "*i1", FULL, DOUBLES, DOUBLES, INTS, "i32", "fp32", "i32"],
                    dict(BLOCK=2048)),
     "draw_find": (draw._find_kernel, [FULL, "*i1", DOUBLES, FULL, DOUBLES, DOUBLES, INTS, LONGS, FULL, "i32", "fp32",
@@ -41,10 +50,26 @@ KERNELS = {
     "head_backward": (head._gradient_kernel, [FULL, LONGS, FULL, FULL, HALF, "i32", "i32", "fp32"], dict(BLOCK=4096)),
 }  # fmt: skip
 
+OTHERS = {"SIZE": 64, "QUERIES": 16}  # of attention; the rotation's halves of heads are 64 or 32
+HALVES = {"*bf16": "bf16", "*fp16": "fp16"}
+
+
+def variants():
+    """(name, kernel, types, constants) of everything that a GPU may be asked to run."""
+    for name, (kernel, types, constants) in KERNELS.items():
+        shapes = [constants, *({**constants, key: value} for key, value in OTHERS.items() if key in constants)]
+        if "rope" in name:
+            shapes.append({**constants, "BLOCK": 32})
+        for number, shape in enumerate(shapes):
+            for half, title in HALVES.items() if HALF in types else [(HALF, "fp32")]:
+                said = " ".join(f"{key}={shape[key]}" for key in shape if number and shape[key] != constants[key])
+                yield f"{name} {title} {said}".strip(), kernel, [half if t == HALF else t for t in types], shape
+
+
 if __name__ == "__main__":
     found = {}
     for architecture in (80, 90):
-        for name, (kernel, types, constants) in KERNELS.items():
+        for name, kernel, types, constants in variants():
             made = triton.compile(source(kernel, types, constants), target=GPUTarget("cuda", architecture, 32))
             found[f"{name} sm_{architecture}"] = {"shared": made.metadata.shared, "cubin": len(made.asm["cubin"])}
     print(json.dumps(found))

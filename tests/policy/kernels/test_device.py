@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_avatar.policy.kernels import device
+from megatron_avatar.policy.kernels import attend, device
 
 ROOT = Path(__file__).parents[3]
 
@@ -31,6 +31,13 @@ def test_what_speaks_against_a_gpu_is_said_once(monkeypatch, caplog, capability,
     assert [device.runs_triton(tensor) for _ in "ab"] == [not words] * 2
     assert caplog.text.count("torch's operations in place") == bool(words) and words in caplog.text
     device._obstacle.cache_clear()
+
+
+def test_heads_that_are_too_large_take_torchs_attention_said_once(caplog):
+    device.fits_head.cache_clear()
+    sizes = [64, 80, 128, 256, 256]
+    assert [attend.by_kernels(torch.empty(1, size, device="meta")) for size in sizes] == [True] * 3 + [False] * 2
+    assert caplog.text.count("heads of at most 128, not 256") == 1
 
 
 @pytest.mark.parametrize("error", [ImportError("no module"), OSError("a library lacks"), RuntimeError()])

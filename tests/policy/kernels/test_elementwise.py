@@ -1,5 +1,7 @@
 """Norm, rope and SwiGLU: Triton's kernels in the interpreter against torch's formulas, and these against autograd."""
 
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -46,33 +48,44 @@ def test_swiglu_equals_torch(rows, width, dtype):
     close(swiglu.triton_swiglu_backward(grad, x), swiglu.torch_swiglu_backward(grad, x), dtype)
 
 
+def head_norms(size, dtype, wanted):
+    return rope.HeadNorms(*(1 + random(size, seed=k).to(dtype) for k in (8, 9)), 1e-6) if wanted else None
+
+
 heads = {"groups": st.sampled_from([1, 2, 4, 8]), "share": st.integers(1, 8), "size": st.sampled_from([8, 64, 80, 128])}
 
 
 @few
-@given(tokens=st.integers(1, 5), dtype=dtypes, **heads)
-def test_split_rope_equals_torch_and_turns_back(tokens, dtype, groups, share, size):
+@given(tokens=st.integers(1, 5), dtype=dtypes, normed=st.booleans(), **heads)
+def test_split_rope_equals_torch_and_turns_back(tokens, dtype, normed, groups, share, size):
     mixed, turn = random(tokens, groups, share + 2, size, dtype=dtype), random(tokens, size, seed=1)
     angles = torch.stack([turn.cos(), turn.sin()])
-    ours = rope.triton_split_rope(mixed, angles)
-    close(ours, rope.torch_split_rope(mixed, angles), dtype)
+    norms = head_norms(size, dtype, normed)
+    ours = rope.triton_split_rope(mixed, angles, norms)
+    close(ours, rope.torch_split_rope(mixed, angles, norms), dtype)
     grads = [random(*x.shape, dtype=dtype, seed=k) for k, x in enumerate(ours)]
+    if norms is not None:
+        with mock.patch.object(rope, "TOKENS_A_PROGRAM", 2):
+            ours = rope.triton_split_norm_rope_backward(*grads, angles, mixed, norms)
+        close(ours, rope.torch_split_norm_rope_backward(*grads, angles, mixed, norms), dtype)
+        return
     close(rope.triton_split_rope_backward(*grads, angles), rope.torch_split_rope_backward(*grads, angles), dtype)
 
 
 @few
-@given(rows=st.integers(1, 5), spare=st.integers(0, 2), dtype=dtypes, **heads)
-def test_a_decode_steps_rope_writes_the_cache(rows, spare, dtype, groups, share, size):
+@given(rows=st.integers(1, 5), spare=st.integers(0, 2), dtype=dtypes, normed=st.booleans(), **heads)
+def test_a_decode_steps_rope_writes_the_cache(rows, spare, dtype, normed, groups, share, size):
     mixed, turn = random(rows, groups, share + 2, size, dtype=dtype), random(rows, size, seed=1)
     angles = torch.stack([turn.cos(), turn.sin()])
     lengths = torch.arange(rows) * 3 % 7
     stores = [[random(rows + spare, groups, 7, size, dtype=dtype, seed=k) for k in (3, 4)] for _ in "to"]
-    close(rope.triton_decode_rope(mixed, angles, *stores[0], lengths),
-          rope.torch_decode_rope(mixed, angles, *stores[1], lengths), dtype)  # fmt: skip
+    norms = head_norms(size, dtype, normed)
+    close(rope.triton_decode_rope(mixed, angles, *stores[0], lengths, norms),
+          rope.torch_decode_rope(mixed, angles, *stores[1], lengths, norms), dtype)  # fmt: skip
     close(stores[0], stores[1], dtype)
 
 
-@pytest.mark.parametrize("function", ["norm", "add_norm", "swiglu", "split_rope"])
+@pytest.mark.parametrize("function", ["norm", "add_norm", "swiglu", "split_rope", "split_norm_rope"])
 def test_gradients_are_autograds(function):
     """In float64, through the operations that everyone calls."""
     x = random(5, 2, 6, 8).double().requires_grad_()
@@ -85,6 +98,9 @@ def test_gradients_are_autograds(function):
             lambda a, r, w: norm.add_norm(a, r, w, 1e-6), (x, residual, weight)),
         "swiglu": lambda: torch.autograd.gradcheck(swiglu.swiglu, (x,)),
         "split_rope": lambda: torch.autograd.gradcheck(lambda a: rope.split_rope(a, angles), (x,)),
+        "split_norm_rope": lambda: torch.autograd.gradcheck(
+            lambda a, q, k: rope.split_rope(a, angles, rope.HeadNorms(q, k, 1e-6)),
+            (x, weight, weight.detach().flip(0).requires_grad_())),
     }
     assert run[function]()
 

@@ -1,0 +1,146 @@
+"""The model families that can be trained, a row each: what pictures, positions and prompts are to them.
+
+A family is known by `model_type` in a folder's config.json. Token ids and sizes are the folder's own; here is what its
+configuration doesn't say. Another family is another row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MERGE = 2  # patches a side that become one visual token, in all families
+TEMPORAL_PATCH = 2  # frames a patch, in all families
+
+
+@dataclass(frozen=True)
+class Family:
+    """What the encoders take, how a video's time is told, what a prompt is written with, and what the decoder does.
+
+    patch: pixels a side. mean, std: of the three colours, as bytes over 255. image_min_pixels: a smaller picture is
+    enlarged to it. clip_pixels: a clip's budget. Where `whole_clip`, limits hold for the sum of all frames; else for
+    each, and the budget is shared by pairs of frames.
+
+    position_rate: the key of config.json with the positions a second of a video's time axis. Empty: there is no such
+    axis, and each pair of frames follows its time as text, `<1.5 seconds>`. time_ends: text goes on after a video's
+    last position of all axes, not after those of height and width.
+
+    vision_start, image, video, vision_end, system: what the built-in chat template writes, for tokenizers without one.
+    kin: model types that look alike and are refused, with the reason.
+
+    vision_matrices: of a block's feed-forward in the vision encoder; 3 with a gate, 2 without.
+    head_norms: each query and key is normed before its rotation, and their projections have no bias. mrope_interleaved:
+    time, height and width take rotary frequencies in turn, not in blocks. nested_names: the hub's folders call weights
+    as transformers' modules are called, the language model a part of `model`.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    hears: bool
+    patch: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    image_min_pixels: int
+    clip_pixels: int
+    whole_clip: bool
+    position_rate: str
+    time_ends: bool
+    vision_start: str = "<|vision_start|>"
+    image: str = "<|image_pad|>"
+    video: str = "<|video_pad|>"
+    vision_end: str = "<|vision_end|>"
+    system: str = ""
+    kin: tuple[tuple[str, str], ...] = ()
+    vision_matrices: int = 3
+    head_norms: bool = False
+    mrope_interleaved: bool = False
+    nested_names: bool = False
+
+    @property
+    def factor(self) -> int:
+        """Pixels a side of one visual token."""
+        return self.patch * MERGE
+
+    @property
+    def token_pixels(self) -> int:
+        """Pixels that become one visual token."""
+        return self.factor**2
+
+    @property
+    def timestamps(self) -> bool:
+        """Whether a video's time is text between its pairs of frames."""
+        return not self.position_rate
+
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+OMNI = Family(
+    name="Qwen2.5-Omni",
+    model_types=("qwen2_5_omni", "qwen2_5_omni_thinker"),
+    hears=True,
+    patch=14,
+    mean=CLIP_MEAN,
+    std=CLIP_STD,
+    image_min_pixels=4 * 28**2,
+    clip_pixels=90_316_800,
+    whole_clip=False,
+    position_rate="position_id_per_seconds",
+    time_ends=True,
+    vision_start="<|vision_bos|>",
+    image="<|IMAGE|>",
+    video="<|VIDEO|>",
+    vision_end="<|vision_eos|>",
+    system="You are a helpful assistant.",
+    kin=(
+        ("qwen3_omni_moe", "Qwen3-Omni is a mixture of experts, which the policy doesn't have yet"),
+        ("qwen3_omni_moe_thinker", "Qwen3-Omni is a mixture of experts, which the policy doesn't have yet"),
+    ),
+)
+VL = Family(
+    name="Qwen2.5-VL",
+    model_types=("qwen2_5_vl",),
+    hears=False,
+    patch=14,
+    mean=CLIP_MEAN,
+    std=CLIP_STD,
+    image_min_pixels=4 * 28**2,
+    clip_pixels=90_316_800,
+    whole_clip=False,
+    position_rate="vision_config.tokens_per_second",
+    time_ends=False,
+    system="You are a helpful assistant.",
+    kin=(("qwen2_vl", "Qwen2-VL has another vision encoder"),),
+)
+VL3 = Family(
+    name="Qwen3-VL",
+    model_types=("qwen3_vl",),
+    hears=False,
+    patch=16,
+    mean=(0.5, 0.5, 0.5),
+    std=(0.5, 0.5, 0.5),
+    image_min_pixels=64 * 32**2,
+    clip_pixels=24_576 * 32**2,
+    whole_clip=True,
+    position_rate="",
+    time_ends=False,
+    kin=(
+        ("qwen3_vl_moe", "a mixture of experts lies otherwise on disk; take a dense Qwen3-VL, as its 4B or 8B"),
+        ("qwen3_5", "Qwen3.5 has linear attention, which the policy doesn't have"),
+    ),
+    vision_matrices=2,
+    head_norms=True,
+    mrope_interleaved=True,
+    nested_names=True,
+)
+FAMILIES = (OMNI, VL, VL3)
+NAMES = f"{', '.join(family.name for family in FAMILIES[:-1])} or {FAMILIES[-1].name}"
+
+
+def family_of(model_type: object) -> Family:
+    """The family that has the `model_type` of a config.json. Raises ValueError with the remedy for all others."""
+    for family in FAMILIES:
+        if model_type in family.model_types:
+            return family
+    known = ", ".join(name for family in FAMILIES for name in family.model_types)
+    why = next((f" ({reason})" for family in FAMILIES for kind, reason in family.kin if kind == model_type), "")
+    raise ValueError(f"model_type is {model_type!r}{why}, but the policy is built for {known}: point model.path to a "
+                     f"Hugging Face folder of {NAMES}")  # fmt: skip
