@@ -104,6 +104,10 @@ def test_what_a_page_shows_below_a_prompt_is_what_the_command_says(page):
         assert " ".join(shown.split()) in said, f"{page.name}: {command}\n{said}"
 
 
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 170
+
+
 def test_the_readmes_demo_is_the_run_that_is_kept():
     kept = ROOT / "bench" / "results" / "demo.json"
     if not kept.exists():

@@ -5,8 +5,8 @@ import pytest
 from bench import ops
 
 # Bytes that a layer's operations beside products and attention touch, a token of the packed group and a number of its
-# widest row (the feed-forward's): forward, backward.
-ELEMENTWISE = 14.5, 23
+# widest row (the feed-forward's): forward, backward. Qwen3's heads are wider than its stream, and have norms.
+ELEMENTWISE = {"3b": (14.5, 23), "7b": (14.5, 23), "vl3_4b": (17.5, 30)}
 
 
 @pytest.mark.parametrize("shape", ops.SHAPES)
@@ -17,8 +17,8 @@ def test_the_gpu_path_launches_few_operations(shape):
         weights = 2 * policy.vocab_size * policy.config.hidden_size
     assert found["decode_layer_ops"] <= 10 and found["decode_outer_ops"] <= 24
     assert found["update_layer_forward"] <= 17 and found["update_layer_backward"] <= 32
-    touched = found["elementwise_bytes"]
-    assert touched["forward"] < ELEMENTWISE[0] * wide and touched["backward"] < ELEMENTWISE[1] * wide, touched
+    touched, (forward, backward) = found["elementwise_bytes"], ELEMENTWISE[shape]
+    assert touched["forward"] < forward * wide and touched["backward"] < backward * wide, touched
     # Forward each logit is read once, backward read once and written once in half precision, and little else.
     head = found["head_bytes"]
     assert head["forward"] < 1.1 * 4 * logits and head["backward"] < 1.1 * 6 * logits + 4 * weights, head

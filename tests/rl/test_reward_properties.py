@@ -3,12 +3,13 @@ nothing, a wrong number is never right."""
 
 from fractions import Fraction
 
+import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from megatron_avatar.records import Sample
-from megatron_avatar.rl.rewards import accuracy_reward, grade
+from megatron_avatar.rl.rewards import accuracy_reward, combine, grade
 from megatron_avatar.rl.rewards.accuracy import canonical
 from megatron_avatar.rl.rewards.numbers import number_words, quantity
 from tests.rl.reward_cases import BY_TYPE, CHOICES
@@ -139,3 +140,15 @@ def test_a_number_is_graded_or_exact(answer, graded, exact):
     sample = Sample("n", "visual", "train", "count", "How many?", "4", "numerical")
     assert accuracy_reward(answer, sample) == pytest.approx(graded)
     assert accuracy_reward(answer, sample, numerical="exact") == exact
+
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 5)), min_size=1, max_size=5))
+def test_rewards_in_0_to_1_combine_to_one_in_0_to_1(given_parts):
+    """Without a clip: each rounded product is at most its weight, and both sums round alike."""
+    parts = {str(k): reward for k, (reward, _) in enumerate(given_parts)}
+    weights = {str(k): weight for k, (_, weight) in enumerate(given_parts)}
+    total = sum(weights.values())
+    reward = combine(parts, weights)
+    assert 0 <= reward <= 1
+    if total > 1e-9:
+        assert reward == pytest.approx(np.average(list(parts.values()), weights=list(weights.values())), abs=1e-9)

@@ -2,7 +2,6 @@
 
 import math
 
-import numpy as np
 import pytest
 import sympy
 from hypothesis import given, settings
@@ -403,18 +402,6 @@ def test_a_masked_parts_weight_is_shared_in_proportion():
     assert reward == pytest.approx(0.2 / (0.2 + 0.3))
     assert combine({"format": 1.0, "accuracy": 0.0}, STAGE_3) == pytest.approx(0.4)
     assert combine({"self": math.nan}, {"self": 1.0}) == 0.0
-
-
-@given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 5)), min_size=1, max_size=5))
-def test_rewards_in_0_to_1_combine_to_one_in_0_to_1(given_parts):
-    """Without a clip: each rounded product is at most its weight, and both sums round alike."""
-    parts = {str(k): reward for k, (reward, _) in enumerate(given_parts)}
-    weights = {str(k): weight for k, (_, weight) in enumerate(given_parts)}
-    total = sum(weights.values())
-    reward = combine(parts, weights)
-    assert 0 <= reward <= 1
-    if total > 1e-9:
-        assert reward == pytest.approx(np.average(list(parts.values()), weights=list(weights.values())), abs=1e-9)
 
 
 def test_a_judge_that_misses_one_completion_counts_for_none_of_its_group():

@@ -41,7 +41,7 @@ def position(panels: Bands, shaping: Mapping[str, tuple[str, float]]) -> Figure 
                     panel.plot(place, expected, linestyle=look.line, color=look.color, linewidth=1.0,
                                label=f"{look.name}, weighting")  # fmt: skip
             panel.set(title=title, xlabel="t / (L − 1), place in the completion", ylabel="mean |surrogate| of a token")
-            panel.set(xlim=(0, 1), ylim=(0, 1.12 * max(np.nanmax(c.high) for c in curves.values())))
+            panel.set(xlim=(0, 1), ylim=(0, 1.12 * max(np.nanmax(c.high) for c in curves.values()) or 1))
         legend_above(figure, axes)
     return figure
 
