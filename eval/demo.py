@@ -9,6 +9,7 @@ is there from the first minute on, and grows.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -155,8 +156,8 @@ def count_samples(manifest: Path, split: str) -> int:
 class Growing:
     """The report while its run goes on: written anew now and then, so that it can be opened at any time."""
 
-    def __init__(self, out: Path) -> None:
-        self._out, self._next, self._written = out, 0.0, 0
+    def __init__(self, out: Path, seed: int) -> None:
+        self._out, self._seed, self._next, self._written = out, seed, 0.0, 0
 
     def __call__(self) -> None:
         if time.monotonic() < self._next or not any((self._out / n / "metrics.jsonl").exists() for n in SYSTEMS):
@@ -165,7 +166,7 @@ class Growing:
 
         began = time.process_time()
         try:
-            render(self._out, growing=True)
+            render(self._out, growing=True, seed=self._seed)
             self._written += 1
         except (ValueError, OSError):  # a line that is being written
             return
@@ -174,6 +175,13 @@ class Growing:
             self._next = now + max(min(RENDER_S, 15.0 * self._written), 29 * (time.process_time() - began), 1.0)
         if self._written == 1:
             console.print(f"open [bold]{escape(str(self._out))}/report.html[/] in a browser: it grows until the end")
+
+    def stop(self) -> None:
+        """The page no longer says that the run goes on."""
+        if self._written:
+            from eval.report import render
+
+            render(self._out, growing=True, stopped=True, seed=self._seed)
 
 
 def main() -> None:
@@ -198,10 +206,13 @@ def main() -> None:
         console.print(f"done before, reused: {', '.join(reused)}")
     else:
         console.print(f"everything goes to [bold]{folder}[/]; Ctrl-C saves and stops, the same command goes on")
+    growing = Growing(out, arguments.seed)
     try:
-        run_all(jobs, reused, PROCESSES, console, tick=Growing(out), ended=lambda job, seconds, done: ledger.add(
+        run_all(jobs, reused, PROCESSES, console, tick=growing, ended=lambda job, seconds, done: ledger.add(
             {job.name: seconds}, memory.peak_mib, done=job.name if done else None))  # fmt: skip
     except KeyboardInterrupt:
+        with contextlib.suppress(ValueError, OSError):
+            growing.stop()
         console.print("stopped; run the same command to continue.")
         raise SystemExit(130) from None
     finally:

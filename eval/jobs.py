@@ -177,7 +177,7 @@ def run_all(
                 tick()
                 time.sleep(POLL_S)
     except KeyboardInterrupt:
-        console.print("\nstopping: saving state ...")
+        console.print("\nstopping: saving state, up to a minute; Ctrl-C again stops at once, without saving ...")
         for job in running:  # the terminal has sent them the same signal
             for process in job.running:
                 process.wait()

@@ -237,9 +237,9 @@ def clips(found: Measurements) -> list[Clip]:
     ]  # fmt: skip
 
 
-def render(root: Path, *, growing: bool = False) -> None:
-    """Write report.html (self-contained), report.md and figures/ into the run's folder. `growing`: the run goes on, and
-    the page in a browser loads itself again."""
+def render(root: Path, *, growing: bool = False, stopped: bool = False, seed: int | None = None) -> None:
+    """Write report.html (self-contained), report.md and figures/ into the run's folder. `growing`: the run of this
+    `seed` goes on, and the page in a browser loads itself again, unless the run was `stopped` before its end."""
     root = Path(root)
     found = measurements(root)
     found.growing = growing
@@ -250,7 +250,7 @@ def render(root: Path, *, growing: bool = False) -> None:
     values = {
         "verdict": verdict(found),
         "effort": effort(found),
-        "seed": found.results.get("seed", MISSING),
+        "seed": found.results.get("seed", MISSING if seed is None else seed),
         "columns": columns,
         "rows": rows,
         "floor": found.floor,
@@ -266,6 +266,7 @@ def render(root: Path, *, growing: bool = False) -> None:
         "n": max(map(len, found.predictions.values()), default=0),
         "missing": MISSING,
         "growing": growing,
+        "stopped": stopped,
     }
     for name, escaped in (("report.html", True), ("report.md", False)):
         environment = Environment(

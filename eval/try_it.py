@@ -84,7 +84,10 @@ def write_page(out: Path, manifest: Path, files: dict[str, Path], model: Path) -
 
 
 def trained_model(asked: Path | None) -> Path:
-    """The model that answers beside the base: the one asked for, the demo's of this machine, or the shipped one."""
+    """The model that answers beside the base: the one asked for, the demo's of this machine, or the shipped one.
+    ValueError where the one asked for is none."""
+    if asked is not None and not (asked / "config.json").is_file():
+        raise ValueError(f"--model {asked}: there is no config.json of a model; name a folder of `make demo`'s exports")
     return asked or next((path for path in (OWN, SHIPPED) if (path / "config.json").is_file()), BASE)
 
 
@@ -98,7 +101,12 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=2026)
     parser.add_argument("--model", type=Path, help="a Hugging Face folder of the tiny model's kind")
     parsed = parser.parse_args(arguments)
-    began, model = time.monotonic(), trained_model(parsed.model)
+    began = time.monotonic()
+    try:
+        model = trained_model(parsed.model)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     console.print(f"making three clips with sound, seed {parsed.seed} ...")
     try:
         manifest = make_clips(parsed.out / f"seed_{parsed.seed}", parsed.seed)

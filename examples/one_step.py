@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 from collections import defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -173,8 +173,8 @@ def step(
     return sum(row.reward for row in fresh) / len(fresh)
 
 
-def train(steps: int, seed: int = 0) -> list[float]:
-    """Mean reward of each step on a dozen prompts in turn."""
+def train(steps: int, seed: int = 0) -> Iterator[float]:
+    """Mean reward of each step on a dozen prompts in turn, as it ends."""
     torch.set_num_threads(1)  # the matrices are tiny
     torch.manual_seed(seed)
     model, memory = tiny_model(), Memory()
@@ -184,13 +184,16 @@ def train(steps: int, seed: int = 0) -> list[float]:
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     prompts = [f"{a}{b}" for a in range(4) for b in range(3)]
-    return [step(model, start, optimizer, prompts[k % len(prompts)], memory) for k in range(steps)]
+    for k in range(steps):
+        yield step(model, start, optimizer, prompts[k % len(prompts)], memory)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=240)
-    rewards = train(parser.parse_args().steps)
-    for begin in range(0, len(rewards), 24):
-        part = rewards[begin : begin + 24]
-        print(f"steps {begin + 1:3} to {begin + len(part):3}: mean reward {sum(part) / len(part):.2f}")
+    steps, part = parser.parse_args().steps, []
+    for done, mean in enumerate(train(steps), 1):
+        part.append(mean)
+        if done % 24 == 0 or done == steps:
+            print(f"steps {done - len(part) + 1:3} to {done:3}: mean reward {sum(part) / len(part):.2f}", flush=True)
+            part = []

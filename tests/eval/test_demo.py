@@ -39,7 +39,7 @@ def test_both_cores_have_work_from_the_data_to_the_last_evaluation(tmp_path):
 
 
 def test_the_report_is_there_while_the_run_goes_on(tmp_path):
-    grow = Growing(tmp_path)
+    grow = Growing(tmp_path, 3)
     grow()
     assert not (tmp_path / "report.html").exists(), "nothing to show yet"
     write_run(tmp_path, items=12, steps=3)
@@ -48,6 +48,10 @@ def test_the_report_is_there_while_the_run_goes_on(tmp_path):
     page = (tmp_path / "report.html").read_text()
     assert 'http-equiv="refresh"' in page and "The run goes on" in page and "<svg" in page
     assert demo.right_so_far(demo.predictions_file(tmp_path, "avatar")).startswith("right ")
+    grow.stop()
+    page = (tmp_path / "report.html").read_text()
+    assert "refresh" not in page and "The run was stopped; the same command continues it" in page
+    assert "<title>Megatron-AVATAR, seed 3</title>" in page
 
 
 def test_the_first_curve_is_there_with_the_second_step_of_the_first_training(tmp_path):
@@ -56,7 +60,7 @@ def test_the_first_curve_is_there_with_the_second_step_of_the_first_training(tmp
     assert behind == ["sft"]
     write_lines(tmp_path / "sft" / "metrics.jsonl", [{"step": s, "stage": "sft", "stage_step": s, "loss": 9.0 - s}
                                                      for s in (1, 2)])  # fmt: skip
-    Growing(tmp_path)()
+    Growing(tmp_path, 3)()
     page = (tmp_path / "report.html").read_text()
     assert 'aria-label="Loss of the cold start."' in page and (tmp_path / "figures" / "sft_loss.svg").exists()
 
@@ -87,7 +91,7 @@ def test_the_report_grows_while_one_system_has_answered_half(tmp_path, monkeypat
     lines = file.read_text().splitlines(keepends=True)
     file.write_text("".join(lines[: len(lines) // 2]))
     monkeypatch.setattr(training, "draw", lambda *_: {})
-    Growing(tmp_path)()
+    Growing(tmp_path, 3)()
     page = (tmp_path / "report.html").read_text()
     assert f"AVATAR {len(lines) // 2} of {len(lines)} samples" in page
     assert "GRPO − SFT" in page and "AVATAR − GRPO" not in page
@@ -99,7 +103,7 @@ def test_a_report_that_fails_isnt_tried_again_at_once(tmp_path, monkeypatch):
     times, used = iter((100.0, 200.0)), iter((5.0, 15.0))
     clocks = SimpleNamespace(monotonic=lambda: next(times), process_time=lambda: next(used))
     monkeypatch.setattr(demo, "time", clocks)
-    grow = Growing(tmp_path)
+    grow = Growing(tmp_path, 3)
     monkeypatch.setattr("eval.report.render", lambda *_, **__: open(tmp_path / "absent"))
     grow()
     assert grow._next == 200 + 29 * 10

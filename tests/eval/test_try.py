@@ -17,6 +17,9 @@ def test_the_clips_are_one_of_each_stage_with_sound(tmp_path):
 
 def test_the_model_is_the_one_asked_for_or_the_demos_or_the_shipped(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"--model .*: there is no config\.json of a model"):
+        try_it.trained_model(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
     assert try_it.trained_model(tmp_path) == tmp_path
     assert try_it.trained_model(None) == try_it.SHIPPED and (try_it.SHIPPED / "model.safetensors").is_file()
     try_it.OWN.mkdir(parents=True)
@@ -43,7 +46,9 @@ def test_paths_are_shown_as_they_are(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(try_it, "answer", lambda manifest, out, name, model: out / name)
     monkeypatch.setattr(try_it, "make_clips", lambda out, seed: out / "manifest.jsonl")
-    (tmp_path / "[b]<i>").mkdir()
+    for name in ("[b]<i>", "[m]<u>"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "[m]<u>" / "config.json").write_text("{}")
     monkeypatch.setattr("eval.scoring.predictions.read_predictions", lambda _: [])
     monkeypatch.setattr("megatron_avatar.data.manifest.load_manifest", lambda _: [])
     assert try_it.main(["--out", "[b]<i>", "--model", "[m]<u>"]) == 0

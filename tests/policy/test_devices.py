@@ -63,7 +63,7 @@ def test_the_driver_is_asked_and_may_fail(monkeypatch, tmp_path):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_the_command_refuses(tmp_path, capsys):
     for name in ("config.json", "model.safetensors", "tokenizer.json", "manifest.jsonl"):
-        (tmp_path / name).write_text("{}")
+        (tmp_path / name).write_text('{"model_type": "qwen2_5_omni"}')
     arguments = ["recipe=sft_3b", f"model.path={tmp_path}", f"data.manifest={tmp_path / 'manifest.jsonl'}",
                  f"output_dir={tmp_path / 'run'}", "parallel.tp=1", "parallel.pp=1",
                  "parallel.sequence_parallel=false"]  # fmt: skip

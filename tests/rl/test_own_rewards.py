@@ -43,6 +43,13 @@ def test_what_is_no_reward_is_named(function, says):
         own.try_on("mine", f"{HERE}:{function}", SAMPLE)
 
 
+def test_one_without_any_verdict_is_warned_about(caplog):
+    own.try_on("yes", f"{HERE}:yes", SAMPLE)
+    assert not caplog.messages
+    own.try_on("mine", f"{HERE}:no_verdict", SAMPLE)
+    assert caplog.messages[0].startswith(f"rl.rewards.mine: {HERE}:no_verdict has no verdict (nan) on a right answer")
+
+
 def test_one_that_never_ends_costs_its_text_the_reward(monkeypatch):
     monkeypatch.setattr(own, "bounded", lambda *a: workers.bounded(*a, deadline_s=0.5))
     assert own.score("endless", f"{HERE}:endless", ["a", ""], SAMPLE) == [0.0, 1.0]

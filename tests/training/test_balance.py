@@ -11,13 +11,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_avatar.config.schema import ModelConfig, OptimConfig, ParallelConfig, RLConfig
+from megatron_avatar.policy.build import build_policy
 from megatron_avatar.policy.groups import pack_groups
 from megatron_avatar.policy.micro_batches import plan_micro_batches
-from megatron_avatar.records import Prompt
+from megatron_avatar.records import Completion, Group, Prompt, Trajectory
 from megatron_avatar.rl.step import Visit
 from megatron_avatar.training.balance import deal, even_out, imbalance, loads_of, packed_tokens
+from megatron_avatar.training.learner import Learner, filler_group
+from megatron_avatar.training.optim import build_optimizer
 from megatron_avatar.training.rollout import share_visits
-from tests.policy.tiny import KINDS, tiny_config, tiny_thinker
+from tests.policy.tiny import KINDS, tiny_config, tiny_prompts, tiny_thinker
 from tests.ranks import launch
 from tests.training import layouts_world
 from tests.training.layouts_world import run_leg
@@ -103,3 +107,19 @@ def test_whoever_has_the_media_the_step_is_the_same(tmp_path: Path):
     assert alone[0][0] != alone[1][0] and curves.keys() == cases.keys()
     for curve in curves.values():  # the second step's loss knows of the first one's gradient
         np.testing.assert_allclose(curve, alone, rtol=2e-4)
+
+
+def test_a_rank_with_less_work_begins_as_many_micro_batches(backend, tmp_path, monkeypatch):
+    """Another replica has three: schedules and reductions of both have to meet, and fillers weigh nothing."""
+    config = tiny_config(layers=2)
+    tiny_thinker(config).save_pretrained(tmp_path)
+    policy = build_policy(tmp_path, backend, ModelConfig(path=str(tmp_path)), ParallelConfig())
+    optimization = build_optimizer(policy, OptimConfig(), lr=1e-3, total_steps=2)
+    learner = Learner(policy, optimization, backend, RLConfig(tokens_per_micro_batch=4096))
+    said = Completion(np.arange(3), np.zeros(3, np.float32), True)
+    rows = [Trajectory("a", "plain", said, 0.5, {}, 0.0, "", "", 0, 0)]
+    group = Group(tiny_prompts(config)["text"], rows, np.ones(1, np.float32), np.ones(1, bool))
+    monkeypatch.setattr(type(backend), "all_gather_object_dp", lambda self, mine: [mine, 3])
+    found = learner.micro_batches([group], [None])
+    assert [micro.members for micro in found] == [[(0, [0])], [(-1, [0])], [(-1, [0])]]
+    assert filler_group().weight == 0

@@ -12,6 +12,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import logging
 import math
 import numbers
 import signal
@@ -25,6 +26,7 @@ from typing import Any
 from megatron_avatar.records import Sample
 from megatron_avatar.rl.rewards.bounded import DEADLINE_S, bounded
 
+log = logging.getLogger(__name__)
 PROMISE = "a reward takes (text, sample) and returns a number from 0 to 1, or nan for no verdict"
 
 
@@ -102,16 +104,20 @@ def score(name: str, place: str, texts: Sequence[str], sample: Sample) -> list[f
 
 def try_on(name: str, place: str, sample: Sample) -> None:
     """Score a right answer and an empty text, before a run begins. Raises ValueError as `score` would fail, and where a
-    text would earn 0 because nothing came back."""
+    text would earn 0 because nothing came back; warns where neither gets a verdict."""
+    verdicts = []
     for text in (f"<think>It is so.</think><answer>{sample.answer}</answer>", ""):
         try:
             said = _ask(name, place, text, sample)
-            _verdict(name, place, said, sample)
+            verdicts.append(_verdict(name, place, said, sample))
         except OwnRewardFailed as error:
             raise ValueError(str(error)) from error
         if said is None:
             raise ValueError(f"rl.rewards.{name}: {place} computes for more than {DEADLINE_S:g} s, waits too long or "
                              f"crashes on sample {sample.id} and {text!r}: a run would give such texts 0")  # fmt: skip
+    if all(map(math.isnan, verdicts)):
+        log.warning("rl.rewards.%s: %s has no verdict (nan) on a right answer and none on an empty text of sample %s: "
+                    "where it never has one, its weight goes to the other rewards", name, place, sample.id)  # fmt: skip
 
 
 def _ask(name: str, place: str, text: str, sample: Sample) -> tuple[str, Any] | None:
