@@ -20,6 +20,7 @@ import sys
 
 from eval.lmms_engine import Responder
 from megatron_avatar.config import load_config
+from megatron_avatar.config.checks import check_family
 
 INSTALL = "pip install --no-deps -r requirements-lmms.txt"
 
@@ -47,6 +48,7 @@ def main(arguments: list[str]) -> int:
     try:
         config = load_config([*(f"{key}={value}" for key, value in settings.items()), f"model.path={model}",
                               "data.manifest=-", "output_dir=-"])  # fmt: skip
+        check_family(config)
         responder = Responder(config, media)  # before lmms-eval, which uses the process group that it finds
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

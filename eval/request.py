@@ -10,6 +10,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from eval.asking.benchmark import PROTOCOLS, as_asked, load_benchmark
 from megatron_avatar.config import Config, load_config
+from megatron_avatar.config.checks import check_family
 from megatron_avatar.config.load import apply
 from megatron_avatar.config.paths import check_model, home, refuse
 from megatron_avatar.config.world import world_size
@@ -96,6 +97,7 @@ def engine_config(request: Request, settings: list[str]) -> Config:
         fixed = [f"model.path={request.model}", "data.manifest=-", f"output_dir={request.out}"]
         config = load_config([*settings, *fixed])
     assert isinstance(config, Config)
+    check_family(config)
     benchmark = load_benchmark(request.benchmark)
     protocol = benchmark.protocols[request.protocol]
     given = {item.partition("=")[0] for item in settings}

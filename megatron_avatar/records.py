@@ -64,7 +64,7 @@ class Prompt:
     """A tokenised prompt and the features of its media, ready for the policy.
 
     token_ids [P] int64 (media placeholders already expanded); positions [3, P] int64 (temporal,
-    height, width); pixels [N, 1176] float32 with grid_thw [media, 3] int64; mel [128, sum T]
+    height, width); pixels [N, 6 * patch * patch] float32 with grid_thw [media, 3] int64; mel [128, sum T]
     float32 with mel_lengths [clips] int64. Absent media are None.
     """
 

@@ -22,12 +22,15 @@ class Family:
 
     position_rate: the key of config.json with the positions a second of a video's time axis. Empty: there is no such
     axis, and each pair of frames follows its time as text, `<1.5 seconds>`. time_ends: text goes on after a video's
-    last position of all axes, not after those of height and width.
+    last position of all axes, not after those of height and width. odd_frames: an odd number of frames is kept, and the
+    last one shown twice; else the number is floored to even. planned: the media of which plans count the longest.
 
     vision_start, image, video, vision_end, system: what the built-in chat template writes, for tokenizers without one.
     kin: model types that look alike and are refused, with the reason.
 
-    vision_matrices: of a block's feed-forward in the vision encoder; 3 with a gate, 2 without.
+    ends: keys of config.json with the tokens that end a completion.
+    vision_matrices: of a block's feed-forward in the vision encoder; 3 with a gate, 2 without. vision_sizes: what its
+    configuration has beside the other families': learned positions, and the layers whose features the decoder gets.
     head_norms: each query and key is normed before its rotation, and their projections have no bias. mrope_interleaved:
     time, height and width take rotary frequencies in turn, not in blocks. nested_names: the hub's folders call weights
     as transformers' modules are called, the language model a part of `model`.
@@ -50,7 +53,12 @@ class Family:
     vision_end: str = "<|vision_end|>"
     system: str = ""
     kin: tuple[tuple[str, str], ...] = ()
+    odd_frames: bool = False
+    planned: tuple[str, ...] = ("video", "image")
+    # At <|endoftext|>, the VLs' bos_token_id, their own generation ends too.
+    ends: tuple[str, ...] = ("eos_token_id", "bos_token_id")
     vision_matrices: int = 3
+    vision_sizes: tuple[str, ...] = ()
     head_norms: bool = False
     mrope_interleaved: bool = False
     nested_names: bool = False
@@ -94,6 +102,8 @@ OMNI = Family(
         ("qwen3_omni_moe", "Qwen3-Omni is a mixture of experts, which the policy doesn't have yet"),
         ("qwen3_omni_moe_thinker", "Qwen3-Omni is a mixture of experts, which the policy doesn't have yet"),
     ),
+    planned=("video",),
+    ends=("eos_token_id",),
 )
 VL = Family(
     name="Qwen2.5-VL",
@@ -123,10 +133,15 @@ VL3 = Family(
     position_rate="",
     time_ends=False,
     kin=(
-        ("qwen3_vl_moe", "a mixture of experts lies otherwise on disk; take a dense Qwen3-VL, as its 4B or 8B"),
+        ("qwen3_vl_moe", "it is a mixture of experts, which the policy doesn't have yet; take a dense Qwen3-VL, as its "
+                         "4B or 8B"),
+        ("qwen3_vl_text", "it is the language model of a Qwen3-VL without its vision encoder; take the whole folder"),
         ("qwen3_5", "Qwen3.5 has linear attention, which the policy doesn't have"),
+        ("qwen3_5_moe", "Qwen3.5 has linear attention and a mixture of experts, which the policy doesn't have"),
     ),
+    odd_frames=True,
     vision_matrices=2,
+    vision_sizes=("num_position_embeddings", "deepstack_visual_indexes"),
     head_norms=True,
     mrope_interleaved=True,
     nested_names=True,

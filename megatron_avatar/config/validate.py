@@ -10,6 +10,7 @@ import re
 from collections.abc import Collection
 from pathlib import Path
 
+from megatron_avatar.config.families import FAMILIES
 from megatron_avatar.config.paths import NAMES, missing, refuse
 from megatron_avatar.config.schema import LORA_TARGETS, Config, LoraConfig, StageConfig
 from megatron_avatar.config.urls import addresses
@@ -191,7 +192,7 @@ def _check_data(config: Config) -> None:
         if low_value > high_value:
             raise ValueError(f"data.{low}={low_value} is above data.{high}={high_value}: lower it or raise the other")
     for key in ("frame_min_pixels", "frame_max_pixels", "image_max_pixels"):
-        _at_least(f"data.{key}", getattr(data, key), 28 * 28)
+        _at_least(f"data.{key}", getattr(data, key), min(family.token_pixels for family in FAMILIES))
 
 
 def _check_optim(config: Config) -> None:

@@ -16,6 +16,7 @@ log = logging.getLogger(__name__)
 Message = dict[str, Any]
 # What a template that prints, escapes or trims its content does not give back.
 TRIED = 'It\'s "so":\n<b>\\n é {{ 问 }}</b> & more'
+THINK = "<think>"
 UNUSED = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # characters that Unicode keeps for programs' own use
 
 
@@ -44,7 +45,8 @@ class Chat:
     """Messages and texts as token ids. `placeholders`: the token that stands for each kind of medium.
 
     The tokenizer's own chat template is taken if it gives back the texts and media of a message; else the built-in one
-    of the family, with a warning.
+    of the family, with a warning. Raises ValueError for a template that opens the assistant's reasoning itself: the
+    completion would have no `<think>`.
     """
 
     def __init__(
@@ -61,6 +63,12 @@ class Chat:
             log.warning("%s: its chat template %s; prompts are written in %s's format instead", where, fault,
                         family.name)  # fmt: skip
             self.template = built_in
+        if self._rendered([{"role": "user", "content": [{"type": "text", "text": TRIED}]}]).rstrip().endswith(THINK):
+            where = tokenizer.name_or_path or "the tokenizer"
+            raise ValueError(
+                f"{where}: its chat template ends in {THINK}, as a Thinking edition's, so a completion would lack it "
+                "and could never earn the format reward: point model.path to the Instruct edition"
+            )
 
     def prompt_ids(self, messages: list[Message], spread: Callable[[str], str] = str) -> list[int]:
         """Token ids of messages whose content is a list of parts, up to where the assistant speaks.

@@ -49,17 +49,19 @@ def clip_seconds(media: Media) -> float:
     return (media.pts[-1] - media.pts[0]) * media.frame_count / (media.frame_count - 1)
 
 
-def plan_frames(media: Media, data: DataConfig) -> np.ndarray:
-    """Indices [T] int64 of the frames to decode: T even, spread evenly over the clip's time from first to last.
+def plan_frames(media: Media, data: DataConfig, odd: bool = False) -> np.ndarray:
+    """Indices [T] int64 of the frames to decode, spread evenly over the clip's time from first to last.
 
     T is the clip's seconds times `data.fps`, within `data.min_frames` and `data.max_frames` and the frames there are,
-    and then floored to even, as qwen-omni-utils and transformers count. A clip of one frame shows it twice. `media.pts`
-    (variable frame rate) picks the frames nearest in time.
+    and then floored: to even, as qwen-omni-utils counts, or with `odd` to a whole number, as Qwen3-VL's processor in
+    transformers does. A clip of one frame shows it twice. `media.pts` (variable frame rate) picks the frames nearest
+    in time.
     """
-    pair, wanted = TEMPORAL_PATCH, clip_seconds(media) * data.fps
+    step, wanted = 1 if odd else TEMPORAL_PATCH, clip_seconds(media) * data.fps
     if media.pts is not None:
         wanted = round(wanted, 6)  # seconds out of times that were rounded: 15.9999999 are 16 frames
-    count = max(pair, int(min(max(wanted, data.min_frames), data.max_frames, media.frame_count) // pair) * pair)
+    count = int(min(max(wanted, data.min_frames), data.max_frames, media.frame_count) // step) * step
+    count = max(TEMPORAL_PATCH, count)
     if media.pts is None:
         return np.rint(np.linspace(0, media.frame_count - 1, count)).astype(np.int64)
     pts = np.asarray(media.pts)

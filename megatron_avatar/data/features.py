@@ -27,7 +27,8 @@ def smart_resize(
     h: int, w: int, min_pixels: int, max_pixels: int, factor: int, frames: int = 1
 ) -> tuple[int, int]:
     """Nearest (height, width) in multiples of `factor` with the aspect ratio kept and min_pixels <= frames * area <=
-    max_pixels. With several frames a side below `factor` is enlarged to it first, as Qwen3-VL's processor does.
+    max_pixels. With several frames a side below `factor` is enlarged to it first, and an odd number of them counts as
+    the nearer multiple of 4, as Qwen3-VL's processor does.
 
     Raises ValueError for an aspect ratio above 200.
     """
@@ -37,10 +38,11 @@ def smart_resize(
     if max(h, w) > MAX_ASPECT_RATIO * min(h, w):
         raise ValueError(f"a picture of {w}x{h} has an aspect ratio above {MAX_ASPECT_RATIO}; crop it")
     height, width = (round(side / factor) * factor for side in (h, w))
-    if frames * height * width > max_pixels:
+    shown = round(frames / TEMPORAL_PATCH) * TEMPORAL_PATCH if frames > 1 else 1
+    if shown * height * width > max_pixels:
         shrink = math.sqrt(frames * h * w / max_pixels)
         height, width = (max(factor, math.floor(side / shrink / factor) * factor) for side in (h, w))
-    elif frames * height * width < min_pixels:
+    elif shown * height * width < min_pixels:
         grow = math.sqrt(min_pixels / (frames * h * w))
         height, width = (math.ceil(side * grow / factor) * factor for side in (h, w))
     return height, width

@@ -92,12 +92,13 @@ def plan_media(media: Media, data: DataConfig, family: Family) -> MediaPlan | No
         least = min(family.image_min_pixels, data.image_max_pixels)
         h, w = features.smart_resize(media.height, media.width, least, data.image_max_pixels, family.factor)
         return MediaPlan(media, "image", size=(h, w), grid=(1, h // family.patch, w // family.patch))
-    indices = plan_frames(media, data)
+    indices = plan_frames(media, data, family.odd_frames)
     together = len(indices) if family.whole_clip else 1
     room = family.clip_pixels if family.whole_clip else family.clip_pixels // len(indices) * TEMPORAL_PATCH
     most = min(data.frame_max_pixels * together, room)
     least = min(data.frame_min_pixels * together, most)
     h, w = features.smart_resize(media.height, media.width, least, most, family.factor, together)
+    indices = np.append(indices, indices[-1:].repeat(len(indices) % TEMPORAL_PATCH))  # fills the last pair
     grid = (len(indices) // TEMPORAL_PATCH, h // family.patch, w // family.patch)
     return MediaPlan(media, "video", indices, (h, w), grid, clip_seconds(media) / grid[0], mel_frames)
 
@@ -131,12 +132,24 @@ def check_words(chat: Chat, key: str, text: str) -> None:
     raise ValueError(f"{key}={text!r}: the tokenizer of model.path {why}. Write other words, or {key}='' for none")
 
 
+def check_tokens(tokenizer: PreTrainedTokenizerBase, config: Any, keys: Sequence[str]) -> None:
+    """ValueError where the tokenizer has no token for an id that the model's configuration names."""
+    for key in keys:
+        index = getattr(config, key)
+        if tokenizer.convert_ids_to_tokens(index) is None:
+            raise ValueError(
+                f"{tokenizer.name_or_path or 'model.path'}: config.json has {key}={index}, which the tokenizer beside "
+                "it doesn't have: its files belong to another model; download or export the folder again"
+            )
+
+
 class PromptBuilder:
     """Builds prompts for one tokenizer and one Hugging Face configuration of a family (Omni's whole, or its Thinker's).
 
     `data.instruction` ends every prompt, `data.system` replaces the template's own system prompt. `end_id` is the token
     that ends a completion. Instances can be pickled to decode workers. Raises ValueError for a model of another kind,
-    and for words that the tokenizer can't hold.
+    fewer pixels than a visual token has, a template that begins the reasoning, and tokens or words that the tokenizer
+    doesn't have.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, hf_config: Any, data: DataConfig, context: int):
@@ -150,17 +163,24 @@ class PromptBuilder:
                 f"config.json: (patch_size, temporal_patch_size, spatial_merge_size, num_mel_bins) is {theirs}, but "
                 f"{ours} is what {family.name} has; set model.path to such a model"
             )
+        for key in ("frame_min_pixels", "frame_max_pixels", "image_max_pixels"):
+            if (value := getattr(data, key)) < family.token_pixels:
+                raise ValueError(f"data.{key}={value} must be at least {family.token_pixels}, one visual token of "
+                                 f"{family.name}")  # fmt: skip
         self.tokenizer, self.data, self.context = tokenizer, data, context
+        around = ("vision_start_token_id", "vision_end_token_id") if family.timestamps else ()
+        check_tokens(tokenizer, config, ("image_token_id", "video_token_id", *around))
         self.placeholders: dict[MediaKind, int] = {"image": config.image_token_id, "video": config.video_token_id}
         if family.hears:
+            check_tokens(tokenizer, config, ("audio_token_id",))
             self.placeholders["audio"] = config.audio_token_id
             self.audio_bos, self.audio_eos = config.audio_start_token_id, config.audio_end_token_id
             self.positions_per_chunk = int(config.position_id_per_seconds * config.seconds_per_chunk)
         # Without a time axis every pair of frames lies at time 0 of its own.
         self.positions_per_second = 0 if family.timestamps else attrgetter(family.position_rate)(config)
         if family.timestamps:
-            around = (config.vision_start_token_id, config.video_token_id, config.vision_end_token_id)
-            self.video_tokens = tuple(tokenizer.convert_ids_to_tokens(list(around)))
+            place = [config.vision_start_token_id, config.video_token_id, config.vision_end_token_id]
+            self.video_tokens = tuple(tokenizer.convert_ids_to_tokens(place))
         self.chat = Chat(tokenizer, self.placeholders, family)
         check_words(self.chat, "data.instruction", data.instruction)
         check_words(self.chat, "data.system", data.system)

@@ -1,9 +1,9 @@
 """How much a step of a recipe has to do: tokens of prompts and completions, as the settings bound them.
 
 Two prompts are counted with. The typical one shows one clip at the recipe's full number of frames and pixels, with the
-sound of a clip that long; to a model that doesn't hear, a picture where that is longer: time is estimated from it. The
-longest one fills what model.context leaves beside a completion, with pictures and sound in the proportion of the
-typical one: memory is planned for it. Completions are counted at rl.sampling.max_new_tokens.
+sound of a clip that long, or to the families that plan with both a picture where that is longer: time is estimated from
+it. The longest one fills what model.context leaves beside a completion, with pictures, sound and times in a typical
+one's proportion: memory is planned for it. Completions are counted at rl.sampling.max_new_tokens.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import NamedTuple
 from megatron_avatar.config.families import family_of
 from megatron_avatar.config.schema import Config, StageConfig
 from megatron_avatar.policy.micro_batches import plan_micro_batches
-from megatron_avatar.policy.shape import Shape, hears
+from megatron_avatar.policy.shape import Shape
 
 QUESTION_TOKENS = 200  # chat template, question and choices: our assumption
 STAMP_TOKENS = 9  # of a pair of frames, where its time is text: `<12.5 seconds>`, start and end
@@ -72,20 +72,24 @@ def _causal(tokens: int) -> float:
     return tokens * (tokens + 1) / 2
 
 
+def _fitted(visual: int, audio: int, stamps: int, room: int, longest: bool) -> tuple[int, int, int]:
+    """Visual and audio tokens of a prompt that shows this much, and its length, within `room`: all is cut alike."""
+    media = visual + audio + stamps
+    prompt = room if longest else min(media + QUESTION_TOKENS, room)
+    scale = max(0, prompt - QUESTION_TOKENS) / max(1, media)
+    return round(scale * visual), round(scale * audio), prompt
+
+
 def stage_work(config: Config, stage: StageConfig, shape: Shape, dp: int, *, longest: bool) -> Work:
     """A rank's share of a step; prompts that don't share out over dp ranks are rounded up."""
     data, rl, completion = config.data, config.rl, config.rl.sampling.max_new_tokens
-    family, pairs = family_of(shape.model_type), data.max_frames // 2
+    family, pairs, seen = family_of(shape.model_type), data.max_frames // 2, not data.blind
     clip, picture = pairs * (data.frame_max_pixels // family.token_pixels), data.image_max_pixels // family.token_pixels
-    visual = 0 if data.blind else clip if hears(shape) else max(clip, picture)
-    text = QUESTION_TOKENS + (pairs * STAMP_TOKENS if family.timestamps and not data.blind else 0)
-    seconds = data.max_frames / data.fps
-    audio = round(seconds * AUDIO_TOKENS_A_SECOND) if hears(shape) and not data.mute else 0
+    audio = round(data.max_frames / data.fps * AUDIO_TOKENS_A_SECOND) if family.hears and not data.mute else 0
+    stamps = pairs * STAMP_TOKENS if family.timestamps else 0
+    shown = {"video": (seen * clip, audio, seen * stamps), "image": (seen * picture, 0, 0)}
     room = config.model.context - completion
-    prompt = room if longest else min(visual + audio + text, room)
-    if visual + audio:  # what of the media the prompt's length leaves room for
-        scale = max(0, prompt - text) / (visual + audio)
-        visual, audio = round(scale * visual), round(scale * audio)
+    visual, audio, prompt = max(_fitted(*shown[kind], room, longest) for kind in family.planned)
     prompts = -(-stage.prompts_per_step // dp)
     reinforced = stage.kind == "rl"
     counts = [rl.n_on if reinforced else 1] * prompts + [rl.n_off] * prompts * (reinforced and rl.n_off > 0)

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_avatar.config.families import family_of
 from megatron_avatar.config.schema import SamplingConfig
 from megatron_avatar.keyed import keyed_rng
 from megatron_avatar.policy.kernels.draw import draw_tokens, find
 from megatron_avatar.policy.model import OmniPolicy
-from megatron_avatar.policy.shape import hears
 
 CONTROL_TOKENS = (
     "image_token_id", "video_token_id", "audio_token_id", "vision_start_token_id", "vision_end_token_id",
@@ -72,15 +72,16 @@ def uniforms(key: str, completion: int, count: int) -> np.ndarray:
 
 
 def stop_token_ids(policy: OmniPolicy) -> list[int]:
-    """Tokens that end a completion: `eos_token_id` of the model's config.json (Qwen's <|im_end|>), and of the VLs
-    <|endoftext|> as well, their `bos_token_id`, at which their own generation ends too."""
-    ids, vl_end = _named(policy, "eos_token_id"), None if hears(policy.hf_config) else _named(policy, "bos_token_id")
-    if ids is None:
+    """Tokens that end a completion: `eos_token_id` of the model's config.json (Qwen's <|im_end|>), and what else the
+    family's `ends` name."""
+    first, *more = (_named(policy, key) for key in family_of(policy.hf_config.model_type).ends)
+    if first is None:
         raise ValueError(
             "config.json of the model names no eos_token_id, so a completion would never end: add the id of "
             "<|im_end|> to its (thinker_)config"
         )
-    return list(dict.fromkeys([*([ids] if isinstance(ids, int) else ids), *([] if vl_end is None else [vl_end])]))
+    first = [first] if isinstance(first, int) else first
+    return list(dict.fromkeys([*first, *(token for token in more if token is not None)]))
 
 
 def banned_tokens(policy: OmniPolicy) -> Tensor:

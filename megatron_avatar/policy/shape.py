@@ -13,7 +13,6 @@ TEXT = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_valu
         "vocab_size")  # fmt: skip
 VISION = ("depth", "hidden_size", "intermediate_size", "in_channels", "patch_size", "temporal_patch_size",
           "spatial_merge_size", "out_hidden_size")  # fmt: skip
-VISION3 = ("num_position_embeddings", "deepstack_visual_indexes")  # of Qwen3's encoder, which has them
 AUDIO = ("d_model", "encoder_layers", "encoder_ffn_dim", "num_mel_bins", "output_dim")
 
 
@@ -34,23 +33,28 @@ def read_shape(folder: str | Path) -> Shape:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         model_type = found["model_type"]
-        family_of(model_type)
+    except OSError as error:
+        raise ValueError(f"{path} can't be read ({error.strerror}): correct the path") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no configuration of {NAMES} ({error!r})") from None
+    try:
+        family = family_of(model_type)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    try:
         found = found.get("thinker_config", found)  # of the full Omni class
         vision = found["vision_config"]
         text = found.get("text_config", found)  # VL's older files have the sizes at their top
         tied = bool(found.get("tie_word_embeddings", text.get("tie_word_embeddings", False)))
         head = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
-        seen = (*VISION, *(k for k in VISION3 if k in vision))
         shape: Any = SimpleNamespace(
             model_type=model_type,
             text_config=SimpleNamespace(tie_word_embeddings=tied, head_dim=head, **{k: text[k] for k in TEXT}),
-            vision_config=SimpleNamespace(**{k: vision[k] for k in seen}),
+            vision_config=SimpleNamespace(**{k: vision[k] for k in (*VISION, *family.vision_sizes)}),
         )
         if "audio_config" in found:
             shape.audio_config = SimpleNamespace(**{k: found["audio_config"][k] for k in AUDIO})
         return shape
-    except OSError as error:
-        raise ValueError(f"{path} can't be read ({error.strerror}): correct the path") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no configuration of {NAMES} ({error!r})") from None
 
@@ -94,9 +98,9 @@ def tower_parameters(shape: Shape) -> int:
     patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2 * hidden
     attention, wide = 4 * hidden * hidden + 4 * hidden, hidden * vision.spatial_merge_size**2
     merger = wide * wide + wide + wide * out + out
-    if positions := getattr(vision, "num_position_embeddings", 0):  # Qwen3's: LayerNorm, GELU, learned positions
+    if "num_position_embeddings" in family_of(shape.model_type).vision_sizes:  # and LayerNorm, GELU without a gate
         block = attention + 2 * hidden * inner + inner + hidden + 4 * hidden
-        count = patch + hidden + positions * hidden + vision.depth * block + 2 * hidden + merger
+        count = patch + hidden + vision.num_position_embeddings * hidden + vision.depth * block + 2 * hidden + merger
         count += deepstack_layers(shape) * (2 * wide + merger)
     else:
         block = attention + 3 * hidden * inner + 2 * inner + hidden + 2 * hidden

@@ -147,7 +147,9 @@ class Towers(nn.Module):
         # Slices of one size are one video to the encoder, which loops over videos in Python.
         grid = [(len(list(run)), *shape) for shape, run in itertools.groupby(shapes)]
         seen = self.visual(rows, torch.tensor(grid, device=rows.device))
-        return torch.cat([seen.pooler_output, *getattr(seen, "deepstack_features", ())], dim=1)
+        out = torch.cat([seen.pooler_output, *getattr(seen, "deepstack_features", ())], dim=1)
+        assert out.shape[1] == self.width, f"the encoder gives {out.shape[1]} columns instead of {self.width}"
+        return out
 
     def _hear(self, rows: Tensor, shapes: Sequence[tuple[int, ...]]) -> Tensor:
         lengths = torch.tensor([length for (length,) in shapes], device=rows.device)

@@ -28,6 +28,8 @@ def test_a_row_is_what_the_familys_configuration_says(family):
     )  # fmt: skip
     assert config.model_type in family.model_types and family_of(config.model_type) is family
     assert family.hears == hasattr(config, "audio_config")
+    assert all(hasattr(vision, key) for key in family.vision_sizes)
+    assert (len(family.vision_sizes) == 0) == (not hasattr(vision, "num_position_embeddings"))
     assert family.timestamps or attrgetter(family.position_rate)(config) > 0
     assert family.token_pixels == (family.patch * MERGE) ** 2 and family.image_min_pixels % family.token_pixels == 0
 
@@ -53,8 +55,13 @@ def test_all_others_are_refused_with_the_remedy(model_type):
 
 
 def test_kin_is_refused_with_the_reason():
-    with pytest.raises(ValueError, match=r"'qwen3_vl_moe' \(a mixture of experts lies otherwise .* a dense Qwen3-VL"):
+    says = r"'qwen3_vl_moe' \(it is a mixture of experts, which the policy doesn't have yet; take a dense Qwen3-VL"
+    with pytest.raises(ValueError, match=says):
         family_of("qwen3_vl_moe")
+    with pytest.raises(ValueError, match="'qwen3_vl_text' .* without its vision encoder"):
+        family_of("qwen3_vl_text")
+    with pytest.raises(ValueError, match="'qwen3_5_moe' .*linear attention and a mixture of experts"):
+        family_of("qwen3_5_moe")
 
 
 def test_the_table_needs_nothing():

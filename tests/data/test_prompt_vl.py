@@ -128,3 +128,15 @@ def test_a_placeholder_that_is_spelled_stays_text():
     spelled = replace(sample(), question="what <|video_pad|> moves ?")
     ids = builder()._layout(spelled, [], "plain")[0]
     assert not set(ids) & set(builder().placeholders.values())
+
+
+@pytest.mark.parametrize("key", ["image_token_id", "video_token_id"])
+def test_a_tokenizer_without_the_configurations_tokens_is_refused(key):
+    config = make_vl_config()
+    setattr(config, key, 250_000)
+    with pytest.raises(ValueError, match=f"config.json has {key}=250000, which the tokenizer beside it doesn't have"):
+        PromptBuilder(TOKENIZER, config, DATA, 1000)
+
+
+def test_of_an_odd_number_of_frames_the_last_is_left_out():
+    assert plan_media(Media("v", "video", 7, 8.0, None, 84, 84), replace(DATA, fps=8.0), VL).grid[0] == 3

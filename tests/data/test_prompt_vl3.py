@@ -155,11 +155,10 @@ def test_a_pair_of_frames_follows_its_time_and_nothing_surrounds_the_whole():
 
 def test_times_of_a_clip_of_variable_frame_rate_are_its_own():
     """Seconds after the first frame, which players show at 0; halves go to the even digit, as Python prints them."""
-    pts = (5.0, 5.1, 5.4, 7.0, 7.25, 7.25)
-    plan = plan_media(Media("v", "video", 6, 0.0, pts, 64, 64), replace(DATA, fps=8.0, min_frames=6), VL3)
-    times = np.asarray(pts)[plan.indices] - 5.0
-    assert plan.timestamps == [f"<{t:.1f} seconds>" for t in times.reshape(-1, 2).mean(1)]
-    assert plan.timestamps[-1] in ("<2.1 seconds>", "<2.2 seconds>")
+    clip = Media("v", "video", 6, 0.0, (5.0, 5.75, 7.0, 7.5, 9.0, 10.0), 64, 64)
+    plan = plan_media(clip, replace(DATA, fps=8.0, min_frames=6), VL3)
+    assert plan.indices.tolist() == [0, 1, 2, 3, 4, 5]
+    assert plan.timestamps == ["<0.4 seconds>", "<2.2 seconds>", "<4.5 seconds>"], "0.375, 2.25 and 4.5"
 
 
 def test_pictures_equal_the_processors(tmp_path):
@@ -211,6 +210,62 @@ def test_a_clips_size_is_the_processors(processing, h, w, pairs, most):
         return
     plan = plan_media(media, data, VL3)
     assert plan.size == expected and plan.grid == (pairs, expected[0] // 16, expected[1] // 16)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(2, 700), st.sampled_from([1.0, 2.0, 4.0, 8.0, 25.0]), st.sampled_from([0.3, 1.0, 2.0]),
+       st.integers(30, 300), st.integers(30, 300))  # fmt: skip
+@example(7, 1.0, 2.0, 300, 300)  # fewer frames than are wanted, of which there is an odd number
+@example(5, 1.0, 1.0, 100, 100)
+def test_odd_numbers_of_frames_are_kept_and_filled_up(processing, frames, fps, sampled, h, w):
+    """Frames, times, size and grid are those of transformers' processors, whose last frame is shown twice."""
+    data = replace(DATA, fps=sampled, min_frames=4, max_frames=32)
+    plan = plan_media(Media("v", "video", frames, fps, None, h, w), data, VL3)
+    theirs = processing.Qwen3VLVideoProcessor
+    settings_ = type("", (), {"min_frames": 4, "max_frames": 32})
+    chosen = theirs.sample_frames(settings_, VideoMetadata(frames, fps=fps), fps=sampled)
+    count = len(chosen)
+    times = Processor._calculate_timestamps(None, chosen.tolist(), fps)
+    assert plan.indices.tolist() == [*chosen, *chosen[-1:].repeat(count % 2)]
+    assert plan.timestamps == [f"<{time:.1f} seconds>" for time in times]
+    size = processing.smart_resize(count, h, w, 2, 32, count * data.frame_min_pixels, count * data.frame_max_pixels)
+    shown = torch.arange(count)[None, :, None, None, None].expand(1, count, 3, *size).float()
+    rows, *grid = theirs.patchify(None, shown, 16, 2, 2)
+    assert plan.size == size and plan.grid == tuple(grid)
+    assert {*rows[0, -1].tolist()} == {float(count - 1), float(count - 2 + count % 2)}, "the oracle fills up so"
+
+
+def test_a_clip_of_an_odd_number_of_frames_is_built(tmp_path):
+    make_video(tmp_path / "v.webm", frames=5, h=64, w=64)
+    asked = sample(Media("v.webm", "video", 5, 8.0, None, 64, 64))
+    prompt = builder(replace(DATA, fps=8.0)).build(asked, tmp_path)
+    assert prompt.grid_thw.tolist() == [[3, 4, 4]] and "<0.5 seconds>" in text_of(prompt.token_ids)
+    frames = unpatchify(prompt.pixels, (3, 4, 4), VL3)
+    assert np.array_equal(frames[4], frames[5]) and not np.array_equal(frames[3], frames[4])
+
+
+@pytest.mark.parametrize("key", ["frame_min_pixels", "frame_max_pixels", "image_max_pixels"])
+def test_fewer_pixels_than_a_tokens_are_refused(key):
+    with pytest.raises(ValueError, match=f"data.{key}=784 must be at least 1024, one visual token of Qwen3-VL"):
+        builder(replace(DATA, **{key: 784}))
+
+
+@pytest.mark.parametrize("key", ["image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"])
+def test_a_tokenizer_without_the_configurations_tokens_is_refused(key):
+    config, tokenizer = make_vl3_config(TOKENIZER), make_qwen_tokenizer(VL_SPECIAL)
+    setattr(config, key, 250_000)
+    tokenizer.name_or_path = "models/other"
+    with pytest.raises(ValueError, match=f"models/other: config.json has {key}=250000, which the tokenizer"):
+        PromptBuilder(tokenizer, config, DATA, 1000)
+
+
+def test_a_thinking_edition_is_refused(caplog):
+    tokenizer = make_qwen_tokenizer(VL_SPECIAL)
+    tokenizer.chat_template = TEMPLATE.replace("assistant\\n", "assistant\\n<think>\\n")
+    assert tokenizer.chat_template != TEMPLATE
+    tokenizer.name_or_path = "models/Qwen3-VL-4B-Thinking"
+    with pytest.raises(ValueError, match="models/Qwen3-VL-4B-Thinking: its chat .* in <think>.* the Instruct edition"):
+        PromptBuilder(tokenizer, CONFIG, DATA, 1000)
 
 
 def test_pictures_of_any_size_stay_within_the_settings():

@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import av
 import numpy as np
@@ -19,6 +20,7 @@ from data_tools.prepare.store import Handling
 from eval.lmms import main
 from eval.lmms_engine import NO_ANSWER, Responder, final_answer, question, source
 from megatron_avatar.config import load_config
+from megatron_avatar.config.load import CONFIG_DIR
 from megatron_avatar.config.schema import SamplingConfig
 from megatron_avatar.data.decode import decode_image
 from megatron_avatar.data.manifest import load_manifest
@@ -71,6 +73,15 @@ def handling(tmp_path):
 )
 def test_lmms_eval_reads_the_answer_without_its_tags(text, until, answer):
     assert final_answer(text, until) == answer
+
+
+def test_a_model_of_another_family_is_refused(monkeypatch, capsys):
+    for name in ("lmms_eval", "lmms_eval.__main__", "lmms_eval.models", "eval.lmms_model"):
+        monkeypatch.setitem(sys.modules, name, MagicMock())
+    monkeypatch.setattr("eval.lmms.Responder", lambda *_: pytest.fail("a model was loaded"))
+    folder = CONFIG_DIR / "shapes" / "qwen3_vl_4b"
+    assert main([f"model={folder}", "recipe=avatar_7b", "--", "--tasks", "x"]) == 2
+    assert "is a Qwen3-VL, but the recipe (model.shape=qwen2_5_omni_7b) is" in capsys.readouterr().err
 
 
 def test_visuals_of_every_form_are_measured(tmp_path, handling):

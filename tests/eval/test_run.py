@@ -21,6 +21,7 @@ from eval.run import main
 from eval.score import rescore
 from eval.scoring.predictions import correct, read_predictions
 from megatron_avatar.config import Config
+from megatron_avatar.config.load import CONFIG_DIR
 from megatron_avatar.locks import held
 from megatron_avatar.training.evaluate import Answer
 
@@ -248,6 +249,16 @@ def test_a_protocols_frames_hold_unless_the_user_says_otherwise():
     _, config, _ = parse([*common, "data.max_frames=8", "control=mute"])
     assert config.data.max_frames == 8 and config.data.mute and not config.data.blind
     assert Path(config.model.path) == Path("assets/tiny_base")
+
+
+def test_a_model_of_another_family_is_refused_with_the_way_out(tmp_path):
+    (tmp_path / "config.json").write_text((CONFIG_DIR / "shapes" / "qwen3_vl_4b" / "config.json").read_text())
+    for name in ("model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_text("{}")
+    common = [f"model={tmp_path}", "benchmark=worldsense", "data=x", "out=x", "recipe=avatar_7b"]
+    with pytest.raises(ValueError, match="is a Qwen3-VL, but the recipe .* for Qwen2.5-Omni: .* write model.shape=''"):
+        parse(common)
+    assert parse([*common, "model.shape="])[1].model.path == str(tmp_path)
 
 
 def test_a_runs_own_recipe_and_cluster_are_not_replaced(tmp_path):

@@ -384,6 +384,23 @@ def test_parameters_are_counted_from_sizes_alone(shape):
     assert text_parameters(sizes) + tower_parameters(sizes) == PUBLISHED[shape]
 
 
+@pytest.mark.parametrize("key", ["num_position_embeddings", "deepstack_visual_indexes"])
+def test_an_encoder_is_counted_as_its_familys_or_not_at_all(tmp_path, key):
+    config = json.loads((SHAPES / "qwen3_vl_4b" / "config.json").read_text())
+    del config["vision_config"][key]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=key):
+        read_shape(tmp_path)
+
+
+def test_another_family_is_refused_once_with_its_path(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3_5"}')
+    with pytest.raises(ValueError) as error:
+        read_shape(tmp_path)
+    assert str(error.value).startswith(f"{tmp_path}/config.json: model_type is 'qwen3_5' (Qwen3.5 has linear")
+    assert "ValueError" not in str(error.value)
+
+
 @hypothesis.settings(max_examples=40, deadline=None)
 @given(st.integers(2, 60), st.integers(1, 12), st.lists(st.integers(1, 8), min_size=1, max_size=5),
        st.integers(20, 200))  # fmt: skip

@@ -74,9 +74,32 @@ def test_a_videos_times_are_text_where_a_family_has_no_time_axis():
     work = stage_work(config, config.stages["visual"], shape, dp=1, longest=False)
     assert (work.visual, work.audio, work.prompt) == (8 * 64, 0, 8 * 64 + 8 * 9 + 200)
     longest = stage_work(config, config.stages["visual"], shape, dp=1, longest=True)
-    assert longest.visual == longest.prompt - 8 * 9 - 200
+    assert longest.visual == longest.prompt - 200, "pictures, which have no times"
     pictures = replace(config, data=replace(config.data, frame_max_pixels=1024, frame_min_pixels=1024))
     assert stage_work(pictures, config.stages["visual"], shape, dp=1, longest=False).visual == 512, "a picture's"
+
+
+@pytest.mark.parametrize("longest", [False, True])
+@pytest.mark.parametrize("recipe", ["vl3_4b", "vl_7b"])
+def test_more_frames_never_plan_fewer_visual_tokens(recipe, longest):
+    config = load_config([f"recipe={recipe}", "dry_run=true"])
+    (stage,), shape = config.stages.values(), read_config(SHAPES / config.model.shape)
+    seen = []
+    for frames in (2, 8, 16, 64, 128, 256, 512, 1400):
+        for pixels in (config.data.image_max_pixels, 2**23):  # a picture beyond the context, too
+            data = replace(config.data, max_frames=frames, image_max_pixels=pixels)
+            work = stage_work(replace(config, data=data), stage, shape, dp=1, longest=longest)
+            assert work.visual + 200 <= work.prompt <= config.model.context - work.completion
+            seen.append(work.visual)
+    assert sorted(seen[::2]) == seen[::2] and sorted(seen[1::2]) == seen[1::2]
+
+
+def test_a_clip_beyond_the_context_leaves_its_times_room():
+    """Of 64 tokens and 9 of text a pair."""
+    config = load_config(["recipe=vl3_4b", "dry_run=true", "data.max_frames=1400"])
+    shape, room = read_config(SHAPES / "qwen3_vl_4b"), config.model.context - config.rl.sampling.max_new_tokens
+    work = stage_work(config, config.stages["visual"], shape, dp=1, longest=False)
+    assert (work.visual, work.prompt) == (round((room - 200) * 64 / 73), room)
 
 
 @pytest.mark.slow

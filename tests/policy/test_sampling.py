@@ -1,6 +1,7 @@
 """The draw of one token a row: its distribution, what top_k and top_p leave, and the ends of what numbers can be."""
 
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from megatron_avatar.config.schema import SamplingConfig
 from megatron_avatar.policy.kernels.draw import find
-from megatron_avatar.policy.sampling import draw
+from megatron_avatar.policy.sampling import draw, stop_token_ids
 
 
 def draws(sampling, logits, banned=(), count=4000):
@@ -83,3 +84,16 @@ def test_logits_that_are_no_numbers_draw_an_id_in_range(sampling):
     for uniforms in (torch.full((3,), 0.9, dtype=torch.float64), None):
         ids, scores, _ = draw(logits, uniforms, sampling, torch.tensor([False, False, False, False, True]))
         assert ((ids >= 0) & (ids < 5)).all() and scores.isnan().tolist() == [True, True, False]
+
+
+@pytest.mark.parametrize(("config", "ends"), [
+    (dict(model_type="qwen2_5_omni_thinker", eos_token_id=5, bos_token_id=3), [5]),
+    (dict(model_type="qwen2_5_vl", eos_token_id=5, bos_token_id=3), [5, 3]),
+    (dict(model_type="qwen3_vl", eos_token_id=[5, 6], bos_token_id=3), [5, 6, 3]),
+    (dict(model_type="qwen3_vl", eos_token_id=5, bos_token_id=None), [5]),
+    (dict(model_type="qwen3_vl", eos_token_id=5, bos_token_id=5), [5]),
+])  # fmt: skip
+def test_the_table_says_what_ends_a_completion(config, ends):
+    text = SimpleNamespace(**{key: value for key, value in config.items() if key != "model_type"})
+    policy = SimpleNamespace(hf_config=SimpleNamespace(model_type=config["model_type"], text_config=text))
+    assert stop_token_ids(policy) == ends

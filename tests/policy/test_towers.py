@@ -290,6 +290,16 @@ def qwen3_mistakes(policy, prompt, reference, monkeypatch):
     return found
 
 
+def test_an_encoder_that_gives_other_features_than_are_added_is_seen(vl, monkeypatch):
+    family, _, policy = vl
+    seen, prompt = policy.towers._see, next(iter(family.prompts(policy.hf_config).values()))
+    rows, shapes = prompt.pixels, [(h, w) for t, h, w in prompt.grid_thw.tolist() for _ in range(t)]
+    assert seen(rows, shapes).shape[1] == policy.towers.width
+    monkeypatch.setattr(policy.towers, "width", policy.towers.width + 64)  # as if one more layer wanted some
+    with pytest.raises(AssertionError, match="columns instead of"):
+        seen(rows, shapes)
+
+
 def test_training_vls_encoder_without_media(vl):
     family, _, policy = vl
     policy.set_train_towers(True)
