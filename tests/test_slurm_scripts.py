@@ -67,7 +67,8 @@ def submit(tmp_path):
 
     def run(script: Path, *arguments: str, **environment: str) -> tuple[subprocess.CompletedProcess, list[str]]:
         copy = shutil.copy(script, spool / "slurm_script")
-        shutil.copy(CONFIG_DIR / "shapes" / shape_of(script) / "config.json", folder)
+        if script in SCRIPTS:  # those that train
+            shutil.copy(CONFIG_DIR / "shapes" / shape_of(script) / "config.json", folder)
         options = directives(script)
         job = {
             "PATH": f"{programs}:{os.environ['PATH']}",

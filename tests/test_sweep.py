@@ -258,6 +258,9 @@ def test_the_papers_page_comes_in_seconds_without_any_folder(tmp_path, monkeypat
     assert rows["trainings"][1:3] == ["42", "0"] and rows["evaluations"][1] == "430" and rows["all"][1] == "495"
     assert len(text.splitlines()) < 30 and "TiB are left at the end" in text
     for name in NAMES:
+        if name.startswith("model_vl3"):  # no table of the paper has it
+            assert name not in text
+            continue
         assert f"{name} is not given" in text and f"export {variable(name)}=PATH" in text
     assert not list(tmp_path.iterdir())
     assert reproduce.main(["profile=paper", "cluster=local"]) == 2
