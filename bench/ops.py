@@ -3,9 +3,10 @@
     python -m bench.ops [--json]
 
 An operation is what the dispatcher sees and no view; the package's kernels count as the kernels that they launch.
-`decode_layer_ops` and `decode_outer_ops` are of one decode step (64 rows of 8 prompts), `update_layer_forward` and
-`update_layer_backward` of a layer of a packed group, `elementwise_bytes` what the layer's operations that are no matrix
-product or attention read and write, `head_ops` and `head_bytes` the same of the log-probabilities of 4,096 completion
+`decode_layer_ops` and `decode_outer_ops` are of one decode step (64 rows of 8 prompts), `update_layer_ops` of a layer's
+passes over a micro-batch of 4,096 tokens, packed groups of one prompt and of two (more prompts, more operations: each
+prompt's completions see its own prefix), `update_layer_bytes` what of these is no matrix product or attention reads and
+writes, `head_ops` and `head_bytes` the same of the log-probabilities of 4,096 completion
 tokens, `captures` and `plain_steps` the CUDA graphs that each of four calls of `generate` would capture, and the steps
 that it would launch operation by operation, `recaptures` those graphs of the last call that were there before,
 `host_reads_a_token` and `host_waits_a_token` how often the host asks for drawn tokens, and how often the device idles
@@ -47,7 +48,8 @@ TINY = str(Path(__file__).resolve().parents[1] / "assets" / "tiny_base")
 SHAPES = {"3b": "qwen2_5_omni_3b", "7b": "qwen2_5_omni_7b", "vl3_4b": "qwen3_vl_4b"}
 LAUNCHES = {"avatar::attend": 2, "avatar::draw": 2, "avatar::norm_backward": 2}  # kernels of one operation; else 1
 PROMPTS, ROWS, PROMPT, STEPS = 8, 8, 3492, 512
-TOKENS = 4096  # of the packed group
+TOKENS, COMPLETIONS = 4096, 8  # of a micro-batch; of each of its prompts, which take half of its tokens
+PACKED = {"one prompt": 1, "two prompts": 2}
 PRODUCTS = ("mm", "addmm", "bmm", "linear", "attention", "attend")
 
 
@@ -120,20 +122,37 @@ def decode_step(policy: OmniPolicy) -> dict[str, Any]:
     return {"decode_layer_ops": inside[1], "decode_outer_ops": counted.total - sum(inside)}
 
 
+def segments_of(prompts: int) -> Tensor:
+    """Segments of TOKENS packed tokens of `prompts` equal groups."""
+    group, rows = TOKENS // prompts, []
+    prefix, length = group // 2, group // 2 // COMPLETIONS
+    for first in range(0, TOKENS, group):
+        rows.append([first, prefix, 0, 0])
+        rows += [[first + prefix + length * k, length, first, prefix] for k in range(COMPLETIONS)]
+    return torch.tensor(rows, dtype=torch.int32)
+
+
 def update_layer(policy: OmniPolicy) -> dict[str, Any]:
-    """Operations of a layer's forward and backward pass over a packed group, and the bytes beside its products."""
+    """Operations of a layer's passes over micro-batches of one prompt and two, and the bytes beside its products."""
+    found: dict[str, Any] = {"update_layer_ops": {}, "update_layer_bytes": {}}
+    for name, prompts in PACKED.items():
+        passes = update_passes(policy, segments_of(prompts))
+        found["update_layer_ops"][name] = {which: counted.total for which, counted in passes.items()}
+        found["update_layer_bytes"][name] = {which: counted.bytes for which, counted in passes.items()}
+    return found
+
+
+def update_passes(policy: OmniPolicy, segments: Tensor) -> dict[str, Counted]:
+    """What a layer's forward and its backward pass over packed tokens do."""
     layer, hidden = policy.language_model.decoder.layers[1], policy.config.hidden_size
     positions = torch.zeros(3, 1, TOKENS, dtype=torch.int64, device=META)
     angles = policy.language_model.rotary_pos_emb(positions, policy.config.mrope_section)
     stream = torch.zeros(TOKENS, 1, hidden, device=META, requires_grad=True)
-    segments = torch.tensor([[0, TOKENS // 2, 0, 0], *[[TOKENS // 2 + 256 * k, 256, 0, TOKENS // 2] for k in range(8)]],
-                            dtype=torch.int32)  # fmt: skip
     with Counted() as forward:
         out, _ = layer(stream, segments, rotary_pos_emb=angles)
     with Counted() as backward:
         out.sum().backward()
-    return {"update_layer_forward": forward.total, "update_layer_backward": backward.total,
-            "elementwise_bytes": {"forward": forward.bytes, "backward": backward.bytes}}  # fmt: skip
+    return {"forward": forward, "backward": backward}
 
 
 def head_of(policy: OmniPolicy) -> dict[str, Any]:

@@ -63,21 +63,21 @@ class Family:
     draft: Callable[[str, np.random.Generator], Draft]
 
 
-def _pick(rng: np.random.Generator, items: Any, n: int) -> list[Any]:
+def pick(rng: np.random.Generator, items: Any, n: int) -> list[Any]:
     """n different items in random order."""
     items = list(items)
     return [items[i] for i in rng.permutation(len(items))[:n]]
 
 
-def _trio(rng: np.random.Generator, act: str, n: int = 3, **first: str) -> list[Thing]:
+def trio(rng: np.random.Generator, act: str, n: int = 3, **first: str) -> list[Thing]:
     """n things of different shape, colour, column and (for acts with a time) slot; `first` fixes shape or color of
     the first one."""
     values = {"shape": SHAPES, "color": tuple(COLORS)}
     drawn = {}
     for key, options in values.items():
         head = [first[key]] if key in first else []
-        drawn[key] = head + _pick(rng, [o for o in options if o not in head], n - len(head))
-    columns, slots = _pick(rng, range(3), n), _pick(rng, SLOTS, n)
+        drawn[key] = head + pick(rng, [o for o in options if o not in head], n - len(head))
+    columns, slots = pick(rng, range(3), n), pick(rng, SLOTS, n)
     rows = [1] * n if act == "moves" else rng.integers(1, 3, n).tolist()
     whens = slots if act in ("moves", "flashes", "appears") else [""] * n
     return [Thing(*parts, act, when) for *parts, when in zip(*drawn.values(), columns, rows, whens, strict=True)]
@@ -89,32 +89,32 @@ def _noise_sound(rng: np.random.Generator) -> Sound:
     if form == "mute":
         return Sound(track=False)
     if form == "slots":
-        slots = sorted(_pick(rng, SLOTS, int(rng.integers(1, 4))), key=list(SLOTS).index)
+        slots = sorted(pick(rng, SLOTS, int(rng.integers(1, 4))), key=list(SLOTS).index)
         return Sound("slots", tuple((str(rng.choice(KINDS)), slot) for slot in slots))
     if form == "beeps":
         return _beeps(rng, int(rng.integers(1, 5)))
     if form == "steady":
         return Sound("steady", (str(rng.choice(list(PITCHES))),))
     if form == "change":
-        return Sound("change", tuple(_pick(rng, PITCHES, 2)))
+        return Sound("change", tuple(pick(rng, PITCHES, 2)))
     if form == "pattern":
-        return Sound("pattern", _pattern(rng)[0])
+        return Sound("pattern", draw_pattern(rng)[0])
     return Sound()
 
 
 def _noise_things(rng: np.random.Generator) -> tuple[Thing, ...]:
     """Any one to three things: background for questions about sound."""
     act = str(rng.choice(["still", "moves", "flashes", "appears"]))
-    return tuple(_trio(rng, act, int(rng.integers(1, 4))))
+    return tuple(trio(rng, act, int(rng.integers(1, 4))))
 
 
 def _beeps(rng: np.random.Generator, n: int) -> Sound:
-    return Sound("beeps", tuple(sorted(_pick(rng, (1, 5, 9, 13, 17), n))))
+    return Sound("beeps", tuple(sorted(pick(rng, (1, 5, 9, 13, 17), n))))
 
 
-def _pattern(rng: np.random.Generator) -> tuple[tuple[str, ...], str]:
+def draw_pattern(rng: np.random.Generator) -> tuple[tuple[str, ...], str]:
     """Five tones of a repeating pattern and the tone that comes next."""
-    a, b, c = _pick(rng, PITCHES, 3)
+    a, b, c = pick(rng, PITCHES, 3)
     unit = [(a, b), (a, a, b, b), (a, b, b), (a, b, c)][int(rng.integers(4))]
     tones = (unit * 3)[:6]
     return tones[:5], tones[5]
@@ -133,7 +133,7 @@ def _scene(rng: np.random.Generator, things: Any, sound: Sound | None = None) ->
 
 def _what(answer: str, rng: np.random.Generator) -> Draft:
     kind = "color" if answer in COLORS else "shape"
-    things = _trio(rng, "still", int(rng.integers(2, 4)), **{kind: answer})
+    things = trio(rng, "still", int(rng.integers(2, 4)), **{kind: answer})
     target = things[0]
     question = f"What color is the {target.shape}?" if kind == "color" else f"Which shape is {target.color}?"
     options = tuple(COLORS) if kind == "color" else SHAPES
@@ -143,7 +143,7 @@ def _what(answer: str, rng: np.random.Generator) -> Draft:
 
 def _count(answer: str, rng: np.random.Generator) -> Draft:
     n = int(answer)
-    cells = _pick(rng, [(c, r) for c in range(3) for r in (1, 2)], n)
+    cells = pick(rng, [(c, r) for c in range(3) for r in (1, 2)], n)
     things = [Thing(str(rng.choice(SHAPES)), str(rng.choice(list(COLORS))), c, r) for c, r in cells]
     evidence = f"{NUMBERS[n]} object{'s' if n > 1 else ''}."
     return Draft(_scene(rng, things), "How many objects are there?", answer, evidence)
@@ -159,7 +159,7 @@ def _direction(answer: str, rng: np.random.Generator) -> Draft:
 
 def _order(answer: str, rng: np.random.Generator) -> Draft:
     which, slot = [("first", "early"), ("second", "middle"), ("last", "late")][int(rng.integers(3))]
-    things = _trio(rng, "appears", shape=answer)
+    things = trio(rng, "appears", shape=answer)
     target, things = _swap(things, slot)
     scene, question = _scene(rng, _shuffled(rng, things)), f"Which shape appears {which}?"
     evidence, hint = until(describe_times(scene), target), f"Find what appears {slot}."
@@ -181,7 +181,7 @@ def _swap(things: list[Thing], slot: str) -> tuple[Thing, list[Thing]]:
 
 
 def _shuffled(rng: np.random.Generator, things: list[Thing]) -> list[Thing]:
-    return _pick(rng, things, len(things))
+    return pick(rng, things, len(things))
 
 
 def _shapes(things: list[Thing]) -> tuple[str, ...]:
@@ -193,8 +193,8 @@ def _shapes(things: list[Thing]) -> tuple[str, ...]:
 
 def _sync(answer: str, rng: np.random.Generator) -> Draft:
     """Every thing moves once; the tone asked for and one or two other tones sound, each at its own time."""
-    kinds, slots = _pick(rng, KINDS[:3], int(rng.integers(2, 4))), _pick(rng, SLOTS, 3)
-    things, question = _trio(rng, "moves", shape=answer), "Which shape moves when the {} sounds?"
+    kinds, slots = pick(rng, KINDS[:3], int(rng.integers(2, 4))), pick(rng, SLOTS, 3)
+    things, question = trio(rng, "moves", shape=answer), "Which shape moves when the {} sounds?"
     return _at_the_sound(things, kinds, slots, question, answer, rng)
 
 
@@ -221,7 +221,7 @@ def _beep_count(answer: str, rng: np.random.Generator) -> Draft:
 
 
 def _change(answer: str, rng: np.random.Generator) -> Draft:
-    pitches = tuple(_pick(rng, PITCHES, 2 if answer == "yes" else 1))
+    pitches = tuple(pick(rng, PITCHES, 2 if answer == "yes" else 1))
     sound = Sound("change" if answer == "yes" else "steady", pitches)
     scene = _scene(rng, _noise_things(rng), sound)
     return Draft(scene, "Does the tone change?", answer, describe_sound(sound), heard=("tone", *pitches))
@@ -232,15 +232,15 @@ def _presence(answer: str, rng: np.random.Generator) -> Draft:
     sound = Sound(track=bool(rng.integers(2)))
     while (answer == "yes") != (sound.form != "none"):
         sound = _noise_sound(rng)
-    scene = _scene(rng, _trio(rng, str(rng.choice(["moves", "flashes"])), int(rng.integers(1, 4))), sound)
+    scene = _scene(rng, trio(rng, str(rng.choice(["moves", "flashes"])), int(rng.integers(1, 4))), sound)
     told = describe_sound(sound)
     return Draft(scene, "Is there any sound?", answer, told, heard=tuple(told.replace(".", "").split()))
 
 
 def _next(answer: str, rng: np.random.Generator) -> Draft:
-    tones, following = _pattern(rng)
+    tones, following = draw_pattern(rng)
     while following != answer:
-        tones, following = _pattern(rng)
+        tones, following = draw_pattern(rng)
     sound = Sound("pattern", tones)
     scene = _scene(rng, _noise_things(rng), sound)
     return Draft(scene, "Which tone comes next?", answer, describe_sound(sound), heard=("tones", *dict.fromkeys(tones)))
@@ -251,7 +251,7 @@ def _next(answer: str, rng: np.random.Generator) -> Draft:
 
 def _where(answer: str, rng: np.random.Generator) -> Draft:
     """Every thing flashes once; of one to three sounds the one asked for tells whose flash it belongs to."""
-    things = _trio(rng, "flashes")
+    things = trio(rng, "flashes")
     column, first = COLUMNS.index(answer), things[0].column
     things = [replace(t, column=first if t.column == column else t.column) for t in things]
     things[0] = replace(things[0], column=column)
@@ -259,11 +259,11 @@ def _where(answer: str, rng: np.random.Generator) -> Draft:
 
 
 def _source(answer: str, rng: np.random.Generator) -> Draft:
-    return _sounding(_trio(rng, "flashes", shape=answer), "Which shape makes the {}?", answer, rng)
+    return _sounding(trio(rng, "flashes", shape=answer), "Which shape makes the {}?", answer, rng)
 
 
 def _sounding(things: list[Thing], question: str, answer: str, rng: np.random.Generator) -> Draft:
-    kinds, slots = _pick(rng, KINDS, int(rng.integers(1, 4))), _pick(rng, SLOTS, 3)
+    kinds, slots = pick(rng, KINDS, int(rng.integers(1, 4))), pick(rng, SLOTS, 3)
     return _at_the_sound(things, kinds, slots, question, answer, rng)
 
 

@@ -2,9 +2,9 @@
 
     python -m data_tools.pretrain --out assets/tiny_base --steps 2300
 
-Like the paper's base it then perceives, but knows neither the questions nor the <think>, <answer> format. It also
-learns to say which letter stands for which choice of a list. It trains on fresh clips that go through real files and
-the trainer's own prompt builder, drawn with a key of their own.
+Like the paper's base it then perceives and reads, but doesn't know the <think>, <answer> format, and that looking
+comes before answering. What it is taught stands in data_tools/lessons.py. It trains on fresh clips that go through real
+files and the trainer's own prompt builder, drawn with a key of their own.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ from torch.nn import functional
 from transformers import Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditionalGeneration
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from data_tools.families import FAMILIES, LETTERS
+from data_tools.families import LETTERS
+from data_tools.lessons import Lesson, Shown, descriptions, draw_demo, draw_lessons, draw_shown
 from data_tools.synthesize import clip_media, keyed_rng, write_clip
 from data_tools.tokenizer import SPECIAL, build_tokenizer
-from data_tools.world import COLORS, COLUMNS, SHAPES, Scene, describe_sound, describe_things, describe_times
+from data_tools.world import COLORS, SHAPES
 from megatron_avatar.config.schema import DataConfig
 from megatron_avatar.data.prompt import PromptBuilder
 from megatron_avatar.records import Prompt, Sample
@@ -35,9 +36,7 @@ VIEW = DataConfig(fps=4.0, min_frames=8, max_frames=8, frame_max_pixels=7056, fr
                   instruction="")  # fmt: skip
 REUSE = 4  # times a clip is trained on before it is replaced
 BUFFER = 512  # clips to draw from
-ASPECTS = ("clip", "sounds", "times", "letters", "letters")
-SCENE_WEIGHT = {"direction": 3, "beeps": 2}  # the facts that are slowest to learn are seen more often
-Example = tuple[Prompt, list[tuple[np.ndarray, np.ndarray]]]  # clip; request and description ids of each turn
+Example = tuple[Prompt, list[tuple[np.ndarray, np.ndarray]]]  # clip; of each lesson what is given and what is learned
 
 
 def tiny_config(tokenizer: PreTrainedTokenizerBase) -> Qwen2_5OmniThinkerConfig:
@@ -100,35 +99,10 @@ def tiny_config(tokenizer: PreTrainedTokenizerBase) -> Qwen2_5OmniThinkerConfig:
 # --- examples -------------------------------------------------------------------------------------
 
 
-def describe(scene: Scene, aspect: str, rng: np.random.Generator) -> tuple[str, str]:
-    """Request and description of one aspect of a scene. 'letters' is about a list alone, no clip needed."""
-    if aspect == "letters":
-        words = list((SHAPES, tuple(COLORS), COLUMNS)[int(rng.integers(3))])
-        listed = [words[i] for i in rng.permutation(len(words))]
-        told = [int(i) for i in rng.permutation(len(words))]
-        lines = [f"{letter}. {word}" for letter, word in zip(LETTERS, listed, strict=False)]
-        return "\n".join(["Describe the letters.", *lines]), " ".join(f"{listed[i]} is {LETTERS[i]}." for i in told)
-    description = {
-        "clip": lambda: f"{describe_things(scene)} {describe_sound(scene.sound)}",
-        "sounds": lambda: describe_sound(scene.sound),
-        "times": lambda: describe_times(scene),
-    }[aspect]()
-    return "Describe what happens when." if aspect == "times" else f"Describe the {aspect}.", description
-
-
-def draw_scene(rng: np.random.Generator) -> Scene:
-    """A scene of any family: only what is seen and heard, never the question."""
-    weights = np.array([SCENE_WEIGHT.get(name, 1) for name in FAMILIES])
-    family = FAMILIES[str(rng.choice(list(FAMILIES), p=weights / weights.sum()))]
-    return family.draft(str(rng.choice(family.answers)), rng).scene
-
-
-def make_example(builder: PromptBuilder, folder: Path, key: str, aspects: tuple[str, ...] = ASPECTS) -> Example:
-    """A fresh clip, written, read back and removed, with a description of each aspect."""
-    rng = keyed_rng("base", key)
-    scene = draw_scene(rng)
-    media = clip_media(key, scene)
-    write_clip((media, scene), folder)
+def film(builder: PromptBuilder, folder: Path, key: str, shown: Shown) -> Prompt:
+    """A clip, written, read back and removed, as the beginning of a prompt."""
+    media = clip_media(key, shown.scene)
+    write_clip((media, shown.scene), folder)
     sample = Sample(key, "base", "base", "describe", "Describe the clip.", "", "free_form", (), (media,))
     prompt = builder.build(sample, folder)
     for path in (media.path, media.audio_path):
@@ -137,16 +111,26 @@ def make_example(builder: PromptBuilder, folder: Path, key: str, aspects: tuple[
     end = builder.tokenizer.convert_tokens_to_ids("<|vision_eos|>")
     shared = int(np.flatnonzero(prompt.token_ids == end)[0]) + 1
     prompt.token_ids, prompt.positions = prompt.token_ids[:shared], prompt.positions[:, :shared]
-    turns = []
-    for aspect in aspects:
-        request, description = describe(scene, aspect, rng)
-        asked = f"{request}<|im_end|>\n<|im_start|>assistant\n"
-        turns.append((np.array(builder.tokenizer(asked)["input_ids"]), builder.completion_ids(description)))
-    return prompt, turns
+    return prompt
+
+
+def turns(builder: PromptBuilder, lessons: list[Lesson]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Token ids of what is given and of what is learned, of each lesson."""
+    given = [f"{one.request}<|im_end|>\n<|im_start|>assistant\n{one.begun}" for one in lessons]
+    ids = map(np.array, builder.tokenizer(given)["input_ids"])
+    return [(before, builder.completion_ids(one.told)) for before, one in zip(ids, lessons, strict=True)]
+
+
+def describing(builder: PromptBuilder, folder: Path, key: str) -> Example:
+    """A fresh clip of the demo's world with descriptions of all its aspects."""
+    rng = keyed_rng("base", key)
+    shown = draw_demo(rng)
+    return film(builder, folder, key, shown), turns(builder, descriptions(shown, rng))
 
 
 class Clips(torch.utils.data.IterableDataset):
-    """Endless fresh examples in a worker process; each clip is drawn about REUSE times out of a buffer."""
+    """Endless fresh examples in a worker process; each clip is drawn about REUSE times out of a buffer, with lessons of
+    its own every time."""
 
     def __init__(self, builder: PromptBuilder, run: str):
         self.builder, self.run = builder, run
@@ -157,12 +141,15 @@ class Clips(torch.utils.data.IterableDataset):
         with tempfile.TemporaryDirectory() as name:
             (Path(name) / "clips").mkdir()
             while True:
-                buffer.append(make_example(self.builder, Path(name), f"{self.run}-{count}"))
+                key = f"{self.run}-{count}"
+                shown = draw_shown(keyed_rng("base", key))
+                buffer.append((film(self.builder, Path(name), key, shown), shown))
                 count += 1
                 if len(buffer) > BUFFER:
                     buffer.pop(0)
                 for _ in range(REUSE):
-                    yield buffer[int(rng.integers(len(buffer)))]
+                    prompt, shown = buffer[int(rng.integers(len(buffer)))]
+                    yield prompt, turns(self.builder, draw_lessons(shown, rng))
 
 
 def description_logits(
@@ -232,15 +219,28 @@ WORD_CLASSES = {
 
 
 @torch.no_grad()
-def accuracy(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, examples: list[Example]) -> dict[str, float]:
-    """Share of words told right, given a right beginning, by class of word; sentences of sound by their first word."""
-    hits = defaultdict(list)
+def told_right(model: torch.nn.Module, examples: list[Example]) -> list[list[np.ndarray]]:
+    """Of each lesson of each example which of its tokens [L] the model would say next, given a right beginning.
+
+    Where all of them are true, the greedy reply is the lesson, word for word.
+    """
+    found = []
     for start in range(0, len(examples), 16):
         batch = examples[start : start + 16]
         logits, targets = description_logits(model, batch)
-        told = [target for _, turns in batch for _, target in turns]
-        right = (logits.argmax(-1) == targets).split([len(target) for target in told])
-        for target, flags in zip(told, right, strict=True):
+        right = (logits.argmax(-1) == targets).numpy()
+        for _, lessons in batch:
+            ends = np.cumsum([len(told) for _, told in lessons])
+            found.append(np.split(right[: ends[-1]], ends[:-1]))
+            right = right[ends[-1] :]
+    return found
+
+
+def accuracy(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, examples: list[Example]) -> dict[str, float]:
+    """Share of words told right, given a right beginning, by class of word; sentences of sound by their first word."""
+    hits = defaultdict(list)
+    for (_, lessons), right in zip(examples, told_right(model, examples), strict=True):
+        for (_, target), flags in zip(lessons, right, strict=True):
             for name, index in _classed(tokenizer, target):
                 hits[name].append(bool(flags[index]))
     return {name: float(np.mean(values)) for name, values in sorted(hits.items())}
@@ -314,7 +314,7 @@ def evaluate(
     """Held-out accuracy of the description by class of word."""
     with tempfile.TemporaryDirectory() as name:
         (Path(name) / "clips").mkdir()
-        examples = [make_example(builder, Path(name), f"heldout-{i}") for i in range(n)]
+        examples = [describing(builder, Path(name), f"heldout-{i}") for i in range(n)]
     return accuracy(model, tokenizer, examples)
 
 

@@ -2,6 +2,7 @@
 
     python -m data_tools.synthesize --out DIR --seed 0 --size demo
 
+Sizes tiny and demo ask the demo's families (data_tools/families.py), size study the ladder's (data_tools/ladder.py).
 Samples and clips depend on (seed, split, family, index) alone. Finished clips are kept, so that an interrupted run
 resumes; a finished set is recognised by its settings and left as it is.
 """
@@ -14,6 +15,7 @@ import json
 import multiprocessing
 import os
 from collections import Counter
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -24,6 +26,7 @@ from av.video.reformatter import VideoReformatter
 from rich.progress import Progress
 
 from data_tools.families import FAMILIES, LETTERS, Draft, judge_words
+from data_tools.ladder import FULL, HINTED, HINTED_FULL, LADDER, draw_scene, write_trace
 from data_tools.world import (
     FPS,
     FRAMES,
@@ -41,7 +44,12 @@ from megatron_avatar.records import Media, Sample
 WORLD = 4  # raised when the same seed gives other clips or questions
 MARKER = "complete.json"
 GUESSES = 0.5  # of the cold start's traces without a hint answer without looking: what reinforcement can unlearn
-SIZES = {"tiny": {"sft": 2, "train": 2, "eval": 2}, "demo": {"sft": 320, "train": 64, "eval": 36}}  # samples a family
+SIZES = {  # samples a family
+    "tiny": {"sft": 2, "train": 2, "eval": 2},
+    "demo": {"sft": 320, "train": 64, "eval": 36},
+    "study": {"sft": 320, "train": 27, "eval": 70},
+}
+DESCRIBE = "describe"  # a family of the study's cold start alone, so that what the base perceives isn't forgotten
 
 
 def keyed_rng(*key: object) -> np.random.Generator:
@@ -55,6 +63,8 @@ def keyed_rng(*key: object) -> np.random.Generator:
 
 def draw_samples(seed: int, size: str) -> list[tuple[Sample, Scene]]:
     """All samples of a set with the scenes of their clips. No two samples share a clip and a question's answer."""
+    if size == "study":
+        return list(_draw_ladder(seed, SIZES[size]))
     seen: set[tuple[str, str]] = set()
     drawn = []
     for split in SIZES[size]:
@@ -68,6 +78,37 @@ def draw_samples(seed: int, size: str) -> list[tuple[Sample, Scene]]:
                 seen.add((name, draft.scene.signature()))
                 drawn.append((_sample(f"{split}-{name}-{index:04d}", split, name, index, draft, rng), draft.scene))
     return drawn
+
+
+def _draw_ladder(seed: int, counts: dict[str, int]) -> Iterator[tuple[Sample, Scene]]:
+    """The ladder's samples: no two clips of the set look and sound alike."""
+    seen: set[str] = set()
+    for split, count in counts.items():
+        for name in (*LADDER, *([DESCRIBE] if split == "sft" else [])):
+            for index in range(count):
+                rng = keyed_rng(seed, split, name, index)
+                while (scene := draw_scene(rng, tones=name == "tones")).signature() in seen:
+                    pass
+                seen.add(scene.signature())
+                yield _ladder_sample(f"{split}-{name}-{index:04d}", split, name, scene, rng), scene
+
+
+def _ladder_sample(sample_id: str, split: str, name: str, scene: Scene, rng: np.random.Generator) -> Sample:
+    caption = f"{describe_things(scene)} {describe_sound(scene.sound)}"
+    about = {"stage": "ladder", "split": split, "family": name, "media": (clip_media(sample_id, scene),),
+             "audio_caption": describe_sound(scene.sound), "problem_type": "other"}  # fmt: skip
+    if name == DESCRIBE:
+        return Sample(id=sample_id, question="Describe the clip.", answer=caption, trace=caption, **about)
+    rung, asked = LADDER[name], LADDER[name].ask(scene, rng)
+    question, trace = asked.text, None
+    if split == "sft":
+        hinted = rng.random() < HINTED
+        trace = write_trace(asked, rng, HINTED_FULL if hinted else FULL[rung.rung])
+        question += f"\nHint: {asked.hint}" if hinted else ""
+    facts = scene.facts() | {"caption": caption, "needs": list(rung.needs), "chance": rung.chance, "looks": rung.looks,
+                             "evidence": asked.evidence}  # fmt: skip
+    return Sample(id=sample_id, question=question, answer=asked.answer, trace=trace, hint=asked.hint, scene=facts,
+                  **about)  # fmt: skip
 
 
 def _evenly(answers: tuple[str, ...], n: int, rng: np.random.Generator) -> list[str]:

@@ -127,6 +127,7 @@ class Fusions:
         """One line for the log."""
         names = {package: f"{title} {_version(package)}".strip() for package, title in TITLES.items()}
         parts = [f"layers of {names[self.layers]}", f"AdamW of {names[self.adam]}"]
+        parts += [f"gradient norms of {names[self.norms]}"] * (self.norms != "torch")
         parts += [names[self.attention]] * (self.attention != "torch")
         parts += ["fused gradient accumulation"] * self.weight_gradients
         line = ", ".join(parts) + (f"; not installed: {', '.join(self.missing)}" if self.missing else "")
@@ -203,11 +204,11 @@ def tested(part: str, dtype: torch.dtype) -> str:
         "norms": (selftest.norms, lambda: tuple(found for _, _, found, _ in FLAGS["norms"][:3])),
         "attention": (selftest.attention, flash_3),
     }
+    before = active_attention()
     try:
         return selftest.verdict(*tests[part], torch.device("cuda", torch.cuda.current_device()), dtype)
     finally:
-        if part == "attention":
-            switch_attention("torch")
+        switch_attention(before)
 
 
 def _imported(module: str, name: str) -> Any:
@@ -220,12 +221,19 @@ def flash_3() -> flash.Kernel:
     return flash.FLASH_VARLEN
 
 
+def active_attention() -> str:
+    """Whose torch's operations of FlashAttention are now: flash_attn_3, or torch (an older one has no switch)."""
+    now = getattr(torch_attention, "current_flash_attention_impl", lambda: None)()
+    return "flash_attn_3" if now == FLASH_3 else "torch"
+
+
 def switch_attention(package: str) -> None:
     """Make torch's operations of FlashAttention those of `package`: flash_attn_3, or torch's own."""
-    now = getattr(torch_attention, "current_flash_attention_impl", lambda: None)()
-    if package == "flash_attn_3" and now != FLASH_3:
+    if package == active_attention():
+        return
+    if package == "flash_attn_3":
         torch_attention.activate_flash_attention_impl(FLASH_3)
-    elif package == "torch" and now == FLASH_3:
+    else:
         torch_attention.restore_flash_attention_impl()
 
 

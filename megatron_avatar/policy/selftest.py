@@ -91,22 +91,29 @@ def adam(make: Callable[..., Any], device: torch.device, dtype: torch.dtype) -> 
 
 
 def norms(kernels: tuple[Callable, Callable, Callable], device: torch.device, dtype: torch.dtype) -> str:
-    """The norm of gradients, their scaling, and the copy of main weights into float16 ones; `kernels` as Megatron-Core
-    finds them: multi_tensor_applier, multi_tensor_l2norm, multi_tensor_scale."""
+    """The norm of gradients, also of those that aren't finite, which alone keeps a broken update from being applied;
+    their scaling, and the copy of main weights into float16 ones; `kernels` as Megatron-Core finds them:
+    multi_tensor_applier, multi_tensor_l2norm, multi_tensor_scale."""
     apply, l2_norm, scale = kernels
     generator = torch.Generator().manual_seed(0)
     gradients = [torch.randn(n, generator=generator).to(device) for n in (ROWS * COLUMNS, 7, 70_001)]
     flag = torch.zeros(1, dtype=torch.int, device=device)
     norm = torch.cat(gradients).norm()
-    scaled, copied = ([x.clone() for x in gradients] for _ in "ab")
-    if dtype is torch.float16:  # Megatron-Core copies bfloat16 without these kernels
-        copied = [x.to(dtype) * 0 for x in gradients]
+    scaled = [x.clone() for x in gradients]
+    copy = torch.float16 if dtype is torch.float16 else torch.float32  # bfloat16 is copied without these kernels
+    copied = [torch.zeros_like(x, dtype=copy) for x in gradients]
     found, _ = apply(l2_norm, flag, [gradients], False)
     apply(scale, flag, [scaled, scaled], 0.25)
     apply(scale, flag, [gradients, copied], 1.0)
     ours = (found.reshape(()), torch.cat(scaled), torch.cat(copied))
     theirs = (norm, 0.25 * torch.cat(gradients), torch.cat(gradients))
-    return _said(("norm", "scaling", "copy"), ours, theirs, NORM_TOLERANCE)
+    said = _said(("norm", "scaling", "copy"), ours, theirs, NORM_TOLERANCE)
+    for bad in (float("inf"), float("nan")):
+        gradients[1][3] = bad
+        found, _ = apply(l2_norm, torch.zeros_like(flag), [gradients], False)
+        if bool(found.isfinite().all()):
+            said = said or f"its norm differs from torch's by hiding {bad}"
+    return said
 
 
 def attention(kernel: flash.Kernel, device: torch.device, dtype: torch.dtype) -> str:

@@ -178,7 +178,8 @@ class Towers(nn.Module):
 
     def _moved(self, parts: Sequence[Tensor]) -> Tensor:
         """Rows [N, features] on the encoders' device, in their dtype: cast there, not by the host before the copy."""
-        return torch.cat([rows.to(self.device).to(self.dtype) for rows in parts])
+        moved = [rows.to(self.device).to(self.dtype) for rows in parts]
+        return moved[0] if len(moved) == 1 else torch.cat(moved)
 
     def _nothing(self) -> Tensor:
         return torch.empty(0, self.width, dtype=self.dtype, device=self.device)

@@ -253,7 +253,8 @@ class Learner:
         again = partial(self._run, micros, loss, forward_only=False, embed=self.train_towers, poll=None)
         self.optimization.zero_grad()
         stats = self._reduce(again(poll=poll))
-        serials = {int(serial) for masked in found for serial in masked.unique()} - {-1}
+        # A stage that isn't the last one has found none.
+        serials = set(torch.cat([masked.long() for masked in found]).unique().tolist() if found else ()) - {-1}
         self.masked = [places[serial] for serial in sorted(self.backend.broadcast_from_last_stage(serials))]
         stats["masked"] = sum(self.backend.all_gather_object_dp(len(self.masked)))
         error = step_error(stats)
@@ -303,38 +304,39 @@ class Learner:
 
     def _step(self, usable: bool, again: Callable[[], Any]) -> tuple[float, bool]:
         """Apply the gradient, or skip it where it, or what it was made from, is not finite: (norm, skipped). `again`
-        makes the gradient once more, which tells an overflow from numbers that no loss scale makes finite."""
+        makes the gradient once more: from the third overflow in a row on, it tells one from a gradient that no loss
+        scale makes finite."""
         optimization, speaks = self.optimization, self.backend.rank == 0
         overflows, scale = optimization.overflows, optimization.loss_scale
         norm, skipped = optimization.step(usable=usable)
+        if overflows < optimization.overflows and optimization.overflows_in_row >= SKIPS_IN_ROW:
+            with optimization.least_scale():
+                optimization.zero_grad()
+                again()
+            if self._first_not_finite():
+                optimization.no_overflow()
         if overflows < optimization.overflows <= TOLD_OVERFLOWS and speaks:
             log.warning("a gradient is beyond float16 at a loss scale of %g: this update is skipped, the next one has "
                         "%g (number %d of the stage; a few are how the scale is found)", scale,
                         optimization.loss_scale, optimization.overflows)  # fmt: skip
-        if overflows < optimization.overflows and optimization.overflows_in_row == SKIPS_IN_ROW:
-            with optimization.least_scale():
-                optimization.zero_grad()
-                again()
-            if place := self._first_not_finite():
-                raise NonFiniteUpdates(self._said(f"by a loss scale of {LEAST_SCALE:g} too, first in {place}"))
         if optimization.skipped_in_row >= SKIPS_IN_ROW:
-            place = self._first_not_finite()
-            what = f"first in {place}" if place else "their squares are not"
+            place, half = self._first_not_finite(), scale is not None
+            what = f"by a loss scale of {LEAST_SCALE:g} too, " * half + f"first in {place}"
+            what = what if place else "their squares are not"
             raise NonFiniteUpdates(self._said(what if usable else "the latest one's log-probabilities"))
         return norm, skipped
 
     def _first_not_finite(self) -> str:
-        """The weight, in words, at which the gradient on its way from the loss is first not finite on any rank; empty
-        where it is finite everywhere."""
+        """The layer at which the gradient on its way from the loss is first not finite on any rank; empty where it is
+        finite everywhere. Within a layer the parameters' order is not that of the computation."""
         found = []
-        for number, name in enumerate(self.optimization.not_finite()):
+        for number, name in self.optimization.not_finite():
             above, _, rest = name.partition(".layers.")
-            tower = above.startswith("towers")
+            tower, layer = above.startswith("towers"), name.rpartition(".")[0]
             if rest and not tower:
-                place, _, leaf = rest.partition(".")
-                layer = self.policy.get_submodule(f"{above}.layers.{place}").layer_number  # counted over all stages
-                name = f"{leaf} of layer {layer}"
-            found.append((not tower, self.backend.pp_rank, number, name))
+                module = self.policy.get_submodule(f"{above}.layers.{rest.partition('.')[0]}")
+                layer = f"layer {module.layer_number}"  # counted over all stages
+            found.append((not tower, self.backend.pp_rank, number, layer))
         places = [place for part in self.backend.all_gather_object(found) for place in part]
         return max(places)[-1] if places else ""
 

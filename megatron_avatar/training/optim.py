@@ -41,9 +41,9 @@ class Optimization:
     nor weight decay moves it. `lr` is the rate of the latest update, `skipped` counts the stage's updates refused for
     non-finite numbers, `skipped_in_row` those since the latest one applied. In float16 `loss_scale` is what gradients
     are multiplied with on their way, and `overflows` counts those of the stage's skipped updates that a smaller scale
-    answers; they don't count as in a row, but for themselves (`overflows_in_row`). With the distributed optimizer a
-    rank keeps main weights and moments of its share of the gradient buffer, and the weights themselves move into a
-    buffer of their own.
+    answers; they don't count as in a row, but for themselves (`overflows_in_row`, since the latest one applied). With
+    the distributed optimizer a rank keeps main weights and moments of its share of the gradient buffer, and the weights
+    themselves move into a buffer of their own.
     """
 
     def __init__(
@@ -121,10 +121,15 @@ class Optimization:
         finally:
             self._scaler._scale = usual
 
-    def not_finite(self) -> list[str]:
-        """Names of the parameters, in their order, whose gradient of the latest backward pass holds a number on this
-        rank that is not finite."""
-        return [name for name, p in self.model.module.named_parameters()
+    def no_overflow(self) -> None:
+        """The latest overflow was none: no scale makes it finite, so it counts as in a row."""
+        self.overflows -= 1
+        self.skipped_in_row += 1
+
+    def not_finite(self) -> list[tuple[int, str]]:
+        """Numbers and names of this stage's parameters whose gradient of the latest backward pass holds a number on
+        this rank that is not finite."""
+        return [(number, name) for number, (name, p) in enumerate(self.model.module.named_parameters())
                 if p.requires_grad and hasattr(p, "main_grad") and not bool(p.main_grad.isfinite().all())]
 
     def main_weights(self) -> dict[str, torch.Tensor]:
@@ -166,12 +171,13 @@ class Optimization:
         self.lr = self._groups[0]["lr"]
         self.skipped += not applied
         fell = self.loss_scale is not None and before is not None and self.loss_scale < before
-        if usable and not applied and found and fell:
+        if applied:
+            self.overflows_in_row = self.skipped_in_row = 0
+        elif usable and found and fell:
             self.overflows += 1
             self.overflows_in_row += 1
         else:
-            self.overflows_in_row = 0
-            self.skipped_in_row = 0 if applied else self.skipped_in_row + 1
+            self.skipped_in_row += 1
         self._scheduler.step(1)
         if resting:
             self._count_updates()  # AdamW counts for each alone, checkpoints know one count
@@ -187,7 +193,7 @@ class Optimization:
         counts = {"points": self._scheduler.num_steps, "skipped": self.skipped, "skipped_in_row": self.skipped_in_row}
         if self._scaler is not None:
             scale = {**self._scaler.state_dict(), "scale": self.loss_scale}
-            counts |= {"overflows": self.overflows, "loss_scale": scale}
+            counts |= {"overflows": self.overflows, "overflows_in_row": self.overflows_in_row, "loss_scale": scale}
         return {"optimizer": state, "schedule": counts}
 
     @torch.no_grad()
@@ -214,7 +220,7 @@ class Optimization:
         self._scheduler.num_steps = counts["points"]
         self._scheduler.step(0)
         self.skipped, self.skipped_in_row = counts["skipped"], counts["skipped_in_row"]
-        self.overflows = counts.get("overflows", 0)
+        self.overflows, self.overflows_in_row = counts.get("overflows", 0), counts.get("overflows_in_row", 0)
         self._count_updates()
 
     @property

@@ -1,12 +1,22 @@
 """The GPU path stays short: what the counts of bench.ops may not exceed."""
 
+import numpy as np
 import pytest
 
 from bench import ops
+from megatron_avatar.policy.groups import pack_groups
+from megatron_avatar.records import Prompt
 
-# Bytes that a layer's operations beside products and attention touch, a token of the packed group and a number of its
-# widest row (the feed-forward's): forward, backward. Qwen3's heads are wider than its stream, and have norms.
-ELEMENTWISE = {"3b": (14.5, 23), "7b": (14.5, 23), "vl3_4b": (17.5, 30)}
+# Operations of a layer's passes over a packed micro-batch: forward, backward.
+UPDATE_OPS = {"one prompt": (17, 32), "two prompts": (22, 46)}
+# Bytes that those beside products and attention touch, a token and a number of the layer's widest row (the
+# feed-forward's). Qwen3's heads are wider than its stream, and have norms. Each further prompt's queries and keys are
+# cut out, and their gradients put together.
+UPDATE_BYTES = {
+    "3b": {"one prompt": (14.5, 23), "two prompts": (15, 36)},
+    "7b": {"one prompt": (14.5, 23), "two prompts": (15, 44)},
+    "vl3_4b": {"one prompt": (17.5, 30), "two prompts": (20, 52)},
+}
 
 
 @pytest.mark.parametrize("shape", ops.SHAPES)
@@ -16,12 +26,26 @@ def test_the_gpu_path_launches_few_operations(shape):
         logits, wide = ops.TOKENS * policy.vocab_size, ops.TOKENS * policy.config.ffn_hidden_size
         weights = 2 * policy.vocab_size * policy.config.hidden_size
     assert found["decode_layer_ops"] <= 10 and found["decode_outer_ops"] <= 24
-    assert found["update_layer_forward"] <= 17 and found["update_layer_backward"] <= 32
-    touched, (forward, backward) = found["elementwise_bytes"], ELEMENTWISE[shape]
-    assert touched["forward"] < forward * wide and touched["backward"] < backward * wide, touched
+    for packed, (forward, backward) in UPDATE_OPS.items():
+        counted = found["update_layer_ops"][packed]
+        assert counted["forward"] <= forward and counted["backward"] <= backward, (packed, counted)
+    for packed, (forward, backward) in UPDATE_BYTES[shape].items():
+        touched = found["update_layer_bytes"][packed]
+        assert touched["forward"] < forward * wide and touched["backward"] < backward * wide, (packed, touched)
     # Forward each logit is read once, backward read once and written once in half precision, and little else.
     head = found["head_bytes"]
     assert head["forward"] < 1.1 * 4 * logits and head["backward"] < 1.1 * 6 * logits + 4 * weights, head
+
+
+@pytest.mark.parametrize("packed", ops.PACKED)
+def test_the_counted_micro_batches_are_packed_as_groups_are(packed):
+    """`pack_groups` on as many prompts and tokens."""
+    prompts = ops.PACKED[packed]
+    prefix = ops.TOKENS // prompts // 2
+    lengths = [prefix // ops.COMPLETIONS] * ops.COMPLETIONS
+    prompt = Prompt("", "plain", np.zeros(prefix + 1, np.int64), np.zeros((3, prefix + 1), np.int64))
+    batch = pack_groups([prompt] * prompts, [[np.zeros(n, np.int64) for n in lengths]] * prompts)
+    assert batch.segments.tolist() == ops.segments_of(prompts).tolist() and len(batch) == ops.TOKENS
 
 
 def test_a_later_call_of_generate_captures_nothing_again():

@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoTokenizer, Qwen2_5OmniThinkerForConditionalGeneration
 
-from data_tools.pretrain import VIEW, accuracy, description_logits, make_example, tiny_config
+from data_tools.pretrain import VIEW, accuracy, describing, description_logits, tiny_config
 from data_tools.tokenizer import build_tokenizer
 from megatron_avatar.data.prompt import PromptBuilder
 
@@ -26,7 +26,7 @@ def examples(tmp_path_factory, model):
     folder = tmp_path_factory.mktemp("clips")
     (folder / "clips").mkdir()
     builder = PromptBuilder(AutoTokenizer.from_pretrained(BASE), model.config, VIEW, context=512)
-    return [make_example(builder, folder, f"test-{i}") for i in range(32)]
+    return [describing(builder, folder, f"test-{i}") for i in range(32)]
 
 
 def test_the_folder_is_small_bfloat16_and_todays_shape(model):

@@ -51,6 +51,13 @@ def pretend(monkeypatch, *, engine: bool, apex: bool, flash_3: bool = False) -> 
     monkeypatch.setattr(fusions, "refusals", functools.cache(fusions.refusals.__wrapped__))
 
 
+def pretend_switch(monkeypatch, active: list) -> None:
+    """torch's switch of FlashAttention, whose name of what is on is in `active`."""
+    monkeypatch.setattr(fusions, "torch_attention", SimpleNamespace(
+        current_flash_attention_impl=lambda: active[-1] if active else None,
+        activate_flash_attention_impl=active.append, restore_flash_attention_impl=active.clear))  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("engine", "apex", "flash_3", "expected"),
     [
@@ -70,7 +77,9 @@ def test_what_is_installed_is_taken(monkeypatch, engine, apex, flash_3, expected
     for name in expected[-1]:
         assert name in str(chosen)
     assert ("AdamW of Transformer Engine" in str(chosen)) is engine and ("FlashAttention-3" in str(chosen)) is flash_3
-    assert str(Fusions()).startswith("layers of torch ")
+    said = {"transformer_engine": "gradient norms of Transformer Engine", "apex": "gradient norms of Apex"}
+    assert str(chosen).count("gradient norms") == (engine or apex) and said.get(chosen.norms, "") in str(chosen)
+    assert str(Fusions()).startswith("layers of torch ") and "norms" not in str(Fusions())
     monkeypatch.setattr(fusions, "fits_flash_3", lambda dtype: True)
     monkeypatch.setattr(fusions, "find_spec", lambda name: None)
     assert auto().missing == (*expected[-1], "FlashAttention-3")
@@ -161,6 +170,20 @@ def add(x, g, buffer):
     buffer += g.float().t() @ x.float()
 
 
+def norm_ignores_nan(lists, each):
+    return fusions.l2_norm([[x.nan_to_num(0.0, math.inf, -math.inf) for x in lists[0]]], each)
+
+
+def norm_ignores_infinity(lists, each):
+    return fusions.l2_norm([[x.where(x.abs() < math.inf, x.nan_to_num(math.nan, 0, 0)) for x in lists[0]]], each)
+
+
+def copies_nothing(lists, factor):
+    """It scales, but writes nothing where it should only copy."""
+    if factor != 1:
+        fusions.scale_each(lists, factor)
+
+
 MULTI = (fusions.apply_at_once, fusions.l2_norm, fusions.scale_each)
 RIGHT = {
     "linear": Linear, "engine_accumulate": Linear, "adam": Adam, "accumulate": add, "norms": MULTI,
@@ -174,7 +197,9 @@ WRONG = {
              lambda params, **more: Adam(params, **more | {"weight_decay": 0})],
     "accumulate": [lambda x, g, buffer: None, lambda x, g, buffer: buffer.fill_(math.nan)],
     "norms": [(MULTI[0], lambda lists, each: (lists[0][0].norm()[None], None), MULTI[2]),
-              (MULTI[0], MULTI[1], lambda lists, factor: None)],
+              (MULTI[0], MULTI[1], lambda lists, factor: None),
+              (MULTI[0], MULTI[1], copies_nothing), (MULTI[0], norm_ignores_nan, MULTI[2]),
+              (MULTI[0], norm_ignores_infinity, MULTI[2])],
     "attention": [flash.FLASH_CPU._replace(backward=lambda grad, *rest: flash.FLASH_CPU.backward(2 * grad, *rest)),
                   flash.FLASH_CPU._replace(forward=lambda *a: flash.FLASH_CPU.forward(*a[:6], 1.0))],
 }  # fmt: skip
@@ -184,9 +209,8 @@ WRONG = {
 @pytest.mark.parametrize("part", list(fusions.PARTS))
 def test_the_self_tests_tell_right_kernels_from_wrong_ones_in_each_dtype(monkeypatch, part, dtype):
     """`tested`, with what each package would be in its place, on the CPU."""
-    calls, plain, switched = [], selftest.verdict, []
+    calls, plain = [], selftest.verdict
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(fusions, "switch_attention", switched.append)
     for kernel in (RIGHT[part], *WRONG[part]):
         def verdict(test, make, device, asked, kernel=kernel):
             calls.append((device.type, asked))
@@ -195,7 +219,21 @@ def test_the_self_tests_tell_right_kernels_from_wrong_ones_in_each_dtype(monkeyp
         monkeypatch.setattr(selftest, "verdict", verdict)
         reason = fusions.tested(part, dtype)
         assert (" differs from torch's by " in reason) if kernel is not RIGHT[part] else reason == ""
-    assert set(calls) == {("cuda", dtype)} and set(switched) == ({"torch"} if part == "attention" else set())
+    assert set(calls) == {("cuda", dtype)}
+
+
+@pytest.mark.parametrize("before", [[], ["FA3"]])
+def test_a_test_leaves_the_attention_that_was_active(monkeypatch, before):
+    active = [*before]
+    pretend_switch(monkeypatch, active)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+
+    def verdict(test, make, device, dtype):
+        assert make() is flash.FLASH_VARLEN and active == ["FA3"]
+        return ""
+
+    monkeypatch.setattr(selftest, "verdict", verdict)
+    assert fusions.tested("attention", HALF) == "" and active == before
 
 
 def test_a_fault_of_one_dtype_is_one_of_that_dtype():
@@ -211,9 +249,7 @@ def test_what_was_chosen_is_pinned_and_taken_back(monkeypatch):
     """Megatron-Core's records, and torch's switch of FlashAttention."""
     pretend(monkeypatch, engine=False, apex=True)
     active = []
-    monkeypatch.setattr(fusions, "torch_attention", SimpleNamespace(
-        current_flash_attention_impl=lambda: active[-1] if active else None,
-        activate_flash_attention_impl=active.append, restore_flash_attention_impl=active.clear))  # fmt: skip
+    pretend_switch(monkeypatch, active)
     flags = fusions.FLAGS["adam"] + fusions.FLAGS["norms"]
     for module, name, found, _ in flags:
         monkeypatch.setattr(module, name, found)

@@ -172,6 +172,8 @@ def test_encoders_cast_on_their_device(omni, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "to", moved)
     rows = encoders._moved([torch.ones(2, 3), torch.zeros(1, 3)])
     assert calls == [(encoders.device,), (encoders.dtype,)] * 2 and rows.tolist() == [[1] * 3, [1] * 3, [0] * 3]
+    one = torch.ones(2, 3, dtype=encoders.dtype)
+    assert encoders._moved([one]) is one, "one part is not copied"
 
 
 def count_rows(encoders):

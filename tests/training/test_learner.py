@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -213,34 +214,89 @@ def test_a_number_that_is_not_finite_skips_the_update_and_three_in_a_row_end_the
     assert not update(ours, groups)["skipped"] and ours.optimization.skipped_in_row == 0
 
 
-def test_a_gradient_that_no_loss_scale_makes_finite_ends_the_run_after_three(world, backend, tmp_path):
-    """Where, and in which update, is said; where a scale answers an overflow, nothing is lost but the updates."""
+@pytest.fixture
+def half(world, backend, tmp_path):
+    """(learner in float16, groups, factors): the gradient of the second layer's first product, times factors[0]."""
     _, groups = world
     policy = build_policy(tmp_path, backend, ModelConfig(path=str(tmp_path), dtype="float16"), ParallelConfig())
     load_hf(policy, tmp_path)
-    ours, factor, before = learner(policy, backend, guard=OFF), [1.0], weights(policy)
+    factors = [1.0]
+    disturb(policy.language_model.decoder.layers[1].mlp.linear_fc1, factors)
+    return learner(policy, backend, guard=OFF), groups, factors
 
-    def disturb(module, inputs, output) -> None:
+
+def disturb(module, factors: list[float]) -> None:
+    """The gradient of the module's output, times factors[0]."""
+    def hook(module, inputs, output) -> None:
         if output[0].requires_grad:
-            output[0].register_hook(lambda grad: grad * factor[0])
+            output[0].register_hook(lambda grad: grad * factors[0])
 
-    policy.language_model.decoder.layers[1].mlp.linear_fc1.register_forward_hook(disturb)
-    factor[0] = math.nan
-    for overflows in (1, 2):
+    module.register_forward_hook(hook)
+
+
+BEYOND = 2.0**20  # by a scale of 8,192 beyond float16, by 1 it isn't
+
+
+def test_a_bad_batch_after_overflows_is_skipped_as_in_bfloat16(half, caplog):
+    """The search for a scale takes two updates; then one gradient has no finite scale, and the next one is good."""
+    ours, groups, factors = half
+    before = weights(ours.policy)
+    for factors[0], overflows, in_row in ((BEYOND, 1, 0), (BEYOND, 2, 0), (math.nan, 2, 1)):
         stats = update(ours, groups)
         assert stats["skipped"] and stats["overflows"] == overflows
-    said = r"number 3 of the stage.*by a loss scale of 1 too, first in mlp.linear_fc1.weight of layer 2\)"
+        assert ours.optimization.skipped_in_row == in_row
+    assert caplog.text.count("is beyond float16") == 2, "the third wasn't"
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(ours.policy).items())
+    factors[0] = 1.0
+    assert not update(ours, groups)["skipped"]
+    assert ours.optimization.skipped_in_row == ours.optimization.overflows_in_row == 0
+    assert not all(torch.equal(tensor, before[name]) for name, tensor in weights(ours.policy).items())
+
+
+def test_three_gradients_in_a_row_that_no_loss_scale_makes_finite_end_the_run(half):
+    """Where, and in which update, is said; where a scale answers an overflow, nothing is lost but the updates."""
+    ours, groups, factors = half
+    before = weights(ours.policy)
+    for factors[0] in (BEYOND, BEYOND, math.nan, BEYOND, math.nan):
+        assert update(ours, groups)["skipped"]
+    factors[0] = math.nan
+    said = r"number 6 of the stage.*by a loss scale of 1 too, first in layer 2\)"
     with pytest.raises(NonFiniteUpdates, match=said) as end:
         update(ours, groups)
     assert "None was applied" in str(end.value) and "model.dtype=bfloat16" in str(end.value)
-    assert ours.optimization.loss_scale == FIRST_SCALE / 8 and ours.optimization.not_finite()
-    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(policy).items())
-    factor[0], ours.optimization.overflows_in_row = 2.0**20, 0  # by a scale of 8,192 beyond float16, by 1 it isn't
-    for _ in range(4):
-        assert update(ours, groups)["skipped"]
-    factor[0] = 1.0
-    assert not update(ours, groups)["skipped"] and ours.optimization.overflows_in_row == 0
-    assert not all(torch.equal(tensor, before[name]) for name, tensor in weights(policy).items())
+    assert ours.optimization.loss_scale == FIRST_SCALE / 64 and ours.optimization.overflows == 3
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(ours.policy).items())
+
+
+@pytest.mark.parametrize("place", ["self_attention.linear_proj", "self_attention.linear_qkv", "mlp.linear_fc1",
+                                   "mlp.linear_fc2"])  # fmt: skip
+def test_the_layer_is_named_whichever_of_its_products_breaks(world, backend, place):
+    policy, groups = world
+    disturb(policy.language_model.decoder.layers[0].get_submodule(place), [math.nan])
+    ours = learner(policy, backend, guard=OFF)
+    assert update(ours, groups)["skipped"]
+    assert ours._first_not_finite() == "layer 1"
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_layer_nearest_to_the_loss_is_named_over_ranks(world, backend, monkeypatch, turned):
+    """By the parameters' own numbers: the rank that knows of one has the other's first place in its list."""
+    policy, _ = world
+    ours = learner(policy, backend)
+    names = [name for name, _ in policy.named_parameters()]
+
+    def numbered(*layers: int) -> list[tuple[int, str]]:
+        return [(number, name) for number, name in enumerate(names)
+                if any(f"decoder.layers.{layer}." in name for layer in layers)]
+
+    lists, seen = [numbered(0), numbered(1)[-1:]], []
+    assert len(lists[0]) > 1
+    lists = lists[::-1] if turned else lists
+    for found in lists:
+        monkeypatch.setattr(ours.optimization, "not_finite", lambda found=found: found)
+        ours.backend = SimpleNamespace(pp_rank=0, all_gather_object=lambda mine: seen.append(mine) or seen)
+        named = ours._first_not_finite()
+    assert len(seen) == 2 and named == "layer 2"
 
 
 @pytest.mark.parametrize("after", [0, 2])

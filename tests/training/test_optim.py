@@ -235,6 +235,11 @@ def test_a_float16_checkpoint_continues_with_its_scale_bit_for_bit(backend, tmp_
     parallel = ParallelConfig(distributed_optimizer=distributed)
     one, two = (Trainer(backend, seed=seed, parallel=parallel, dtype=torch.float16) for seed in range(2))
     overflow(one.optimization, one.policy)
+    two.load(one.save(tmp_path, 0))
+    for ours in (one.optimization, two.optimization):
+        assert (ours.overflows_in_row, ours.overflows) == (1, 1)
+    overflow(two.optimization, two.policy)
+    assert two.optimization.overflows_in_row == 2, "one on each side of the checkpoint"
     one.train(0, 4)  # the scale doubles after three, and one counts towards the next
     path = one.save(tmp_path, 4)
     scale = one.optimization.loss_scale
@@ -242,7 +247,7 @@ def test_a_float16_checkpoint_continues_with_its_scale_bit_for_bit(backend, tmp_
     two.train(7, 8)
     two.load(path)
     assert two.optimization.loss_scale == scale == optim_module.FIRST_SCALE
-    assert (two.optimization.overflows, two.optimization.skipped) == (1, 1)
+    assert (two.optimization.overflows, two.optimization.skipped, two.optimization.overflows_in_row) == (1, 1, 0)
     assert two.train(4, 9) == norms and two.optimization.loss_scale == one.optimization.loss_scale > scale
     ours, theirs = main_weights(one.optimization), main_weights(two.optimization)
     assert all(torch.equal(main, theirs[name]) for name, main in ours.items())

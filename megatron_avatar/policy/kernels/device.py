@@ -20,7 +20,7 @@ except (ImportError, OSError, RuntimeError) as error:  # then nothing calls the 
     triton, tl, MISSING = SimpleNamespace(jit=lambda function: function), None, str(error) or type(error).__name__
 
 CAPABILITY = (8, 0)
-MOST_HEAD = 128  # beside 64 queries and 64 keys, in the 163 KiB of an A100's block
+MOST_HEAD = 128  # beyond, attention's kernel has neither been compiled nor tested
 log = logging.getLogger(__name__)
 
 
@@ -45,9 +45,10 @@ def _obstacle(index: int) -> str:
 
 @functools.cache
 def fits_head(size: int) -> bool:
-    """Whether a GPU's shared memory holds attention's blocks of heads of this size; said once where it doesn't."""
+    """Whether attention's kernel was tested with heads of this size; said once where it wasn't."""
     if size > MOST_HEAD:
-        log.warning("torch's attention in decoding: the kernel takes heads of at most %d, not %d", MOST_HEAD, size)
+        log.warning("torch's attention in decoding: the kernel is tested for heads of at most %d, not %d", MOST_HEAD,
+                    size)  # fmt: skip
     return size <= MOST_HEAD
 
 

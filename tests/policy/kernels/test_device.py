@@ -33,7 +33,7 @@ def test_what_speaks_against_a_gpu_is_said_once(monkeypatch, caplog, capability,
     device._obstacle.cache_clear()
 
 
-def test_heads_that_are_too_large_take_torchs_attention_said_once(caplog):
+def test_heads_larger_than_tested_take_torchs_attention_said_once(caplog):
     device.fits_head.cache_clear()
     sizes = [64, 80, 128, 256, 256]
     assert [attend.by_kernels(torch.empty(1, size, device="meta")) for size in sizes] == [True] * 3 + [False] * 2
