@@ -62,7 +62,7 @@ def check_family(config: Config) -> None:
         raise ValueError(
             f"model.path={config.model.path} is a {family.name}, but the recipe (model.shape={config.model.shape}) is "
             f"for {wanted.name}: point model.path to one, take a recipe whose model.shape is of {family.name}, or "
-            "write model.shape='' to use this one's settings all the same"
+            "write model.shape='' parallel=single to use this one's settings all the same"
         )
 
 

@@ -46,7 +46,7 @@ def test_sizes_are_found_in_every_kind_of_folder(config, shape, tmp_path):
 
 @pytest.mark.parametrize(("recipe", "shape", "says"), [
     ("avatar_7b", "qwen3_vl_8b", r"is a Qwen3-VL, but the recipe \(model.shape=qwen2_5_omni_7b\) is for Qwen2.5-Omni"),
-    ("vl3_8b", "qwen2_5_vl_7b", r"is a Qwen2.5-VL, but .* is for Qwen3-VL: .* recipe .* or write model.shape='' to"),
+    ("vl3_8b", "qwen2_5_vl_7b", r"is a Qwen2.5-VL, but .* is for Qwen3-VL: .* model.shape='' parallel=single"),
     ("vl3_4b", "qwen2_5_omni_3b", "is a Qwen2.5-Omni, but the recipe"),
 ])  # fmt: skip
 def test_a_recipe_of_another_family_is_refused(recipe, shape, says):

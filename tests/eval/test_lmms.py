@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import av
@@ -76,7 +77,8 @@ def test_lmms_eval_reads_the_answer_without_its_tags(text, until, answer):
 
 
 def test_a_model_of_another_family_is_refused(monkeypatch, capsys):
-    for name in ("lmms_eval", "lmms_eval.__main__", "lmms_eval.models", "eval.lmms_model"):
+    monkeypatch.setitem(sys.modules, "lmms_eval", SimpleNamespace(__main__=None))
+    for name in ("lmms_eval.__main__", "lmms_eval.models", "eval.lmms_model"):
         monkeypatch.setitem(sys.modules, name, MagicMock())
     monkeypatch.setattr("eval.lmms.Responder", lambda *_: pytest.fail("a model was loaded"))
     folder = CONFIG_DIR / "shapes" / "qwen3_vl_4b"

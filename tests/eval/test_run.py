@@ -256,9 +256,9 @@ def test_a_model_of_another_family_is_refused_with_the_way_out(tmp_path):
     for name in ("model.safetensors", "tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_text("{}")
     common = [f"model={tmp_path}", "benchmark=worldsense", "data=x", "out=x", "recipe=avatar_7b"]
-    with pytest.raises(ValueError, match="is a Qwen3-VL, but the recipe .* for Qwen2.5-Omni: .* write model.shape=''"):
+    with pytest.raises(ValueError, match="is a Qwen3-VL, but the recipe .* for Qwen2.5-Omni: .* model.shape='' para"):
         parse(common)
-    assert parse([*common, "model.shape="])[1].model.path == str(tmp_path)
+    assert parse([*common, "model.shape=''", "parallel=single"])[1].model.path == str(tmp_path)
 
 
 def test_a_runs_own_recipe_and_cluster_are_not_replaced(tmp_path):
