@@ -157,6 +157,15 @@ def test_what_the_user_asks_for_wins(prompt):
         assert done.returncode == 2 and says in done.stderr and not lines, done.stderr
 
 
+def test_one_node_of_eight_as_the_readme_says(prompt):
+    options = ["--nodes=1", "--ntasks-per-node=8"]
+    assert f"`bash slurm/avatar_7b_cluster.sh {' '.join(options)}`" in " ".join((ROOT / "README.md").read_text().split())
+    done, lines = prompt(str(ROOT / "slurm" / "avatar_7b_cluster.sh"), *options, **prompt.given)
+    assert done.returncode == 0, done.stderr
+    assert "--nodes=1" in lines[-1] and "--ntasks-per-node=8" in lines[-1] and "--gres=gpu:8" in lines[-1]
+    assert "tp 4 x pp 1 x dp 2" in done.stdout
+
+
 def test_without_slurm_it_says_what_to_type_instead(monkeypatch, tmp_path):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     config = load_config(["recipe=avatar_7b", "model.path=m", "data.manifest=d"])
