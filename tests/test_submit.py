@@ -159,7 +159,8 @@ def test_what_the_user_asks_for_wins(prompt):
 
 def test_one_node_of_eight_as_the_readme_says(prompt):
     options = ["--nodes=1", "--ntasks-per-node=8"]
-    assert f"`bash slurm/avatar_7b_cluster.sh {' '.join(options)}`" in " ".join((ROOT / "README.md").read_text().split())
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert f"`bash slurm/avatar_7b_cluster.sh {' '.join(options)}`" in readme
     done, lines = prompt(str(ROOT / "slurm" / "avatar_7b_cluster.sh"), *options, **prompt.given)
     assert done.returncode == 0, done.stderr
     assert "--nodes=1" in lines[-1] and "--ntasks-per-node=8" in lines[-1] and "--gres=gpu:8" in lines[-1]
