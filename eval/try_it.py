@@ -104,11 +104,7 @@ def main(arguments: list[str]) -> int:
     began = time.monotonic()
     try:
         model = trained_model(parsed.model)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    console.print(f"making three clips with sound, seed {parsed.seed} ...")
-    try:
+        console.print(f"making three clips with sound, seed {parsed.seed} ...")
         manifest = make_clips(parsed.out / f"seed_{parsed.seed}", parsed.seed)
         files = {}
         for name, folder in {"base": BASE, "trained": model}.items():
