@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
+from rich.console import Console
+from rich.progress import track
 from scipy.optimize import brentq
 from scipy.special import expit
 
@@ -75,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found = [
         {"seeds": seeds, "items": items, "power": power(seeds, items, args.effect / 100, args.questions, REPETITIONS),
          "false": power(seeds, items, 0.0, args.questions, REPETITIONS)}
-        for seeds, items in cells
+        for seeds, items in track(cells, "studies of each size", console=Console(stderr=True))
     ]  # fmt: skip
     enough = next((cell for cell in found if cell["power"] >= 0.8), None)
     result = {"effect": args.effect, "questions": args.questions, "cells": found, "first_enough": enough}
