@@ -191,7 +191,8 @@ def test_every_task_comes_behind_what_it_needs(name, tmp_path):
 def test_a_gate_stands_before_everything_and_is_asked_once(tmp_path):
     profile, settings, _ = read_profile("smoke", tmp_path / "out", [])
     profile["gate"] = {"module": "bench.world", "arguments": ["--limit", "8"]}
-    tasks = {task.name: task for task in Graph(profile, tmp_path / "out", [*settings, "cluster=local"], "3").build().tasks}
+    graph = Graph(profile, tmp_path / "out", [*settings, "cluster=local"], "3").build()
+    tasks = {task.name: task for task in graph.tasks}
     gate = tasks.pop("gate")
     assert (gate.retries, gate.needs, gate.partial) == (0, ["prepare"], False)
 
