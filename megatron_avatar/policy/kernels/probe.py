@@ -105,8 +105,9 @@ def attention(run: Callable, of: Inputs) -> tuple[Tensor, ...]:
     later = torch.arange(OWN) > lengths[:, None]
     masks = (torch.zeros(x.shape).masked_fill_(x, float("-inf")).to(of.dtype)[:, None, None] for x in (empty, later))
     empty, later = map(of.put, masks)
+    absent = ~reads[:, None].expand(-1, count).contiguous()
     tables = (read.contiguous(), torch.full((count,), READERS), torch.tensor(PAGE_TOKENS), torch.arange(count),
-              count * reads, parts.where(reads[:, None], 0), ~reads[:, None].expand(-1, count).contiguous())  # fmt: skip
+              count * reads, parts.where(reads[:, None], 0), absent)  # fmt: skip
     pages = [of.normal(count, GROUPS, PAGE, SIZE) for _ in "kv"]
     own = [of.normal(ROWS, GROUPS, OWN, SIZE) for _ in "kv"]
     query = of.normal(ROWS, GROUPS, SHARE, SIZE)
