@@ -25,7 +25,7 @@ def test_the_gpu_path_launches_few_operations(shape):
         found = ops.decode_step(policy) | ops.update_layer(policy) | ops.head_of(policy)
         logits, wide = ops.TOKENS * policy.vocab_size, ops.TOKENS * policy.config.ffn_hidden_size
         weights = 2 * policy.vocab_size * policy.config.hidden_size
-    assert found["decode_layer_ops"] <= 10 and found["decode_outer_ops"] <= 24
+    assert found["decode_layer_ops"] <= 10 and found["decode_outer_ops"] <= 24 and found["leaving_row_ops"] == 1
     for packed, (forward, backward) in UPDATE_OPS.items():
         counted = found["update_layer_ops"][packed]
         assert counted["forward"] <= forward and counted["backward"] <= backward, (packed, counted)
