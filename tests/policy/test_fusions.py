@@ -125,11 +125,11 @@ def test_our_kernels_run_where_the_choice_says_so_and_nowhere_else(monkeypatch):
 
 
 def test_a_triton_that_cannot_build_costs_the_kernels_alone(monkeypatch):
-    """As where there is no C compiler: the first launch raises."""
+    """As where there is no C compiler: the first launch raises, before the others are asked."""
     def launch(*arguments):
         raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.")
 
-    monkeypatch.setitem(probe.OURS, "swiglu", launch)
+    monkeypatch.setattr(probe, "OURS", probe.OURS | {"add_norm": launch})
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     plain = selftest.verdict
     monkeypatch.setattr(selftest, "verdict", lambda test, make, device, dtype: plain(test, make, "cpu", dtype))

@@ -1,17 +1,18 @@
-"""The test of our kernels before training, in Triton's interpreter: right ones pass, each wrong one is named."""
+"""The test of our kernels before training: right ones pass, each wrong one is named."""
 
 import pytest
 import torch
 
 from megatron_avatar.policy.kernels import probe
+from tests.policy.kernels.where import DEVICE
 
-CPU = torch.device("cpu")
+CPU = torch.device("cpu")  # where torch's formulas run
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.core), torch.float16])
 def test_our_kernels_pass(dtype):
-    assert probe.own_kernels(probe.OURS, CPU, dtype) == ""
+    assert probe.own_kernels(probe.OURS, DEVICE, dtype) == ""
     assert set(probe.OURS) == set(probe.CASES)
 
 
