@@ -13,24 +13,27 @@ import contextlib
 import json
 import os
 import platform
-import resource
 import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import psutil
 from rich.console import Console
 from rich.markup import escape
 
-from eval.jobs import Command, Job, PeakMemory, last_value, lines_of, run_all
+from eval.jobs import Command, Job, PeakMemory, last_value, lines_of, read_ahead, run_all
 
 console = Console()
 SYSTEMS = ("base", "sft", "grpo", "avatar")
 PACKAGES = ("torch", "megatron-core", "transformers", "nvidia-dali-cuda130", "h5py", "hydra-core", "numpy", "av")
 PROCESSES = 2  # side by side, one core each
 RENDER_S = 60.0  # between two states of the growing report; at first less, and at most a thirtieth of a core
-# Both cores are taken: decode workers would cost a start of Python each and gain nothing, and so would wandb's service.
-HERE_ALONE = ("data.workers=0", "log.wandb=disabled")
+# Both cores are taken: decode workers would cost a start of Python each and gain nothing.
+HERE_ALONE = ("data.workers=0",)
+# What takes longest to read of what trainings and evaluations use.
+LIBRARIES = ("eval.engine", "megatron_avatar.training.loop", "megatron_avatar.training.replay_step",
+             "transformers.models.qwen2_5_omni.modeling_qwen2_5_omni")  # fmt: skip
 
 
 class Ledger:
@@ -67,10 +70,9 @@ def synthesis(out: Path, seed: int, smoke: bool) -> Command:
     from data_tools.synthesize import SIZES
 
     size = "tiny" if smoke else "demo"
-    arguments = ["-m", "data_tools.synthesize", "--out", str(out / "data"), "--seed", str(seed), "--size", size,
-                 "--processes", str(PROCESSES)]  # fmt: skip
+    arguments = ["--out", str(out / "data"), "--seed", str(seed), "--size", size, "--processes", str(PROCESSES)]
     clips = out / "data" / "clips"
-    return Command(arguments, out / "data.log", len(FAMILIES) * sum(SIZES[size].values()),
+    return Command("data_tools.synthesize", arguments, out / "data.log", len(FAMILIES) * sum(SIZES[size].values()),
                    lambda: sum(1 for _ in clips.glob("*.webm")))  # fmt: skip
 
 
@@ -89,17 +91,17 @@ def training(out: Path, name: str, recipe: str, seed: int, *, smoke: bool = Fals
         arguments += [f"stages.{stage}.steps=2" for stage in config.stages]
         config = load_config(arguments)
     steps, metrics = sum(stage.steps for stage in config.stages.values()), out / name / "metrics.jsonl"
-    return Command(["-m", "megatron_avatar.train", *arguments], out / name / "train.log", steps,
+    return Command("megatron_avatar.train", arguments, out / name / "train.log", steps,
                    lambda: lines_of(metrics), lambda: last_value(metrics, "reward", "loss"))  # fmt: skip
 
 
 def evaluation(out: Path, name: str, model: str) -> Command:
     """The job that answers OUT's held-out samples with the Hugging Face folder `model`."""
     manifest, file = out / "data" / "manifest.jsonl", predictions_file(out, name)
-    arguments = ["-m", "eval.run", f"model={model}", "benchmark=held_out", f"data={manifest}", "recipe=tiny_avatar",
+    arguments = [f"model={model}", "benchmark=held_out", f"data={manifest}", "recipe=tiny_avatar",
                  f"out={file.parent}", f"system={name}", "family=tiny", *HERE_ALONE]  # fmt: skip
-    return Command(arguments, out / "eval" / f"{name}.log", count_samples(manifest, "eval"), lambda: lines_of(file),
-                   lambda: right_so_far(file))  # fmt: skip
+    return Command("eval.run", arguments, out / "eval" / f"{name}.log", count_samples(manifest, "eval"),
+                   lambda: lines_of(file), lambda: right_so_far(file))  # fmt: skip
 
 
 def right_so_far(file: Path) -> str:
@@ -137,7 +139,7 @@ def parts(out: Path, seed: int, smoke: bool) -> list[Job]:
         return lambda n: evaluation(out, name, exported(out, name))
 
     return [
-        Job("data", lambda n: synthesis(out, seed, smoke), processes=1),
+        Job("data", lambda n: synthesis(out, seed, smoke), processes=1, start_by="spawn"),
         Job("sft", trains("sft", "tiny_sft"), needs=("data",), processes=PROCESSES),
         Job("avatar", trains("avatar", "tiny_avatar"), needs=("sft",)),
         Job("grpo", trains("grpo", "tiny_grpo"), needs=("sft",)),
@@ -207,6 +209,8 @@ def main() -> None:
     else:
         console.print(f"everything goes to [bold]{folder}[/]; Ctrl-C saves and stops, the same command goes on")
     growing = Growing(out, arguments.seed)
+    if known - set(reused):
+        read_ahead(LIBRARIES)
     try:
         run_all(jobs, reused, PROCESSES, console, tick=growing, ended=lambda job, seconds, done: ledger.add(
             {job.name: seconds}, memory.peak_mib, done=job.name if done else None))  # fmt: skip
@@ -225,9 +229,13 @@ def main() -> None:
 
 
 def processor_seconds() -> float:
-    """What this process and all that it has waited for have computed."""
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(u.ru_utime + u.ru_stime for u in used)
+    """What this process and all that it started have computed, what they have waited for included."""
+    used = 0.0
+    for process in (own := psutil.Process(), *own.children()):
+        with contextlib.suppress(psutil.Error):
+            times = process.cpu_times()
+            used += times.user + times.system + times.children_user + times.children_system
+    return used
 
 
 def write_results(out: Path, seed: int, ledger: Ledger) -> None:

@@ -285,6 +285,8 @@ def test_the_command_says_whether_it_fits(capsys):
     printed = capsys.readouterr().out
     for words in ("pp 1, tp 0-3", "2,268.2", "optimizer", "keys and values", "reference model", "step, s", "fits:"):
         assert words in printed, words
+    said = " ".join(printed.split())
+    assert "for the whole run, where each prompt shows a clip of 8 s (data.max_frames=16 at data.fps=2; longer" in said
     assert main([*command, "cluster.gpus=32"]) == 2  # the recipe's one prompt a step is too few
     said = " ".join(capsys.readouterr().out.split())
     assert "has to change: stages.visual.prompts_per_step=1 leaves some of 4 data-parallel ranks idle" in said
