@@ -31,6 +31,7 @@ PROCESSES = 2  # side by side, one core each
 RENDER_S = 60.0  # between two states of the growing report; at first less, and at most a thirtieth of a core
 # Both cores are taken: decode workers would cost a start of Python each and gain nothing.
 HERE_ALONE = ("data.workers=0",)
+BATCH = 44  # of an evaluation's samples: a token of so many takes little longer than one of the usual sixteen
 # What takes longest to read of what trainings and evaluations use.
 LIBRARIES = ("eval.engine", "megatron_avatar.training.loop", "megatron_avatar.training.replay_step",
              "transformers.models.qwen2_5_omni.modeling_qwen2_5_omni")  # fmt: skip
@@ -99,7 +100,7 @@ def evaluation(out: Path, name: str, model: str) -> Command:
     """The job that answers OUT's held-out samples with the Hugging Face folder `model`."""
     manifest, file = out / "data" / "manifest.jsonl", predictions_file(out, name)
     arguments = [f"model={model}", "benchmark=held_out", f"data={manifest}", "recipe=tiny_avatar",
-                 f"out={file.parent}", f"system={name}", "family=tiny", *HERE_ALONE]  # fmt: skip
+                 f"out={file.parent}", f"system={name}", "family=tiny", f"batch={BATCH}", *HERE_ALONE]  # fmt: skip
     return Command("eval.run", arguments, out / "eval" / f"{name}.log", count_samples(manifest, "eval"),
                    lambda: lines_of(file), lambda: right_so_far(file))  # fmt: skip
 
