@@ -188,6 +188,21 @@ def test_every_task_comes_behind_what_it_needs(name, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_gate_stands_before_everything_and_is_asked_once(tmp_path):
+    profile, settings, _ = read_profile("smoke", tmp_path / "out", [])
+    profile["gate"] = {"module": "bench.world", "arguments": ["--limit", "8"]}
+    graph = Graph(profile, tmp_path / "out", [*settings, "cluster=local"], "3").build()
+    tasks = {task.name: task for task in graph.tasks}
+    gate = tasks.pop("gate")
+    assert (gate.retries, gate.needs, gate.partial) == (0, ["prepare"], False)
+
+    def behind(name: str) -> bool:
+        return name == "gate" or any(behind(need) for need in tasks[name].needs if need in tasks or need == "gate")
+
+    assert {name for name in tasks if not behind(name)} == {"prepare"} and tasks["tiny.grpo.0"].retries == 3
+
+
+@pytest.mark.slow
 def test_the_papers_profile_evaluates_all_that_its_tables_show(tmp_path):
     graph = built("paper", tmp_path)
     evaluated = {(t.name.split(".")[1], a["system"], a["benchmark"]) for t in graph.tasks if t.module == "eval.run"
