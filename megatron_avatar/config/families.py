@@ -62,6 +62,9 @@ class Family:
     head_norms: bool = False
     mrope_interleaved: bool = False
     nested_names: bool = False
+    text_sizes: tuple[str, ...] = ()
+    audio_sizes: tuple[str, ...] = ()
+    whole: str = ""
 
     @property
     def factor(self) -> int:
@@ -98,12 +101,9 @@ OMNI = Family(
     video="<|VIDEO|>",
     vision_end="<|vision_eos|>",
     system="You are a helpful assistant.",
-    kin=(
-        ("qwen3_omni_moe", "Qwen3-Omni is a mixture of experts, which the policy doesn't have yet"),
-        ("qwen3_omni_moe_thinker", "Qwen3-Omni is a mixture of experts, which the policy doesn't have yet"),
-    ),
     planned=("video",),
     ends=("eos_token_id",),
+    whole="qwen2_5_omni",
 )
 VL = Family(
     name="Qwen2.5-VL",
@@ -133,8 +133,8 @@ VL3 = Family(
     position_rate="",
     time_ends=False,
     kin=(
-        ("qwen3_vl_moe", "it is a mixture of experts, which the policy doesn't have yet; take a dense Qwen3-VL, as its "
-                         "4B or 8B"),
+        ("qwen3_vl_moe", "its experts lie on disk in another layout than Qwen3-Omni's, which the policy doesn't read; take "
+                         "a dense Qwen3-VL, as its 4B or 8B"),
         ("qwen3_vl_text", "it is the language model of a Qwen3-VL without its vision encoder; take the whole folder"),
         ("qwen3_5", "Qwen3.5 has linear attention, which the policy doesn't have"),
         ("qwen3_5_moe", "Qwen3.5 has linear attention and a mixture of experts, which the policy doesn't have"),
@@ -146,7 +146,29 @@ VL3 = Family(
     mrope_interleaved=True,
     nested_names=True,
 )
-FAMILIES = (OMNI, VL, VL3)
+OMNI3 = Family(
+    name="Qwen3-Omni",
+    model_types=("qwen3_omni_moe", "qwen3_omni_moe_thinker"),
+    hears=True,
+    patch=16,
+    mean=(0.5, 0.5, 0.5),
+    std=(0.5, 0.5, 0.5),
+    image_min_pixels=4 * 32**2,
+    clip_pixels=90_316_800,
+    whole_clip=False,
+    position_rate="position_id_per_seconds",
+    time_ends=True,
+    planned=("video",),
+    ends=("eos_token_id",),
+    vision_matrices=2,
+    vision_sizes=("num_position_embeddings", "deepstack_visual_indexes"),
+    head_norms=True,
+    mrope_interleaved=True,
+    text_sizes=("num_experts", "num_experts_per_tok", "moe_intermediate_size"),
+    audio_sizes=("downsample_hidden_size",),
+    whole="qwen3_omni_moe",
+)
+FAMILIES = (OMNI, VL, VL3, OMNI3)
 NAMES = f"{', '.join(family.name for family in FAMILIES[:-1])} or {FAMILIES[-1].name}"
 
 
