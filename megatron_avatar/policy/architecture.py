@@ -10,11 +10,21 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
-from transformers import Qwen2_5_VLConfig, Qwen2_5OmniThinkerConfig, Qwen3VLConfig, Qwen3VLVisionModel
+from transformers import (
+    Qwen2_5_VLConfig,
+    Qwen2_5OmniThinkerConfig,
+    Qwen3OmniMoeThinkerConfig,
+    Qwen3VLConfig,
+    Qwen3VLVisionModel,
+)
 from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import Qwen2_5OmniAudioEncoder, Qwen2_5OmniVisionEncoder
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
+from transformers.models.qwen3_omni_moe.modeling_qwen3_omni_moe import (
+    Qwen3OmniMoeAudioEncoder,
+    Qwen3OmniMoeVisionEncoder,
+)
 
-from megatron_avatar.config.families import NAMES, OMNI, VL, VL3, Family, family_of
+from megatron_avatar.config.families import NAMES, OMNI, OMNI3, VL, VL3, Family, family_of
 from megatron_avatar.config.schema import ModelConfig, ParallelConfig
 from megatron_avatar.config.validate import DTYPES
 from megatron_avatar.policy.fusions import choose_fusions
@@ -50,6 +60,7 @@ CLASSES: dict[Family, Classes] = {
     OMNI: Classes(Qwen2_5OmniThinkerConfig, Qwen2_5OmniVisionEncoder, Qwen2_5OmniAudioEncoder),
     VL: Classes(Qwen2_5_VLConfig, Qwen2_5_VisionTransformerPretrainedModel),
     VL3: Classes(Qwen3VLConfig, Qwen3VLVisionModel),
+    OMNI3: Classes(Qwen3OmniMoeThinkerConfig, Qwen3OmniMoeVisionEncoder, Qwen3OmniMoeAudioEncoder),
 }
 # A family's configuration; transformers types its parts as dictionaries or None.
 PolicyConfig = Shape
@@ -74,7 +85,7 @@ def _read(hf_folder: str | Path) -> dict[str, Any]:
         family_of(model_type)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    if model_type == "qwen2_5_omni" and not isinstance(config.get("thinker_config"), dict):
+    if model_type == family_of(model_type).whole and not isinstance(config.get("thinker_config"), dict):
         raise ValueError(f"{path}: has no thinker_config, which the policy is built from: download it again")
     return config
 
@@ -86,7 +97,10 @@ def read_config(hf_folder: str | Path) -> PolicyConfig:
     """
     raw = _read(hf_folder)
     # Of all of Omni the Thinker's part alone: the others say on every reading what they lack.
-    config = CLASSES[family_of(raw["model_type"])].config.from_dict(raw.get("thinker_config", raw))
+    own = raw.get("thinker_config", raw)
+    if "im_end_token_id" in raw and own.get("eos_token_id") is None:  # Qwen3-Omni names it for all of its parts
+        own = own | {"eos_token_id": raw["im_end_token_id"]}
+    config = CLASSES[family_of(raw["model_type"])].config.from_dict(own)
     text, rope = config.text_config, config.text_config.rope_parameters
     windows, biases = (getattr(text, name, False) for name in ("use_sliding_window", "attention_bias"))
     if windows or biases or rope["rope_type"] != "default" or "mrope_section" not in rope:
