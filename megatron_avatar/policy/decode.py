@@ -69,9 +69,9 @@ class Decoder:
 
     def step(self, shape: Shape, inputs: Tensor, received: Tensor | None) -> Tensor:
         """The work on the device, from tensors to a tensor of shapes that `shape` decides."""
-        whole = inputs[: INPUTS - 1].long()
-        self.cache.begin(shape, whole[4])
-        hidden = self.policy.decode(whole[0], whole[1:4], received, self.cache)
+        tokens, positions, counts = inputs[0].long(), inputs[1:4].float(), inputs[4].long()
+        self.cache.begin(shape, counts)
+        hidden = self.policy.decode(tokens, positions, received, self.cache)
         if not self.policy.post_process:
             return hidden
         uniforms = None if self.greedy else inputs[-1]
