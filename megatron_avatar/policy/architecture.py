@@ -102,7 +102,10 @@ def read_config(hf_folder: str | Path) -> PolicyConfig:
     """
     raw = _read(hf_folder)
     # Of all of Omni the Thinker's part alone: the others say on every reading what they lack.
-    config = CLASSES[family_of(raw["model_type"])].config.from_dict(raw.get("thinker_config", raw))
+    own = raw.get("thinker_config", raw)
+    if "im_end_token_id" in raw and own.get("eos_token_id") is None:  # Qwen3-Omni names it for all of its parts
+        own = own | {"eos_token_id": raw["im_end_token_id"]}
+    config = CLASSES[family_of(raw["model_type"])].config.from_dict(own)
     text, rope = config.text_config, config.text_config.rope_parameters
     windows, biases = (getattr(text, name, False) for name in ("use_sliding_window", "attention_bias"))
     if windows or biases or rope["rope_type"] != "default" or "mrope_section" not in rope:

@@ -76,10 +76,10 @@ class Decoder:
 
     def step(self, shape: Shape, inputs: Tensor, received: Tensor | None) -> Tensor:
         """The work on the device, from tensors to a tensor of shapes that `shape` decides."""
-        whole = inputs[: INPUTS - 1].long()
-        self.cache.begin(shape, whole[4])
+        tokens, positions, counts = inputs[0].long(), inputs[1:4].float(), inputs[4].long()
+        self.cache.begin(shape, counts)
         recorder = None if self.routes is None else Recorder()
-        hidden = self.policy.decode(whole[0], whole[1:4], received, self.cache, recorder)
+        hidden = self.policy.decode(tokens, positions, received, self.cache, recorder)
         if recorder is not None and self.routes is not None:
             self.routes[: shape.rows] = recorder.stacked()
         if not self.policy.post_process:

@@ -93,7 +93,7 @@ GATHER = tensor_parallel.gather_from_sequence_parallel_region
 class Order(NamedTuple):
     """Rows, one a token and expert of its, in the order of this rank's experts, and others' behind them.
 
-    token [T k]: of each row; row [T k]: of each token's experts, token by token; ends [n]: where each expert's rows end;
+    token [T k]: of each row; row [T k]: of each token's experts, token by token; ends [n]: where an expert's rows end;
     others [T, k, 1]: which of a token's experts other ranks have, None where there are none.
     """
 

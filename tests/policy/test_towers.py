@@ -17,7 +17,17 @@ from megatron_avatar.policy.build import build_policy
 from megatron_avatar.policy.groups import pack_groups
 from megatron_avatar.policy.layer import Angles, InterleavedAngles
 from megatron_avatar.policy.weights import load_hf
-from tests.policy.tiny import AUDIO, FAMILIES, VIDEO, tiny_config, tiny_prompts, tiny_thinker
+from megatron_avatar.records import Prompt
+from tests.policy.tiny import (
+    AUDIO,
+    FAMILIES,
+    VIDEO,
+    tiny_config,
+    tiny_omni3,
+    tiny_omni3_config,
+    tiny_prompts,
+    tiny_thinker,
+)
 
 TOLERANCE = 1e-5
 
@@ -231,6 +241,96 @@ def test_pieces_keep_the_budget_and_waste_none(sizes, budget):
     assert all(row <= budget or stop - start == 1 for row, (start, stop) in zip(rows, pieces, strict=True))
     assert all(row + sizes[stop] > budget for row, (_, stop) in zip(rows[:-1], pieces[:-1], strict=True))
     assert towers.pack(sizes, None) == ([(0, len(sizes))] if sizes else [])
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Qwen3-Omni's sounds
+
+# Chunks have 100 frames, windows two of them: sounds below a chunk, whole chunks, and last windows below a chunk.
+SOUNDS = [70, 270, 530, 100, 30, 30, 203, 400, 1]
+TOKENS = [9, 35, 69, 13, 4, 4, 27, 52, 1]
+
+
+@pytest.fixture(scope="module")
+def omni3(backend):
+    """transformers' Thinker with its plainest attention, and encoders with the same weights."""
+    model = tiny_omni3(tiny_omni3_config())
+    encoders = towers.Towers(model.config, torch.float32)
+    for name, encoder in encoders.named_children():
+        encoder.load_state_dict(getattr(model.model, name).state_dict())
+    model.set_attn_implementation("eager")
+    return model, encoders
+
+
+def sounds_and_a_video(lengths=SOUNDS, tokens=TOKENS):
+    """A picture token between any two sounds."""
+    generator = torch.Generator().manual_seed(0)
+    ids = [token for count in tokens for token in [*[AUDIO] * count, VIDEO]]
+    return Prompt(
+        "sounds", "plain", torch.tensor(ids).numpy(), torch.arange(len(ids)).expand(3, -1).float().numpy(),
+        torch.randn(4 * len(tokens), 1536, generator=generator), torch.tensor([[len(tokens), 2, 2]]),
+        torch.randn(128, sum(lengths), generator=generator), torch.tensor(lengths),
+    )  # fmt: skip
+
+
+def each_sound(model, prompt):
+    """transformers' embeddings of each sound, encoded by itself."""
+    parts = prompt.mel.split(prompt.mel_lengths.tolist(), dim=1)
+    return [model.model.audio_tower(part, torch.tensor([part.shape[1]])).last_hidden_state for part in parts]
+
+
+@pytest.mark.parametrize("budget", [1, 150, 32_768])
+def test_a_sound_is_what_it_is_alone_however_it_is_cut_and_with_whatever_it_is_called(omni3, monkeypatch, budget):
+    """A budget of one row cuts all windows apart, as ranks may; transformers' single call leaks into short chunks."""
+    model, encoders = omni3
+    monkeypatch.setattr(towers, "ROWS_PER_CALL", budget)
+    prompt = sounds_and_a_video()
+    (media,) = encoders([prompt])
+    is_audio = torch.from_numpy(prompt.token_ids) == AUDIO
+    with torch.no_grad():
+        alone = each_sound(model, prompt)
+        together = model.model.audio_tower(prompt.mel, prompt.mel_lengths).last_hidden_state
+        seen = model.model.visual(prompt.pixels, prompt.grid_thw)
+    assert [len(part) for part in alone] == TOKENS
+    heard, hidden = torch.cat(alone), model.config.text_config.hidden_size
+    torch.testing.assert_close(media[is_audio, :hidden], heard, atol=TOLERANCE, rtol=0)
+    assert not media[is_audio, hidden:].any(), "sound has no features for deepstack"
+    wide = torch.cat([seen.pooler_output, *seen.deepstack_features], dim=1)
+    torch.testing.assert_close(media[~is_audio], wide, atol=TOLERANCE, rtol=0)
+    difference = (together - heard).abs().amax(1) / heard.std()
+    assert difference.max() > 0.05 and difference[TOKENS[0] :][: TOKENS[1]].max() < TOLERANCE, "the trap, and where"
+
+
+def test_training_qwen3_omnis_encoders(omni3):
+    """Gradients as those of each sound by itself, with and without media; all is encoded at once."""
+    model, encoders = omni3
+    encoders.set_train(True)
+    calls, both = [], [encoders.visual, encoders.audio_tower]
+    hooks = [encoder.register_forward_hook(lambda module, args, out: calls.append(module)) for encoder in both]
+    prompt = sounds_and_a_video()
+    nothing = dataclasses.replace(prompt, token_ids=prompt.token_ids[:0], pixels=None, grid_thw=None, mel=None)
+    try:
+        (media,) = encoders([prompt], grad=True)
+        widths = len(list(itertools.groupby(min(100, length) for length in SOUNDS)))
+        assert [calls.count(encoder) for encoder in both] == [1, widths]
+        (none,) = encoders([nothing], grad=True)
+        assert none.shape == (0, encoders.width) and len(calls) == widths + 3, "once each, on dummies"
+        (media.sin().sum() + none.sum()).backward()
+        ours = {name: value.grad for name, value in encoders.named_parameters()}
+    finally:
+        encoders.set_train(False)
+        encoders.zero_grad()
+        for hook in hooks:
+            hook.remove()
+    model.zero_grad()
+    seen = model.model.visual(prompt.pixels, prompt.grid_thw)
+    outputs = [*each_sound(model, prompt), seen.pooler_output, *seen.deepstack_features]
+    sum(output.sin().sum() for output in outputs).backward()
+    theirs = dict(model.model.named_parameters())
+    for name, gradient in ours.items():
+        if not name.endswith("k_proj.bias"):  # whose gradient is nothing but rounding: it moves all scores alike
+            scale = theirs[name].grad.abs().max().clamp_min(1e-6)
+            assert float((gradient - theirs[name].grad).abs().max() / scale) < TOLERANCE, name
 
 
 # --------------------------------------------------------------------------------------------------------------------
