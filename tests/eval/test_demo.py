@@ -136,4 +136,4 @@ def test_commands_name_their_progress(tmp_path):
     (data / "manifest.jsonl").write_text(json.dumps({"split": "eval"}) + "\n")
     both = demo.training(tmp_path, "sft", "tiny_sft", 0, smoke=True, processes=2)
     assert both.total == 2 and "parallel.threads=1" in both.arguments
-    assert demo.evaluation(tmp_path, "base", demo.exported(tmp_path, "base")).total == 1
+    assert demo.evaluation(tmp_path, "base", "omni").total == 1
