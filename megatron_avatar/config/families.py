@@ -163,8 +163,8 @@ VL3 = Family(
     position_rate="",
     time_ends=False,
     kin=(
-        ("qwen3_vl_moe", "its experts lie on disk in another layout than Qwen3-Omni's, which the policy doesn't read; take "
-                         "a dense Qwen3-VL, as its 4B or 8B"),
+        ("qwen3_vl_moe", "its experts lie on disk in another layout than Qwen3-Omni's, which the policy doesn't read; "
+                         "take a dense Qwen3-VL, as its 4B or 8B"),
         ("qwen3_vl_text", "it is the language model of a Qwen3-VL without its vision encoder; take the whole folder"),
         ("qwen3_5", "Qwen3.5 has linear attention, which the policy doesn't have"),
         ("qwen3_5_moe", "Qwen3.5 has linear attention and a mixture of experts, which the policy doesn't have"),

@@ -18,7 +18,7 @@ from typing import NamedTuple
 from megatron_avatar.config.families import family_of
 from megatron_avatar.config.schema import Config
 from megatron_avatar.planning.work import Work
-from megatron_avatar.policy.shape import Shape, hears
+from megatron_avatar.policy.shape import Shape, active_inner, experts_of, hears
 
 
 class Peaks(NamedTuple):
@@ -159,12 +159,24 @@ def forward_flops(shape: Shape, tokens: float, pairs: float, outputs: float) -> 
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     heads, hidden, layers = text.num_attention_heads, text.hidden_size, text.num_hidden_layers
     attention = hidden * size * (2 * heads + 2 * text.num_key_value_heads)
-    inner = 3 * hidden * text.intermediate_size
+    inner = 3 * hidden * active_inner(shape) + hidden * experts_of(shape)
     return Flops(
         layers=layers * (2 * tokens * (attention + inner) + 4 * pairs * heads * size),
         feed_forward=layers * 2 * tokens * inner,
         head=2 * outputs * hidden * text.vocab_size,
     )
+
+
+def read_weights(shape: Shape, rows: float) -> float:
+    """Weights of the language model that a decode step of so many rows reads, each once: of a mixture those of the
+    experts to which any row goes, if all are as likely."""
+    text, token, experts = shape.text_config, forward_flops(shape, 1, 0, 1), experts_of(shape)
+    once = (token.layers + token.head) / 2  # of one row: a multiply-add for each weight
+    if not experts:
+        return once
+    each = 3 * text.hidden_size * text.moe_intermediate_size
+    met = experts * (1 - (1 - text.num_experts_per_tok / experts) ** rows)
+    return once + text.num_hidden_layers * each * (met - text.num_experts_per_tok)
 
 
 def update_flops(forward: Flops, recompute: str, *, adapters: bool) -> tuple[float, float]:
@@ -255,7 +267,9 @@ def _generation(config: Config, shape: Shape, work: Work, rates: Rates) -> dict[
     read = forward_flops(shape, work.fresh * work.prompt, work.fresh * work.prompt**2 / 2, work.fresh)
     rows = sum(work.completions[: work.fresh])
     token = forward_flops(shape, 1, 0, 1)
-    weights = (token.layers + token.head) / 2 * itemsize  # each weight is read once and used for one multiply-add
+    weights = itemsize * read_weights(shape, rows)
+    if experts_of(shape) and config.cluster.gpu == "a100":  # torch goes through experts on the host: no graphs
+        step_gap = gap
     key_values = 2 * text.num_key_value_heads * size * itemsize * text.num_hidden_layers
     cache = key_values * (work.fresh * work.prompt + rows * work.completion / 2)
     compute = rows * (token.layers + token.head) / rates.forward / tp
