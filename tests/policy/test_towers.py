@@ -12,12 +12,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megatron_avatar.config.schema import ModelConfig, ParallelConfig
-from megatron_avatar.policy import flash, layer, tower_attention, towers
+from megatron_avatar.policy import flash, tower_attention, towers
 from megatron_avatar.policy.build import build_policy
-from megatron_avatar.policy.groups import pack_groups
-from megatron_avatar.policy.layer import Angles, InterleavedAngles
 from megatron_avatar.policy.weights import load_hf
 from megatron_avatar.records import Prompt
+from tests.policy.mistakes import logits_error, qwen3_mistakes
 from tests.policy.tiny import (
     AUDIO,
     FAMILIES,
@@ -337,57 +336,24 @@ def test_training_qwen3_omnis_encoders(omni3):
 # Families that don't hear
 
 
-def vl_error(policy, prompt, reference, media=None):
-    """Largest difference of the logits in units of their standard deviation."""
-    media = policy.embed_media([prompt]) if media is None else media
-    logits = policy.logits(pack_groups([prompt], [[prompt.token_ids[:1]]]), media)
-    return float((logits - reference).abs().max() / reference.std())
-
-
 def test_vl_equals_transformers_and_mistakes_show(vl, monkeypatch):
     family, model, policy = vl
     prompts = family.prompts(model.config)
     assert policy.towers.audio_tower is None
     with torch.no_grad():
         references = {kind: family.logits(model, prompts[kind]) for kind in family.kinds}
-    errors = {kind: vl_error(policy, prompts[kind], references[kind]) for kind in family.kinds}
+    errors = {kind: logits_error(policy, prompts[kind], references[kind]) for kind in family.kinds}
     assert {kind: error for kind, error in errors.items() if error > TOLERANCE} == {}
     prompt, reference = prompts["video"], references["video"]
     wrong = {
         "time": dataclasses.replace(prompt, positions=prompt.positions[[1, 1, 2]]),
         "other pictures": dataclasses.replace(prompt, pixels=prompt.pixels.flip(0)),
     }
-    mistakes = {name: vl_error(policy, other, reference) for name, other in wrong.items()}
+    mistakes = {name: logits_error(policy, other, reference) for name, other in wrong.items()}
     if family is FAMILIES["vl3"]:
         mistakes |= qwen3_mistakes(policy, prompt, reference, monkeypatch)
     assert {name: error for name, error in mistakes.items() if error < 0.1} == {}
-    assert vl_error(policy, prompt, reference) <= TOLERANCE, "nothing of the mistakes stays"
-
-
-def qwen3_mistakes(policy, prompt, reference, monkeypatch):
-    """What Qwen3 does otherwise than Qwen2.5, done as there, or wrongly."""
-    found, (media,), width = {}, policy.embed_media([prompt]), policy.config.hidden_size
-    embedding, first, second, third = media.split(width, dim=1)
-    nothing = torch.zeros_like(embedding)
-    for name, columns in {
-        "no deepstack": (embedding, nothing, nothing, nothing),
-        "no feature behind the third layer": (embedding, first, second, nothing),
-        "deepstack one layer early": (embedding + first, second, third, nothing),
-    }.items():
-        found[name] = vl_error(policy, prompt, reference, [torch.cat(columns, dim=1)])
-    with monkeypatch.context() as patch:
-        patch.setattr(InterleavedAngles, "forward", Angles.forward)
-        found["mrope in blocks"] = vl_error(policy, prompt, reference)
-    with monkeypatch.context() as patch:
-        patch.setattr(layer, "head_norms", lambda attention: None)
-        found["no norms of queries and keys"] = vl_error(policy, prompt, reference)
-    weight = policy.language_model.decoder.layers[0].self_attention.q_layernorm.weight
-    kept = weight.detach().clone()
-    with torch.no_grad():
-        weight.fill_(1)
-        found["a query norm's weight"] = vl_error(policy, prompt, reference)
-        weight.copy_(kept)
-    return found
+    assert logits_error(policy, prompt, reference) <= TOLERANCE, "nothing of the mistakes stays"
 
 
 def test_an_encoder_that_gives_other_features_than_are_added_is_seen(vl, monkeypatch):

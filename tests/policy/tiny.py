@@ -358,14 +358,20 @@ def thinker_logits(
     ids = torch.from_numpy(np.concatenate([prompt.token_ids, completion]))[None]
     new = prompt.next_position + np.arange(len(completion))
     positions = torch.from_numpy(np.concatenate([prompt.positions, np.tile(new, (3, 1))], axis=1))[:, None]
-    media = {}
+    media = thinker_media(prompt)
+    # Without the mask, transformers would fall back to one-dimensional positions.
+    return model(input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=positions, **media).logits[0]
+
+
+def thinker_media(prompt: Prompt) -> dict[str, Any]:
+    """What a Thinker is given of a prompt's media."""
+    media: dict[str, Any] = {}
     if prompt.pixels is not None:
         media |= dict(pixel_values_videos=prompt.pixels, video_grid_thw=prompt.grid_thw)
     if prompt.mel is not None:
         mask = torch.ones(1, prompt.mel.shape[1], dtype=torch.long)
         media |= dict(input_features=prompt.mel[None], feature_attention_mask=mask)
-    # Without the mask, transformers would fall back to one-dimensional positions.
-    return model(input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=positions, **media).logits[0]
+    return media
 
 
 class Family(NamedTuple):
