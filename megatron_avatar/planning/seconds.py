@@ -200,9 +200,13 @@ def tower_flops(shape: Shape, visual: int, audio: int) -> float:
     block = 4 * width**2 + matrices * width * vision.intermediate_size
     flops = 2.0 * visual * vision.spatial_merge_size**2 * depth * block
     if hears(shape):
-        sound = shape.audio_config
+        sound, chunk = shape.audio_config, family_of(shape.model_type).audio_chunk
         width, depth = sound.d_model, sound.encoder_layers
-        flops += 2.0 * audio * 2 * depth * (4 * width**2 + 2 * width * sound.encoder_ffn_dim)
+        rows = audio if chunk else 2 * audio  # elsewhere two become one token at the end
+        flops += 2.0 * rows * depth * (4 * width**2 + 2 * width * sound.encoder_ffn_dim)
+        if chunk:  # of the second and third convolution, over a quarter and a sixteenth of the mel spectrum's area
+            area = sound.num_mel_bins * 8 * audio * (1 / 16 + 1 / 64)
+            flops += 2.0 * area * 9 * sound.downsample_hidden_size**2
     return flops
 
 
@@ -221,28 +225,42 @@ def step_seconds(
     parts["encoders"] = prompts * tower_flops(shape, work.visual, work.audio) / rates.encoders / tp
     if work.fresh:
         parts |= _generation(config, shape, work, rates)
-    total = Flops(0, 0, 0)
+    total, bubble = Flops(0, 0, 0), (len(micros) + pp - 1) / len(micros)
+    moved = experts_seconds(config, shape, sum(tokens for tokens, *_ in micros), rates) / pp * bubble
     for tokens, outputs, pairs in micros:
         part = forward_flops(shape, tokens, pairs, outputs)
         total = Flops(*(a + b for a, b in zip(vars(total).values(), vars(part).values(), strict=True)))
-    bubble = (len(micros) + pp - 1) / len(micros)
     gaps = layers / pp * rates.layer_gap * len(micros) * bubble
     packed = sum(tokens for tokens, *_ in micros)
     reduced = reduction_seconds(config, shape, len(micros), packed, rates) / pp * bubble
     if work.rl:
         fresh = sum(work.completions[: work.fresh]) / sum(work.completions)
         scored = (total.layers + total.head) / rates.forward / tp / pp * bubble
-        parts["reference"] = (rates.pass_seconds(scored, gaps) + reduced) * fresh
+        parts["reference"] = (rates.pass_seconds(scored + moved, gaps) + reduced) * fresh
     passes = 2 + (not config.model.lora.rank) + (parallel.recompute == "full")
     _, flops = update_flops(total, parallel.recompute, adapters=config.model.lora.rank > 0)
     # Forward, backward, and what is computed again: all, the feed-forward's, or no product.
     reduced *= 2 + {"full": 1, "selective": 0.5, "light": 0, "none": 0}[parallel.recompute]
-    computed = flops / rates.train / tp / pp * bubble
+    # Backward moves twice as much as forward, with what is computed again thrice.
+    moved *= 4 if parallel.recompute in ("full", "selective") else 3
+    computed = flops / rates.train / tp / pp * bubble + moved
     parts["update"] = updates * (rates.pass_seconds(computed, (passes + 1) * gaps) + reduced)
     share = dp if parallel.distributed_optimizer else 1
     reduce = 4 * trainable * 2 * (dp - 1) / dp / rates.network
     parts["optimizer"] = updates * (reduce + 30 * trainable / share / rates.bandwidth)
     return parts
+
+
+def experts_seconds(config: Config, shape: Shape, tokens: float, rates: Rates) -> float:
+    """Seconds in which a forward pass over so many tokens moves their rows to a mixture's experts and back: a row for
+    each expert of a token's, on every tensor-parallel rank, as its number may not depend on what is chosen. As
+    bench.ops counts what no product moves."""
+    if not experts_of(shape):
+        return 0.0
+    text = shape.text_config
+    row = 5 * text.hidden_size + 6 * text.moe_intermediate_size
+    moved = tokens * text.num_experts_per_tok * row * (4 if config.model.dtype == "float32" else 2)
+    return text.num_hidden_layers * moved / rates.bandwidth
 
 
 def reduction_seconds(
@@ -265,6 +283,7 @@ def _generation(config: Config, shape: Shape, work: Work, rates: Rates) -> dict[
     itemsize = 4 if config.model.dtype == "float32" else 2
     gap, step_gap = (text.num_hidden_layers * gap for gap in (rates.layer_gap, rates.graph_gap))
     read = forward_flops(shape, work.fresh * work.prompt, work.fresh * work.prompt**2 / 2, work.fresh)
+    moved = experts_seconds(config, shape, work.fresh * work.prompt, rates)
     rows = sum(work.completions[: work.fresh])
     token = forward_flops(shape, 1, 0, 1)
     weights = itemsize * read_weights(shape, rows)
@@ -275,7 +294,7 @@ def _generation(config: Config, shape: Shape, work: Work, rates: Rates) -> dict[
     compute = rows * (token.layers + token.head) / rates.forward / tp
     decode = rates.pass_seconds(max((weights + cache) / tp / rates.bandwidth, compute), step_gap)
     return {
-        "read prompts": rates.pass_seconds((read.layers + read.head) / rates.forward / tp, gap)
+        "read prompts": rates.pass_seconds((read.layers + read.head) / rates.forward / tp + moved, gap)
         + reduction_seconds(config, shape, 1, work.fresh * work.prompt, rates),
         "decode": work.completion * (decode + reduction_seconds(config, shape, 1, rows, rates)),
     }

@@ -43,6 +43,7 @@ class Mixture(MegatronModule):
         self.down = nn.Parameter(torch.empty(self.own * hidden, inner, **like))
         for experts in (self.gate_up, self.down):
             tensor_parallel.set_tensor_model_parallel_attributes(experts, True, 0, 1)
+        self.register_buffer("borders", torch.arange(1, self.own + 1, device=self.router.device), persistent=False)
         # Under sequence parallelism each rank routes its own tokens: Megatron-Core then sums this gradient over them.
         setattr(self.router, "sequence_parallel", config.sequence_parallel)  # noqa: B010  (Megatron-Core's mark)
 
@@ -59,24 +60,24 @@ class Mixture(MegatronModule):
             enter = tensor_parallel.copy_to_tensor_model_parallel_region
             leave = tensor_parallel.reduce_from_tensor_model_parallel_region
         shares, chosen = self._route(tokens, routes)
-        order = sort_rows(chosen, self.first, self.own, self.experts)
+        order = sort_rows(chosen, self.first, self.borders, self.experts)
         return leave(_Experts.apply(enter(tokens), enter(shares), self.gate_up, self.down, order)[:, None])
 
     def _route(self, tokens: Tensor, routes: Recorder | Routes | None) -> tuple[Tensor, Tensor]:
         """How much each expert counts for this rank's tokens [t, H], and the experts of all tokens: [t, k] and [T, k].
         """
         logits = F.linear(tokens, self.router)
-        counts = logits.softmax(dim=-1, dtype=torch.float32)
-        chosen = own = counts.topk(self.top, dim=-1).indices
-        if self.config.sequence_parallel:
-            chosen = GATHER(own)
+        top, own = logits.topk(self.top, dim=-1)
+        chosen = found = GATHER(own) if self.config.sequence_parallel else own
         if routes is not None:
-            chosen = routes.take(self.layer_number, chosen)
+            chosen = routes.take(self.layer_number, found)
+        if chosen is not found:
             start = self.rank * len(own) if len(own) < len(chosen) else 0
-            own = chosen[start : start + len(own)]
-        shares = counts.gather(-1, own)
-        if self.config.normed_shares:
-            shares = shares / shares.sum(dim=-1, keepdim=True)
+            top = logits.gather(-1, chosen[start : start + len(own)])
+        if self.config.normed_shares:  # of all experts' shares, which add up to 1 then
+            shares = top.softmax(dim=-1, dtype=torch.float32)
+        else:
+            shares = (top.float() - logits.float().logsumexp(dim=-1, keepdim=True)).exp()
         return shares.to(logits.dtype), chosen
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
@@ -103,12 +104,14 @@ class Order(NamedTuple):
     others: Tensor | None
 
 
-def sort_rows(chosen: Tensor, first: int, own: int, experts: int) -> Order:
-    """The order for the experts [T, k] that were chosen, of which a rank has `own` from number `first` on."""
+def sort_rows(chosen: Tensor, first: int, borders: Tensor, experts: int) -> Order:
+    """The order for the experts [T, k] that were chosen, of which a rank has n from number `first` on; borders are 1 to
+    n."""
+    own = len(borders)
     # Counted from the rank's first expert on, its own come before all others.
     numbers = chosen if own == experts else (chosen - first) % experts
     ranked, order = numbers.flatten().sort(stable=True)
-    ends = torch.searchsorted(ranked, torch.arange(1, own + 1, device=chosen.device), out_int32=True)
+    ends = torch.searchsorted(ranked, borders, out_int32=True)
     row = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=chosen.device))
     return Order(order // chosen.shape[1], row, ends, None if own == experts else (numbers >= own)[..., None])
 

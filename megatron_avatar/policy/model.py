@@ -222,7 +222,7 @@ class OmniPolicy(MegatronModule):
         The last stage returns float32 [2, N]: log-probability and entropy of each completion token. Earlier stages
         return hidden states. Logits of the prompt are never computed.
         """
-        hidden = self.hidden(*self._inputs(batch, media), routes=routes)
+        hidden = self.hidden(*self._inputs(batch, media, routes))
         if not self.post_process:
             return hidden
         scores = completion_logprobs(
@@ -235,11 +235,13 @@ class OmniPolicy(MegatronModule):
         )
         return torch.stack(scores)
 
-    def _inputs(self, batch: GroupBatch, media: Sequence[Tensor | None] | None) -> tuple:
+    def _inputs(
+        self, batch: GroupBatch, media: Sequence[Tensor | None] | None, routes: Routes | None = None
+    ) -> tuple:  # fmt: skip
         """`hidden`'s arguments for a batch."""
         batch = batch.pad_to(self.backend.tp if self.config.sequence_parallel else 1)
         index = None if media is None or not self.pre_process else batch.media_index(self.placeholder_ids)
-        return batch.token_ids, batch.positions, batch.segments, media, index
+        return batch.token_ids, batch.positions, batch.segments, media, index, routes
 
     # ------------------------------------------------------------------------------------------------------------
     # Through the pipeline, outside of Megatron-Core's schedules

@@ -120,7 +120,7 @@ def check_routes(policy: OmniPolicy, prompts: list[Prompt], groups: list, routes
     recorded = torch.from_numpy(np.concatenate([row for rows in routes for row in rows]))
     layers = policy.language_model.decoder.layers
     kept = Routes(recorded, batch.target_index, layers[0].layer_number, replay=False)
-    policy.run_pipeline(*policy._inputs(batch, policy.embed_media(prompts)), kept)
+    policy.run_pipeline(*policy._inputs(batch, policy.embed_media(prompts), kept))
     assert kept.counts.tolist() == [0, len(batch.target_ids) * len(layers)], kept.counts
 
 

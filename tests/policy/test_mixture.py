@@ -93,7 +93,8 @@ def test_parts_of_ranks_add_up_to_the_whole(data, tokens, ranks, favourite):
         patch.setattr(mixture, "grouped", poisoned)
         for rank in range(ranks):
             rows = [part.chunk(ranks)[rank] for part in (gate_up, down)]
-            total = total + _Experts.apply(x, shares, *rows, sort_rows(chosen, rank * own, own, EXPERTS))
+            order = sort_rows(chosen, rank * own, torch.arange(1, own + 1), EXPERTS)
+            total = total + _Experts.apply(x, shares, *rows, order)
         torch.testing.assert_close(total, whole, atol=5e-5, rtol=1e-5)
         found = torch.autograd.grad((total * probe).sum(), leaves)
     for mine, other in zip(found, expected, strict=True):
