@@ -10,6 +10,7 @@ import math
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -87,7 +88,7 @@ def with_colours(family: Family, folder: str | Path) -> Family:
     try:
         found = json.loads(path.read_text(encoding="utf-8-sig"))
         told = {key: found[f"image_{key}"] for key in ("mean", "std") if f"image_{key}" in found}
-        colours = {key: tuple(map(float, three)) for key, three in told.items()}
+        colours: dict[str, Any] = {key: tuple(map(float, three)) for key, three in told.items()}
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} can't be read ({error}): download it again") from None
     if any(len(three) != 3 for three in colours.values()) or 0.0 in colours.get("std", ()):

@@ -15,7 +15,7 @@ from transformers.models.qwen3_omni_moe.processing_qwen3_omni_moe import Qwen3Om
 from megatron_avatar.config.families import OMNI3
 from megatron_avatar.config.schema import DataConfig
 from megatron_avatar.data.chat import chat_template
-from megatron_avatar.data.prompt import MEDIUM, PromptBuilder, plan_media
+from megatron_avatar.data.prompt import MEDIUM, PromptBuilder, load_tokenizer, plan_media
 from megatron_avatar.records import Media, Sample
 from tests.data.media import OMNI3_SPECIAL, make_audio, make_omni3_config, make_qwen_tokenizer, make_video
 
@@ -207,6 +207,17 @@ def test_other_sizes_are_refused(changed, says):
 def test_a_tokenizer_without_the_sounds_token_is_refused():
     with pytest.raises(ValueError, match="config.json has audio_token_id=250000, which the tokenizer"):
         PromptBuilder(TOKENIZER, make_omni3_config(TOKENIZER, audio_token_id=250_000), DATA, 1000)
+
+
+def test_the_folders_colours_are_taken(tmp_path):
+    tokenizer = make_qwen_tokenizer(OMNI3_SPECIAL)
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0.25, 0.5, 0.75], "image_std": [1, 1, 1]}')
+    Image.fromarray(np.full((64, 64, 3), 51, np.uint8)).save(tmp_path / "i.png")
+    own = PromptBuilder(load_tokenizer(tmp_path), CONFIG, DATA, 1000)
+    prompt = own.build(sample(Media("i.png", "image", height=64, width=64)), tmp_path)
+    shown = prompt.pixels.view(-1, 3, 512).unique(dim=2)[0, :, 0]
+    torch.testing.assert_close(shown, 0.2 - torch.tensor([0.25, 0.5, 0.75]))
 
 
 @pytest.fixture(scope="module")
