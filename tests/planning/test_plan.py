@@ -383,8 +383,7 @@ def test_all_of_qwen3_omni_fits_two_nodes_and_the_text_is_counted():
     found = plan("cluster.gpus=16", "cluster.gpu_memory_gib=79", recipe="omni3")
     assert found.problems == [] and found.dp == 1
     assert text_parameters(read_shape(SHAPES / "qwen3_omni_30b")) == 30_532_646_912
-    (problem,) = plan("cluster.gpus=8", "parallel.pp=1", recipe="omni3").problems
-    assert "no layout of 8 such GPUs fits" in problem and "model.lora.rank=8" in problem
+
 
 
 def test_h100s_have_the_layouts_of_a100s():
