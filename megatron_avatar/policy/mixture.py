@@ -139,12 +139,12 @@ class _Experts(torch.autograd.Function):
         share, active, grad = _by_row(shares, order), swiglu(inside), grad[order.token]
         inner = grouped(grad, second, order.ends)
         if needed[3]:
-            found[3] = grouped(grad.mT, active * share, order.ends).flatten(0, 1)
+            found[3] = _of_weights(grad, active * share, order.ends)
         if needed[1]:
             found[1] = _collect((inner * active).sum(dim=-1, keepdim=True), order, shares, summed=False)
         inside = torch.ops.avatar.swiglu_backward(inner * share, inside)
         if needed[2]:
-            found[2] = grouped(inside.mT, tokens[order.token], order.ends).flatten(0, 1)
+            found[2] = _of_weights(inside, tokens[order.token], order.ends)
         if needed[0]:
             found[0] = _collect(grouped(inside, first, order.ends), order, shares)
         return *found, None
@@ -154,6 +154,13 @@ def _stacked(gate_up: Tensor, down: Tensor, order: Order) -> tuple[Tensor, Tenso
     """The experts' weights [n, 2F, H] and [n, H, F]."""
     own = len(order.ends)
     return gate_up.unflatten(0, (own, -1)), down.unflatten(0, (own, -1))
+
+
+def _of_weights(grad: Tensor, rows: Tensor, ends: Tensor) -> Tensor:
+    """The gradient [n K, N] of experts' weights from grad [R, K] and rows [R, N]. That of an expert without a row is set
+    to zero: on Blackwell the product leaves there what memory held (pytorch issue 172439)."""
+    empty = ends.diff(prepend=ends.new_zeros(1)) == 0
+    return grouped(grad.mT, rows, ends).masked_fill_(empty[:, None, None], 0).flatten(0, 1)
 
 
 def _by_row(shares: Tensor, order: Order) -> Tensor:

@@ -119,9 +119,13 @@ def check_routes(policy: OmniPolicy, prompts: list[Prompt], groups: list, routes
     batch = pack_groups(prompts, [[row.token_ids for row in rows] for rows in groups])
     recorded = torch.from_numpy(np.concatenate([row for rows in routes for row in rows]))
     layers = policy.language_model.decoder.layers
-    kept = Routes(recorded, batch.target_index, layers[0].layer_number, replay=False)
-    policy.run_pipeline(*policy._inputs(batch, policy.embed_media(prompts), kept))
-    assert kept.counts.tolist() == [0, len(batch.target_ids) * len(layers)], kept.counts
+    media, hidden = policy.embed_media(prompts), []
+    for replay in (False, True):  # taken again, they change nothing
+        kept = Routes(recorded, batch.target_index, layers[0].layer_number, replay=replay)
+        hidden.append(policy.run_pipeline(*policy._inputs(batch, media, kept)))
+        assert kept.counts.tolist() == [0, len(batch.target_ids) * len(layers)], kept.counts
+    if policy.post_process:
+        torch.testing.assert_close(hidden[1], hidden[0], atol=1e-5, rtol=0)
 
 
 def check_logprobs() -> None:
