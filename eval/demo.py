@@ -29,6 +29,12 @@ SYSTEMS = ("base", "sft", "grpo", "avatar")
 PACKAGES = ("torch", "megatron-core", "transformers", "nvidia-dali-cuda130", "h5py", "hydra-core", "numpy", "av")
 PROCESSES = 2  # side by side, one core each
 RENDER_S = 60.0  # between two states of the growing report; at first less, and at most a thirtieth of a core
+# What a base of another family than the recipes' needs: its folder, and their settings that are its family's.
+BASES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "omni": ("assets/tiny_base", ()),
+    "omni3": ("assets/tiny_omni3", ("model.shape=tiny_omni3", "data.frame_max_pixels=9216",
+                                    "data.frame_min_pixels=9216")),  # 96 x 96: nine visual tokens a frame pair
+}  # fmt: skip
 # Both cores are taken: decode workers would cost a start of Python each and gain nothing.
 HERE_ALONE = ("data.workers=0",)
 BATCH = 44  # of an evaluation's samples: a token of so many takes little longer than one of the usual sixteen
@@ -43,7 +49,7 @@ class Ledger:
     Raises ValueError where the file belongs to a demo of other settings.
     """
 
-    def __init__(self, path: Path, settings: dict[str, int | bool]) -> None:
+    def __init__(self, path: Path, settings: dict[str, int | bool | str]) -> None:
         self.path = path
         self.state = {"settings": settings, "done": [], "wall_s": {}, "processor_s": 0.0, "peak_rss_mib": 0.0}
         if path.exists():
@@ -77,14 +83,16 @@ def synthesis(out: Path, seed: int, smoke: bool) -> Command:
                    lambda: sum(1 for _ in clips.glob("*.webm")))  # fmt: skip
 
 
-def training(out: Path, name: str, recipe: str, seed: int, *, smoke: bool = False, processes: int = 1) -> Command:
-    """The job that trains OUT/NAME; GRPO and AVATAR start from OUT's cold start."""
+def training(
+    out: Path, name: str, recipe: str, seed: int, *, base: str = "omni", smoke: bool = False, processes: int = 1
+) -> Command:
+    """The job that trains OUT/NAME; the cold start from a base of BASES, GRPO and AVATAR from OUT's cold start."""
     from megatron_avatar.config import load_config
 
     arguments = [f"recipe={recipe}", f"output_dir={out / name}", f"data.manifest={out / 'data' / 'manifest.jsonl'}",
-                 f"seed={seed}", f"name=demo_{name}", *HERE_ALONE]  # fmt: skip
-    if recipe != "tiny_sft":
-        arguments.append(f"model.path={out / 'sft' / 'export' / 'sft'}")
+                 f"seed={seed}", f"name=demo_{name}", *HERE_ALONE, *BASES[base][1]]  # fmt: skip
+    start = BASES[base][0] if recipe == "tiny_sft" else out / "sft" / "export" / "sft"
+    arguments.append(f"model.path={start}")
     if processes > 1:
         arguments.append("parallel.threads=1")
     config = load_config(arguments)
@@ -96,11 +104,12 @@ def training(out: Path, name: str, recipe: str, seed: int, *, smoke: bool = Fals
                    lambda: lines_of(metrics), lambda: last_value(metrics, "reward", "loss"))  # fmt: skip
 
 
-def evaluation(out: Path, name: str, model: str) -> Command:
-    """The job that answers OUT's held-out samples with the Hugging Face folder `model`."""
+def evaluation(out: Path, name: str, base: str) -> Command:
+    """The job that answers OUT's held-out samples with the folder of a system that began with a base of BASES."""
     manifest, file = out / "data" / "manifest.jsonl", predictions_file(out, name)
-    arguments = [f"model={model}", "benchmark=held_out", f"data={manifest}", "recipe=tiny_avatar",
-                 f"out={file.parent}", f"system={name}", "family=tiny", f"batch={BATCH}", *HERE_ALONE]  # fmt: skip
+    arguments = [f"model={exported(out, name, base)}", "benchmark=held_out", f"data={manifest}", "recipe=tiny_avatar",
+                 f"out={file.parent}", f"system={name}", "family=tiny", f"batch={BATCH}", *HERE_ALONE,
+                 *BASES[base][1]]  # fmt: skip
     return Command("eval.run", arguments, out / "eval" / f"{name}.log", count_samples(manifest, "eval"),
                    lambda: lines_of(file), lambda: right_so_far(file))  # fmt: skip
 
@@ -119,25 +128,24 @@ def predictions_file(out: Path, name: str) -> Path:
     return out / "eval" / name / "held_out.ours.jsonl"
 
 
-def exported(out: Path, name: str) -> str:
+def exported(out: Path, name: str, base: str) -> str:
+    """The folder of one of SYSTEMS."""
     if name == "base":
-        from megatron_avatar.config import load_config
-
-        return load_config(["recipe=tiny_sft", "data.manifest=-"]).model.path
+        return BASES[base][0]
     return str(out / name / "export" / ("sft" if name == "sft" else "localisation"))
 
 
-def parts(out: Path, seed: int, smoke: bool) -> list[Job]:
+def parts(out: Path, seed: int, smoke: bool, base: str = "omni") -> list[Job]:
     """The demo's parts in their order of precedence. `smoke`: a few steps on a few clips.
 
     The two that train longest begin side by side; whoever ends first leaves its core to evaluations.
     """
 
     def trains(name: str, recipe: str) -> Any:
-        return lambda n: training(out, name, recipe, seed, smoke=smoke, processes=n)
+        return lambda n: training(out, name, recipe, seed, base=base, smoke=smoke, processes=n)
 
     def answers(name: str) -> Any:
-        return lambda n: evaluation(out, name, exported(out, name))
+        return lambda n: evaluation(out, name, base)
 
     return [
         Job("data", lambda n: synthesis(out, seed, smoke), processes=1, start_by="spawn"),
@@ -189,21 +197,24 @@ class Growing:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"))
+    parser.add_argument("--out", type=Path, help="by default runs/demo, of another model runs/demo_MODEL")
+    parser.add_argument("--model", choices=BASES, default="omni", help="omni3: a tiny Qwen3-Omni")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--smoke", action="store_true", help="two steps a stage on a few clips: does everything run?")
     arguments = parser.parse_args()
-    out: Path = arguments.out
+    base: str = arguments.model
+    own = {"model": base} if base != "omni" else {}
+    out: Path = arguments.out or Path("_".join(["runs/demo", *own.values()]))
     folder = escape(str(out))
     out.mkdir(parents=True, exist_ok=True)
     try:
-        ledger = Ledger(out / "phases.json", {"seed": arguments.seed, "smoke": arguments.smoke})
+        ledger = Ledger(out / "phases.json", {"seed": arguments.seed, "smoke": arguments.smoke, **own})
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
     began = time.monotonic()
     memory = PeakMemory()
     memory.start()
-    jobs = parts(out, arguments.seed, arguments.smoke)
+    jobs = parts(out, arguments.seed, arguments.smoke, base)
     known = {job.name for job in jobs}
     if reused := [name for name in ledger.state["done"] if name in known]:
         console.print(f"done before, reused: {', '.join(reused)}")
@@ -226,7 +237,7 @@ def main() -> None:
             ledger.add({"in all": time.monotonic() - began}, memory.peak_mib)
     write_results(out, arguments.seed, ledger)
     console.print(f"\nreport: [bold]{folder}/report.html[/]   ({(time.monotonic() - began) / 60:.1f} minutes)")
-    console.print(f"models: {escape(', '.join(exported(out, name) for name in SYSTEMS[1:]))}", soft_wrap=True)
+    console.print(f"models: {escape(', '.join(exported(out, name, base) for name in SYSTEMS[1:]))}", soft_wrap=True)
 
 
 def processor_seconds() -> float:

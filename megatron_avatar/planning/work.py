@@ -18,7 +18,6 @@ from megatron_avatar.policy.shape import Shape
 
 QUESTION_TOKENS = 200  # chat template, question and choices: our assumption
 STAMP_TOKENS = 9  # of a pair of frames, where its time is text: `<12.5 seconds>`, start and end
-AUDIO_TOKENS_A_SECOND = 25
 
 
 class Counts(NamedTuple):
@@ -87,7 +86,7 @@ def stage_work(config: Config, stage: StageConfig, shape: Shape, dp: int, *, lon
     data, rl, completion = config.data, config.rl, config.rl.sampling.max_new_tokens
     family, pairs, seen = family_of(shape.model_type), data.max_frames // 2, not data.blind
     clip, picture = pairs * (data.frame_max_pixels // family.token_pixels), data.image_max_pixels // family.token_pixels
-    audio = round(data.max_frames / data.fps * AUDIO_TOKENS_A_SECOND) if family.hears and not data.mute else 0
+    audio = round(data.max_frames / data.fps * family.audio_rate) if family.hears and not data.mute else 0
     stamps = pairs * STAMP_TOKENS if family.timestamps else 0
     shown = {"video": (seen * clip, audio, seen * stamps), "image": (seen * picture, 0, 0)}
     room = config.model.context - completion

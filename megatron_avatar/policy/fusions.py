@@ -34,6 +34,7 @@ from megatron_avatar.policy import flash, selftest
 from megatron_avatar.policy.attention import GroupCoreAttention
 from megatron_avatar.policy.kernels.norm import norm
 from megatron_avatar.policy.layer import OmniLayer
+from megatron_avatar.policy.mixture import Mixture
 
 # Parts, in the order in which they are tested; a layer's gradient accumulation is its own package's.
 PARTS = {"linear": "linear layers", "engine_accumulate": "gradient accumulation", "adam": "AdamW",
@@ -248,8 +249,9 @@ def pin(fusions: Fusions) -> None:
     switch_attention(fusions.attention)
 
 
-def layer_spec(config: TransformerConfig) -> tuple[ModuleSpec, type]:
-    """A decoder layer around our core attention, and the class of its norms, for config.transformer_impl."""
+def layer_spec(config: Any) -> tuple[ModuleSpec, type]:
+    """A decoder layer around our core attention, with a mixture where there are experts, and the class of its norms,
+    for config.transformer_impl."""
     layer = get_gpt_layer_local_spec(normalization="RMSNorm")
     attention, mlp = layer.submodules.self_attention.submodules, layer.submodules.mlp.submodules
     layer.module = OmniLayer
@@ -257,6 +259,8 @@ def layer_spec(config: TransformerConfig) -> tuple[ModuleSpec, type]:
     if config.transformer_impl == "transformer_engine":
         attention.linear_qkv = mlp.linear_fc1 = transformer_engine.TEColumnParallelLinear
         attention.linear_proj = mlp.linear_fc2 = transformer_engine.TERowParallelLinear
+    if config.experts:
+        layer.submodules.mlp = Mixture
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm

@@ -295,8 +295,9 @@ class Run:
 
         with timer("generate"):
             keys = [visits[k].key for k in mine]
+            routes: list[list[np.ndarray]] = []
             rows = self.stop.guard(lambda: generate(self.policy, prompts, rl.n_on, rl.sampling, keys, media=media,
-                                                    stop=self.stop), backend)
+                                                    stop=self.stop, routes=routes), backend)
         groups = make_groups(prompts, rows, self.builder.decode, stage=self.stage_name, step=self.step,
                              version=self.step, ref_id=self.stage_name)
         scores = self.scoring.start(groups, self.pool, self.stage.rewards)  # while the reference is asked
@@ -325,7 +326,7 @@ class Run:
                 first = update == 0  # after it the step is applied in part, and goes through to its end
                 stats = self.learner.update(everything, [*media, *replay_media], behaviour, n_on=len(fresh),
                                             n_off=replayable, check_logprobs=first,
-                                            poll=self.check_stop if first else None)
+                                            poll=self.check_stop if first else None, routes=routes)
         with timer("replay"):
             masked = {place for part in backend.all_gather_object_dp([(mine[i], k) for i, k in self.learner.masked])
                       for place in part}

@@ -9,10 +9,12 @@ from types import SimpleNamespace
 
 import pytest
 
+from data_tools import pretrain
 from eval import demo
 from eval.demo import Growing, Ledger
 from eval.jobs import ENVIRONMENT, startable
 from eval.paper.figures import training
+from megatron_avatar.config import load_config
 from tests.eval.made_up import write_lines, write_run
 
 ROOT = Path(__file__).parents[2]
@@ -148,7 +150,7 @@ def test_commands_name_their_progress(tmp_path):
     both = demo.training(tmp_path, "sft", "tiny_sft", 0, smoke=True, processes=2)
     assert both.module == "megatron_avatar.train"
     assert both.total == 2 and "parallel.threads=1" in both.arguments
-    assert demo.evaluation(tmp_path, "base", demo.exported(tmp_path, "base")).total == 1
+    assert demo.evaluation(tmp_path, "base", "omni").total == 1
 
 
 def test_what_is_read_ahead_can_be_forked():
@@ -162,3 +164,18 @@ def test_what_is_read_ahead_can_be_forked():
                           env=environment, timeout=600, check=True)  # fmt: skip
     awake, *threads = done.stdout.split()
     assert awake == "False" and len([name for name in threads if name != "jemalloc_bg_thd"]) == 1, threads
+
+
+@pytest.mark.parametrize("base", demo.BASES)
+def test_a_base_goes_through_all_parts_by_its_familys_settings(tmp_path, base):
+    """Every part loads a folder of this base or of what came of it, and shows it pictures of the size it knows."""
+    folder, settings = demo.BASES[base]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "manifest.jsonl").write_text(json.dumps({"split": "eval"}) + "\n")
+    commands = {job.name: job.prepare(1) for job in demo.parts(tmp_path, 0, False, base) if job.name != "data"}
+    assert all({*settings} <= {*command.arguments} for command in commands.values())
+    assert f"model.path={folder}" in commands["sft"].arguments and f"model={folder}" in commands["eval base"].arguments
+    assert f"model.path={tmp_path / 'sft' / 'export' / 'sft'}" in commands["grpo"].arguments
+    config = load_config(commands["avatar"].arguments)
+    assert (config.model.shape, config.data.frame_max_pixels) == (Path(folder).name, pretrain.BASES[base].pixels)
+    assert pretrain.BASES[base].folder == folder
