@@ -24,8 +24,8 @@ help: ## show these targets
 try: $(INSTALLED) ## one minute: a shipped tiny model answers three clips, in runs/try/report.html
 	@$(VENV) -m eval.try_it
 
-demo: $(INSTALLED) ## synthesise data, train, evaluate, write runs/demo/report.html
-	@$(VENV) -m eval.demo
+demo: $(INSTALLED) ## synthesise data, train, evaluate, write runs/demo/report.html; model=omni3: a tiny Qwen3-Omni
+	@$(VENV) -m eval.demo $(if $(model),--model $(model))
 
 reproduce: $(INSTALLED) ## the paper in small: all systems, sweeps, tables and figures into runs/tiny/report.html
 	@$(VENV) slurm/reproduce.py profile=tiny
@@ -51,8 +51,8 @@ slurm-up: $(INSTALLED) ## start a Slurm of four make-believe nodes on this machi
 slurm-down: $(INSTALLED) ## end it
 	@$(VENV) slurm/local/cluster.py down
 
-base: $(INSTALLED) ## pretrain the demo's tiny base model anew
-	@$(VENV) -m data_tools.pretrain
+base: $(INSTALLED) ## pretrain the demo's tiny base model anew; model=omni3: that of the tiny Qwen3-Omni
+	@$(VENV) -m data_tools.pretrain $(if $(model),--family $(model))
 
 doctor: $(INSTALLED) ## what this machine can run, and what is missing
 	@$(VENV) -m megatron_avatar.doctor

@@ -45,13 +45,13 @@ from megatron_avatar.policy.weights import load_hf
 from megatron_avatar.records import Prompt
 
 TINY = str(Path(__file__).resolve().parents[1] / "assets" / "tiny_base")
-SHAPES = {"3b": "qwen2_5_omni_3b", "7b": "qwen2_5_omni_7b", "vl3_4b": "qwen3_vl_4b"}
+SHAPES = {"3b": "qwen2_5_omni_3b", "7b": "qwen2_5_omni_7b", "vl3_4b": "qwen3_vl_4b", "omni3": "qwen3_omni_30b"}
 # Kernels of one operation, sums of a backward pass's parts among them; else 1.
 LAUNCHES = {"avatar::attend": 2, "avatar::draw": 2, "avatar::norm_backward": 2, "avatar::split_norm_rope_backward": 3}
 PROMPTS, ROWS, PROMPT, STEPS = 8, 8, 3492, 512
 TOKENS, COMPLETIONS = 4096, 8  # of a micro-batch; of each of its prompts, which take half of its tokens
 PACKED = {"one prompt": 1, "two prompts": 2}
-PRODUCTS = ("mm", "addmm", "bmm", "linear", "attention", "attend")
+PRODUCTS = ("mm", "addmm", "bmm", "linear", "attention", "attend", "grouped")
 
 
 class Counted(TorchDispatchMode):
@@ -149,6 +149,7 @@ def update_layer(policy: OmniPolicy) -> dict[str, Any]:
 def update_passes(policy: OmniPolicy, segments: Tensor) -> dict[str, Counted]:
     """What a layer's forward and its backward pass over packed tokens do."""
     layer, hidden = policy.language_model.decoder.layers[1], policy.config.hidden_size
+    layer.zero_grad(set_to_none=True)  # Megatron-Core's buffers take gradients as they come
     positions = torch.zeros(3, 1, TOKENS, dtype=torch.int64, device=META)
     angles = policy.language_model.rotary_pos_emb(positions, policy.config.mrope_section)
     stream = torch.zeros(TOKENS, 1, hidden, device=META, requires_grad=True)

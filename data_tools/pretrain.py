@@ -13,21 +13,29 @@ import argparse
 import json
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from rich.progress import Progress, TextColumn
 from torch.nn import functional
-from transformers import Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditionalGeneration
+from transformers import (
+    Qwen2_5OmniThinkerConfig,
+    Qwen2_5OmniThinkerForConditionalGeneration,
+    Qwen3OmniMoeThinkerForConditionalGeneration,
+)
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from data_tools.families import LETTERS
 from data_tools.lessons import Lesson, Shown, descriptions, draw_demo, draw_lessons, draw_shown
 from data_tools.synthesize import clip_media, keyed_rng, write_clip
+from data_tools.tiny_omni3 import tiny_omni3_config
 from data_tools.tokenizer import SPECIAL, build_tokenizer
 from data_tools.world import COLORS, SHAPES
+from megatron_avatar.config.families import OMNI, OMNI3, Family
 from megatron_avatar.config.schema import DataConfig
 from megatron_avatar.data.prompt import PromptBuilder
 from megatron_avatar.records import Prompt, Sample
@@ -96,6 +104,27 @@ def tiny_config(tokenizer: PreTrainedTokenizerBase) -> Qwen2_5OmniThinkerConfig:
     )
 
 
+class Base(NamedTuple):
+    """How a tiny base is made: its family, its configuration and class in transformers, the pixels of a frame, and
+    where it is kept."""
+
+    family: Family
+    config: Callable[[PreTrainedTokenizerBase], Any]
+    model: Any
+    pixels: int
+    folder: str
+
+    @property
+    def view(self) -> DataConfig:
+        return replace(VIEW, frame_min_pixels=self.pixels, frame_max_pixels=self.pixels)
+
+
+BASES = {
+    "omni": Base(OMNI, tiny_config, Qwen2_5OmniThinkerForConditionalGeneration, 84 * 84, "assets/tiny_base"),
+    "omni3": Base(OMNI3, tiny_omni3_config, Qwen3OmniMoeThinkerForConditionalGeneration, 96 * 96, "assets/tiny_omni3"),
+}
+
+
 # --- examples -------------------------------------------------------------------------------------
 
 
@@ -108,7 +137,7 @@ def film(builder: PromptBuilder, folder: Path, key: str, shown: Shown) -> Prompt
     for path in (media.path, media.audio_path):
         if path:
             (folder / path).unlink()
-    end = builder.tokenizer.convert_tokens_to_ids("<|vision_eos|>")
+    end = builder.tokenizer.convert_tokens_to_ids(builder.family.vision_end)
     shared = int(np.flatnonzero(prompt.token_ids == end)[0]) + 1
     prompt.token_ids, prompt.positions = prompt.token_ids[:shared], prompt.positions[:, :shared]
     return prompt
@@ -170,14 +199,17 @@ def description_logits(
     prompts = [prompt for prompt, _ in batch]
     with_sound = [p for p in prompts if p.mel is not None]
     towers = model.model
-    seen = towers.visual(torch.cat([p.pixels for p in prompts]), torch.cat([p.grid_thw for p in prompts])).pooler_output
-    embedded = _fill(embedded, ids == model.config.video_token_id, seen)
+    seen = towers.visual(torch.cat([p.pixels for p in prompts]), torch.cat([p.grid_thw for p in prompts]))
+    shown = ids == model.config.video_token_id
+    embedded = _fill(embedded, shown, seen.pooler_output)
+    deep = getattr(seen, "deepstack_features", None)
+    beside = {} if deep is None else {"visual_pos_masks": shown, "deepstack_visual_embeds": deep}
     if with_sound:
         mels, lengths = torch.cat([p.mel for p in with_sound], 1), torch.cat([p.mel_lengths for p in with_sound])
         heard = towers.audio_tower(mels, feature_lens=lengths).last_hidden_state
         embedded = _fill(embedded, ids == model.config.audio_token_id, heard)
     hidden = towers.language_model(
-        inputs_embeds=embedded, attention_mask=mask, position_ids=positions, use_cache=False
+        inputs_embeds=embedded, attention_mask=mask, position_ids=positions, use_cache=False, **beside
     ).last_hidden_state
     told = target > 0
     return model.lm_head(hidden[told]), target[told]
@@ -186,7 +218,7 @@ def description_logits(
 def _row(prompt: Prompt, turns: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, np.ndarray]:
     """Arrays [S]: token ids, turn (0: the clip), the next token where it is told (0: elsewhere), positions [3, S]."""
     pieces = [np.concatenate([asked, told[:-1]]) for asked, told in turns]
-    first = int(prompt.positions[0, -1]) + 1
+    first = prompt.positions[0, -1] + 1
     return {
         "ids": np.concatenate([prompt.token_ids, *pieces]),
         "turn": np.repeat(np.arange(len(turns) + 1), [len(prompt), *map(len, pieces)]),
@@ -275,17 +307,19 @@ def _classed(tokenizer: PreTrainedTokenizerBase, target: np.ndarray) -> Iterator
 # --- training -------------------------------------------------------------------------------------
 
 
-def pretrain(out: Path, steps: int, batch_size: int, lr: float, start: Path | None, run: str, threads: int) -> None:
+def pretrain(
+    base: Base, out: Path, steps: int, batch_size: int, lr: float, start: Path | None, run: str, threads: int
+) -> None:
     """Train for `steps` updates and save the folder (bfloat16). `start` goes on from an earlier folder; `run` keys the
     clips, so that a continued training sees new ones."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    tokenizer = build_tokenizer()
-    config = tiny_config(tokenizer)
-    model = Qwen2_5OmniThinkerForConditionalGeneration(config)
+    tokenizer = build_tokenizer(base.family)
+    config = base.config(tokenizer)
+    model = base.model(config)
     if start:
-        model = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(start, dtype=torch.float32)
-    builder = PromptBuilder(tokenizer, config, VIEW, context=512)
+        model = base.model.from_pretrained(start, dtype=torch.float32)
+    builder = PromptBuilder(tokenizer, config, base.view, context=512)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     loader = torch.utils.data.DataLoader(
         Clips(builder, run), batch_size, num_workers=1, collate_fn=list, prefetch_factor=8
@@ -327,7 +361,8 @@ def save(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, out: Path) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("assets/tiny_base"))
+    parser.add_argument("--family", choices=BASES, default="omni", help="omni3: a tiny Qwen3-Omni")
+    parser.add_argument("--out", type=Path, help="by default where the family's base is kept, in assets")
     parser.add_argument("--steps", type=int, default=2300)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lr", type=float, default=2e-3)
@@ -335,7 +370,9 @@ def main() -> None:
     parser.add_argument("--run", default="a", help="key of the clips")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
-    pretrain(args.out, args.steps, args.batch, args.lr, args.start, args.run, args.threads)
+    base = BASES[args.family]
+    out = args.out or Path(base.folder)
+    pretrain(base, out, args.steps, args.batch, args.lr, args.start, args.run, args.threads)
 
 
 if __name__ == "__main__":

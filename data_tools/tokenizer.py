@@ -1,4 +1,4 @@
-"""The tiny model's tokenizer: Qwen2.5-Omni's special tokens and chat format, one token for each word of the world.
+"""The tiny models' tokenizer: a family's special tokens and chat format, one token for each word of the world.
 
 Words that the world doesn't know fall into bytes, so that nothing is unknown. A word is one token wherever it stands:
 at the start of a line or after a tag it is read as if a space came before it, and that space is dropped in decoding.
@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from data_tools.families import FAMILIES, KINDS, LETTERS
 from data_tools.world import COLORS, COLUMNS, DIRECTIONS, NUMBERS, PITCHES, SHAPES, SLOTS
-from megatron_avatar.config.families import OMNI
+from megatron_avatar.config.families import OMNI, Family
 from megatron_avatar.data.chat import chat_template
 
 SPECIAL = (
@@ -38,9 +38,17 @@ def words() -> list[str]:
     return sorted(set(re.findall(r"\w+", text)))
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+def special_tokens(family: Family) -> list[str]:
+    """SPECIAL, media by the family's names: the same ids in all families."""
+    media = ("audio", "audio_start", "audio_end", "vision_start", "vision_end", "image", "video")
+    names = {getattr(OMNI, key): getattr(family, key) for key in media}
+    return [names.get(token, token) for token in SPECIAL]
+
+
+def build_tokenizer(family: Family = OMNI) -> PreTrainedTokenizerFast:
     """About 400 tokens. The tags are ordinary tokens, so that they survive decoding without special tokens."""
-    tokens = [*SPECIAL, *TAGS, *sorted(pre_tokenizers.ByteLevel.alphabet()), *("Ġ" + word for word in words())]
+    special = special_tokens(family)
+    tokens = [*special, *TAGS, *sorted(pre_tokenizers.ByteLevel.alphabet()), *("Ġ" + word for word in words())]
     vocabulary = {token: index for index, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocabulary, merges=[], ignore_merges=True))
     before_words = [normalizers.Prepend(" "), normalizers.Replace(Regex(r"\A (?!\w)"), "")]
@@ -49,13 +57,13 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.Sequence(
         [decoders.ByteLevel(), decoders.Replace(Regex(r"(?<=\A|[\n>]) (?=\w)"), "")],
     )
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in TAGS])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
-        chat_template=chat_template(OMNI),
+        chat_template=chat_template(family),
         clean_up_tokenization_spaces=False,
         model_max_length=512,
     )

@@ -13,24 +13,34 @@ import contextlib
 import json
 import os
 import platform
-import resource
 import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import psutil
 from rich.console import Console
 from rich.markup import escape
 
-from eval.jobs import Command, Job, PeakMemory, last_value, lines_of, run_all
+from eval.jobs import Command, Job, PeakMemory, last_value, lines_of, read_ahead, run_all
 
 console = Console()
 SYSTEMS = ("base", "sft", "grpo", "avatar")
 PACKAGES = ("torch", "megatron-core", "transformers", "nvidia-dali-cuda130", "h5py", "hydra-core", "numpy", "av")
 PROCESSES = 2  # side by side, one core each
 RENDER_S = 60.0  # between two states of the growing report; at first less, and at most a thirtieth of a core
-# Both cores are taken: decode workers would cost a start of Python each and gain nothing, and so would wandb's service.
-HERE_ALONE = ("data.workers=0", "log.wandb=disabled")
+# What a base of another family than the recipes' needs: its folder, and their settings that are its family's.
+BASES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "omni": ("assets/tiny_base", ()),
+    "omni3": ("assets/tiny_omni3", ("model.shape=tiny_omni3", "data.frame_max_pixels=9216",
+                                    "data.frame_min_pixels=9216")),  # 96 x 96: nine visual tokens a frame pair
+}  # fmt: skip
+# Both cores are taken: decode workers would cost a start of Python each and gain nothing.
+HERE_ALONE = ("data.workers=0",)
+BATCH = 44  # of an evaluation's samples: a token of so many takes little longer than one of the usual sixteen
+# What takes longest to read of what trainings and evaluations use.
+LIBRARIES = ("eval.engine", "megatron_avatar.training.loop", "megatron_avatar.training.replay_step",
+             "transformers.models.qwen2_5_omni.modeling_qwen2_5_omni")  # fmt: skip
 
 
 class Ledger:
@@ -39,7 +49,7 @@ class Ledger:
     Raises ValueError where the file belongs to a demo of other settings.
     """
 
-    def __init__(self, path: Path, settings: dict[str, int | bool]) -> None:
+    def __init__(self, path: Path, settings: dict[str, int | bool | str]) -> None:
         self.path = path
         self.state = {"settings": settings, "done": [], "wall_s": {}, "processor_s": 0.0, "peak_rss_mib": 0.0}
         if path.exists():
@@ -67,21 +77,22 @@ def synthesis(out: Path, seed: int, smoke: bool) -> Command:
     from data_tools.synthesize import SIZES
 
     size = "tiny" if smoke else "demo"
-    arguments = ["-m", "data_tools.synthesize", "--out", str(out / "data"), "--seed", str(seed), "--size", size,
-                 "--processes", str(PROCESSES)]  # fmt: skip
+    arguments = ["--out", str(out / "data"), "--seed", str(seed), "--size", size, "--processes", str(PROCESSES)]
     clips = out / "data" / "clips"
-    return Command(arguments, out / "data.log", len(FAMILIES) * sum(SIZES[size].values()),
+    return Command("data_tools.synthesize", arguments, out / "data.log", len(FAMILIES) * sum(SIZES[size].values()),
                    lambda: sum(1 for _ in clips.glob("*.webm")))  # fmt: skip
 
 
-def training(out: Path, name: str, recipe: str, seed: int, *, smoke: bool = False, processes: int = 1) -> Command:
-    """The job that trains OUT/NAME; GRPO and AVATAR start from OUT's cold start."""
+def training(
+    out: Path, name: str, recipe: str, seed: int, *, base: str = "omni", smoke: bool = False, processes: int = 1
+) -> Command:
+    """The job that trains OUT/NAME; the cold start from a base of BASES, GRPO and AVATAR from OUT's cold start."""
     from megatron_avatar.config import load_config
 
     arguments = [f"recipe={recipe}", f"output_dir={out / name}", f"data.manifest={out / 'data' / 'manifest.jsonl'}",
-                 f"seed={seed}", f"name=demo_{name}", *HERE_ALONE]  # fmt: skip
-    if recipe != "tiny_sft":
-        arguments.append(f"model.path={out / 'sft' / 'export' / 'sft'}")
+                 f"seed={seed}", f"name=demo_{name}", *HERE_ALONE, *BASES[base][1]]  # fmt: skip
+    start = BASES[base][0] if recipe == "tiny_sft" else out / "sft" / "export" / "sft"
+    arguments.append(f"model.path={start}")
     if processes > 1:
         arguments.append("parallel.threads=1")
     config = load_config(arguments)
@@ -89,17 +100,18 @@ def training(out: Path, name: str, recipe: str, seed: int, *, smoke: bool = Fals
         arguments += [f"stages.{stage}.steps=2" for stage in config.stages]
         config = load_config(arguments)
     steps, metrics = sum(stage.steps for stage in config.stages.values()), out / name / "metrics.jsonl"
-    return Command(["-m", "megatron_avatar.train", *arguments], out / name / "train.log", steps,
+    return Command("megatron_avatar.train", arguments, out / name / "train.log", steps,
                    lambda: lines_of(metrics), lambda: last_value(metrics, "reward", "loss"))  # fmt: skip
 
 
-def evaluation(out: Path, name: str, model: str) -> Command:
-    """The job that answers OUT's held-out samples with the Hugging Face folder `model`."""
+def evaluation(out: Path, name: str, base: str) -> Command:
+    """The job that answers OUT's held-out samples with the folder of a system that began with a base of BASES."""
     manifest, file = out / "data" / "manifest.jsonl", predictions_file(out, name)
-    arguments = ["-m", "eval.run", f"model={model}", "benchmark=held_out", f"data={manifest}", "recipe=tiny_avatar",
-                 f"out={file.parent}", f"system={name}", "family=tiny", *HERE_ALONE]  # fmt: skip
-    return Command(arguments, out / "eval" / f"{name}.log", count_samples(manifest, "eval"), lambda: lines_of(file),
-                   lambda: right_so_far(file))  # fmt: skip
+    arguments = [f"model={exported(out, name, base)}", "benchmark=held_out", f"data={manifest}", "recipe=tiny_avatar",
+                 f"out={file.parent}", f"system={name}", "family=tiny", f"batch={BATCH}", *HERE_ALONE,
+                 *BASES[base][1]]  # fmt: skip
+    return Command("eval.run", arguments, out / "eval" / f"{name}.log", count_samples(manifest, "eval"),
+                   lambda: lines_of(file), lambda: right_so_far(file))  # fmt: skip
 
 
 def right_so_far(file: Path) -> str:
@@ -116,28 +128,27 @@ def predictions_file(out: Path, name: str) -> Path:
     return out / "eval" / name / "held_out.ours.jsonl"
 
 
-def exported(out: Path, name: str) -> str:
+def exported(out: Path, name: str, base: str) -> str:
+    """The folder of one of SYSTEMS."""
     if name == "base":
-        from megatron_avatar.config import load_config
-
-        return load_config(["recipe=tiny_sft", "data.manifest=-"]).model.path
+        return BASES[base][0]
     return str(out / name / "export" / ("sft" if name == "sft" else "localisation"))
 
 
-def parts(out: Path, seed: int, smoke: bool) -> list[Job]:
+def parts(out: Path, seed: int, smoke: bool, base: str = "omni") -> list[Job]:
     """The demo's parts in their order of precedence. `smoke`: a few steps on a few clips.
 
     The two that train longest begin side by side; whoever ends first leaves its core to evaluations.
     """
 
     def trains(name: str, recipe: str) -> Any:
-        return lambda n: training(out, name, recipe, seed, smoke=smoke, processes=n)
+        return lambda n: training(out, name, recipe, seed, base=base, smoke=smoke, processes=n)
 
     def answers(name: str) -> Any:
-        return lambda n: evaluation(out, name, exported(out, name))
+        return lambda n: evaluation(out, name, base)
 
     return [
-        Job("data", lambda n: synthesis(out, seed, smoke), processes=1),
+        Job("data", lambda n: synthesis(out, seed, smoke), processes=1, start_by="spawn"),
         Job("sft", trains("sft", "tiny_sft"), needs=("data",), processes=PROCESSES),
         Job("avatar", trains("avatar", "tiny_avatar"), needs=("sft",)),
         Job("grpo", trains("grpo", "tiny_grpo"), needs=("sft",)),
@@ -186,27 +197,32 @@ class Growing:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"))
+    parser.add_argument("--out", type=Path, help="by default runs/demo, of another model runs/demo_MODEL")
+    parser.add_argument("--model", choices=BASES, default="omni", help="omni3: a tiny Qwen3-Omni")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--smoke", action="store_true", help="two steps a stage on a few clips: does everything run?")
     arguments = parser.parse_args()
-    out: Path = arguments.out
+    base: str = arguments.model
+    own = {"model": base} if base != "omni" else {}
+    out: Path = arguments.out or Path("_".join(["runs/demo", *own.values()]))
     folder = escape(str(out))
     out.mkdir(parents=True, exist_ok=True)
     try:
-        ledger = Ledger(out / "phases.json", {"seed": arguments.seed, "smoke": arguments.smoke})
+        ledger = Ledger(out / "phases.json", {"seed": arguments.seed, "smoke": arguments.smoke, **own})
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
     began = time.monotonic()
     memory = PeakMemory()
     memory.start()
-    jobs = parts(out, arguments.seed, arguments.smoke)
+    jobs = parts(out, arguments.seed, arguments.smoke, base)
     known = {job.name for job in jobs}
     if reused := [name for name in ledger.state["done"] if name in known]:
         console.print(f"done before, reused: {', '.join(reused)}")
     else:
         console.print(f"everything goes to [bold]{folder}[/]; Ctrl-C saves and stops, the same command goes on")
     growing = Growing(out, arguments.seed)
+    if known - set(reused):
+        read_ahead(LIBRARIES)
     try:
         run_all(jobs, reused, PROCESSES, console, tick=growing, ended=lambda job, seconds, done: ledger.add(
             {job.name: seconds}, memory.peak_mib, done=job.name if done else None))  # fmt: skip
@@ -221,13 +237,17 @@ def main() -> None:
             ledger.add({"in all": time.monotonic() - began}, memory.peak_mib)
     write_results(out, arguments.seed, ledger)
     console.print(f"\nreport: [bold]{folder}/report.html[/]   ({(time.monotonic() - began) / 60:.1f} minutes)")
-    console.print(f"models: {escape(', '.join(exported(out, name) for name in SYSTEMS[1:]))}", soft_wrap=True)
+    console.print(f"models: {escape(', '.join(exported(out, name, base) for name in SYSTEMS[1:]))}", soft_wrap=True)
 
 
 def processor_seconds() -> float:
-    """What this process and all that it has waited for have computed."""
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(u.ru_utime + u.ru_stime for u in used)
+    """What this process and all that it started have computed, what they have waited for included."""
+    used = 0.0
+    for process in (own := psutil.Process(), *own.children()):
+        with contextlib.suppress(psutil.Error):
+            times = process.cpu_times()
+            used += times.user + times.system + times.children_user + times.children_system
+    return used
 
 
 def write_results(out: Path, seed: int, ledger: Ledger) -> None:

@@ -63,9 +63,10 @@ class Sample:
 class Prompt:
     """A tokenised prompt and the features of its media, ready for the policy.
 
-    token_ids [P] int64 (media placeholders already expanded); positions [3, P] int64 (temporal,
-    height, width); pixels [N, 6 * patch * patch] float32 with grid_thw [media, 3] int64; mel [128, sum T]
-    float32 with mel_lengths [clips] int64. Absent media are None.
+    token_ids [P] int64 (media placeholders already expanded); positions [3, P] float32 (temporal, height, width; whole
+    but for Qwen3-Omni's times); pixels [N, 6 * patch * patch] float32 with grid_thw [media, 3] int64; mel [128, sum T]
+    float32 with mel_lengths [clips] int64. Absent media are None. embedded [M, W]: what encoders that don't train have
+    made of pixels and mel, which are gone then (data/loader.py, `keep`).
     """
 
     sample_id: str
@@ -76,14 +77,15 @@ class Prompt:
     grid_thw: torch.Tensor | None = None
     mel: torch.Tensor | None = None
     mel_lengths: torch.Tensor | None = None
+    embedded: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.token_ids)
 
     @property
-    def next_position(self) -> int:
+    def next_position(self) -> float:
         """Rotary position of the first completion token, equal on all three axes."""
-        return int(self.positions.max()) + 1
+        return float(self.positions.max()) + 1
 
 
 @dataclass

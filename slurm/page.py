@@ -67,7 +67,7 @@ def _notes(config: Config) -> Iterator[tuple[str, str]]:
     judged = [name for name, stage in config.stages.items() if stage.rewards.get("judge")]
     if judged and config.judge.endpoint:
         yield "judge", config.judge.endpoint
-    elif judged and config.model.shape != "tiny_base":
+    elif judged and not config.model.shape.startswith("tiny_"):
         yield "note", (f"no judge: the judge reward of {', '.join(judged)} is masked, its weight shared by the others; "
                        "--with-judge serves one")  # fmt: skip
     if warning := outline.check_space(config):

@@ -25,7 +25,12 @@ class Family:
     last position of all axes, not after those of height and width. odd_frames: an odd number of frames is kept, and the
     last one shown twice; else the number is floored to even. planned: the media of which plans count the longest.
 
-    vision_start, image, video, vision_end, system: what the built-in chat template writes, for tokenizers without one.
+    audio_rate: tokens a second of sound. audio_chunk: log-mel frames that three convolutions of stride two see at once;
+    0: two convolutions of strides one and two and a pooling see all. continuous: a video's times are not cut to whole
+    positions, and its sound goes between its tokens by time, token by token, not by chunks.
+
+    vision_start, image, video, vision_end, audio_start, audio, audio_end, system: what the built-in chat template
+    writes, for tokenizers without one.
     kin: model types that look alike and are refused, with the reason.
 
     ends: keys of config.json with the tokens that end a completion.
@@ -47,10 +52,16 @@ class Family:
     whole_clip: bool
     position_rate: str
     time_ends: bool
+    audio_rate: int = 25
+    audio_chunk: int = 0
+    continuous: bool = False
     vision_start: str = "<|vision_start|>"
     image: str = "<|image_pad|>"
     video: str = "<|video_pad|>"
     vision_end: str = "<|vision_end|>"
+    audio_start: str = "<|audio_start|>"
+    audio: str = "<|audio_pad|>"
+    audio_end: str = "<|audio_end|>"
     system: str = ""
     kin: tuple[tuple[str, str], ...] = ()
     odd_frames: bool = False
@@ -62,6 +73,9 @@ class Family:
     head_norms: bool = False
     mrope_interleaved: bool = False
     nested_names: bool = False
+    text_sizes: tuple[str, ...] = ()
+    audio_sizes: tuple[str, ...] = ()
+    whole: str = ""
 
     @property
     def factor(self) -> int:
@@ -77,6 +91,22 @@ class Family:
     def timestamps(self) -> bool:
         """Whether a video's time is text between its pairs of frames."""
         return not self.position_rate
+
+    def audio_tokens(self, mel_frames: int) -> int:
+        """Tokens that the audio encoder makes of a sound of `mel_frames` log-mel frames."""
+        if not self.audio_chunk:
+            return (_halved(mel_frames) - 2) // 2 + 1
+        chunks, tail = divmod(mel_frames, self.audio_chunk)
+        return chunks * _thrice_halved(self.audio_chunk) + _thrice_halved(tail)
+
+
+def _halved(frames: int) -> int:
+    """What a convolution of stride two leaves of them."""
+    return (frames + 1) // 2
+
+
+def _thrice_halved(frames: int) -> int:
+    return _halved(_halved(_halved(frames)))
 
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -97,13 +127,13 @@ OMNI = Family(
     image="<|IMAGE|>",
     video="<|VIDEO|>",
     vision_end="<|vision_eos|>",
+    audio_start="<|audio_bos|>",
+    audio="<|AUDIO|>",
+    audio_end="<|audio_eos|>",
     system="You are a helpful assistant.",
-    kin=(
-        ("qwen3_omni_moe", "Qwen3-Omni is a mixture of experts, which the policy doesn't have yet"),
-        ("qwen3_omni_moe_thinker", "Qwen3-Omni is a mixture of experts, which the policy doesn't have yet"),
-    ),
     planned=("video",),
     ends=("eos_token_id",),
+    whole="qwen2_5_omni",
 )
 VL = Family(
     name="Qwen2.5-VL",
@@ -133,8 +163,8 @@ VL3 = Family(
     position_rate="",
     time_ends=False,
     kin=(
-        ("qwen3_vl_moe", "it is a mixture of experts, which the policy doesn't have yet; take a dense Qwen3-VL, as its "
-                         "4B or 8B"),
+        ("qwen3_vl_moe", "its experts lie on disk in another layout than Qwen3-Omni's, which the policy doesn't read; "
+                         "take a dense Qwen3-VL, as its 4B or 8B"),
         ("qwen3_vl_text", "it is the language model of a Qwen3-VL without its vision encoder; take the whole folder"),
         ("qwen3_5", "Qwen3.5 has linear attention, which the policy doesn't have"),
         ("qwen3_5_moe", "Qwen3.5 has linear attention and a mixture of experts, which the policy doesn't have"),
@@ -146,7 +176,32 @@ VL3 = Family(
     mrope_interleaved=True,
     nested_names=True,
 )
-FAMILIES = (OMNI, VL, VL3)
+OMNI3 = Family(
+    name="Qwen3-Omni",
+    model_types=("qwen3_omni_moe", "qwen3_omni_moe_thinker"),
+    hears=True,
+    patch=16,
+    mean=(0.5, 0.5, 0.5),
+    std=(0.5, 0.5, 0.5),
+    image_min_pixels=4 * 28**2,
+    clip_pixels=90_316_800,
+    whole_clip=False,
+    position_rate="position_id_per_seconds",
+    time_ends=True,
+    audio_rate=13,
+    audio_chunk=100,
+    continuous=True,
+    planned=("video",),
+    ends=("eos_token_id",),
+    vision_matrices=2,
+    vision_sizes=("num_position_embeddings", "deepstack_visual_indexes"),
+    head_norms=True,
+    mrope_interleaved=True,
+    text_sizes=("num_experts", "num_experts_per_tok", "moe_intermediate_size"),
+    audio_sizes=("downsample_hidden_size",),
+    whole="qwen3_omni_moe",
+)
+FAMILIES = (OMNI, VL, VL3, OMNI3)
 NAMES = f"{', '.join(family.name for family in FAMILIES[:-1])} or {FAMILIES[-1].name}"
 
 

@@ -21,6 +21,7 @@ NAMES = {
     "model_vl3_8b": "the folder of Qwen3-VL-8B-Instruct",
     "model_vl3_4b": "the folder of Qwen3-VL-4B-Instruct",
     "model_vl3_2b": "the folder of Qwen3-VL-2B-Instruct",
+    "model_omni3": "the folder of Qwen3-Omni-30B-A3B-Instruct",
     "data": "the manifest of the audio-visual data",
     "data_vl": "the manifest of the mathematics on pictures",
     "benchmarks": "the folder of the benchmarks, one folder each",
@@ -45,6 +46,7 @@ MODELS = {
     "qwen3_vl_8b": Published("Qwen/Qwen3-VL-8B-Instruct", 18, "model_vl3_8b", "data"),
     "qwen3_vl_4b": Published("Qwen/Qwen3-VL-4B-Instruct", 9, "model_vl3_4b", "data"),
     "qwen3_vl_2b": Published("Qwen/Qwen3-VL-2B-Instruct", 5, "model_vl3_2b", "data"),
+    "qwen3_omni_30b": Published("Qwen/Qwen3-Omni-30B-A3B-Instruct", 71, "model_omni3", "data"),
 }
 
 

@@ -202,6 +202,7 @@ class RLConfig:
     clip_high: float = 0.2
     dual_clip: float | None = 3.0  # bound on the ratio where the advantage is negative; null: none (paper)
     ratio_level: str = "token"  # token | sequence
+    routing_replay: bool = False  # a mixture's fresh completions take the experts in the update that generation chose
     updates_per_rollout: int = 1
     numerical: str = "graded"  # reward of a number: graded (relative error, the paper) | exact (released trainer)
     rewards: dict[str, str] = field(default_factory=dict)  # of one's own: NAME -> module:function or FILE.py:function

@@ -34,7 +34,7 @@ def chat_template(family: Family) -> str:
         "{% for part in message['content'] %}"
         f"{{% if part['type'] == 'image' %}}{family.vision_start}{family.image}{family.vision_end}"
         f"{{% elif part['type'] == 'video' %}}{family.vision_start}{family.video}{family.vision_end}"
-        "{% elif part['type'] == 'audio' %}<|audio_bos|><|AUDIO|><|audio_eos|>"
+        f"{{% elif part['type'] == 'audio' %}}{family.audio_start}{family.audio}{family.audio_end}"
         "{% else %}{{ part['text'] }}{% endif %}{% endfor %}<|im_end|>\n"
         "{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

@@ -5,8 +5,12 @@ Shapes: T frames, H and W pixels, N patches, n audio samples, L log-mel frames.
 
 from __future__ import annotations
 
+import json
 import math
+from dataclasses import replace
 from functools import cache
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -71,6 +75,25 @@ def _resize_planes(planes: np.ndarray, h: int, w: int) -> np.ndarray:
         bytes_ = four.resize((w, h), Image.Resampling.BICUBIC).tobytes()
         small[k : k + 4] = np.frombuffer(bytes_, np.uint8).reshape(h, w, 4).transpose(2, 0, 1)[: len(bands)]
     return small
+
+
+def with_colours(family: Family, folder: str | Path) -> Family:
+    """The family, its colours as the folder's preprocessor_config.json says where there is one.
+
+    Raises ValueError for a file that is no JSON, or whose image_mean and image_std are not three numbers each.
+    """
+    path = Path(folder) / "preprocessor_config.json"
+    if not str(folder) or not path.is_file():
+        return family
+    try:
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
+        told = {key: found[f"image_{key}"] for key in ("mean", "std") if f"image_{key}" in found}
+        colours: dict[str, Any] = {key: tuple(map(float, three)) for key, three in told.items()}
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} can't be read ({error}): download it again") from None
+    if any(len(three) != 3 for three in colours.values()) or 0.0 in colours.get("std", ()):
+        raise ValueError(f"{path}: image_mean and image_std need three numbers each, not {told}: download it again")
+    return replace(family, **colours)
 
 
 @cache
@@ -139,9 +162,3 @@ def log_mel(waveform: np.ndarray) -> torch.Tensor:
     logs = (_mel_filters() @ power).clamp(min=1e-10).log10()
     logs = torch.maximum(logs, logs.max() - 8.0)
     return ((logs + 4.0) / 4.0)[:, :length].contiguous()
-
-
-def audio_tokens(mel_frames: int) -> int:
-    """Tokens that the audio tower makes of `mel_frames` log-mel frames: 25 a second."""
-    convolved = (mel_frames - 1) // 2 + 1
-    return (convolved - 2) // 2 + 1

@@ -10,9 +10,8 @@ import os
 import re
 import string
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from itertools import zip_longest
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -26,17 +25,11 @@ from megatron_avatar.config.schema import DataConfig
 from megatron_avatar.data import dali, features
 from megatron_avatar.data.chat import Chat
 from megatron_avatar.data.container import STALE, Fit, MediaError
-from megatron_avatar.data.decode import (
-    clip_seconds,
-    decode_audio,
-    decode_frames,
-    decode_image,
-    frame_seconds,
-    plan_frames,
-    prefers_dali,
-)
+from megatron_avatar.data.decode import decode_audio, decode_frames, decode_image, prefers_dali
+from megatron_avatar.data.expand import Expander, line
+from megatron_avatar.data.plan import MediaPlan, count_tokens, plan_media
 from megatron_avatar.files import is_machines, unwritable
-from megatron_avatar.records import Media, MediaKind, Prompt, Sample, Variant
+from megatron_avatar.records import MediaKind, Prompt, Sample, Variant
 
 DECODED_AHEAD = 4
 END = "<|im_end|>"
@@ -48,59 +41,6 @@ REMEDIES = {
     "audio": "set data.mute=true or cut its sound",
     "text": "shorten its text",
 }
-
-
-@dataclass(frozen=True)
-class MediaPlan:
-    """What one medium becomes, known from its manifest line: `kind` is the placeholder that it fills.
-
-    indices [T]: frames to decode; size (height, width) in pixels, grid (t, h, w) in patches, all 0 without a picture;
-    mel_frames 0 without sound.
-    """
-
-    media: Media
-    kind: MediaKind
-    indices: np.ndarray | None = None
-    size: tuple[int, int] = (0, 0)
-    grid: tuple[int, int, int] = (0, 0, 0)
-    seconds_per_grid: float = 0.0
-    mel_frames: int = 0
-
-    @property
-    def fit(self) -> Fit:
-        """From the size in the manifest to that which is shown."""
-        return Fit((self.media.height, self.media.width), self.size)
-
-    @property
-    def timestamps(self) -> list[str]:
-        """The text before each pair of a video's frames: the mean of their times."""
-        assert self.indices is not None
-        seconds = frame_seconds(self.media, self.indices)
-        return [f"<{mean:.1f} seconds>" for mean in (seconds[::2] + seconds[1::2]) / 2]
-
-
-def plan_media(media: Media, data: DataConfig, family: Family) -> MediaPlan | None:
-    """Plan for one medium; None where `data.mute` or `data.blind` leaves nothing of it.
-
-    The sound of a video is heard where its manifest line says `audio_in_video` and names an `audio_path`.
-    """
-    heard = media.kind == "audio" or (media.kind == "video" and media.audio_in_video and media.audio_path is not None)
-    mel_frames = -(-media.audio_samples // features.HOP) if heard and not data.mute else 0
-    if media.kind == "audio" or data.blind:
-        return MediaPlan(media, "audio", mel_frames=mel_frames) if mel_frames else None
-    if media.kind == "image":
-        least = min(family.image_min_pixels, data.image_max_pixels)
-        h, w = features.smart_resize(media.height, media.width, least, data.image_max_pixels, family.factor)
-        return MediaPlan(media, "image", size=(h, w), grid=(1, h // family.patch, w // family.patch))
-    indices = plan_frames(media, data, family.odd_frames)
-    together = len(indices) if family.whole_clip else 1
-    room = family.clip_pixels if family.whole_clip else family.clip_pixels // len(indices) * TEMPORAL_PATCH
-    most = min(data.frame_max_pixels * together, room)
-    least = min(data.frame_min_pixels * together, most)
-    h, w = features.smart_resize(media.height, media.width, least, most, family.factor, together)
-    indices = np.append(indices, indices[-1:].repeat(len(indices) % TEMPORAL_PATCH))  # fills the last pair
-    grid = (len(indices) // TEMPORAL_PATCH, h // family.patch, w // family.patch)
-    return MediaPlan(media, "video", indices, (h, w), grid, clip_seconds(media) / grid[0], mel_frames)
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
@@ -143,6 +83,24 @@ def check_tokens(tokenizer: PreTrainedTokenizerBase, config: Any, keys: Sequence
             )
 
 
+def check_sizes(config: Any, family: Family) -> None:
+    """ValueError where the model's configuration has other sizes than its family, which features and counts follow."""
+    vision = config.vision_config
+    found = {
+        "patch_size": (vision.patch_size, family.patch),
+        "temporal_patch_size": (vision.temporal_patch_size, TEMPORAL_PATCH),
+        "spatial_merge_size": (vision.spatial_merge_size, MERGE),
+    }
+    if family.hears:
+        found["num_mel_bins"] = (config.audio_config.num_mel_bins, features.MEL_BINS)
+        found[family.position_rate] = (attrgetter(family.position_rate)(config), family.audio_rate)
+    if family.audio_chunk:
+        found["n_window"] = (config.audio_config.n_window, family.audio_chunk // 2)
+    wrong = [f"{key} is {theirs} instead of {ours}" for key, (theirs, ours) in found.items() if theirs != ours]
+    if wrong:
+        raise ValueError(f"config.json: {', '.join(wrong)}, which {family.name} has; set model.path to such a model")
+
+
 class PromptBuilder:
     """Builds prompts for one tokenizer and one Hugging Face configuration of a family (Omni's whole, or its Thinker's).
 
@@ -154,15 +112,8 @@ class PromptBuilder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, hf_config: Any, data: DataConfig, context: int):
         config = getattr(hf_config, "thinker_config", hf_config)
-        self.family = family = family_of(hf_config.model_type)
-        vision, mel_bins = config.vision_config, config.audio_config.num_mel_bins if family.hears else features.MEL_BINS
-        ours = (family.patch, TEMPORAL_PATCH, MERGE, features.MEL_BINS)
-        theirs = (vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size, mel_bins)
-        if ours != theirs:
-            raise ValueError(
-                f"config.json: (patch_size, temporal_patch_size, spatial_merge_size, num_mel_bins) is {theirs}, but "
-                f"{ours} is what {family.name} has; set model.path to such a model"
-            )
+        self.family = family = features.with_colours(family_of(hf_config.model_type), tokenizer.name_or_path)
+        check_sizes(config, family)
         for key in ("frame_min_pixels", "frame_max_pixels", "image_max_pixels"):
             if (value := getattr(data, key)) < family.token_pixels:
                 raise ValueError(f"data.{key}={value} must be at least {family.token_pixels}, one visual token of "
@@ -174,10 +125,7 @@ class PromptBuilder:
         if family.hears:
             check_tokens(tokenizer, config, ("audio_token_id",))
             self.placeholders["audio"] = config.audio_token_id
-            self.audio_bos, self.audio_eos = config.audio_start_token_id, config.audio_end_token_id
-            self.positions_per_chunk = int(config.position_id_per_seconds * config.seconds_per_chunk)
-        # Without a time axis every pair of frames lies at time 0 of its own.
-        self.positions_per_second = 0 if family.timestamps else attrgetter(family.position_rate)(config)
+        self.expand = Expander(config, family, self.placeholders)
         if family.timestamps:
             place = [config.vision_start_token_id, config.video_token_id, config.vision_end_token_id]
             self.video_tokens = tuple(tokenizer.convert_ids_to_tokens(place))
@@ -305,7 +253,8 @@ class PromptBuilder:
                 f"sample {sample.id}: the tokenized prompt does not hold one placeholder for each of its "
                 f"{len(plans)} media; check the chat template, which has to write {names}"
             )
-        parts = {kind: sum(_tokens(plan)[kind] for plan in plans) for kind in REMEDIES if kind != "text"}
+        counts = [count_tokens(plan, self.family) for plan in plans]
+        parts = {kind: sum(count[kind] for count in counts) for kind in REMEDIES if kind != "text"}
         parts["text"] = len(template) - len(blocks)
         if (length := sum(parts.values())) > self.context:
             if self.family.timestamps:  # a time, start and end belong to the video
@@ -318,26 +267,29 @@ class PromptBuilder:
         return template, length
 
     def _layout(self, sample: Sample, plans: list[MediaPlan], variant: Variant) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids [P] with placeholders expanded, and positions [3, P] (temporal, height, width)."""
+        """Token ids [P] with placeholders expanded, and positions [3, P] float32 (temporal, height, width).
+
+        Fractions are rounded once, here: transformers, which rounds each sum, may differ in the last place.
+        """
         template, length = self._template(sample, plans, variant)
         media = [place for place, token in enumerate(template) if token in self.placeholders.values()]
         blocks = [block for plan in plans for block in self._blocks(plan)]
         ids: list[np.ndarray] = []
         positions: list[np.ndarray] = []
-        start = 0
+        start = 0.0
         starts, ends = [0, *(place + 1 for place in media)], [*media, len(template)]
         for first, last, block in zip(starts, ends, [*blocks, None], strict=True):
             ids.append(np.array(template[first:last], np.int64))
-            positions.append(np.tile(np.arange(start, start + last - first), (3, 1)))
+            positions.append(line(last - first) + start)
             start += last - first
             if block is not None:
-                block_ids, block_positions, advance = self._expand(block)
+                block_ids, block_positions, advance = self.expand(block)
                 ids.append(block_ids)
                 positions.append(block_positions + start)
                 start += advance
         token_ids = np.concatenate(ids)
         assert len(token_ids) == length
-        return token_ids, np.concatenate(positions, axis=1)
+        return token_ids, np.concatenate(positions, axis=1).astype(np.float32)
 
     def _blocks(self, plan: MediaPlan) -> list[MediaPlan]:
         """What one placeholder each stands for: the medium, or each pair of a video's frames, its time before it."""
@@ -359,46 +311,6 @@ class PromptBuilder:
             return found[0] if plan is None else "".join(f"{time}{start}{video}{end}" for time in plan.timestamps)
 
         return re.sub(f"{re.escape(start + video + end)}|{re.escape(video)}", place, text)
-
-    def _expand(self, plan: MediaPlan) -> tuple[np.ndarray, np.ndarray, int]:
-        """Tokens [K] of one placeholder, positions [3, K] relative to its own, and how far the text after it moves."""
-        sound = np.tile(np.arange(features.audio_tokens(plan.mel_frames) if plan.mel_frames else 0), (3, 1))
-        if plan.kind == "audio":
-            return np.full(sound.shape[1], self.placeholders["audio"]), sound, sound.shape[1]
-        t, h, w = plan.grid[0], plan.grid[1] // MERGE, plan.grid[2] // MERGE
-        # float32 like transformers: at a chunk's border the rounding decides
-        seconds = np.arange(t, dtype=np.float32) * np.float32(plan.seconds_per_grid)
-        times = (seconds * np.float32(self.positions_per_second)).astype(np.int64)
-        picture = np.stack([axis.ravel() for axis in np.meshgrid(times, np.arange(h), np.arange(w), indexing="ij")])
-        if not plan.mel_frames:
-            end = int(picture.max() if self.family.time_ends else picture[1:].max()) + 1
-            return np.full(picture.shape[1], self.placeholders[plan.kind]), picture, end
-        return self._interleave(picture, sound)
-
-    def _interleave(self, picture: np.ndarray, sound: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
-        """Audio in video: chunk after chunk of time, the picture's tokens [3, V], then the sound's [3, A].
-
-        The audio begin token shares the position of the vision begin token before it, the audio end token that of the
-        vision end token after it, and the text goes on after the last chunk's last position, as in transformers.
-        """
-        video, audio = self.placeholders["video"], self.placeholders["audio"]
-        chunks = zip_longest(*(_chunks(stream, self.positions_per_chunk) for stream in (picture, sound)))
-        pieces = [(token, piece) for pair in chunks for token, piece in zip((video, audio), pair, strict=True)]
-        pieces = [(token, piece) for token, piece in pieces if piece is not None]
-        end = int(pieces[-1][1].max()) + 1
-        ids = [np.full(piece.shape[1], token) for token, piece in pieces]
-        ids = [np.array([self.audio_bos]), *ids, np.array([self.audio_eos])]
-        positions = [np.full((3, 1), -1), *(piece for _, piece in pieces), np.full((3, 1), end)]
-        return np.concatenate(ids), np.concatenate(positions, axis=1), end
-
-
-def _tokens(plan: MediaPlan) -> dict[str, int]:
-    """Tokens of a medium's pictures and of its sound, counted before there is an array of that size."""
-    t, h, w = plan.grid
-    sound = features.audio_tokens(plan.mel_frames) if plan.mel_frames else 0
-    kind = "video" if plan.kind == "audio" else plan.kind
-    between = 2 if plan.kind == "video" and plan.mel_frames else 0  # where audio in video begins and ends
-    return {"image": 0, "video": 0, "audio": sound + between} | {kind: t * h * w // MERGE**2}
 
 
 def _joined(content: list[dict[str, str]]) -> list[dict[str, str]]:
@@ -423,18 +335,6 @@ def _read(read: Callable[[MediaPlan, Path], torch.Tensor], plan: MediaPlan, root
             raise
         path = plan.media.audio_path if read is _mel and plan.media.audio_path else plan.media.path
         raise MediaError(root / path, f"can't be decoded ({type(error).__name__}: {error})") from error
-
-
-def _chunks(positions: np.ndarray, size: int) -> list[np.ndarray]:
-    """Cuts positions [3, K] where their time reaches the next multiple of `size`.
-
-    As in transformers a token makes at most one cut: where frames are further apart than a chunk, the cuts lag behind.
-    """
-    cuts: list[int] = []
-    for index, time in enumerate(positions[0].tolist()):
-        if time >= size * (len(cuts) + 1):
-            cuts.append(index)
-    return np.split(positions, cuts, axis=1)
 
 
 def _mel(plan: MediaPlan, root: Path) -> torch.Tensor:

@@ -188,8 +188,12 @@ def tower_bytes(hf_config: PolicyConfig, work: Work, itemsize: int, prompts: int
         audio = hf_config.audio_config
         hidden, inner = audio.d_model, audio.encoder_ffn_dim
         layers = audio.encoder_layers * (8 * hidden + 2 * inner) + 7 * hidden if train else 5 * hidden + 2 * inner
-        rows = prompts * work.audio * 2 / tp  # as long as most layers see them
-        numbers.append((rows if train else min(rows, ROWS_PER_CALL)) * (2 * audio.num_mel_bins + layers))
+        front, frames = 0.0, 2  # of a row of most layers
+        if family_of(hf_config.model_type).audio_chunk:  # convolutions in the plane: a quarter, a sixteenth, ...
+            front, frames = (2 / 3 if train else 1 / 2) * audio.downsample_hidden_size * audio.num_mel_bins, 8
+        rows = prompts * work.audio * (2 if frames == 2 else 1) / tp
+        width = frames * (audio.num_mel_bins + front) + layers
+        numbers.append((rows if train else min(rows, ROWS_PER_CALL * 2 / frames)) * width)
     kept = prompts * (work.visual + work.audio) * (1 + deep) * hf_config.text_config.hidden_size
     return round(itemsize * ((sum(numbers) if train else max(numbers)) + kept))
 

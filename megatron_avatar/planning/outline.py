@@ -16,6 +16,7 @@ from megatron_avatar.planning.work import stage_work
 from megatron_avatar.policy.shape import (
     Shape,
     embedding_parameters,
+    experts_of,
     layer_parameters,
     read_shape,
     text_parameters,
@@ -83,14 +84,17 @@ def trained_parameters(config: Config, shape: Shape) -> int:
 
 
 def lora_parameters(config: Config, shape: Shape) -> int:
-    text, rank = shape.text_config, config.model.lora.rank
+    """ValueError where adapters are asked for beside a mixture's experts, which take none."""
+    text, lora, experts = shape.text_config, config.model.lora, experts_of(shape)
     hidden, inner = text.hidden_size, text.intermediate_size
     queries, keys = text.num_attention_heads * text.head_dim, text.num_key_value_heads * text.head_dim
-    ends = {
-        "q_proj": hidden + queries, "k_proj": hidden + keys, "v_proj": hidden + keys, "o_proj": queries + hidden,
-        "gate_proj": hidden + inner, "up_proj": hidden + inner, "down_proj": inner + hidden,
-    }  # fmt: skip
-    return text.num_hidden_layers * rank * sum(ends[name] for name in config.model.lora.targets)
+    ends = dict(q_proj=hidden + queries, k_proj=hidden + keys, v_proj=hidden + keys, o_proj=queries + hidden)
+    if not experts:
+        ends |= dict(gate_proj=hidden + inner, up_proj=hidden + inner, down_proj=inner + hidden)
+    if beside := [name for name in lora.targets if name not in ends]:
+        raise ValueError(f"model.lora.targets: {', '.join(beside)} are layers of experts, which take no adapters: "
+                         f"choose from {', '.join(ends)}")  # fmt: skip
+    return text.num_hidden_layers * lora.rank * sum(ends[name] for name in lora.targets)
 
 
 def rank_parameters(config: Config, shape: Shape) -> tuple[float, int]:

@@ -19,7 +19,7 @@ from megatron_avatar.config.families import family_of
 from megatron_avatar.config.schema import Config
 from megatron_avatar.planning.work import Work
 from megatron_avatar.policy.micro_batches import lanes_of
-from megatron_avatar.policy.shape import Shape, hears
+from megatron_avatar.policy.shape import Shape, active_inner, experts_of, hears
 
 
 class Peaks(NamedTuple):
@@ -160,12 +160,24 @@ def forward_flops(shape: Shape, tokens: float, pairs: float, outputs: float) -> 
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     heads, hidden, layers = text.num_attention_heads, text.hidden_size, text.num_hidden_layers
     attention = hidden * size * (2 * heads + 2 * text.num_key_value_heads)
-    inner = 3 * hidden * text.intermediate_size
+    inner = 3 * hidden * active_inner(shape) + hidden * experts_of(shape)
     return Flops(
         layers=layers * (2 * tokens * (attention + inner) + 4 * pairs * heads * size),
         feed_forward=layers * 2 * tokens * inner,
         head=2 * outputs * hidden * text.vocab_size,
     )
+
+
+def read_weights(shape: Shape, rows: float) -> float:
+    """Weights of the language model that a decode step of so many rows reads, each once: of a mixture those of the
+    experts to which any row goes, if all are as likely."""
+    text, token, experts = shape.text_config, forward_flops(shape, 1, 0, 1), experts_of(shape)
+    once = (token.layers + token.head) / 2  # of one row: a multiply-add for each weight
+    if not experts:
+        return once
+    each = 3 * text.hidden_size * text.moe_intermediate_size
+    met = experts * (1 - (1 - text.num_experts_per_tok / experts) ** rows)
+    return once + text.num_hidden_layers * each * (met - text.num_experts_per_tok)
 
 
 def update_flops(forward: Flops, recompute: str, *, adapters: bool) -> tuple[float, float]:
@@ -189,9 +201,13 @@ def tower_flops(shape: Shape, visual: int, audio: int) -> float:
     block = 4 * width**2 + matrices * width * vision.intermediate_size
     flops = 2.0 * visual * vision.spatial_merge_size**2 * depth * block
     if hears(shape):
-        sound = shape.audio_config
+        sound, chunk = shape.audio_config, family_of(shape.model_type).audio_chunk
         width, depth = sound.d_model, sound.encoder_layers
-        flops += 2.0 * audio * 2 * depth * (4 * width**2 + 2 * width * sound.encoder_ffn_dim)
+        rows = audio if chunk else 2 * audio  # elsewhere two become one token at the end
+        flops += 2.0 * rows * depth * (4 * width**2 + 2 * width * sound.encoder_ffn_dim)
+        if chunk:  # of the second and third convolution, over a quarter and a sixteenth of the mel spectrum's area
+            area = sound.num_mel_bins * 8 * audio * (1 / 16 + 1 / 64)
+            flops += 2.0 * area * 9 * sound.downsample_hidden_size**2
     return flops
 
 
@@ -210,29 +226,43 @@ def step_seconds(
     parts["encoders"] = prompts * tower_flops(shape, work.visual, work.audio) / rates.encoders / tp
     if work.fresh:
         parts |= _generation(config, shape, work, rates)
-    total = Flops(0, 0, 0)
+    total, bubble = Flops(0, 0, 0), (len(micros) + pp - 1) / len(micros)
+    moved = experts_seconds(config, shape, sum(tokens for tokens, *_ in micros), rates) / pp * bubble
     for tokens, outputs, pairs in micros:
         part = forward_flops(shape, tokens, pairs, outputs)
         total = Flops(*(a + b for a, b in zip(vars(total).values(), vars(part).values(), strict=True)))
-    bubble = (len(micros) + pp - 1) / len(micros)
     gaps = layers / pp * rates.layer_gap * len(micros) * bubble
     packed = sum(tokens for tokens, *_ in micros)
     reduced = reduction_seconds(config, shape, len(micros), packed, rates) / pp * bubble
     if work.rl:
         fresh = sum(work.completions[: work.fresh]) / sum(work.completions)
         scored = (total.layers + total.head) / rates.forward / tp / pp * bubble
-        parts["reference"] = (rates.pass_seconds(scored, gaps) + reduced) * fresh
+        parts["reference"] = (rates.pass_seconds(scored + moved, gaps) + reduced) * fresh
     # Of a forward pass's gaps: backward has as many for the inputs as for the weights, and as many once more.
     passes = 2 + (not config.model.lora.rank) + (parallel.recompute == "full")
     _, flops = update_flops(total, parallel.recompute, adapters=config.model.lora.rank > 0)
     # Forward, backward, and what is computed again: all, the feed-forward's, or no product.
     reduced *= 2 + {"full": 1, "selective": 0.5, "light": 0, "none": 0}[parallel.recompute]
-    computed = flops / rates.train / tp / pp * bubble
+    # Backward moves twice as much as forward, with what is computed again thrice.
+    moved *= 4 if parallel.recompute in ("full", "selective") else 3
+    computed = flops / rates.train / tp / pp * bubble + moved
     parts["update"] = updates * (rates.pass_seconds(computed, passes * gaps) + reduced)
     share = dp if parallel.distributed_optimizer else 1
     reduce = 4 * trainable * 2 * (dp - 1) / dp / rates.network
     parts["optimizer"] = updates * (reduce + 30 * trainable / share / rates.bandwidth)
     return parts
+
+
+def experts_seconds(config: Config, shape: Shape, tokens: float, rates: Rates) -> float:
+    """Seconds in which a forward pass over so many tokens moves their rows to a mixture's experts and back: a row for
+    each expert of a token's, on every tensor-parallel rank, as its number may not depend on what is chosen. As
+    bench.ops counts what no product moves."""
+    if not experts_of(shape):
+        return 0.0
+    text = shape.text_config
+    row = 5 * text.hidden_size + 6 * text.moe_intermediate_size
+    moved = tokens * text.num_experts_per_tok * row * (4 if config.model.dtype == "float32" else 2)
+    return text.num_hidden_layers * moved / rates.bandwidth
 
 
 def reduction_seconds(
@@ -259,15 +289,18 @@ def _generation(config: Config, shape: Shape, work: Work, rates: Rates) -> dict[
     jobs = sum(lanes_of(work.fresh, work.completions[0], pp))  # prompts as they are read: some by several lanes
     read = forward_flops(shape, jobs * work.prompt, jobs * work.prompt**2 / 2, jobs)
     busy = min(pp, jobs)  # stages, once all lanes are under way
+    moved = experts_seconds(config, shape, jobs * work.prompt, rates)
     rows = sum(work.completions[: work.fresh])
     token = forward_flops(shape, 1, 0, 1)
-    weights = (token.layers + token.head) / 2 * itemsize  # each weight is read once and used for one multiply-add
+    weights = itemsize * read_weights(shape, rows / busy)
+    if experts_of(shape) and config.cluster.gpu == "a100":  # torch goes through experts on the host: no graphs
+        step_gap = gap
     key_values = 2 * text.num_key_value_heads * size * itemsize * text.num_hidden_layers
     cache = key_values * (jobs * work.prompt + rows * work.completion / 2) / busy
     compute = rows * (token.layers + token.head) / rates.forward / tp / busy
     decode = rates.pass_seconds(max((weights + cache) / tp / rates.bandwidth, compute), step_gap)
     # Lanes read one after the other: the last stage waits for the first lane, the first for the last.
-    reading = (read.layers + read.head) / rates.forward / tp / pp * (busy + pp - 1) / busy
+    reading = ((read.layers + read.head) / rates.forward / tp + moved) / pp * (busy + pp - 1) / busy
     return {
         "read prompts": rates.pass_seconds(reading, gap * (busy + pp - 1) / pp)
         + reduction_seconds(config, shape, busy, jobs * work.prompt, rates) / pp * (busy + pp - 1) / busy,

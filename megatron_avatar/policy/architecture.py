@@ -10,18 +10,29 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
-from transformers import Qwen2_5_VLConfig, Qwen2_5OmniThinkerConfig, Qwen3VLConfig, Qwen3VLVisionModel
+from transformers import (
+    Qwen2_5_VLConfig,
+    Qwen2_5OmniThinkerConfig,
+    Qwen3OmniMoeThinkerConfig,
+    Qwen3VLConfig,
+    Qwen3VLVisionModel,
+)
 from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import Qwen2_5OmniAudioEncoder, Qwen2_5OmniVisionEncoder
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
+from transformers.models.qwen3_omni_moe.modeling_qwen3_omni_moe import (
+    Qwen3OmniMoeAudioEncoder,
+    Qwen3OmniMoeVisionEncoder,
+)
 
-from megatron_avatar.config.families import NAMES, OMNI, VL, VL3, Family, family_of
+from megatron_avatar.config.families import NAMES, OMNI, OMNI3, VL, VL3, Family, family_of
 from megatron_avatar.config.schema import ModelConfig, ParallelConfig
 from megatron_avatar.config.validate import DTYPES
 from megatron_avatar.policy.fusions import choose_fusions
-from megatron_avatar.policy.shape import Shape, deepstack_layers, hears
+from megatron_avatar.policy.shape import Shape, active_inner, deepstack_layers, experts_of, hears
 
 # parallel.recompute -> LayerConfig. A feed-forward keeps three quarters of what a layer keeps; the core attention keeps
-# nothing that its neighbours don't. `light` computes norms and SwiGLU again, a third of what is kept, and no product.
+# nothing that its neighbours don't. `light` computes norms and SwiGLU again, a third of what is kept, and no product;
+# of a mixture the norms, as its SwiGLU always is.
 RECOMPUTE: dict[str, dict[str, Any]] = {
     "none": {},
     "light": dict(recompute_light=True),
@@ -36,6 +47,10 @@ class LayerConfig(TransformerConfig):
 
     recompute_light: bool = False  # norms and SwiGLU are computed again in the backward pass
     mrope_interleaved: bool = False  # time, height and width take rotary frequencies in turn
+    experts: int = 0  # of each layer's feed-forward; 0: it is dense
+    experts_per_token: int = 0
+    expert_inner: int = 0  # inner units of one
+    normed_shares: bool = True  # what a token's experts count adds up to 1
 
 
 class Classes(NamedTuple):
@@ -50,6 +65,7 @@ CLASSES: dict[Family, Classes] = {
     OMNI: Classes(Qwen2_5OmniThinkerConfig, Qwen2_5OmniVisionEncoder, Qwen2_5OmniAudioEncoder),
     VL: Classes(Qwen2_5_VLConfig, Qwen2_5_VisionTransformerPretrainedModel),
     VL3: Classes(Qwen3VLConfig, Qwen3VLVisionModel),
+    OMNI3: Classes(Qwen3OmniMoeThinkerConfig, Qwen3OmniMoeVisionEncoder, Qwen3OmniMoeAudioEncoder),
 }
 # A family's configuration; transformers types its parts as dictionaries or None.
 PolicyConfig = Shape
@@ -74,7 +90,7 @@ def _read(hf_folder: str | Path) -> dict[str, Any]:
         family_of(model_type)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    if model_type == "qwen2_5_omni" and not isinstance(config.get("thinker_config"), dict):
+    if model_type == family_of(model_type).whole and not isinstance(config.get("thinker_config"), dict):
         raise ValueError(f"{path}: has no thinker_config, which the policy is built from: download it again")
     return config
 
@@ -86,7 +102,10 @@ def read_config(hf_folder: str | Path) -> PolicyConfig:
     """
     raw = _read(hf_folder)
     # Of all of Omni the Thinker's part alone: the others say on every reading what they lack.
-    config = CLASSES[family_of(raw["model_type"])].config.from_dict(raw.get("thinker_config", raw))
+    own = raw.get("thinker_config", raw)
+    if "im_end_token_id" in raw and own.get("eos_token_id") is None:  # Qwen3-Omni names it for all of its parts
+        own = own | {"eos_token_id": raw["im_end_token_id"]}
+    config = CLASSES[family_of(raw["model_type"])].config.from_dict(own)
     text, rope = config.text_config, config.text_config.rope_parameters
     windows, biases = (getattr(text, name, False) for name in ("use_sliding_window", "attention_bias"))
     if windows or biases or rope["rope_type"] != "default" or "mrope_section" not in rope:
@@ -94,6 +113,13 @@ def read_config(hf_folder: str | Path) -> PolicyConfig:
             f"{hf_folder}/config.json: sliding windows, attention_bias and scaled or one-dimensional rotary positions "
             "are not supported; expected use_sliding_window and attention_bias false or absent, and rope_parameters of "
             "rope_type 'default' with mrope_section"
+        )
+    if experts_of(config) and (
+        text.decoder_sparse_step != 1 or text.mlp_only_layers or getattr(text, "shared_expert_intermediate_size", 0)
+    ):
+        raise ValueError(
+            f"{hf_folder}/config.json: dense layers beside mixtures, and experts that all tokens share, are not "
+            "supported; expected decoder_sparse_step 1, and mlp_only_layers and shared_expert_intermediate_size empty"
         )
     return config
 
@@ -118,10 +144,12 @@ def transformer_config(
     """
     text, family = hf_config.text_config, family_of(hf_config.model_type)
     heads, groups, tp, pp = text.num_attention_heads, text.num_key_value_heads, parallel.tp, parallel.pp
-    if heads % tp or text.intermediate_size % tp or (groups % tp and tp % groups):
+    experts = experts_of(hf_config)
+    parts, what = (experts, "experts") if experts else (text.intermediate_size, "feed-forward units")
+    if heads % tp or parts % tp or (groups % tp and tp % groups):
         raise ValueError(
             f"parallel.tp={tp} doesn't divide the {heads} attention heads, {groups} key-value heads and "
-            f"{text.intermediate_size} feed-forward units of the model: choose a tp that does"
+            f"{parts} {what} of the model: choose a tp that does"
         )
     _check_stages(text.num_hidden_layers, parallel, deepstack_layers(hf_config))
     if model.dtype not in DTYPES:
@@ -134,7 +162,7 @@ def transformer_config(
         num_attention_heads=heads,
         num_query_groups=groups,
         kv_channels=getattr(text, "head_dim", None) or text.hidden_size // heads,
-        ffn_hidden_size=text.intermediate_size,
+        ffn_hidden_size=active_inner(hf_config),
         normalization="RMSNorm",
         layernorm_epsilon=text.rms_norm_eps,
         add_bias_linear=False,
@@ -146,6 +174,10 @@ def transformer_config(
         attention_dropout=0.0,
         mrope_section=list(text.rope_parameters["mrope_section"]),
         mrope_interleaved=family.mrope_interleaved,
+        experts=experts,
+        experts_per_token=text.num_experts_per_tok if experts else 0,
+        expert_inner=text.moe_intermediate_size if experts else 0,
+        normed_shares=getattr(text, "norm_topk_prob", True),
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
         sequence_parallel=parallel.sequence_parallel and tp > 1,

@@ -13,7 +13,9 @@ from torch import Tensor
 from megatron_avatar.config.schema import SamplingConfig
 from megatron_avatar.policy.cache import KeyValueCache, Shape
 from megatron_avatar.policy.flash import to_device
+from megatron_avatar.policy.mixture import stays_on_device
 from megatron_avatar.policy.model import OmniPolicy
+from megatron_avatar.policy.routes import Recorder
 from megatron_avatar.policy.sampling import draw
 
 INPUTS = 6  # of a row: token, three positions, own tokens stored, uniform number; all exact in float64
@@ -38,7 +40,12 @@ class Decoder:
         ]
         self._graphs: dict[Shape, tuple[torch.cuda.CUDAGraph, Tensor, Tensor | None, Tensor]] = {}
         self._steps: Counter[Shape] = Counter()  # of each shape, without a graph
-        self._uses_graphs = policy.backend.device.type == "cuda"
+        on_gpu, dense = policy.backend.device.type == "cuda", not policy.config.experts
+        self._uses_graphs = on_gpu and (dense or stays_on_device(policy.config.params_dtype))
+        self.routes: Tensor | None = None  # [rows, layers, k] of the latest step, at one address
+        if not dense:
+            shape = cache.room.rows, len(policy.language_model.decoder.layers), policy.config.experts_per_token
+            self.routes = torch.zeros(shape, dtype=torch.uint8, device=cache.device)
 
     def forget(self) -> None:
         """Drop the graphs: weights lie at other addresses than when they were captured."""
@@ -69,9 +76,12 @@ class Decoder:
 
     def step(self, shape: Shape, inputs: Tensor, received: Tensor | None) -> Tensor:
         """The work on the device, from tensors to a tensor of shapes that `shape` decides."""
-        whole = inputs[: INPUTS - 1].long()
-        self.cache.begin(shape, whole[4])
-        hidden = self.policy.decode(whole[0], whole[1:4], received, self.cache)
+        tokens, positions, counts = inputs[0].long(), inputs[1:4].float(), inputs[4].long()
+        self.cache.begin(shape, counts)
+        recorder = None if self.routes is None else Recorder()
+        hidden = self.policy.decode(tokens, positions, received, self.cache, recorder)
+        if recorder is not None and self.routes is not None:
+            self.routes[: shape.rows] = recorder.stacked()
         if not self.policy.post_process:
             return hidden
         uniforms = None if self.greedy else inputs[-1]

@@ -15,7 +15,7 @@ DRIVER = 580  # of CUDA 13's generation
 def refuse_cpu(shape: str, gpu: str) -> None:
     """ValueError where a recipe for a published model (`shape`) would train on the CPU that torch falls back to, and
     cluster.gpu doesn't say that it should."""
-    if shape in ("", "tiny_base") or gpu == "cpu" or torch.cuda.is_available():
+    if not shape or shape.startswith("tiny_") or gpu == "cpu" or torch.cuda.is_available():
         return
     raise ValueError(
         f"torch finds no GPU for the recipe's model.shape={shape}: {no_gpu()}. "

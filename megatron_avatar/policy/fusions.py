@@ -35,6 +35,7 @@ from megatron_avatar.policy.attention import GroupCoreAttention
 from megatron_avatar.policy.kernels import device, probe
 from megatron_avatar.policy.kernels.norm import norm
 from megatron_avatar.policy.layer import OmniLayer
+from megatron_avatar.policy.mixture import Mixture
 
 # Parts, in the order in which they are tested; a layer's gradient accumulation is its own package's.
 PARTS = {"linear": "linear layers", "engine_accumulate": "gradient accumulation", "adam": "AdamW",
@@ -256,8 +257,9 @@ def pin(fusions: Fusions) -> None:
     device.switch(fusions.kernels == "triton")
 
 
-def layer_spec(config: TransformerConfig) -> tuple[ModuleSpec, type]:
-    """A decoder layer around our core attention, and the class of its norms, for config.transformer_impl."""
+def layer_spec(config: Any) -> tuple[ModuleSpec, type]:
+    """A decoder layer around our core attention, with a mixture where there are experts, and the class of its norms,
+    for config.transformer_impl."""
     layer = get_gpt_layer_local_spec(normalization="RMSNorm")
     attention, mlp = layer.submodules.self_attention.submodules, layer.submodules.mlp.submodules
     layer.module = OmniLayer
@@ -265,6 +267,8 @@ def layer_spec(config: TransformerConfig) -> tuple[ModuleSpec, type]:
     if config.transformer_impl == "transformer_engine":
         attention.linear_qkv = mlp.linear_fc1 = transformer_engine.TEColumnParallelLinear
         attention.linear_proj = mlp.linear_fc2 = transformer_engine.TERowParallelLinear
+    if config.experts:
+        layer.submodules.mlp = Mixture
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm

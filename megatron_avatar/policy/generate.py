@@ -34,6 +34,7 @@ from megatron_avatar.policy.kept import decoders_for, kept_bytes
 from megatron_avatar.policy.lanes import Lane, Turn, make_jobs, plan_room
 from megatron_avatar.policy.lora import keep_up
 from megatron_avatar.policy.model import OmniPolicy
+from megatron_avatar.policy.routes import assembled
 from megatron_avatar.policy.sampling import stop_token_ids, uniforms
 from megatron_avatar.records import Completion, Prompt
 
@@ -56,12 +57,15 @@ def generate(
     media: Sequence[Tensor | None] | None = None,
     stop: Callable[[], bool] | None = None,
     greedy: bool = False,
+    routes: list[list[np.ndarray]] | None = None,
 ) -> list[list[Completion]]:
     """n completions of each prompt, sampled (or the most likely token each time, if `greedy`).
 
     `keys` name each prompt's randomness (seed, stage, step, sample id, occurrence). `media` is embed_media's list;
     None lets the policy embed. All ranks of a model replica call it alike and get the same result. `stop` is polled
     at every turn, so at every token; the rank that samples (last stage, first tensor rank) decides for its replica.
+    `routes`, an empty list, is filled as the result is, with the experts [L, layers, k] uint8 that each token took in
+    this stage's layers, where those are mixtures.
 
     A completion ends with a stop token, which belongs to it, or unfinished after sampling.max_new_tokens.
     Raises GenerationStopped when `stop` says so; ValueError for settings out of range, and for a prompt whose keys
@@ -78,8 +82,12 @@ def generate(
         return []
     media = policy.embed_media(prompts) if media is None else media
     generation = Generation(policy, prompts, n, sampling, keys, media, stop, greedy)
+    generation.keeps_routes = routes is not None
     with _evaluating(policy), keep_up(policy):
         generation.run_behind() if may_run_behind(policy.backend) else generation.run()
+    if routes is not None and generation.routes:
+        rows = assembled(generation.routes, generation.counts)
+        routes += [rows[first : first + n] for first in range(0, len(rows), n)]
     return generation.completions()
 
 
@@ -133,6 +141,7 @@ class Generation:
         self.counts, self.ahead = np.zeros((2, rows), np.int64)  # tokens of each row: read by the host, and begun
         self.latest: Drawn | None = None  # of the decode step begun last
         self.finished, self.cut = np.zeros(rows, bool), np.zeros(rows)
+        self.keeps_routes, self.routes = False, list[tuple[np.ndarray, np.ndarray, Tensor]]()  # of each decode step
         self.uniforms = np.zeros((rows, 0 if greedy else self.limit))
         if not greedy:
             self.uniforms[:] = [uniforms(key, i, self.limit) for key in keys for i in range(n)]
@@ -256,7 +265,11 @@ class Generation:
             ])  # fmt: skip
             drawn = self._still_on_device(rows) if not known.all() else None
             self.ahead[rows] += 1
-            return self.decoders[lane](batch, inputs, received, drawn)
+            decoder = self.decoders[lane]
+            output = decoder(batch, inputs, received, drawn)
+            if self.keeps_routes and decoder.routes is not None:
+                self.routes.append((rows, counts, decoder.routes[: len(rows)].clone()))
+            return output
         batch = batch.to(self.backend.device)
         if received is not None:
             self.policy.set_input_tensor(received)

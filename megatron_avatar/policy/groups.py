@@ -26,7 +26,7 @@ from megatron_avatar.records import Prompt
 class GroupBatch:
     """Groups packed into one row of S tokens with N completion tokens, C completions.
 
-    token_ids [1, S] int64; positions [3, 1, S] int64;
+    token_ids [1, S] int64; positions [3, 1, S] float32;
     prompt_ids [S] int64 on the host: token ids of the prompts, -1 where a completion or padding is;
     segments [n, 4] int32 on the host: start, length, prefix_start, prefix_length (0: sees only itself);
     target_index [N]: places in S whose outputs predict target_ids [N];
@@ -92,7 +92,7 @@ def pack_groups(prompts: Sequence[Prompt], completions: Sequence[Sequence[np.nda
         for output in outputs:
             length = len(output)
             tokens += [prompt.token_ids[-1:], output[:-1]]
-            new = np.arange(prompt.next_position, prompt.next_position + length - 1)
+            new = prompt.next_position + np.arange(length - 1)  # float64: rounded once, as in decoding
             positions += [prompt.positions[:, -1:], np.broadcast_to(new, (3, length - 1))]
             prompt_ids += [prompt.token_ids[-1:], np.full(length - 1, -1)]
             if len(outputs) > 1:
@@ -102,12 +102,12 @@ def pack_groups(prompts: Sequence[Prompt], completions: Sequence[Sequence[np.nda
             targets.append(output)
             start += length
 
-    def tensor(parts: list[np.ndarray]) -> Tensor:
-        return torch.from_numpy(np.concatenate(parts, axis=-1).astype(np.int64))
+    def tensor(parts: list[np.ndarray], dtype: type[np.generic] = np.int64) -> Tensor:
+        return torch.from_numpy(np.concatenate(parts, axis=-1).astype(dtype))
 
     return GroupBatch(
         token_ids=tensor(tokens)[None],
-        positions=tensor(positions)[:, None],
+        positions=tensor(positions, np.float32)[:, None],
         prompt_ids=tensor(prompt_ids),
         segments=torch.tensor(segments, dtype=torch.int32),
         target_index=tensor(index),

@@ -23,6 +23,8 @@ from megatron_avatar.policy.cache import KeyValueCache
 from megatron_avatar.policy.kernels.norm import add_norm, norm
 from megatron_avatar.policy.kernels.rope import HeadNorms, split_rope
 from megatron_avatar.policy.kernels.swiglu import swiglu
+from megatron_avatar.policy.mixture import Mixture
+from megatron_avatar.policy.routes import Recorder, Routes
 
 PLAIN = (tensor_parallel.ColumnParallelLinear, tensor_parallel.RowParallelLinear)
 
@@ -50,7 +52,7 @@ class InterleavedAngles(Angles):
 
 
 class OmniLayer(TransformerLayer):
-    """Norm, attention, norm, SwiGLU. Shapes: S packed tokens or R rows, H hidden size, d head size."""
+    """Norm, attention, norm, SwiGLU or a mixture. Shapes: S packed tokens or R rows, H hidden size, d head size."""
 
     def forward(
         self,
@@ -59,13 +61,14 @@ class OmniLayer(TransformerLayer):
         context: Tensor | None = None,
         context_mask: Tensor | None = None,
         rotary_pos_emb: Tensor | None = None,
+        attention_bias: Routes | None = None,
         **_: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """The stream [S, 1, H] behind this layer, and what of `context` the layers after it take.
 
         attention_mask is the segment table, rotary_pos_emb the angles; context are deepstack's features for the places
-        context_mask (see `add_features`). Arguments all, so that every micro-batch in flight has its own, and that
-        recomputation hands their gradients on.
+        context_mask (see `add_features`), attention_bias the routes that a mixture compares with. Arguments all, so
+        that every micro-batch in flight has its own, and that recomputation hands their gradients on.
         """
         recompute = self.config.recompute_light and torch.is_grad_enabled()
         attention, keeper = self.self_attention, CheckpointWithoutOutput(fp8=None) if recompute else None
@@ -78,14 +81,15 @@ class OmniLayer(TransformerLayer):
         branch = attention.linear_proj(attention.core_attention(query, key, value, attention_mask))[0]
         if self.recompute_mlp:
             stream = hidden_states + branch
-            stream = stream + tensor_parallel.checkpoint(self._feed_forward, False, stream)
+            feed_forward = partial(self._feed_forward, routes=attention_bias)
+            stream = stream + tensor_parallel.checkpoint(feed_forward, False, stream)
         elif recompute:
             stream = hidden_states + branch
-            stream = stream + self._light_feed_forward(stream)
+            stream = stream + self._light_feed_forward(stream, attention_bias)
         else:
             weight, eps = self.pre_mlp_layernorm.weight, self.config.layernorm_epsilon
             stream, normed = add_norm(branch, hidden_states, weight, eps)
-            stream = stream + self.mlp.linear_fc2(swiglu(self.mlp.linear_fc1(normed)[0]))[0]
+            stream = stream + self._branch(normed, attention_bias)
         return add_features(stream, context, context_mask)
 
     def _norm(self, module: Any, stream: Tensor, keeper: CheckpointWithoutOutput | None) -> Tensor:
@@ -94,26 +98,38 @@ class OmniLayer(TransformerLayer):
             return norm(stream, module.weight, eps)
         return keeper.checkpoint(partial(norm, eps=eps), stream, module.weight)
 
-    def _feed_forward(self, stream: Tensor) -> Tensor:
+    def _feed_forward(self, stream: Tensor, routes: Routes | None) -> Tensor:
         """The branch [S, 1, H], all of which is computed again in the backward pass."""
         normed = norm(stream, self.pre_mlp_layernorm.weight, self.config.layernorm_epsilon)
+        return self._branch(normed, routes)
+
+    def _branch(self, normed: Tensor, routes: Routes | None) -> Tensor:
+        if isinstance(self.mlp, Mixture):
+            return self.mlp(normed, routes)
         return self.mlp.linear_fc2(swiglu(self.mlp.linear_fc1(normed)[0]))[0]
 
-    def _light_feed_forward(self, stream: Tensor) -> Tensor:
+    def _light_feed_forward(self, stream: Tensor, routes: Routes | None) -> Tensor:
         """The same, of which norm and SwiGLU are computed again, and no product."""
         norms, gates = CheckpointWithoutOutput(fp8=None), CheckpointWithoutOutput(fp8=None)
-        gated = self.mlp.linear_fc1(self._norm(self.pre_mlp_layernorm, stream, norms))[0]
+        normed = self._norm(self.pre_mlp_layernorm, stream, norms)
+        if isinstance(self.mlp, Mixture):
+            branch = self.mlp(normed, routes)
+            norms.discard_output_and_register_recompute(branch)
+            return branch
+        gated = self.mlp.linear_fc1(normed)[0]
         norms.discard_output_and_register_recompute(gated)
         branch = self.mlp.linear_fc2(gates.checkpoint(swiglu, gated))[0]
         gates.discard_output_and_register_recompute(branch)
         return branch
 
     def decode(
-        self, branch: Tensor | None, stream: Tensor, angles: Tensor, cache: KeyValueCache
-    ) -> tuple[Tensor, Tensor]:
+        self, branch: Tensor | None, stream: Tensor, angles: Tensor, cache: KeyValueCache,
+        routes: Recorder | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """One token a row: (what the feed-forward adds, the stream before that), both [R, H].
 
-        `branch` is what the layer before adds to the stream, None on a stage's first; angles [2, R, d].
+        `branch` is what the layer before adds to the stream, None on a stage's first; angles [2, R, d]; `routes` takes
+        down what a mixture chooses.
         """
         attention, eps = self.self_attention, self.config.layernorm_epsilon
         stream, normed = _added(branch, stream, self.input_layernorm.weight, eps)
@@ -123,6 +139,8 @@ class OmniLayer(TransformerLayer):
         stream, normed = add_norm(
             project(attention.linear_proj, attended), stream, self.pre_mlp_layernorm.weight, eps
         )
+        if isinstance(self.mlp, Mixture):
+            return self.mlp(normed[:, None], routes)[:, 0], stream
         return project(self.mlp.linear_fc2, swiglu(project(self.mlp.linear_fc1, normed))), stream
 
 

@@ -146,9 +146,10 @@ def add_lora(policy: OmniPolicy, lora: LoraConfig, seed: int = 0) -> None:
             room.add_module(fused.replace("linear", "lora"), adapter)
             getattr(room, fused).register_forward_hook(adapter.add_to)
     if unmatched := set(lora.targets) - found:
+        experts = " (experts take no adapters)" if policy.config.experts else ""
         raise ValueError(
-            f"model.lora.targets: {', '.join(sorted(unmatched))} matches no linear layer of the language model: choose "
-            f"from {', '.join(sorted(found))}"
+            f"model.lora.targets: {', '.join(sorted(unmatched))} matches no linear layer of the language model{experts}"
+            f": choose from {', '.join(sorted(found))}"
         )
 
 

@@ -28,6 +28,7 @@ from megatron_avatar.policy.groups import GroupBatch
 from megatron_avatar.policy.kernels.norm import add_norm
 from megatron_avatar.policy.layer import Angles, InterleavedAngles
 from megatron_avatar.policy.logprobs import completion_logprobs, linear_float32
+from megatron_avatar.policy.routes import Recorder, Routes
 from megatron_avatar.policy.towers import Towers
 from megatron_avatar.records import Prompt
 
@@ -118,21 +119,23 @@ class OmniPolicy(MegatronModule):
         segments: Tensor,
         media: Sequence[Tensor | None] | None = None,
         media_index: Tensor | None = None,
+        routes: Routes | None = None,
     ) -> Tensor:
         """Run this stage's layers on token_ids [1, S] at positions [3, 1, S].
 
         `segments` is GroupBatch's table. `media` are embed_media's tensors for the places media_index [M] (rising, on
-        the host), which the first stage alone looks at. Returns the hidden states: [S, 1, H] on the last stage,
-        [S, 1, H] or with sequence parallelism [S / tp, 1, H] before.
+        the host), which the first stage alone looks at. Mixtures compare with `routes`. Returns the hidden states:
+        [S, 1, H] on the last stage, [S, 1, H] or with sequence parallelism [S / tp, 1, H] before.
         """
-        decoder_input, beside = None, None
+        decoder_input, beside = None, dict[str, Any](attention_bias=routes)
         recompute = self._set_recompute()
         if self.pre_process:
             decoder_input = self.language_model.embedding(token_ids, None)
             parts = [part for part in media or () if part is not None]
             if parts:
                 assert media_index is not None
-                decoder_input, beside = self._insert(decoder_input, torch.cat(parts), media_index)
+                decoder_input, deep = self._insert(decoder_input, torch.cat(parts), media_index)
+                beside |= deep
             if self.config.sequence_parallel:
                 decoder_input = tensor_parallel.scatter_to_sequence_parallel_region(decoder_input)
             if recompute and not decoder_input.requires_grad:
@@ -143,7 +146,7 @@ class OmniPolicy(MegatronModule):
             hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
         return hidden
 
-    def _insert(self, embedded: Tensor, features: Tensor, places: Tensor) -> tuple[Tensor, dict[str, Tensor] | None]:
+    def _insert(self, embedded: Tensor, features: Tensor, places: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Put media embeddings [M, W] into embedded tokens [S, 1, H] at `places` [M]; the columns behind H are
         deepstack's, and go with their places to the layers (see layer.add_features) as the decoder's context."""
         assert len(features) == len(places), "media embeddings and placeholders differ in number"
@@ -151,7 +154,7 @@ class OmniPolicy(MegatronModule):
         own, others = features[:, :width].to(embedded.dtype), features[:, width:]
         embedded = embedded[:, 0].index_copy(0, index, own)[:, None]
         if not others.numel():
-            return embedded, None
+            return embedded, {}
         if self.config.sequence_parallel:
             share = len(embedded) // self.backend.tp
             first = share * self.backend.tp_rank
@@ -161,10 +164,14 @@ class OmniPolicy(MegatronModule):
             index = index[here] - first
         return embedded, dict(context=others, context_mask=index)
 
-    def decode(self, token_ids: Tensor, positions: Tensor, received: Tensor | None, cache: KeyValueCache) -> Tensor:
+    def decode(
+        self, token_ids: Tensor, positions: Tensor, received: Tensor | None, cache: KeyValueCache,
+        routes: Recorder | None = None,
+    ) -> Tensor:  # fmt: skip
         """Run this stage's layers on one token a row, without gradient: token_ids [R], positions [3, R].
 
-        `received` [R, 1, H] is the stream of the stage before. Returns the stream [R, 1, H], normed on the last stage.
+        `received` [R, 1, H] is the stream of the stage before; `routes` takes down what mixtures choose. Returns the
+        stream [R, 1, H], normed on the last stage.
         """
         model: Any = self.language_model
         if self.pre_process:
@@ -175,7 +182,7 @@ class OmniPolicy(MegatronModule):
         angles = model.rotary_pos_emb(positions[:, None], self.config.mrope_section)
         branch: Any = None  # a stage has a layer at least, which gives it
         for layer in model.decoder.layers:
-            branch, stream = layer.decode(branch, stream, angles, cache)
+            branch, stream = layer.decode(branch, stream, angles, cache, routes)
         if not self.post_process:
             return (stream + branch)[:, None]
         final = model.decoder.final_layernorm
@@ -183,9 +190,9 @@ class OmniPolicy(MegatronModule):
 
     def _set_recompute(self) -> bool:
         """Let layers recompute where a backward pass follows, and there alone; returns whether they do."""
-        if self.config.recompute_granularity is None:
-            return False
         needed = torch.is_grad_enabled()
+        if self.config.recompute_granularity is None:
+            return needed and self.config.recompute_light
         if self.language_model.training != needed:
             self.language_model.train(needed)
         if self.config.recompute_granularity == "selective":
@@ -206,14 +213,16 @@ class OmniPolicy(MegatronModule):
         return logits[:, : self.vocab_size]
 
     def forward(
-        self, batch: GroupBatch, media: Sequence[Tensor | None] | None = None, temperature: float = 1.0
-    ) -> Tensor:
-        """Score the completions of packed groups, `media` being embed_media's list for the batch's prompts.
+        self, batch: GroupBatch, media: Sequence[Tensor | None] | None = None, temperature: float = 1.0,
+        routes: Routes | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Score the completions of packed groups, `media` being embed_media's list for the batch's prompts; a mixture
+        compares its choices with `routes`.
 
         The last stage returns float32 [2, N]: log-probability and entropy of each completion token. Earlier stages
         return hidden states. Logits of the prompt are never computed.
         """
-        hidden = self.hidden(*self._inputs(batch, media))
+        hidden = self.hidden(*self._inputs(batch, media, routes))
         if not self.post_process:
             return hidden
         scores = completion_logprobs(
@@ -226,11 +235,13 @@ class OmniPolicy(MegatronModule):
         )
         return torch.stack(scores)
 
-    def _inputs(self, batch: GroupBatch, media: Sequence[Tensor | None] | None) -> tuple:
+    def _inputs(
+        self, batch: GroupBatch, media: Sequence[Tensor | None] | None, routes: Routes | None = None
+    ) -> tuple:  # fmt: skip
         """`hidden`'s arguments for a batch."""
         batch = batch.pad_to(self.backend.tp if self.config.sequence_parallel else 1)
         index = None if media is None or not self.pre_process else batch.media_index(self.placeholder_ids)
-        return batch.token_ids, batch.positions, batch.segments, media, index
+        return batch.token_ids, batch.positions, batch.segments, media, index, routes
 
     # ------------------------------------------------------------------------------------------------------------
     # Through the pipeline, outside of Megatron-Core's schedules

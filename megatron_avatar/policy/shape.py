@@ -49,11 +49,13 @@ def read_shape(folder: str | Path) -> Shape:
         head = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
         shape: Any = SimpleNamespace(
             model_type=model_type,
-            text_config=SimpleNamespace(tie_word_embeddings=tied, head_dim=head, **{k: text[k] for k in TEXT}),
+            text_config=SimpleNamespace(
+                tie_word_embeddings=tied, head_dim=head, **{k: text[k] for k in (*TEXT, *family.text_sizes)}
+            ),
             vision_config=SimpleNamespace(**{k: vision[k] for k in (*VISION, *family.vision_sizes)}),
         )
         if "audio_config" in found:
-            shape.audio_config = SimpleNamespace(**{k: found["audio_config"][k] for k in AUDIO})
+            shape.audio_config = SimpleNamespace(**{k: found["audio_config"][k] for k in (*AUDIO, *family.audio_sizes)})
         return shape
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no configuration of {NAMES} ({error!r})") from None
@@ -69,6 +71,17 @@ def deepstack_layers(shape: Shape) -> int:
     return len(getattr(shape.vision_config, "deepstack_visual_indexes", ()))
 
 
+def experts_of(shape: Shape) -> int:
+    """Experts of each layer's feed-forward; 0: it is dense."""
+    return getattr(shape.text_config, "num_experts", 0)
+
+
+def active_inner(shape: Shape) -> int:
+    """Inner units of the feed-forward that a token goes through: of a mixture, of the experts that it is given to."""
+    text = shape.text_config
+    return text.num_experts_per_tok * text.moe_intermediate_size if experts_of(shape) else text.intermediate_size
+
+
 def text_parameters(shape: Shape) -> int:
     """Parameters of the language model, embedding and head included."""
     text = shape.text_config
@@ -78,13 +91,15 @@ def text_parameters(shape: Shape) -> int:
 
 
 def layer_parameters(shape: Shape) -> int:
-    """Of one layer: attention with its biases or head norms, feed-forward, two norms."""
+    """Of one layer: attention with its biases or head norms, feed-forward or router and experts, two norms."""
     text = shape.text_config
     hidden, size = text.hidden_size, text.head_dim
     queries, keys = text.num_attention_heads * size, text.num_key_value_heads * size
     beside = 2 * size if family_of(shape.model_type).head_norms else queries + 2 * keys
     attention = hidden * (queries + 2 * keys) + beside + queries * hidden
-    return attention + 3 * hidden * text.intermediate_size + 2 * hidden
+    experts = experts_of(shape)
+    inner, router = (experts * text.moe_intermediate_size, experts) if experts else (text.intermediate_size, 0)
+    return attention + 3 * hidden * inner + router * hidden + 2 * hidden
 
 
 def embedding_parameters(shape: Shape) -> int:
@@ -107,9 +122,14 @@ def tower_parameters(shape: Shape) -> int:
         count = patch + vision.depth * block + hidden + merger
     if hears(shape):
         audio = shape.audio_config
-        width, inner = audio.d_model, audio.encoder_ffn_dim
-        front = 3 * audio.num_mel_bins * width + width + 3 * width * width + width
-        block = 4 * width * width + 3 * width + 2 * width * inner + inner + width + 4 * width  # keys have no bias
-        count += front + audio.encoder_layers * block + 2 * width + width * audio.output_dim + audio.output_dim
-        count += 2 * audio.output_dim  # embeddings of a clip's begin and end
+        width, inner, out = audio.d_model, audio.encoder_ffn_dim, audio.output_dim
+        block = 4 * width * width + 3 * width + 2 * width * inner + inner + width + 4 * width
+        if "downsample_hidden_size" in family_of(shape.model_type).audio_sizes:  # three convolutions in the plane
+            channels, rows = audio.downsample_hidden_size, -(-audio.num_mel_bins // 8)
+            front = 9 * channels + 18 * channels**2 + 3 * channels + channels * rows * width + width**2 + width
+            block += width  # keys have a bias
+        else:
+            front = 3 * audio.num_mel_bins * width + width + 3 * width * width + width
+            front += 2 * out  # embeddings of a clip's begin and end
+        count += front + audio.encoder_layers * block + 2 * width + width * out + out
     return count

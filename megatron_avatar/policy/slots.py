@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_avatar.policy.mixture import Mixture
 from megatron_avatar.policy.model import OmniPolicy
 
 Shape = tuple[int, ...]
@@ -20,7 +21,8 @@ class Slot:
     """A parameter of this rank and the Hugging Face tensors that it is made of.
 
     The tensors are cut into `blocks` along dimension 0 and stacked block by block: per query group for q, k, v, per
-    rank for gate and up. The result is split over the ranks along `dim`; None: every rank has all of it.
+    rank for gate and up. The result is split over the ranks along `dim`; None: every rank has all of it. Where `whole`,
+    the ranks share the tensors out uncut: experts.
     """
 
     parameter: Tensor
@@ -28,9 +30,17 @@ class Slot:
     dim: int | None = None
     blocks: int = 1
     duplicate: bool = False  # another stage exports it
+    whole: bool = False
+
+    def needed(self, tp: int, tp_rank: int) -> list[str]:
+        """The tensors that this rank's part is made of."""
+        names, share = list(self.shapes), len(self.shapes) // tp
+        return names[tp_rank * share : (tp_rank + 1) * share] if self.whole else names
 
     def take(self, tensors: list[Tensor], tp: int, tp_rank: int) -> Tensor:
-        """This rank's part of full Hugging Face tensors; a view of them where it can be."""
+        """This rank's part of the full Hugging Face tensors that it needs; a view of them where it can be."""
+        if self.whole:
+            return torch.cat(tensors)
         blocks = self.blocks
         whole_blocks = self.dim == 0 and blocks % tp == 0
         if whole_blocks:  # cut first, so that only this rank's rows are read
@@ -56,25 +66,44 @@ class Slot:
 
 
 def linear_slots(policy: OmniPolicy, layer: Any) -> dict[str, Slot]:
-    """The weights of a decoder layer's four fused linear layers, by the fused layers' names."""
+    """The weights of a decoder layer's fused linear layers, by those layers' names: all that may have adapters."""
     text, attention, mlp = policy.hf_config.text_config, layer.self_attention, layer.mlp
     hidden, size, prefix = text.hidden_size, policy.config.kv_channels, f"model.layers.{layer.layer_number - 1}."
-    queries, keys, inner = text.num_attention_heads * size, text.num_key_value_heads * size, text.intermediate_size
+    queries, keys = text.num_attention_heads * size, text.num_key_value_heads * size
 
     def slot(parameter: Tensor, room: str, rows: dict[str, int], columns: int, **kwargs) -> Slot:
         return Slot(parameter, {f"{prefix}{room}.{name}.weight": (n, columns) for name, n in rows.items()}, **kwargs)
 
     qkv = {"q_proj": queries, "k_proj": keys, "v_proj": keys}
-    return {
+    found = {
         "linear_qkv": slot(
             attention.linear_qkv.weight, "self_attn", qkv, hidden, dim=0, blocks=text.num_key_value_heads
         ),
         "linear_proj": slot(attention.linear_proj.weight, "self_attn", {"o_proj": hidden}, queries, dim=1),
+    }
+    if isinstance(mlp, Mixture):
+        return found
+    inner = text.intermediate_size
+    return found | {
         "linear_fc1": slot(
             mlp.linear_fc1.weight, "mlp", dict(gate_proj=inner, up_proj=inner), hidden, dim=0, blocks=policy.backend.tp
         ),
         "linear_fc2": slot(mlp.linear_fc2.weight, "mlp", {"down_proj": hidden}, inner, dim=1),
     }
+
+
+def _mixture_slots(mixture: Mixture, text: Any, prefix: str) -> list[Slot]:
+    """Router and experts, of which each has its own names."""
+    hidden, inner = text.hidden_size, text.moe_intermediate_size
+    experts = [f"{prefix}experts.{number}." for number in range(text.num_experts)]
+    up: Shape = (inner, hidden)
+    down: Shape = (hidden, inner)
+    return [
+        Slot(mixture.router, {f"{prefix}gate.weight": (text.num_experts, hidden)}),
+        Slot(mixture.gate_up, {f"{expert}{name}_proj.weight": up for expert in experts for name in ("gate", "up")},
+             dim=0, whole=True),
+        Slot(mixture.down, {f"{expert}down_proj.weight": down for expert in experts}, dim=0, whole=True),
+    ]
 
 
 def _attention_slots(attention: Any, weights: Slot, prefix: str) -> list[Slot]:
@@ -106,6 +135,8 @@ def policy_slots(policy: OmniPolicy) -> list[Slot]:
             *_attention_slots(layer.self_attention, linear["linear_qkv"], f"{prefix}self_attn."),
             Slot(layer.pre_mlp_layernorm.weight, {f"{prefix}post_attention_layernorm.weight": (hidden,)}),
         ]
+        if isinstance(layer.mlp, Mixture):
+            slots += _mixture_slots(layer.mlp, text, f"{prefix}mlp.")
     if policy.post_process:
         slots.append(Slot(gpt.decoder.final_layernorm.weight, {"model.norm.weight": (hidden,)}))
         if not policy.share_embeddings_and_output_weights:

@@ -1,7 +1,7 @@
 """The encoders in front of the language model: transformers' own, on the first pipeline stage.
 
-A picture's or a video's slices (one pair of frames each) and a sound's chunks (2 s each) are encoded without seeing
-each other. So the tensor-parallel ranks share them out, and a rank encodes its share in pieces of bounded size.
+A picture's or a video's slices (one pair of frames each) and a sound's windows (2 s, of Qwen3-Omni 8 s) are encoded
+without seeing each other. So the tensor-parallel ranks share them out, and a rank encodes its share in bounded pieces.
 
 Shapes: N rows (patches or log-mel frames), M media placeholders of a prompt, W columns of an embedding: the language
 model's hidden size, and as many more for each layer that deepstack feeds.
@@ -10,7 +10,6 @@ model's hidden size, and as many more for each layer that deepstack feeds.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from megatron.core import parallel_state
 from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 
+from megatron_avatar.config.families import family_of
 from megatron_avatar.policy import tower_attention
 from megatron_avatar.policy.architecture import PolicyConfig, classes_of, placeholder_ids
 from megatron_avatar.policy.shape import deepstack_layers
@@ -38,17 +38,14 @@ ROWS_PER_CALL = 32_768
 class Units:
     """The input of one encoder: rows [N, features] in parts, cut into units that don't see each other.
 
-    shapes: of each unit, (height, width) in patches or (log-mel frames,). tokens: embeddings that it gives.
+    shapes: of each unit, (height, width) in patches or (log-mel frames, those of its sound's longest chunk). sizes: its
+    rows. tokens: embeddings that it gives.
     """
 
     rows: list[Tensor]
-    shapes: list[tuple[int, ...]]
+    shapes: list[tuple[int, int]]
+    sizes: list[int]
     tokens: list[int]
-
-    @property
-    def sizes(self) -> list[int]:
-        """Rows of each unit."""
-        return [math.prod(shape) for shape in self.shapes]
 
 
 class Towers(nn.Module):
@@ -61,6 +58,7 @@ class Towers(nn.Module):
         super().__init__()
         self.hf_config = hf_config
         self.dtype = dtype
+        self.family = family_of(hf_config.model_type)
         self.placeholder_ids = placeholder_ids(hf_config)
         self.width = (1 + deepstack_layers(hf_config)) * hf_config.text_config.hidden_size
         classes = classes_of(hf_config)
@@ -80,8 +78,8 @@ class Towers(nn.Module):
     def set_train(self, train: bool) -> None:
         """Freeze or train the encoders. Call it before the model is wrapped for data parallelism."""
         self.requires_grad_(train)
-        if self.audio_tower is not None:
-            # The Thinker embeds these two tokens as text: their parameter never gets a gradient.
+        if hasattr(self.audio_tower, "audio_bos_eos_token"):
+            # Qwen2.5-Omni's Thinker embeds these two tokens as text: their parameter never gets a gradient.
             self.audio_tower.audio_bos_eos_token.requires_grad_(False)
         for parameter in self.parameters():  # each tensor-parallel rank's gradient is that of its share
             setattr(parameter, "average_gradients_across_tp_domain", True)  # noqa: B010  (Megatron-Core's mark)
@@ -95,14 +93,18 @@ class Towers(nn.Module):
         Raises ValueError where placeholders and features differ in number.
         """
         grad = grad and torch.is_grad_enabled()  # not where a reference is scored
+        if known := {k: prompt.embedded for k, prompt in enumerate(prompts) if prompt.embedded is not None}:
+            assert not grad, "what trained encoders give is never kept"
+            fresh = iter(self([prompt for prompt in prompts if prompt.embedded is None]))
+            return [known[k] if k in known else next(fresh) for k in range(len(prompts))]
         with torch.set_grad_enabled(grad):
             slices = [self._slices(prompt) for prompt in prompts]
-            chunks = [self._chunks(prompt) for prompt in prompts]
+            windows = [self._windows(prompt) for prompt in prompts]
             visual = self._encode(self._see, _join(slices), self._dummy_slice(), grad)
             audio = self._nothing()
             if self.audio_tower is not None:
-                audio = self._encode(self._hear, _join(chunks), self._dummy_chunk(), grad)
-            visual_counts, audio_counts = ([sum(units.tokens) for units in parts] for parts in (slices, chunks))
+                audio = self._encode(self._hear, _join(windows), self._dummy_window(), grad)
+            visual_counts, audio_counts = ([sum(units.tokens) for units in parts] for parts in (slices, windows))
             media = [
                 self._interleave(*parts)
                 for parts in zip(prompts, visual.split(visual_counts), audio.split(audio_counts), strict=True)
@@ -117,33 +119,37 @@ class Towers(nn.Module):
     def _slices(self, prompt: Prompt) -> Units:
         """The pictures: attention, full or in windows, stays inside of a slice of time."""
         if prompt.pixels is None or prompt.grid_thw is None:
-            return Units([], [], [])
-        shapes: list[tuple[int, ...]] = [(h, w) for t, h, w in prompt.grid_thw.tolist() for _ in range(t)]
-        merged = self.hf_config.vision_config.spatial_merge_size**2
-        return Units([prompt.pixels], shapes, [h * w // merged for h, w in shapes])
+            return Units([], [], [], [])
+        shapes = [(h, w) for t, h, w in prompt.grid_thw.tolist() for _ in range(t)]
+        sizes, merged = [h * w for h, w in shapes], self.hf_config.vision_config.spatial_merge_size**2
+        return Units([prompt.pixels], shapes, sizes, [size // merged for size in sizes])
 
-    def _chunks(self, prompt: Prompt) -> Units:
-        """The sounds: convolutions, positions, attention and pooling stay inside of a chunk."""
+    def _windows(self, prompt: Prompt) -> Units:
+        """The sounds: convolutions, positions, attention and pooling stay inside of a window."""
         if prompt.mel is None or prompt.mel_lengths is None:
-            return Units([], [], [])
-        assert self.audio_tower is not None, f"{prompt.sample_id}: sound for a model that doesn't hear"
-        longest = 2 * self.audio_tower.n_window
-        assert longest % 4 == 0, "pooling by two after a convolution of stride two would cross the chunks' borders"
-        lengths = [min(longest, n - start) for n in prompt.mel_lengths.tolist() for start in range(0, n, longest)]
-        return Units([prompt.mel.T], [(length,) for length in lengths], [_audio_tokens(length) for length in lengths])
+            return Units([], [], [], [])
+        audio = self.hf_config.audio_config
+        chunk = 2 * audio.n_window
+        longest = audio.n_window_infer // chunk * chunk if self.family.audio_chunk else chunk
+        assert self.family.audio_chunk in (0, chunk), "the family counts tokens of chunks of another length"
+        assert longest % 4 == 0, "pooling by two after a convolution of stride two would cross the windows' borders"
+        shapes = [(min(longest, n - start), min(chunk, n))
+                  for n in prompt.mel_lengths.tolist() for start in range(0, n, longest)]  # fmt: skip
+        sizes = [length for length, _ in shapes]
+        return Units([prompt.mel.T], shapes, sizes, [self.family.audio_tokens(size) for size in sizes])
 
     def _dummy_slice(self) -> Units:
         vision = self.hf_config.vision_config
         side, channels = vision.spatial_merge_size, vision.in_channels * vision.temporal_patch_size
-        return Units([torch.zeros(side**2, channels * vision.patch_size**2)], [(side, side)], [1])
+        return Units([torch.zeros(side**2, channels * vision.patch_size**2)], [(side, side)], [side**2], [1])
 
-    def _dummy_chunk(self) -> Units:
-        return Units([torch.zeros(4, self.hf_config.audio_config.num_mel_bins)], [(4,)], [1])
+    def _dummy_window(self) -> Units:
+        return Units([torch.zeros(4, self.hf_config.audio_config.num_mel_bins)], [(4, 4)], [4], [1])
 
     # ------------------------------------------------------------------------------------------------------------
     # Encoding
 
-    def _see(self, rows: Tensor, shapes: Sequence[tuple[int, ...]]) -> Tensor:
+    def _see(self, rows: Tensor, shapes: Sequence[tuple[int, int]]) -> Tensor:
         # Slices of one size are one video to the encoder, which loops over videos in Python.
         grid = [(len(list(run)), *shape) for shape, run in itertools.groupby(shapes)]
         seen = self.visual(rows, torch.tensor(grid, device=rows.device))
@@ -151,13 +157,41 @@ class Towers(nn.Module):
         assert out.shape[1] == self.width, f"the encoder gives {out.shape[1]} columns instead of {self.width}"
         return out
 
-    def _hear(self, rows: Tensor, shapes: Sequence[tuple[int, ...]]) -> Tensor:
-        lengths = torch.tensor([length for (length,) in shapes], device=rows.device)
+    def _hear(self, rows: Tensor, shapes: Sequence[tuple[int, int]]) -> Tensor:
         assert self.audio_tower is not None
-        return self.audio_tower(rows.T, lengths).last_hidden_state
+        lengths = [length for length, _ in shapes]
+        if not self.family.audio_chunk:
+            return self.audio_tower(rows.T, torch.tensor(lengths, device=rows.device)).last_hidden_state
+        # The encoder fills a call's chunks up to its longest, which a short one's last token hears: a sound below a
+        # chunk has a call of its own length.
+        out, start = [], 0
+        for longest, run in itertools.groupby(shapes, key=lambda shape: shape[1]):
+            own = [length for length, _ in run]
+            out.append(self._hear_chunks(rows[start : start + sum(own)], own, longest))
+            start += sum(own)
+        return F.pad(torch.cat(out), (0, self.width - out[0].shape[1]))  # deepstack's features, of which sound has none
+
+    def _hear_chunks(self, rows: Tensor, lengths: list[int], longest: int) -> Tensor:
+        """Qwen3-Omni's audio embeddings of windows of `lengths` frames, each chunk filled up to `longest` frames."""
+        sizes = [min(longest, length - start) for length in lengths for start in range(0, length, longest)]
+        chunks = nn.utils.rnn.pad_sequence(
+            [*rows.split(sizes), rows.new_zeros(longest, rows.shape[1])], batch_first=True
+        )[:-1]
+        tokens = torch.tensor([self.family.audio_tokens(size) for size in sizes])
+        room = self.family.audio_tokens(longest)
+        kept = (torch.arange(room) < tokens[:, None]).flatten().nonzero()[:, 0]
+        ends = np.cumsum([0, *(self.family.audio_tokens(length) for length in lengths)])
+        assert self.audio_tower is not None
+        return self.audio_tower(
+            feature_lens=None,
+            padded_feature=chunks.transpose(1, 2),
+            chunk_lengths=torch.tensor(sizes),
+            valid_indices=kept.to(rows.device),
+            cu_seqlens=torch.tensor(ends, dtype=torch.int32, device=rows.device),
+        ).last_hidden_state
 
     def _encode(
-        self, encoder: Callable[[Tensor, Sequence[tuple[int, ...]]], Tensor], units: Units, dummy: Units, grad: bool
+        self, encoder: Callable[[Tensor, Sequence[tuple[int, int]]], Tensor], units: Units, dummy: Units, grad: bool
     ) -> Tensor:
         """Embeddings of all units [sum of tokens, W], of which this tensor-parallel rank encodes its share."""
         group = parallel_state.get_tensor_model_parallel_group()
@@ -259,10 +293,6 @@ def _join(parts: Iterable[Units]) -> Units:
     return Units(
         list(chain(units.rows for units in parts)),
         list(chain(units.shapes for units in parts)),
+        list(chain(units.sizes for units in parts)),
         list(chain(units.tokens for units in parts)),
     )
-
-
-def _audio_tokens(mel_frames: int) -> int:
-    """Audio embeddings that the encoder makes of a clip: two convolutions, then pooling by two (25 a second)."""
-    return ((mel_frames - 1) // 2 + 1 - 2) // 2 + 1

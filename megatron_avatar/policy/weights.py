@@ -69,9 +69,9 @@ def load_hf(policy: OmniPolicy, folder: str | Path) -> None:
             }
             problems |= wrong
             if not wrong:
-                slot.parameter.copy_(
-                    slot.take([source[name] for name in names], policy.backend.tp, policy.backend.tp_rank)
-                )
+                tp, tp_rank = policy.backend.tp, policy.backend.tp_rank
+                tensors = [source[rename(name)] for name in slot.needed(tp, tp_rank)]
+                slot.parameter.copy_(slot.take(tensors, tp, tp_rank))
         if policy.share_embeddings_and_output_weights:
             ours.discard(rename("lm_head.weight"))  # some writers store both names of the tied tensor
     except ValueError as error:
@@ -151,7 +151,8 @@ def naming(folder: str | Path, source: SafetensorsFolder) -> tuple[Rename, Calla
 
 def class_prefix(folder: str | Path) -> str:
     """What stands before the policy's names in the folder's class."""
-    return "thinker." if read_model_type(folder) == "qwen2_5_omni" else ""
+    model_type = read_model_type(folder)
+    return "thinker." if model_type == family_of(model_type).whole else ""
 
 
 def nested(name: str) -> str:

@@ -23,6 +23,7 @@ from megatron_avatar.policy.groups import GroupBatch, pack_groups
 from megatron_avatar.policy.lora import lora_adapters
 from megatron_avatar.policy.micro_batches import plan_micro_batches
 from megatron_avatar.policy.model import OmniPolicy
+from megatron_avatar.policy.routes import UNKNOWN, Routes
 from megatron_avatar.records import Completion, Group, Prompt, Trajectory
 from megatron_avatar.rl.objective import policy_loss, token_weights
 from megatron_avatar.rl.shaping import between_tags, temporal_weights, token_places
@@ -54,6 +55,7 @@ class MicroBatch:
     members: list[tuple[int, list[int]]]  # (index of the group, indices of its trajectories)
     tensors: dict[str, torch.Tensor]  # each [N]; zeros for a filler
     pairs: float  # of queries and keys that they see
+    routes: Routes | None = None  # of a mixture's update
 
 
 def filler_group() -> Group:
@@ -137,7 +139,7 @@ class Learner:
             if poll is not None and self.backend.pp == 1 and number and number % POLL_EVERY == 0:
                 poll()
             media = self.policy.embed_media(micro.prompts, grad=True) if embed else micro.media
-            output = model(micro.batch, media, temperature)
+            output = model(micro.batch, media, temperature, micro.routes)
             return output, lambda out, non_loss_data=False: loss(micro, out)
 
         return get_forward_backward_func()(
@@ -194,14 +196,15 @@ class Learner:
     # ---- updates -------------------------------------------------------------------------------
 
     def update(self, groups: list[Group], media: list, reference: list[list[np.ndarray]],
-               *, n_on: int, n_off: int, check_logprobs: bool = True, poll: Poll | None = None
-               ) -> dict[str, Any]:
+               *, n_on: int, n_off: int, check_logprobs: bool = True, poll: Poll | None = None,
+               routes: list[list[np.ndarray]] | None = None) -> dict[str, Any]:
         """One optimizer step on the paper's objective J = J_on + alpha J_off - beta KL.
 
         n_on and n_off count the completions of the whole step, over all ranks. Returns summed
         statistics of the step; raises LogprobMismatch before anything is applied, and NonFiniteUpdates. With
         `check_logprobs`, in a rollout's first update, completions on which generation and training disagree are masked:
         for its other updates too. Where the guard refuses the first, none is applied and all of them are `masked`.
+        `routes` are those that `generate` found for the first groups.
         """
         rl, shaping = self.rl, self.rl.shaping
         per_token: dict[str, list[list[np.ndarray]]] = {
@@ -241,6 +244,7 @@ class Learner:
         micros = self.micro_batches(groups, media)
         for micro in micros:
             self._attach(micro, groups, per_token)
+            micro.routes = self._routes(micro, routes) if routes else None
         scale = len(micros) * self.backend.dp  # the schedule averages over micro-batches, DDP over ranks
 
         found: list[torch.Tensor] = []  # of each micro-batch: its masked tokens' completions, -1 for other tokens
@@ -263,12 +267,25 @@ class Learner:
             if not self.usable:  # then none of it is replayed either
                 self.masked = [(i, k) for i, k in places if groups[i].on_policy[k]]
         stats |= (self.error or error).record() | self._loads(micros) | self._flops(micros)
+        counts = sum((micro.routes.counts.cpu() for micro in micros if micro.routes), torch.zeros(2)).tolist()
+        if check_logprobs and self.policy.config.experts:  # later updates have other weights
+            flips, tokens = np.sum(self.backend.all_gather_object(counts), axis=0)
+            stats["routing_flips"] = float(flips / tokens) if tokens else None
         # Where every prompt of the step was set aside, momentum alone must not move the weights.
         applied = self.usable and n_on + n_off > 0
         stats["grad_norm"], stats["skipped"] = 0.0, True
         if applied:
             stats["grad_norm"], stats["skipped"] = self._step(math.isfinite(error.mean), again)
         return stats | self._scaling()
+
+    def _routes(self, micro: MicroBatch, routes: list[list[np.ndarray]]) -> Routes:
+        """A micro-batch's, of groups of which the first have them; replayed completions and fillers have none."""
+        layers, shape = self.policy.language_model.decoder.layers, routes[0][0].shape[1:]
+        lengths = iter(micro.batch.lengths)
+        rows = [routes[i][k] if 0 <= i < len(routes) else np.full((length, *shape), UNKNOWN, np.uint8)
+                for i, kept in micro.members for k, length in zip(kept, lengths)]  # noqa: B905  (members share it)
+        recorded = to_device(torch.from_numpy(np.concatenate(rows)), self.backend.device)
+        return Routes(recorded, micro.batch.target_index, layers[0].layer_number, replay=self.rl.routing_replay)
 
     def loss(
         self, t: dict[str, torch.Tensor], out: torch.Tensor, *, judge: bool

@@ -90,7 +90,7 @@ def rl_record(
         "loss": float(stats["loss"]),
         "grad_norm": stats["grad_norm"],
         "skipped": stats["skipped"],
-        **{name: stats[name] for name in ("loss_scale", "overflows") if name in stats},
+        **{name: stats[name] for name in ("loss_scale", "overflows", "routing_flips") if name in stats},
         "lr": lr,
         "tokens": int(stats["tokens"]),
         "packed_tokens": stats["packed_tokens"],

@@ -15,7 +15,7 @@ from PIL import Image
 
 from megatron_avatar.config.families import Family, family_of
 from megatron_avatar.config.schema import Config, JudgeConfig
-from megatron_avatar.data.features import unpatchify
+from megatron_avatar.data.features import unpatchify, with_colours
 from megatron_avatar.endpoint import Endpoint, Replies
 from megatron_avatar.policy.architecture import read_model_type
 from megatron_avatar.policy.backend import Backend
@@ -60,7 +60,7 @@ class Scoring:
             replies = Replies(Path(config.output_dir) / "judge", owner, write=not config.replay_step)
             self._endpoint = judge_endpoint(config.judge, replies)
             self._judge = HttpJudge(self._endpoint)
-            self._family = family_of(read_model_type(config.model.path))
+            self._family = with_colours(family_of(read_model_type(config.model.path)), config.model.path)
         problem = None
         if self._endpoint is not None:
             try:

@@ -8,14 +8,16 @@ from megatron_avatar.policy.groups import pack_groups
 from megatron_avatar.records import Prompt
 
 # Operations of a layer's passes over a packed micro-batch: forward, backward.
-UPDATE_OPS = {"one prompt": (17, 32), "two prompts": (22, 46)}
+UPDATE_OPS = {"one prompt": (17, 32), "two prompts": (22, 38)}
+MIXTURE_OPS = {"one prompt": (30, 61), "two prompts": (35, 67)}  # of Qwen3-Omni, whose experts are found and sorted
 # Bytes that those beside products and attention touch, a token and a number of the layer's widest row (the
 # feed-forward's). Qwen3's heads are wider than its stream, and have norms. Each further prompt's queries and keys are
 # cut out, and their gradients put together.
 UPDATE_BYTES = {
-    "3b": {"one prompt": (14.5, 23), "two prompts": (15, 36)},
-    "7b": {"one prompt": (14.5, 23), "two prompts": (15, 44)},
-    "vl3_4b": {"one prompt": (17.5, 30), "two prompts": (20, 52)},
+    "3b": {"one prompt": (14.5, 23), "two prompts": (15, 25)},
+    "7b": {"one prompt": (14.5, 23), "two prompts": (15, 25)},
+    "vl3_4b": {"one prompt": (17.5, 30), "two prompts": (20, 36)},
+    "omni3": {"one prompt": (48, 186), "two prompts": (51, 194)},  # rows go to eight experts and come back
 }
 
 
@@ -25,8 +27,10 @@ def test_the_gpu_path_launches_few_operations(shape):
         found = ops.decode_step(policy) | ops.update_layer(policy) | ops.head_of(policy)
         logits, wide = ops.TOKENS * policy.vocab_size, ops.TOKENS * policy.config.ffn_hidden_size
         weights = 2 * policy.vocab_size * policy.config.hidden_size
-    assert found["decode_layer_ops"] <= 10 and found["decode_outer_ops"] <= 24 and found["leaving_row_ops"] == 1
-    for packed, (forward, backward) in UPDATE_OPS.items():
+    mixture = shape == "omni3"
+    assert found["leaving_row_ops"] == 1
+    assert found["decode_layer_ops"] <= (25 if mixture else 10) and found["decode_outer_ops"] <= (25 if mixture else 24)
+    for packed, (forward, backward) in (MIXTURE_OPS if mixture else UPDATE_OPS).items():
         counted = found["update_layer_ops"][packed]
         assert counted["forward"] <= forward and counted["backward"] <= backward, (packed, counted)
     for packed, (forward, backward) in UPDATE_BYTES[shape].items():

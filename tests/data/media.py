@@ -10,7 +10,13 @@ import soundfile
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, trainers
 from tokenizers.models import BPE, WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5OmniThinkerConfig, Qwen3VLConfig
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5OmniThinkerConfig,
+    Qwen3OmniMoeThinkerConfig,
+    Qwen3VLConfig,
+)
 
 SPECIAL = (
     "<|endoftext|> <|im_start|> <|im_end|> <|vision_bos|> <|vision_eos|> <|audio_bos|> <|audio_eos|> "
@@ -19,6 +25,7 @@ SPECIAL = (
 VL_SPECIAL = (
     "<|endoftext|> <|im_start|> <|im_end|> <|vision_start|> <|vision_end|> <|image_pad|> <|video_pad|>"
 ).split()
+OMNI3_SPECIAL = (*VL_SPECIAL, "<|audio_start|>", "<|audio_end|>", "<|audio_pad|>")
 WORDS = "system user assistant You are a helpful . what moves ? A B C red blue Hint : look twice think".split()
 QWEN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
         r"\s+(?!\S)|\s+")  # fmt: skip
@@ -83,6 +90,15 @@ def make_vl3_config(tokenizer: PreTrainedTokenizerFast) -> Qwen3VLConfig:
     names = dict(image_token_id="<|image_pad|>", video_token_id="<|video_pad|>",
                  vision_start_token_id="<|vision_start|>", vision_end_token_id="<|vision_end|>")  # fmt: skip
     return Qwen3VLConfig(**{key: tokenizer.convert_tokens_to_ids(name) for key, name in names.items()})
+
+
+def make_omni3_config(tokenizer: PreTrainedTokenizerFast, **overrides) -> Qwen3OmniMoeThinkerConfig:
+    """Of a tokenizer with OMNI3_SPECIAL."""
+    names = dict(image_token_id="<|image_pad|>", video_token_id="<|video_pad|>", audio_token_id="<|audio_pad|>",
+                 vision_start_token_id="<|vision_start|>", vision_end_token_id="<|vision_end|>",
+                 audio_start_token_id="<|audio_start|>", audio_end_token_id="<|audio_end|>")  # fmt: skip
+    ids = {key: tokenizer.convert_tokens_to_ids(name) for key, name in names.items()}
+    return Qwen3OmniMoeThinkerConfig(**dict(position_id_per_seconds=13) | ids | overrides)
 
 
 def make_video(path: Path, frames=16, h=84, w=84, fps=8, codec="libvpx-vp9", pts=None, tag=None) -> Path:

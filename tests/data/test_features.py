@@ -1,5 +1,8 @@
 """Features against transformers' own processors."""
 
+import json
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from transformers import WhisperFeatureExtractor
-from transformers.models.qwen2_5_omni.processing_qwen2_5_omni import _get_feat_extract_output_lengths
+from transformers.models.qwen2_5_omni.processing_qwen2_5_omni import _get_feat_extract_output_lengths as lengths
 from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as oracle
+from transformers.models.qwen3_omni_moe.modeling_qwen3_omni_moe import _get_feat_extract_output_lengths as lengths3
 
-from megatron_avatar.config.families import OMNI
-from megatron_avatar.data.features import audio_tokens, log_mel, patchify, resize, smart_resize
+from megatron_avatar.config.families import OMNI, OMNI3
+from megatron_avatar.data.features import log_mel, patchify, resize, smart_resize, unpatchify, with_colours
 
 
 @settings(max_examples=300, deadline=None)
@@ -79,5 +83,24 @@ def test_log_mel_equals_whisper(samples, kind):
 
 
 def test_audio_tokens_equal_transformers():
-    assert all(audio_tokens(n) == _get_feat_extract_output_lengths(n) for n in range(3, 3000))
-    assert audio_tokens(200) == 50
+    assert all(OMNI.audio_tokens(n) == lengths(n) for n in range(3, 3000))
+    assert all(OMNI3.audio_tokens(n) == lengths3(n) for n in range(1, 3000))
+    assert OMNI.audio_tokens(200) == 2 * OMNI.audio_rate and OMNI3.audio_tokens(200) == 2 * OMNI3.audio_rate
+
+
+def test_colours_are_those_of_the_folders_preprocessor(tmp_path):
+    assert with_colours(OMNI3, "") is OMNI3 and with_colours(OMNI3, tmp_path) is OMNI3
+    file = tmp_path / "preprocessor_config.json"
+    file.write_text(json.dumps({"image_mean": [0.1, 0.2, 0.3], "patch_size": 16}))
+    own = with_colours(OMNI3, tmp_path)
+    assert own == replace(OMNI3, mean=(0.1, 0.2, 0.3))
+    frames = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
+    pixels, _ = patchify(frames, own)
+    plain = patchify(frames, replace(OMNI3, mean=(0.0,) * 3, std=(1.0,) * 3))[0].view(4, 3, -1)
+    expected = (plain - torch.tensor(own.mean)[:, None]) / 0.5
+    torch.testing.assert_close(pixels.view(4, 3, -1), expected, rtol=0, atol=1e-6)
+    assert np.array_equal(unpatchify(pixels, (1, 2, 2), own), frames)
+    for wrong in ('{"image_std": [0.5, 0.5]}', '{"image_mean": 3}', '{"image_std": [0, 1, 1]}', "{"):
+        file.write_text(wrong)
+        with pytest.raises(ValueError, match="preprocessor_config.json.*: download it again"):
+            with_colours(OMNI3, tmp_path)

@@ -19,7 +19,7 @@ from megatron_avatar.config.families import OMNI
 from megatron_avatar.config.schema import INSTRUCTION, DataConfig
 from megatron_avatar.data.chat import Chat, chat_template
 from megatron_avatar.data.decode import MediaError
-from megatron_avatar.data.features import audio_tokens, log_mel
+from megatron_avatar.data.features import log_mel
 from megatron_avatar.data.prompt import MEDIUM, PromptBuilder, check_words, load_tokenizer, plan_media
 from megatron_avatar.records import Media, Sample
 from tests.data.media import make_audio, make_config, make_tokenizer, make_video
@@ -94,7 +94,7 @@ def test_positions_equal_transformers(layout, fps, max_frames):
 @given(heard, st.sampled_from([0.3, 1.0, 2.0, 4.0]))
 def test_interleaving_equals_transformers(media, fps):
     plan = plan_media(media, replace(DATA, fps=fps), OMNI)
-    ids, _, _ = builder()._expand(plan)
+    ids, _, _ = builder().expand(plan)
 
     class Processor(Qwen2_5OmniProcessor):
         video_processor = type("", (), {"merge_size": 2})
@@ -106,7 +106,7 @@ def test_interleaving_equals_transformers(media, fps):
     expected = Processor().replace_video_with_audio_token(
         {"video_grid_thw": np.array([plan.grid]), "video_second_per_grid": [plan.seconds_per_grid]},
         0,
-        {"num_audio_tokens": np.array([audio_tokens(plan.mel_frames)])},
+        {"num_audio_tokens": np.array([OMNI.audio_tokens(plan.mel_frames)])},
         0,
         position_id_per_seconds=25,
         seconds_per_chunk=2.0,
@@ -289,7 +289,7 @@ def test_build_holds_all_features(clip):
     assert (prompt.token_ids == CONFIG.video_token_id).sum() == 36
     assert (prompt.token_ids == CONFIG.audio_token_id).sum() == 50
     assert prompt.positions.shape == (3, len(prompt)) and len(prompt) == builder().length(asked)
-    assert prompt.token_ids.dtype == prompt.positions.dtype == np.int64
+    assert prompt.token_ids.dtype == np.int64 and prompt.positions.dtype == np.float32
     assert prompt.pixels.dtype == prompt.mel.dtype == torch.float32
     assert prompt.grid_thw.dtype == prompt.mel_lengths.dtype == torch.int64
     assert torch.equal(prompt.mel, log_mel(soundfile.read(root / "a.flac", dtype="float32")[0]))
@@ -342,7 +342,7 @@ def test_refusals(clip, tmp_path):
         builder().build(sample(replace(media, audio_samples=48_000)), root)
     with pytest.raises(ValueError, match="sample s: a picture of 9000x40 has an aspect ratio above 200; crop it"):
         builder().length(sample(Media("i", "image", height=40, width=9000)))
-    with pytest.raises(ValueError, match="num_mel_bins"):
+    with pytest.raises(ValueError, match="config.json: patch_size is 16 instead of 14, which Qwen2.5-Omni has"):
         PromptBuilder(TOKENIZER, make_config(vision_config={"patch_size": 16}), DATA, 100)
 
 

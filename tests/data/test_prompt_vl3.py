@@ -113,7 +113,7 @@ videos = st.builds(
 @given(st.lists(st.one_of(images, videos), max_size=4), st.sampled_from([0.3, 1.0, 2.0, 4.0]))
 def test_positions_equal_transformers(media, fps):
     token_ids, positions, plans = layout(sample(*media), replace(DATA, fps=fps))
-    assert np.array_equal(positions, rope_index(token_ids, plans)) and positions.dtype == np.int64
+    assert np.array_equal(positions, rope_index(token_ids, plans)) and positions.dtype == np.float32
 
 
 @settings(max_examples=100, deadline=None)

@@ -7,7 +7,7 @@ from transformers import AutoTokenizer
 
 from data_tools.synthesize import draw_samples
 from data_tools.tokenizer import SPECIAL, TAGS, build_tokenizer, words
-from megatron_avatar.config.families import OMNI
+from megatron_avatar.config.families import OMNI, OMNI3
 from megatron_avatar.data.chat import chat_template
 
 TOKENIZER = build_tokenizer()
@@ -82,3 +82,15 @@ def test_a_saved_tokenizer_is_the_same(tmp_path, text):
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     assert loaded(text)["input_ids"] == encode(text) and loaded.decode(encode(text)) == text
     assert loaded.chat_template == chat_template(OMNI)
+
+
+def test_another_familys_tokenizer_differs_in_the_names_of_media_alone():
+    other = build_tokenizer(OMNI3)
+    changed = [(TOKENIZER.convert_ids_to_tokens(k), token) for token, k in sorted(other.get_vocab().items())
+               if TOKENIZER.convert_ids_to_tokens(k) != token]  # fmt: skip
+    assert len(other) == len(TOKENIZER) and set(changed) == {
+        ("<|AUDIO|>", "<|audio_pad|>"), ("<|audio_bos|>", "<|audio_start|>"), ("<|audio_eos|>", "<|audio_end|>"),
+        ("<|vision_bos|>", "<|vision_start|>"), ("<|vision_eos|>", "<|vision_end|>"), ("<|IMAGE|>", "<|image_pad|>"),
+        ("<|VIDEO|>", "<|video_pad|>"),
+    }  # fmt: skip
+    assert other.chat_template == chat_template(OMNI3)

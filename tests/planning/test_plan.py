@@ -22,6 +22,8 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5OmniThinkerConfig,
     Qwen2_5OmniThinkerForConditionalGeneration,
+    Qwen3OmniMoeThinkerConfig,
+    Qwen3OmniMoeThinkerForConditionalGeneration,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
 )
@@ -58,17 +60,26 @@ from megatron_avatar.train import main
 from megatron_avatar.training.learner import Learner
 from megatron_avatar.training.optim import build_optimizer
 from tests.planning.models import SIZES, one_rank, plan, save
-from tests.policy.tiny import tiny_config, tiny_prompts, tiny_vl3_config, tiny_vl_prompts
+from tests.policy.tiny import (
+    tiny_config,
+    tiny_omni3_config,
+    tiny_omni3_prompts,
+    tiny_prompts,
+    tiny_vl3_config,
+    tiny_vl_prompts,
+)
 
 ROOT = Path(__file__).parents[2]
 SHAPES = CONFIG_DIR / "shapes"
 # Parameters of the published weights: the Thinkers of Qwen2.5-Omni, Qwen2.5-VL-7B-Instruct and Qwen3-VL.
 PUBLISHED = {"qwen2_5_omni_7b": 8_931_813_888, "qwen2_5_omni_3b": 4_703_464_448, "qwen2_5_vl_7b": 8_292_166_656,
-             "qwen3_vl_2b": 2_127_532_032, "qwen3_vl_4b": 4_437_815_808, "qwen3_vl_8b": 8_767_123_696}  # fmt: skip
+             "qwen3_vl_2b": 2_127_532_032, "qwen3_vl_4b": 4_437_815_808, "qwen3_vl_8b": 8_767_123_696,
+             "qwen3_omni_30b": 31_719_205_488}  # fmt: skip
 CLASSES = {
     "qwen2_5_omni_thinker": (Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditionalGeneration),
     "qwen2_5_vl": (Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration),
     "qwen3_vl": (Qwen3VLConfig, Qwen3VLForConditionalGeneration),
+    "qwen3_omni_moe_thinker": (Qwen3OmniMoeThinkerConfig, Qwen3OmniMoeThinkerForConditionalGeneration),
 }
 
 
@@ -334,7 +345,8 @@ def test_bytes_are_counted_while_they_live():
 @pytest.mark.parametrize("train_towers", [False, True])
 @pytest.mark.parametrize(("config", "prompts", "kind", "visual", "audio"), [
     (tiny_config, tiny_prompts, "audio_in_video", 24, 100), (tiny_vl3_config, tiny_vl_prompts, "video", 24, 0),
-], ids=["omni", "vl3"])  # fmt: skip
+    (tiny_omni3_config, tiny_omni3_prompts, "audio_in_video", 24, 35),
+], ids=["omni", "vl3", "omni3"])  # fmt: skip
 def test_encoders_take_about_what_is_planned(tmp_path, config, prompts, kind, visual, audio, train_towers):
     config().save_pretrained(tmp_path)
     folder, prompt = str(tmp_path), prompts(config())[kind]
@@ -357,6 +369,8 @@ def test_the_command_says_whether_it_fits(capsys):
     printed = capsys.readouterr().out
     for words in ("pp 1, tp 0-3", "2,268.2", "optimizer", "keys and values", "reference model", "step, s", "fits:"):
         assert words in printed, words
+    said = " ".join(printed.split())
+    assert "for the whole run, where each prompt shows a clip of 8 s (data.max_frames=16 at data.fps=2; longer" in said
     assert main([*command, "cluster.gpus=32"]) == 2  # the recipe's one prompt a step is too few
     said = " ".join(capsys.readouterr().out.split())
     assert "has to change: stages.visual.prompts_per_step=1 leaves some of 4 data-parallel ranks idle" in said
@@ -421,11 +435,13 @@ def test_the_remedy_keeps_the_recipes_prompts():
 
 
 SHIPPED = sorted(path.stem for path in (CONFIG_DIR / "recipe").glob("*.yaml") if not path.stem.startswith("tiny"))
-ALIKE = ("grpo_3b", "grpo_vl_7b", "grpo_vl3_4b", "grpo_vl3_8b", "sft_3b")  # differ from others only in what others vary
+ALIKE = ("grpo_3b", "grpo_vl_7b", "grpo_vl3_4b", "grpo_vl3_8b", "grpo_omni3_lora", "sft_3b")  # as others vary others
+NODES = ("omni3",)  # of which a replica is larger than a node
 
 
 @pytest.mark.parametrize(("layout", "gib"), [("a100_40g", 39.5), ("a100_80g", 79)])  # a little less than on the label
-@pytest.mark.parametrize("recipe", [name for name in SHIPPED if name not in ALIKE])
+@pytest.mark.parametrize("recipe", [pytest.param(name, marks=pytest.mark.slow) if name.startswith("omni3") else name
+                                    for name in SHIPPED if name not in ALIKE + NODES])  # fmt: skip
 def test_every_recipe_fits_every_layout(recipe, layout, gib):
     # Encoders that train keep 19 GiB for a prompt of 10,000 visual tokens, beside 27 GiB of weights and optimizer.
     full = "parallel.recompute=full"
@@ -437,6 +453,13 @@ def test_every_recipe_fits_every_layout(recipe, layout, gib):
     assert replica <= 8, "a node"
     found = make_plan(replace(config, cluster=replace(config.cluster, gpus=replica)))
     assert found.problems == []
+
+
+@pytest.mark.slow
+def test_all_of_qwen3_omni_fits_two_nodes():
+    found = plan("cluster.gpus=16", "cluster.gpu_memory_gib=79", recipe="omni3")
+    assert found.problems == [] and found.dp == 1
+
 
 
 def test_h100s_have_the_layouts_of_a100s():
@@ -456,6 +479,7 @@ def test_tiny_recipes_have_a_plan(recipe):
 def test_parameters_are_counted_from_sizes_alone(shape):
     sizes = read_shape(SHAPES / shape)
     assert text_parameters(sizes) + tower_parameters(sizes) == PUBLISHED[shape]
+    assert shape != "qwen3_omni_30b" or text_parameters(sizes) == 30_532_646_912
 
 
 @pytest.mark.parametrize("key", ["num_position_embeddings", "deepstack_visual_indexes"])

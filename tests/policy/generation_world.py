@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from megatron.core import parallel_state
 
@@ -20,14 +21,18 @@ from megatron_avatar.policy import backend as backends
 from megatron_avatar.policy import generate as generation
 from megatron_avatar.policy.build import build_policy
 from megatron_avatar.policy.generate import Generation, GenerationStopped, generate
+from megatron_avatar.policy.groups import pack_groups
 from megatron_avatar.policy.logprobs import completion_logprobs
 from megatron_avatar.policy.model import OmniPolicy
+from megatron_avatar.policy.routes import Routes
 from megatron_avatar.policy.weights import load_hf
+from megatron_avatar.records import Prompt
 from tests.policy import tiny
 
 # (family, tp, pp, sequence parallel)
-LAYOUTS = [("omni", 2, 1, False), ("omni", 1, 2, False), ("omni", 2, 2, True), ("vl3", 2, 2, True)]
-LAYERS = {"omni": 4, "vl3": 6}  # deepstack wants three on the first of two stages
+LAYOUTS = [("omni", 2, 1, False), ("omni", 1, 2, False), ("omni", 2, 2, True), ("vl3", 2, 2, True),
+           ("omni3", 2, 1, True), ("omni3", 2, 2, True)]  # fmt: skip
+LAYERS = {"omni": 4, "vl3": 6, "omni3": 6}  # deepstack wants three on the first of two stages
 STOP_IDS = list(range(1, 10))  # many, so that completions of a random model end at different times
 SAMPLING = SamplingConfig(temperature=0.8, max_new_tokens=40)
 KEYS = [f"seed/stage/step/{kind}/0" for kind in tiny.KINDS]
@@ -73,7 +78,9 @@ def check_layout(folder: Path, family: str, parallel: ParallelConfig) -> list:
     policy = open_policy(folder / family, parallel)
     backend = policy.backend
     prompts = list(tiny.FAMILIES[family].prompts(policy.hf_config).values())[:3]
-    groups = generate(policy, prompts, ROWS, SAMPLING, KEYS[:3])
+    routes: list = []
+    groups = generate(policy, prompts, ROWS, SAMPLING, KEYS[:3], routes=routes)
+    check_routes(policy, prompts, groups, routes)
     # One prompt is enough to keep all stages at work: its rows are shared out to the lanes.
     generate(policy, prompts[:1], 2, dataclasses.replace(SAMPLING, max_new_tokens=3), KEYS[:1])
     long, short = traces[-2:]
@@ -83,6 +90,9 @@ def check_layout(folder: Path, family: str, parallel: ParallelConfig) -> list:
     rows = [[row.token_ids.tolist(), row.logprobs.tolist(), row.finished] for group in groups for row in group]
     assert all(other == rows for other in backend.all_gather_object(rows)), "ranks hold different completions"
 
+    # Replicas have different work, and never wait for each other.
+    mine = 1 + backend.dp_rank
+    generate(policy, prompts[:mine], mine, dataclasses.replace(SAMPLING, max_new_tokens=3 * mine), KEYS[:mine])
     # Only the sampling rank's signal counts, and stops all ranks of its replica at the same token.
     sampling_rank = backend.is_last_stage and backend.tp_rank == 0
     polls = 0
@@ -99,6 +109,23 @@ def check_layout(folder: Path, family: str, parallel: ParallelConfig) -> list:
     assert backend.all_gather_object(polls) == [-3] * backend.world
     backends.stop()
     return rows
+
+
+def check_routes(policy: OmniPolicy, prompts: list[Prompt], groups: list, routes: list) -> None:
+    """In float32 a mixture chooses in the training forward what it has chosen in generation, on every stage."""
+    assert bool(routes) == bool(policy.config.experts)
+    if not routes:
+        return
+    batch = pack_groups(prompts, [[row.token_ids for row in rows] for rows in groups])
+    recorded = torch.from_numpy(np.concatenate([row for rows in routes for row in rows]))
+    layers = policy.language_model.decoder.layers
+    media, hidden = policy.embed_media(prompts), []
+    for replay in (False, True):  # taken again, they change nothing
+        kept = Routes(recorded, batch.target_index, layers[0].layer_number, replay=replay)
+        hidden.append(policy.run_pipeline(*policy._inputs(batch, media, kept)))
+        assert kept.counts.tolist() == [0, len(batch.target_ids) * len(layers)], kept.counts
+    if policy.post_process:
+        torch.testing.assert_close(hidden[1], hidden[0], atol=1e-5, rtol=0)
 
 
 def check_logprobs() -> None:

@@ -8,7 +8,11 @@ import numpy as np
 import pytest
 import torch
 from megatron.core import tensor_parallel
-from transformers import Qwen2_5OmniThinkerForConditionalGeneration, Qwen3VLForConditionalGeneration
+from transformers import (
+    Qwen2_5OmniThinkerForConditionalGeneration,
+    Qwen3OmniMoeThinkerForConditionalGeneration,
+    Qwen3VLForConditionalGeneration,
+)
 
 from megatron_avatar.config.schema import ModelConfig, ParallelConfig, SamplingConfig
 from megatron_avatar.policy import backend as backends
@@ -19,6 +23,7 @@ from megatron_avatar.policy.build import build_policy
 from megatron_avatar.policy.cache import KeyValueCache
 from megatron_avatar.policy.generate import GenerationStopped, generate
 from megatron_avatar.policy.groups import pack_groups
+from megatron_avatar.policy.routes import Routes
 from megatron_avatar.policy.weights import load_hf
 from megatron_avatar.records import Prompt
 from tests.policy import generation_world, tiny
@@ -28,6 +33,9 @@ from tests.ranks import launch
 BANNED = {
     tiny.AUDIO, tiny.IMAGE, tiny.VIDEO, tiny.VISION_START, tiny.VISION_END, tiny.AUDIO_START, tiny.AUDIO_END
 }  # fmt: skip
+
+
+GREEDY = dict(max_new_tokens=24, do_sample=False, eos_token_id=STOP_IDS, suppress_tokens=list(BANNED))
 
 
 @pytest.fixture(scope="module")
@@ -109,23 +117,18 @@ def test_greedy_equals_transformers(policy, prompts, folder):
     model = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(folder).eval()
     ours = generate(policy, prompts, 1, SamplingConfig(max_new_tokens=24), KEYS, greedy=True)
     for prompt, (row,) in zip(prompts, ours, strict=True):
-        ids = torch.from_numpy(prompt.token_ids)[None]
-        inputs = dict(input_ids=ids, attention_mask=torch.ones_like(ids), video_second_per_grid=torch.ones(1))
-        if prompt.pixels is not None:
-            inputs |= dict(pixel_values_videos=prompt.pixels, video_grid_thw=prompt.grid_thw)
-        if prompt.mel is not None:
-            mask = torch.ones(1, prompt.mel.shape[1], dtype=torch.long)
-            inputs |= dict(input_features=prompt.mel[None], feature_attention_mask=mask)
-        theirs = model.generate(
-            **inputs,
-            use_audio_in_video=prompt.sample_id == "audio_in_video",
-            max_new_tokens=24,
-            do_sample=False,
-            eos_token_id=STOP_IDS,
-            suppress_tokens=list(BANNED),
-        )
+        theirs = model.generate(**heard(prompt, 1.0), **GREEDY)
         assert row.token_ids.tolist() == theirs[0, len(prompt) :].tolist()
     assert max(len(row) for (row,) in ours) > 4
+
+
+def heard(prompt, seconds):
+    """What transformers' Thinkers are given, where a pair of frames takes so long."""
+    ids = torch.from_numpy(prompt.token_ids)[None]
+    return dict(
+        input_ids=ids, attention_mask=torch.ones_like(ids), video_second_per_grid=torch.tensor([seconds]),
+        use_audio_in_video=prompt.sample_id == "audio_in_video", **tiny.thinker_media(prompt),
+    )  # fmt: skip
 
 
 def test_tokens_do_not_depend_on_the_batch(policy, prompts, generated):
@@ -302,19 +305,27 @@ def test_generation_recomputes_nothing(policy, prompts, folder, monkeypatch, rec
         calls.clear()
 
 
+QWEN3 = ("vl3", "omni3")
+
+
 @pytest.fixture(scope="module")
 def qwen3(policy, folder):
-    """Qwen3-VL's policy, its prompts, and what it generates of them."""
-    source = make_folder(folder.parent, "vl3")
-    other = build_policy(source, policy.backend, ModelConfig(path=str(source)), ParallelConfig())
-    load_hf(other, source)
-    prompts = list(tiny.FAMILIES["vl3"].prompts(other.hf_config).values())
-    return other, prompts, generate(other, prompts, ROWS, SAMPLING, KEYS)
+    """Of each of the newer families the policy, its prompts, and what it generates of them."""
+    found = {}
+    for name in QWEN3:
+        source = make_folder(folder.parent, name)
+        other = build_policy(source, policy.backend, ModelConfig(path=str(source)), ParallelConfig())
+        load_hf(other, source)
+        prompts = list(tiny.FAMILIES[name].prompts(other.hf_config).values())
+        found[name] = other, prompts, generate(other, prompts, ROWS, SAMPLING, KEYS)
+    return found
 
 
-def test_qwen3_generates_what_it_scores(qwen3):
-    """Features that go to several layers when the prompt is read, and norms of queries and keys at every token."""
-    policy, prompts, generated = qwen3
+@pytest.mark.parametrize("name", QWEN3)
+def test_qwen3_generates_what_it_scores(qwen3, name):
+    """Features that go to several layers when the prompt is read, norms of queries and keys at every token; of Omni
+    fractional positions, and experts."""
+    policy, prompts, generated = qwen3[name]
     recorded = [row.logprobs for group in generated for row in group]
     for ours, theirs in zip(recorded, train_scores(policy, prompts, generated), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
@@ -325,15 +336,15 @@ def test_qwen3_generates_what_it_scores(qwen3):
     assert error(recorded, train_scores(policy, prompts[:3], poor)) > 1.05, "without deepstack the gate trips"
 
 
-def test_qwen3_greedy_equals_transformers(qwen3, folder):
-    policy, prompts, _ = qwen3
-    model = Qwen3VLForConditionalGeneration.from_pretrained(folder.parent / "vl3").eval()
+@pytest.mark.parametrize("name", QWEN3)
+def test_qwen3_greedy_equals_transformers(qwen3, folder, name):
+    policy, prompts, _ = qwen3[name]
+    cls = Qwen3VLForConditionalGeneration if name == "vl3" else Qwen3OmniMoeThinkerForConditionalGeneration
+    model = cls.from_pretrained(folder.parent / name).eval()
     ours = generate(policy, prompts, 1, SamplingConfig(max_new_tokens=24), KEYS, greedy=True)
     for prompt, (row,) in zip(prompts, ours, strict=True):
-        theirs = model.generate(
-            **tiny.vl_inputs(model, prompt), max_new_tokens=24, do_sample=False, eos_token_id=STOP_IDS,
-            suppress_tokens=list(BANNED),
-        )  # fmt: skip
+        inputs = tiny.vl_inputs(model, prompt) if name == "vl3" else heard(prompt, 2 / 3)
+        theirs = model.generate(**inputs, **GREEDY)
         assert row.token_ids.tolist() == theirs[0, len(prompt) :].tolist()
     assert max(len(row) for (row,) in ours) > 4
 
@@ -348,7 +359,7 @@ def by_layout(folder, qwen3):
 @pytest.mark.slow
 def test_layouts_generate_alike(by_layout, generated, qwen3, layout):
     rows = by_layout["-".join(map(str, layout))]
-    expected = [row for group in (generated if layout[0] == "omni" else qwen3[2])[:3] for row in group]
+    expected = [row for group in (generated if layout[0] == "omni" else qwen3[layout[0]][2])[:3] for row in group]
     for (ids, logprobs, finished), row in zip(rows, expected, strict=True):
         assert ids == row.token_ids.tolist() and finished == row.finished
         np.testing.assert_allclose(logprobs, row.logprobs, atol=1e-5)
@@ -429,3 +440,29 @@ def test_a_host_that_runs_behind_sees_a_stop_signal_and_bad_numbers_in_time(poli
         generate(policy, prompts[:1], 2, SAMPLING, KEYS[:1])
     monkeypatch.undo()
     assert len(generate(policy, prompts[:1], 1, SamplingConfig(max_new_tokens=1), KEYS[:1])[0][0]) == 1
+
+
+# ---- routes --------------------------------------------------------------------------------------------------------
+
+
+def test_routes_are_kept_whatever_the_host_does(qwen3, behind, monkeypatch):
+    """A step behind, and where rows wait for each other's places; in float32 training takes the same ones."""
+    policy, prompts, generated = qwen3["omni3"]
+    plain: list = []
+    with monkeypatch.context() as patch:
+        patch.setattr(generation, "may_run_behind", lambda _: False)
+        same(generate(policy, prompts, ROWS, SAMPLING, KEYS, routes=plain), generated)
+    late: list = []
+    monkeypatch.setattr(lanes, "MAX_ROWS", 3)
+    same(generate(policy, prompts, ROWS, SAMPLING, KEYS, routes=late), generated)
+    for one, other, rows in zip(plain, late, generated, strict=True):
+        for a, b, row in zip(one, other, rows, strict=True):
+            assert a.shape == (len(row), 6, 2) and np.array_equal(np.sort(a), np.sort(b))
+    batch = pack_groups(prompts, [[row.token_ids for row in rows] for rows in generated])
+    recorded = torch.from_numpy(np.concatenate([row for rows in plain for row in rows]))
+    media = policy.embed_media(prompts)
+    kept, moved = (Routes(routes, batch.target_index, 1, replay=True) for routes in (recorded, 7 - recorded))
+    scores = [policy(batch, media, SAMPLING.temperature, routes)[0].detach() for routes in (None, kept, moved)]
+    assert kept.counts.tolist() == [0, recorded.shape[0] * 6] and moved.counts[0] > 0.5 * moved.counts[1]
+    torch.testing.assert_close(scores[0], scores[1], atol=1e-5, rtol=0)
+    assert (scores[0] - scores[2]).abs().mean() > 0.1, "other experts are taken"

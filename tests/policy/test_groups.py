@@ -20,7 +20,8 @@ groups_of_lengths = st.lists(
 def make_prompt(length: int, rng: np.random.Generator) -> Prompt:
     ids = rng.integers(PLACEHOLDER, 50, length)
     ids[-1] = 9
-    return Prompt("sample", "plain", ids, np.sort(rng.integers(0, 2 * length, (3, length))))
+    positions = np.sort(rng.integers(0, 6 * length, (3, length))) / np.float32(3)  # fractions, as Qwen3-Omni's times
+    return Prompt("sample", "plain", ids, positions.astype(np.float32))
 
 
 def make_groups(shape, seed=0):
@@ -56,7 +57,8 @@ def test_packing_keeps_every_row(shape):
         assert batch.token_ids[0, row].tolist() == [*prompt.token_ids, *output[:-1]]
         assert ids.tolist() == output.tolist() and index.tolist() == row[-len(output) :].tolist()
         steps = np.broadcast_to(prompt.next_position + np.arange(len(output) - 1), (3, len(output) - 1))
-        assert np.array_equal(batch.positions[:, 0, row], np.concatenate([prompt.positions, steps], axis=1))
+        expected = np.concatenate([prompt.positions, steps], axis=1).astype(np.float32)
+        assert np.array_equal(batch.positions[:, 0, row], expected)
     # Placeholders count in prompts alone: PLACEHOLDER in the completions is a token like others.
     places = batch.pad_to(8).media_index([PLACEHOLDER, 0, 1])
     assert (batch.token_ids[0, places] == PLACEHOLDER).all()

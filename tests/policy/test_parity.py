@@ -16,6 +16,7 @@ from megatron_avatar.policy.build import build_policy
 from megatron_avatar.policy.groups import pack_groups
 from megatron_avatar.policy.weights import load_hf, policy_slots
 from tests.policy import parity_world
+from tests.policy.mistakes import logits_error, mixture_mistakes, qwen3_mistakes
 from tests.policy.parity_world import LAYOUTS, MODELS, TRAINED, family_of, models_of
 from tests.policy.tiny import AUDIO, FAMILIES, tiny_completions, tiny_prompts
 from tests.ranks import launch
@@ -91,12 +92,6 @@ def load(folder, backend, **parallel):
     return policy
 
 
-def logits_error(policy, prompt, reference, media=None):
-    """Largest difference of the logits in units of their standard deviation."""
-    media = policy.embed_media([prompt]) if media is None else media
-    logits = policy.logits(pack_groups([prompt], [[prompt.token_ids[:1]]]), media)
-    return float((logits - reference).abs().max() / reference.std())
-
 
 @pytest.mark.parametrize("name", OMNIS)
 def test_one_rank_equals_transformers_and_mistakes_show(folder, backend, name):
@@ -131,7 +126,19 @@ def test_one_rank_equals_transformers_and_mistakes_show(folder, backend, name):
     assert {name: error for name, error in mistakes.items() if error < 100 * TOLERANCE} == {}
 
 
-@pytest.mark.parametrize("name, frozen", [("tiny", ""), ("tiny", "embedding"), ("vl3", ""), ("vl3", "towers")])
+def test_qwen3_omni_equals_transformers_and_mistakes_show(folder, backend, monkeypatch):
+    policy, references = load(folder / "omni3", backend), load_file(folder / "omni3.logits")
+    prompts = FAMILIES["omni3"].prompts(policy.hf_config)
+    errors = {kind: logits_error(policy, prompt, references[kind]) for kind, prompt in prompts.items()}
+    assert {kind: error for kind, error in errors.items() if error > TOLERANCE} == {}
+    given = policy, prompts["audio_in_video"], references["audio_in_video"]
+    mistakes = qwen3_mistakes(*given, monkeypatch) | mixture_mistakes(*given, monkeypatch)
+    assert {name: error for name, error in mistakes.items() if error < 0.05} == {}
+    assert logits_error(*given) <= TOLERANCE, "nothing of the mistakes stays"
+
+
+@pytest.mark.parametrize("name, frozen", [("tiny", ""), ("tiny", "embedding"), ("vl3", ""), ("vl3", "towers"),
+                                          ("omni3", "")])  # fmt: skip
 def test_recomputation_gives_the_same_gradients(folder, backend, name, frozen):
     """Also where nothing in front of the first layer needs a gradient, and of encoders whose features go to several
     layers; without a gradient nothing is recomputed."""
@@ -139,19 +146,20 @@ def test_recomputation_gives_the_same_gradients(folder, backend, name, frozen):
     for recompute in ("none", "light", "selective", "full"):
         policy = load(folder / name, backend, recompute=recompute)
         policy.language_model.embedding.requires_grad_(frozen != "embedding")
-        policy.set_train_towers(name == "vl3" and frozen != "towers")
+        policy.set_train_towers(name != "tiny" and frozen != "towers")
         prompts = [family.prompts(policy.hf_config)[kind] for kind in family.trained]
         batch = pack_groups(prompts, [tiny_completions()] * len(prompts))
         media, calls = policy.embed_media(prompts, grad=True), []
         first = policy.language_model.decoder.layers[0]
-        hook = first.mlp.linear_fc2.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        inner = getattr(first.mlp, "linear_fc2", first.mlp)
+        hook = inner.register_forward_hook(lambda *_, calls=calls: calls.append(1))
         with torch.no_grad():
             policy(batch, media)
         policy(batch, media)[0].sum().backward()
         hook.remove()
         assert len(calls) == (2 if recompute in ("none", "light") else 3)
         gradients.append({n: p.grad for n, p in policy.named_parameters() if p.requires_grad})
-        assert any(name.startswith("towers.") for name in gradients[-1]) == (name == "vl3" and not frozen)
+        assert any(name.startswith("towers.") for name in gradients[-1]) == (name != "tiny" and not frozen)
     assert all(gradient is not None for gradient in gradients[0].values())
     for name, gradient in gradients[0].items():
         assert all(torch.equal(gradient, other[name]) for other in gradients[1:]), name
@@ -171,6 +179,10 @@ def test_frozen_towers_and_encoders_of_many_prompts(folder, backend):
             assert not media.requires_grad
     assert not any(value.requires_grad for value in policy.towers.parameters())
     assert policy.embed_media(prompts[:1], grad=True)[0].grad_fn is None, "frozen weights need no graph"
+    kept = [dataclasses.replace(p, embedded=m, pixels=None, mel=None) if k % 2 else p
+            for k, (p, m) in enumerate(zip(prompts, together, strict=True))]  # fmt: skip
+    for k, (media, again) in enumerate(zip(together, policy.embed_media(kept), strict=True)):
+        assert (again is media) if k % 2 or media is None else torch.equal(again, media)
 
 
 def test_bfloat16_stays_close_and_scores_in_float32(folder, backend):
@@ -194,7 +206,9 @@ def test_features_that_do_not_fit_the_placeholders_are_refused(folder, backend):
 @pytest.mark.parametrize(
     "name, tp, pp, match",
     [("tiny", 3, 1, "parallel.tp=3.*4 attention heads"), ("tiny", 1, 3, "parallel.pp=3.*4 layers"),
-     ("vl3", 1, 3, "first stage would have 2 layers, less than the 3 .*deepstack.*: write .*first_stage_layers=4 ")],
+     ("vl3", 1, 3, "first stage would have 2 layers, less than the 3 .*deepstack.*: write .*first_stage_layers=4 "),
+     ("omni3", 1, 3, "first stage would have 2 layers, less than the 3 .*deepstack"),
+     ("omni3", 3, 1, "parallel.tp=3 doesn't divide the 4 attention heads, 2 key-value heads and 8 experts")],
 )  # fmt: skip
 def test_layouts_that_do_not_fit_are_refused(folder, backend, name, tp, pp, match):
     with pytest.raises(ValueError, match=match):

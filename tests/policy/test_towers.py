@@ -12,12 +12,21 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megatron_avatar.config.schema import ModelConfig, ParallelConfig
-from megatron_avatar.policy import flash, layer, tower_attention, towers
+from megatron_avatar.policy import flash, tower_attention, towers
 from megatron_avatar.policy.build import build_policy
-from megatron_avatar.policy.groups import pack_groups
-from megatron_avatar.policy.layer import Angles, InterleavedAngles
 from megatron_avatar.policy.weights import load_hf
-from tests.policy.tiny import AUDIO, FAMILIES, VIDEO, tiny_config, tiny_prompts, tiny_thinker
+from megatron_avatar.records import Prompt
+from tests.policy.mistakes import logits_error, qwen3_mistakes
+from tests.policy.tiny import (
+    AUDIO,
+    FAMILIES,
+    VIDEO,
+    tiny_config,
+    tiny_omni3,
+    tiny_omni3_config,
+    tiny_prompts,
+    tiny_thinker,
+)
 
 TOLERANCE = 1e-5
 
@@ -234,14 +243,97 @@ def test_pieces_keep_the_budget_and_waste_none(sizes, budget):
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# Qwen3-Omni's sounds
+
+# Chunks have 100 frames, windows two of them: sounds below a chunk, whole chunks, and last windows below a chunk.
+SOUNDS = [70, 270, 530, 100, 30, 30, 203, 400, 1]
+TOKENS = [9, 35, 69, 13, 4, 4, 27, 52, 1]
+
+
+@pytest.fixture(scope="module")
+def omni3(backend):
+    """transformers' Thinker with its plainest attention, and encoders with the same weights."""
+    model = tiny_omni3(tiny_omni3_config())
+    encoders = towers.Towers(model.config, torch.float32)
+    for name, encoder in encoders.named_children():
+        encoder.load_state_dict(getattr(model.model, name).state_dict())
+    model.set_attn_implementation("eager")
+    return model, encoders
+
+
+def sounds_and_a_video(lengths=SOUNDS, tokens=TOKENS):
+    """A picture token between any two sounds."""
+    generator = torch.Generator().manual_seed(0)
+    ids = [token for count in tokens for token in [*[AUDIO] * count, VIDEO]]
+    return Prompt(
+        "sounds", "plain", torch.tensor(ids).numpy(), torch.arange(len(ids)).expand(3, -1).float().numpy(),
+        torch.randn(4 * len(tokens), 1536, generator=generator), torch.tensor([[len(tokens), 2, 2]]),
+        torch.randn(128, sum(lengths), generator=generator), torch.tensor(lengths),
+    )  # fmt: skip
+
+
+def each_sound(model, prompt):
+    """transformers' embeddings of each sound, encoded by itself."""
+    parts = prompt.mel.split(prompt.mel_lengths.tolist(), dim=1)
+    return [model.model.audio_tower(part, torch.tensor([part.shape[1]])).last_hidden_state for part in parts]
+
+
+@pytest.mark.parametrize("budget", [1, 150, 32_768])
+def test_a_sound_is_what_it_is_alone_however_it_is_cut_and_with_whatever_it_is_called(omni3, monkeypatch, budget):
+    """A budget of one row cuts all windows apart, as ranks may; transformers' single call leaks into short chunks."""
+    model, encoders = omni3
+    monkeypatch.setattr(towers, "ROWS_PER_CALL", budget)
+    prompt = sounds_and_a_video()
+    (media,) = encoders([prompt])
+    is_audio = torch.from_numpy(prompt.token_ids) == AUDIO
+    with torch.no_grad():
+        alone = each_sound(model, prompt)
+        together = model.model.audio_tower(prompt.mel, prompt.mel_lengths).last_hidden_state
+        seen = model.model.visual(prompt.pixels, prompt.grid_thw)
+    assert [len(part) for part in alone] == TOKENS
+    heard, hidden = torch.cat(alone), model.config.text_config.hidden_size
+    torch.testing.assert_close(media[is_audio, :hidden], heard, atol=TOLERANCE, rtol=0)
+    assert not media[is_audio, hidden:].any(), "sound has no features for deepstack"
+    wide = torch.cat([seen.pooler_output, *seen.deepstack_features], dim=1)
+    torch.testing.assert_close(media[~is_audio], wide, atol=TOLERANCE, rtol=0)
+    difference = (together - heard).abs().amax(1) / heard.std()
+    assert difference.max() > 0.05 and difference[TOKENS[0] :][: TOKENS[1]].max() < TOLERANCE, "the trap, and where"
+
+
+def test_training_qwen3_omnis_encoders(omni3):
+    """Gradients as those of each sound by itself, with and without media; all is encoded at once."""
+    model, encoders = omni3
+    encoders.set_train(True)
+    calls, both = [], [encoders.visual, encoders.audio_tower]
+    hooks = [encoder.register_forward_hook(lambda module, args, out: calls.append(module)) for encoder in both]
+    prompt = sounds_and_a_video()
+    nothing = dataclasses.replace(prompt, token_ids=prompt.token_ids[:0], pixels=None, grid_thw=None, mel=None)
+    try:
+        (media,) = encoders([prompt], grad=True)
+        widths = len(list(itertools.groupby(min(100, length) for length in SOUNDS)))
+        assert [calls.count(encoder) for encoder in both] == [1, widths]
+        (none,) = encoders([nothing], grad=True)
+        assert none.shape == (0, encoders.width) and len(calls) == widths + 3, "once each, on dummies"
+        (media.sin().sum() + none.sum()).backward()
+        ours = {name: value.grad for name, value in encoders.named_parameters()}
+    finally:
+        encoders.set_train(False)
+        encoders.zero_grad()
+        for hook in hooks:
+            hook.remove()
+    model.zero_grad()
+    seen = model.model.visual(prompt.pixels, prompt.grid_thw)
+    outputs = [*each_sound(model, prompt), seen.pooler_output, *seen.deepstack_features]
+    sum(output.sin().sum() for output in outputs).backward()
+    theirs = dict(model.model.named_parameters())
+    for name, gradient in ours.items():
+        if not name.endswith("k_proj.bias"):  # whose gradient is nothing but rounding: it moves all scores alike
+            scale = theirs[name].grad.abs().max().clamp_min(1e-6)
+            assert float((gradient - theirs[name].grad).abs().max() / scale) < TOLERANCE, name
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # Families that don't hear
-
-
-def vl_error(policy, prompt, reference, media=None):
-    """Largest difference of the logits in units of their standard deviation."""
-    media = policy.embed_media([prompt]) if media is None else media
-    logits = policy.logits(pack_groups([prompt], [[prompt.token_ids[:1]]]), media)
-    return float((logits - reference).abs().max() / reference.std())
 
 
 def test_vl_equals_transformers_and_mistakes_show(vl, monkeypatch):
@@ -250,44 +342,18 @@ def test_vl_equals_transformers_and_mistakes_show(vl, monkeypatch):
     assert policy.towers.audio_tower is None
     with torch.no_grad():
         references = {kind: family.logits(model, prompts[kind]) for kind in family.kinds}
-    errors = {kind: vl_error(policy, prompts[kind], references[kind]) for kind in family.kinds}
+    errors = {kind: logits_error(policy, prompts[kind], references[kind]) for kind in family.kinds}
     assert {kind: error for kind, error in errors.items() if error > TOLERANCE} == {}
     prompt, reference = prompts["video"], references["video"]
     wrong = {
         "time": dataclasses.replace(prompt, positions=prompt.positions[[1, 1, 2]]),
         "other pictures": dataclasses.replace(prompt, pixels=prompt.pixels.flip(0)),
     }
-    mistakes = {name: vl_error(policy, other, reference) for name, other in wrong.items()}
+    mistakes = {name: logits_error(policy, other, reference) for name, other in wrong.items()}
     if family is FAMILIES["vl3"]:
         mistakes |= qwen3_mistakes(policy, prompt, reference, monkeypatch)
     assert {name: error for name, error in mistakes.items() if error < 0.1} == {}
-    assert vl_error(policy, prompt, reference) <= TOLERANCE, "nothing of the mistakes stays"
-
-
-def qwen3_mistakes(policy, prompt, reference, monkeypatch):
-    """What Qwen3 does otherwise than Qwen2.5, done as there, or wrongly."""
-    found, (media,), width = {}, policy.embed_media([prompt]), policy.config.hidden_size
-    embedding, first, second, third = media.split(width, dim=1)
-    nothing = torch.zeros_like(embedding)
-    for name, columns in {
-        "no deepstack": (embedding, nothing, nothing, nothing),
-        "no feature behind the third layer": (embedding, first, second, nothing),
-        "deepstack one layer early": (embedding + first, second, third, nothing),
-    }.items():
-        found[name] = vl_error(policy, prompt, reference, [torch.cat(columns, dim=1)])
-    with monkeypatch.context() as patch:
-        patch.setattr(InterleavedAngles, "forward", Angles.forward)
-        found["mrope in blocks"] = vl_error(policy, prompt, reference)
-    with monkeypatch.context() as patch:
-        patch.setattr(layer, "head_norms", lambda attention: None)
-        found["no norms of queries and keys"] = vl_error(policy, prompt, reference)
-    weight = policy.language_model.decoder.layers[0].self_attention.q_layernorm.weight
-    kept = weight.detach().clone()
-    with torch.no_grad():
-        weight.fill_(1)
-        found["a query norm's weight"] = vl_error(policy, prompt, reference)
-        weight.copy_(kept)
-    return found
+    assert logits_error(policy, prompt, reference) <= TOLERANCE, "nothing of the mistakes stays"
 
 
 def test_an_encoder_that_gives_other_features_than_are_added_is_seen(vl, monkeypatch):

@@ -16,6 +16,8 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5OmniThinkerConfig,
     Qwen2_5OmniThinkerForConditionalGeneration,
+    Qwen3OmniMoeThinkerConfig,
+    Qwen3OmniMoeThinkerForConditionalGeneration,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
 )
@@ -80,7 +82,8 @@ def _with_large_weights(model: PreTrainedModel, seed: int) -> PreTrainedModel:
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.dim() > 1:
-                parameter.copy_(noise * (2 if "lm_head" in name else 1) / parameter[0].numel() ** 0.5)
+                inputs = parameter.shape[-1] if ".experts." in name else parameter[0].numel()
+                parameter.copy_(noise * (2 if "lm_head" in name else 1) / inputs**0.5)
             else:
                 parameter.copy_(0.2 * noise + (0 if "bias" in name else 1))
         scale = 2 / config.text_config.hidden_size**0.5 if config.tie_word_embeddings else 1.0
@@ -258,6 +261,89 @@ def _vl_grids(ids: torch.Tensor, newer: bool) -> dict[str, torch.Tensor]:
     return grids
 
 
+def tiny_omni3_config(*, layers: int = 4, tied: bool = False, normed: bool = True) -> Qwen3OmniMoeThinkerConfig:
+    """The tiny Qwen3-VL's sizes; two of eight experts a token, their weights adding up to one where `normed`; an audio
+    encoder that attends over two of its chunks."""
+    text = dict(
+        vocab_size=VOCABULARY, num_hidden_layers=layers, hidden_size=64, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=32, intermediate_size=128, moe_intermediate_size=32, num_experts=8, num_experts_per_tok=2,
+        norm_topk_prob=normed, max_position_embeddings=4096, tie_word_embeddings=tied, eos_token_id=TEXT - 1,
+        rope_parameters=dict(rope_type="default", rope_theta=30.0, mrope_section=[8, 4, 4]),
+    )  # fmt: skip
+    vision = dict(
+        depth=4, hidden_size=32, num_heads=2, intermediate_size=64, out_hidden_size=64, num_position_embeddings=25,
+        deepstack_visual_indexes=[0, 1, 3],
+    )  # fmt: skip
+    audio = dict(
+        d_model=32, encoder_layers=2, encoder_attention_heads=2, encoder_ffn_dim=64, output_dim=64,
+        downsample_hidden_size=8, n_window_infer=200,
+    )  # fmt: skip
+    return Qwen3OmniMoeThinkerConfig(
+        text_config=text,
+        vision_config=vision,
+        audio_config=audio,
+        tie_word_embeddings=tied,
+        position_id_per_seconds=13,  # of the published model, where the class says 25
+        audio_token_id=AUDIO,
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        audio_start_token_id=AUDIO_START,
+        audio_end_token_id=AUDIO_END,
+        vision_start_token_id=VISION_START,
+        vision_end_token_id=VISION_END,
+    )
+
+
+def tiny_omni3(config: Qwen3OmniMoeThinkerConfig, seed: int = 0) -> Qwen3OmniMoeThinkerForConditionalGeneration:
+    """A Qwen3-Omni Thinker in float32, made like the tiny one of Qwen2.5."""
+    return _with_large_weights(Qwen3OmniMoeThinkerForConditionalGeneration(config), seed)
+
+
+def tiny_omni3_prompts(config: Qwen3OmniMoeThinkerConfig, seed: int = 0) -> dict[str, Prompt]:
+    """One prompt of each of KINDS: 2.7 s of 3-fps video (8 frames of 64 x 96 pixels), whose times are fractions, and of
+    sound, whose last chunk is short."""
+    rng = np.random.default_rng(seed)
+
+    def text(n: int) -> list[int]:
+        return rng.integers(0, TEXT, n).tolist()
+
+    video = [VIDEO] * 6
+    layouts = {
+        # Pairs of frames at 0, 8.67, 17.33 and 26, among sound tokens at 0 to 34.
+        "audio_in_video": [VISION_START, AUDIO_START, *video, *[AUDIO] * 9, *video, *[AUDIO] * 9, *video, *[AUDIO] * 8,
+                           *video, *[AUDIO] * 9, AUDIO_END, VISION_END],
+        "video": [VISION_START, *(video * 4), VISION_END],
+        "audio": [AUDIO_START, *([AUDIO] * 35), AUDIO_END],
+        "text": [],
+    }  # fmt: skip
+    with torch.device("meta"):
+        meta = Qwen3OmniMoeThinkerForConditionalGeneration(config)
+    prompts = {}
+    for kind in KINDS:
+        ids = torch.tensor([text(5) + layouts[kind] + text(7)])
+        grid = torch.tensor([[4, 4, 6]]) if "video" in kind else None
+        lengths = torch.tensor([270]) if "audio" in kind else None
+        positions, _ = meta.get_rope_index(
+            ids,
+            video_grid_thw=grid,
+            attention_mask=torch.ones_like(ids),
+            use_audio_in_video=kind == "audio_in_video",
+            audio_seqlens=lengths,
+            second_per_grids=torch.tensor([2 / 3]),
+        )
+        prompts[kind] = Prompt(
+            sample_id=kind,
+            variant="plain",
+            token_ids=ids[0].numpy(),
+            positions=positions[:, 0].numpy(),
+            pixels=None if grid is None else torch.from_numpy(rng.standard_normal((96, 1536), np.float32)),
+            grid_thw=grid,
+            mel=None if lengths is None else torch.from_numpy(rng.standard_normal((128, 270), np.float32)),
+            mel_lengths=lengths,
+        )
+    return prompts
+
+
 def tiny_completions() -> list[np.ndarray]:
     """Three completions of different length."""
     rng = np.random.default_rng(1)
@@ -265,21 +351,27 @@ def tiny_completions() -> list[np.ndarray]:
 
 
 def thinker_logits(
-    model: Qwen2_5OmniThinkerForConditionalGeneration, prompt: Prompt, completion: np.ndarray | None = None
+    model: PreTrainedModel, prompt: Prompt, completion: np.ndarray | None = None
 ) -> torch.Tensor:
-    """transformers' logits [P + L, V] of a prompt and, if given, one completion [L]."""
+    """A Thinker's logits [P + L, V] of a prompt and, if given, one completion [L], by transformers."""
     completion = np.zeros(0, np.int64) if completion is None else completion
     ids = torch.from_numpy(np.concatenate([prompt.token_ids, completion]))[None]
     new = prompt.next_position + np.arange(len(completion))
     positions = torch.from_numpy(np.concatenate([prompt.positions, np.tile(new, (3, 1))], axis=1))[:, None]
-    media = {}
+    media = thinker_media(prompt)
+    # Without the mask, transformers would fall back to one-dimensional positions.
+    return model(input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=positions, **media).logits[0]
+
+
+def thinker_media(prompt: Prompt) -> dict[str, Any]:
+    """What a Thinker is given of a prompt's media."""
+    media: dict[str, Any] = {}
     if prompt.pixels is not None:
         media |= dict(pixel_values_videos=prompt.pixels, video_grid_thw=prompt.grid_thw)
     if prompt.mel is not None:
         mask = torch.ones(1, prompt.mel.shape[1], dtype=torch.long)
         media |= dict(input_features=prompt.mel[None], feature_attention_mask=mask)
-    # Without the mask, transformers would fall back to one-dimensional positions.
-    return model(input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=positions, **media).logits[0]
+    return media
 
 
 class Family(NamedTuple):
@@ -300,10 +392,14 @@ FAMILIES = {
     "vl3": Family(
         tiny_vl3_config, tiny_vl3, tiny_vl_prompts, vl_logits, VL_KINDS, ("image_and_video", "text", "video")
     ),
+    "omni3": Family(
+        tiny_omni3_config, tiny_omni3, tiny_omni3_prompts, thinker_logits, KINDS, ("audio_in_video", "text", "audio")
+    ),
 }
 
 
 def family_of_config(config: Any) -> Family:
     """The family of a configuration that a policy was built from."""
-    names = {Qwen3VLConfig: "vl3", Qwen2_5_VLConfig: "vl", Qwen2_5OmniThinkerConfig: "omni"}
+    names = {Qwen3VLConfig: "vl3", Qwen2_5_VLConfig: "vl", Qwen2_5OmniThinkerConfig: "omni",
+             Qwen3OmniMoeThinkerConfig: "omni3"}  # fmt: skip
     return FAMILIES[names[type(config)]]

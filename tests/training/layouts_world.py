@@ -74,7 +74,7 @@ def run_leg(folder: Path, leg: dict, case: str, start: int, last: bool) -> list[
     n_on = sum(int(g.on_policy.sum()) for g in everything)
     n_off = sum(len(g.trajectories) for g in everything) - n_on
     curve = []
-    weight = policy.language_model.decoder.layers[0].mlp.linear_fc1.weight
+    weight = policy.language_model.decoder.layers[0].self_attention.linear_qkv.weight
     for step in range(start, start + leg["steps"]):
         beyond = step == leg.get("overflow")
         hook = weight.register_hook(lambda grad: grad * math.inf) if beyond and backend.dp_rank == 1 else None

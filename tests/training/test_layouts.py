@@ -7,7 +7,7 @@ import json
 import pytest
 
 from megatron_avatar.training.optim import FIRST_SCALE
-from tests.policy.tiny import tiny_config, tiny_thinker, tiny_vl3, tiny_vl3_config
+from tests.policy.tiny import tiny_config, tiny_omni3, tiny_omni3_config, tiny_thinker, tiny_vl3, tiny_vl3_config
 from tests.ranks import launch
 from tests.training import layouts_world
 from tests.training.layouts_world import STEPS
@@ -62,6 +62,21 @@ QWEN3 = {  # encoders in training, whose features go to three layers; 6 layers, 
         qwen3(8, tp=4),
     ],
 }
+def omni3(steps: int = STEPS, **parallel):
+    return leg(steps, model="omni3", train_towers=True, **parallel)
+
+
+OMNI3 = {  # the same, with experts that come to lie on other ranks
+    "plain": [omni3()],
+    "tp2, distributed": [omni3(tp=2, **SHARED)],
+    "tp2 pp2 sequence, full, distributed": [omni3(tp=2, pp=2, sequence_parallel=True, recompute="full", **SHARED)],
+    "resharded": [
+        omni3(6, **SHARED),
+        omni3(4, tp=2, sequence_parallel=True, recompute="selective", **SHARED),
+        omni3(4, pp=2, first_stage_layers=4, recompute="light"),
+        omni3(6, tp=4),
+    ],
+}
 OVERFLOWS = 2  # the step of the second replica's overflow
 HALF = {  # float32 main weights, bit for bit; float16 on other layouts, with its loss scale
     name: {
@@ -82,7 +97,8 @@ def curves(tmp_path_factory) -> dict[str, list[list[float]]]:
     for name in ("untied", "tied"):
         tiny_thinker(tiny_config(layers=4, tied=name == "tied")).save_pretrained(folder / name)
     tiny_vl3(tiny_vl3_config(layers=6, tied=True)).save_pretrained(folder / "qwen3")
-    groups = {"frozen": FROZEN, "trained": TRAINED, "qwen3": QWEN3, **HALF}
+    tiny_omni3(tiny_omni3_config(layers=6)).save_pretrained(folder / "omni3")
+    groups = {"frozen": FROZEN, "trained": TRAINED, "qwen3": QWEN3, "omni3": OMNI3, **HALF}
     cases = {f"{group}/{name}": legs for group, cases in groups.items() for name, legs in cases.items()}
     launch(layouts_world.main, 4, folder, cases, timeout=1700)
     return json.loads((folder / "curves.json").read_text())
@@ -90,7 +106,7 @@ def curves(tmp_path_factory) -> dict[str, list[list[float]]]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("group", ["frozen", "trained", "qwen3"])
+@pytest.mark.parametrize("group", ["frozen", "trained", "qwen3", "omni3"])
 def test_layouts_give_the_same_losses_and_gradients(curves, group):
     plain = curves[f"{group}/plain"]
     assert len(plain) == STEPS and max(norm for _, norm in plain) > 1 > min(norm for _, norm in plain)  # clipped or not
