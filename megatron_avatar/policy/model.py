@@ -190,9 +190,9 @@ class OmniPolicy(MegatronModule):
 
     def _set_recompute(self) -> bool:
         """Let layers recompute where a backward pass follows, and there alone; returns whether they do."""
-        if self.config.recompute_granularity is None:
-            return False
         needed = torch.is_grad_enabled()
+        if self.config.recompute_granularity is None:
+            return needed and self.config.recompute_light
         if self.language_model.training != needed:
             self.language_model.train(needed)
         if self.config.recompute_granularity == "selective":

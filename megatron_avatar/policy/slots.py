@@ -94,15 +94,15 @@ def linear_slots(policy: OmniPolicy, layer: Any) -> dict[str, Slot]:
 
 def _mixture_slots(mixture: Mixture, text: Any, prefix: str) -> list[Slot]:
     """Router and experts, of which each has its own names."""
-    hidden: int = text.hidden_size
-    inner: int = text.moe_intermediate_size
+    hidden, inner = text.hidden_size, text.moe_intermediate_size
     experts = [f"{prefix}experts.{number}." for number in range(text.num_experts)]
-    gate_up = {f"{expert}{name}.weight": (inner, hidden) for expert in experts for name in ("gate_proj", "up_proj")}
-    down = {f"{expert}down_proj.weight": (hidden, inner) for expert in experts}
+    up: Shape = (inner, hidden)
+    down: Shape = (hidden, inner)
     return [
         Slot(mixture.router, {f"{prefix}gate.weight": (text.num_experts, hidden)}),
-        Slot(mixture.gate_up, gate_up, dim=0, whole=True),
-        Slot(mixture.down, down, dim=0, whole=True),
+        Slot(mixture.gate_up, {f"{expert}{name}_proj.weight": up for expert in experts for name in ("gate", "up")},
+             dim=0, whole=True),
+        Slot(mixture.down, {f"{expert}down_proj.weight": down for expert in experts}, dim=0, whole=True),
     ]
 
 

@@ -146,6 +146,17 @@ def test_qwen3_vls_recipes_have_avatars_parts_without_sound():
     assert ours.data.frame_max_pixels // 32**2 == avatar.data.frame_max_pixels // 28**2 == 64, "tokens a pair of frames"
 
 
+def test_qwen3_omnis_recipes_are_avatars_on_attention_or_in_full():
+    avatar, ours, whole = load(), load(recipe="omni3_lora"), load(recipe="omni3")
+    assert ours.rl == avatar.rl and ours.stages == avatar.stages and not ours.model.cold_start and not ours.data.mute
+    assert ours.model.lora.rank and set(ours.model.lora.targets) == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert not whole.model.lora.rank and whole.rl == ours.rl and whole.data == ours.data
+    assert whole.parallel.tp * whole.parallel.pp == 16 and whole.parallel.sequence_parallel
+    grpo, ablated = load(recipe="grpo_omni3_lora"), load("ablation=grpo", recipe="omni3_lora")
+    assert grpo.rl == ablated.rl and grpo.data == ablated.data and grpo.model == ablated.model
+    assert ours.data.frame_max_pixels // 32**2 == avatar.data.frame_max_pixels // 28**2 == 64, "tokens a pair of frames"
+
+
 @pytest.mark.parametrize(
     ("recipe", "layout", "sizes"),
     [
@@ -159,6 +170,8 @@ def test_qwen3_vls_recipes_have_avatars_parts_without_sound():
         ("grpo_vl3_4b", "h100_80g", (2, 1)),
         ("vl3_8b_lora", "a100_40g", (4, 2)),
         ("vl3_4b", "a100_40g", (4, 1)),
+        ("omni3_lora", None, (4, 1)),
+        ("omni3", None, (8, 2)),
         ("avatar_7b", "single", (1, 1)),
     ],
 )

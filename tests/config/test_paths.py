@@ -68,7 +68,7 @@ def test_a_cold_start_that_is_not_done_is_waited_for(tmp_path, monkeypatch):
     ("recipe", "model", "data"),
     [("avatar_7b", "AVATAR_MODEL_7B", "AVATAR_DATA"), ("sft_3b", "AVATAR_MODEL_3B", "AVATAR_DATA"),
      ("vl_7b", "AVATAR_MODEL_VL_7B", "AVATAR_DATA_VL"), ("vl3_8b", "AVATAR_MODEL_VL3_8B", "AVATAR_DATA"),
-     ("grpo_vl3_4b", "AVATAR_MODEL_VL3_4B", "AVATAR_DATA")],
+     ("grpo_vl3_4b", "AVATAR_MODEL_VL3_4B", "AVATAR_DATA"), ("omni3_lora", "AVATAR_MODEL_OMNI3", "AVATAR_DATA")],
 )  # fmt: skip
 def test_everything_that_is_missing_is_named_at_once_with_how_to_give_it(recipe, model, data):
     with pytest.raises(ValueError) as error:

@@ -366,7 +366,8 @@ NODES = ("omni3",)  # of which a replica is larger than a node
 
 
 @pytest.mark.parametrize(("layout", "gib"), [("a100_40g", 39.5), ("a100_80g", 79)])  # a little less than on the label
-@pytest.mark.parametrize("recipe", [name for name in SHIPPED if name not in ALIKE + NODES])
+@pytest.mark.parametrize("recipe", [pytest.param(name, marks=pytest.mark.slow) if name.startswith("omni3") else name
+                                    for name in SHIPPED if name not in ALIKE + NODES])  # fmt: skip
 def test_every_recipe_fits_every_layout(recipe, layout, gib):
     # Encoders that train keep 19 GiB for a prompt of 10,000 visual tokens, beside 27 GiB of weights and optimizer.
     given = {"avatar_7b_lora": ["model.context=4096"], "vl3_8b_lora": ["parallel.recompute=full"]}
@@ -379,12 +380,11 @@ def test_every_recipe_fits_every_layout(recipe, layout, gib):
     assert found.problems == []
 
 
-def test_all_of_qwen3_omni_fits_two_nodes_and_the_text_is_counted():
+@pytest.mark.slow
+def test_all_of_qwen3_omni_fits_two_nodes():
     found = plan("cluster.gpus=16", "cluster.gpu_memory_gib=79", recipe="omni3")
     assert found.problems == [] and found.dp == 1
-    assert text_parameters(read_shape(SHAPES / "qwen3_omni_30b")) == 30_532_646_912
-    (problem,) = plan("cluster.gpus=8", "parallel.pp=1", recipe="omni3").problems
-    assert "no layout of 8 such GPUs fits" in problem and "model.lora.rank=8" in problem
+
 
 
 def test_h100s_have_the_layouts_of_a100s():
@@ -404,6 +404,7 @@ def test_tiny_recipes_have_a_plan(recipe):
 def test_parameters_are_counted_from_sizes_alone(shape):
     sizes = read_shape(SHAPES / shape)
     assert text_parameters(sizes) + tower_parameters(sizes) == PUBLISHED[shape]
+    assert shape != "qwen3_omni_30b" or text_parameters(sizes) == 30_532_646_912
 
 
 @pytest.mark.parametrize("key", ["num_position_embeddings", "deepstack_visual_indexes"])

@@ -6,14 +6,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from transformers import Qwen2_5OmniConfig
+from transformers import Qwen2_5OmniConfig, Qwen3OmniMoeConfig
 
 from megatron_avatar.config.schema import ModelConfig, ParallelConfig
 from megatron_avatar.policy import architecture
 from megatron_avatar.policy.architecture import placeholder_ids, read_config, read_model_type, transformer_config
 from megatron_avatar.policy.sampling import banned_tokens, stop_token_ids
 from megatron_avatar.policy.shape import hears
-from tests.policy.tiny import AUDIO, IMAGE, VIDEO, tiny_config, tiny_vl3_config, tiny_vl_config
+from tests.policy.tiny import AUDIO, IMAGE, VIDEO, tiny_config, tiny_omni3_config, tiny_vl3_config, tiny_vl_config
+
+SHAPES = Path(architecture.__file__).parents[1] / "config" / "shapes"
 
 # As Qwen2.5-VL-7B-Instruct is published: the language model's settings lie beside the others, not in a text_config.
 PUBLISHED = dict(
@@ -91,6 +93,22 @@ def test_qwen3_vl_as_published(tmp_path):
     assert config.tie_word_embeddings and not hears(config) and placeholder_ids(config) == (151655, 151656)
 
 
+def test_qwen3_omni_as_published(tmp_path):
+    """A folder with a talker, of whose parts the Thinker's is read."""
+    thinker = json.loads((SHAPES / "qwen3_omni_30b" / "config.json").read_text())
+    whole = dict(model_type="qwen3_omni_moe", thinker_config=thinker, talker_config={}, code2wav_config={})
+    config = read_config(write(tmp_path, whole))
+    ours = transformer_config(config, ModelConfig(), ParallelConfig(tp=8, pp=2), on_cpu=True)
+    assert (ours.experts, ours.experts_per_token, ours.expert_inner, ours.normed_shares) == (128, 8, 768, True)
+    assert (ours.kv_channels, ours.num_query_groups, ours.hidden_size, ours.num_layers) == (128, 4, 2048, 48)
+    assert ours.qk_layernorm and not ours.add_qkv_bias and ours.mrope_interleaved
+    assert hears(config) and placeholder_ids(config) == (151655, 151656, 151675)
+    with pytest.raises(ValueError, match="thinker_config, which the policy is built from"):
+        read_config(write(tmp_path, dict(model_type="qwen3_omni_moe")))
+    with pytest.raises(ValueError, match="leaves the first stage no room|less than the 3 .*deepstack"):
+        transformer_config(config, ModelConfig(), ParallelConfig(pp=24), on_cpu=True)
+
+
 @pytest.mark.parametrize("pp, first, match", [
     (16, None, "pp=16 doesn't divide the 36 layers .*: write parallel.first_stage_layers=6 "),
     (18, None, "first stage would have 2 layers, less than the 3 .*deepstack.*: write parallel.first_stage_layers=19 "),
@@ -109,6 +127,8 @@ def test_every_class_gives_the_same_parts(tmp_path):
         "qwen2_5_omni_thinker": tiny_config(),
         "qwen2_5_vl": tiny_vl_config(),
         "qwen3_vl": tiny_vl3_config(),
+        "qwen3_omni_moe": Qwen3OmniMoeConfig(thinker_config=tiny_omni3_config().to_dict(), enable_audio_output=False),
+        "qwen3_omni_moe_thinker": tiny_omni3_config(),
     }
     for name, config in configs.items():
         config.save_pretrained(tmp_path / name)
@@ -148,15 +168,15 @@ def test_control_tokens_are_found_wherever_a_config_names_them(tmp_path):
     assert stops == [151645, 151643]  # <|im_end|> and <|endoftext|>, as VL's own generation
     assert banned == media | {151644}  # <|im_start|>, which config.json doesn't name
     assert tokens(read_config(write(tmp_path, PUBLISHED3))) == (stops, banned)
-    shapes = Path(architecture.__file__).parents[1] / "config" / "shapes"
+
     for shape in ("qwen2_5_omni_7b", "qwen2_5_omni_3b"):
-        stops, banned = tokens(read_config(shapes / shape))
+        stops, banned = tokens(read_config(SHAPES / shape))
         assert stops == [151645] and banned == media | {151643, 151644, 151646, 151647, 151648}
 
 
 @pytest.mark.parametrize("change, match", [
-    (dict(model_type="qwen2_vl"), "model_type is 'qwen2_vl'.*point model.path to .* Qwen2.5-Omni, Qwen2.5-VL or "),
-    (dict(model_type="qwen3_vl_moe"), "model_type is 'qwen3_vl_moe' .*mixture of experts.*dense Qwen3-VL"),
+    (dict(model_type="qwen2_vl"), "model_type is 'qwen2_vl'.*point model.path to .* Qwen2.5-Omni, Qwen2.5-VL, "),
+    (dict(model_type="qwen3_vl_moe"), "model_type is 'qwen3_vl_moe' .*in another layout.*take a dense Qwen3-VL"),
     (PUBLISHED3 | {"text_config": PUBLISHED3["text_config"] | {"attention_bias": True}}, "attention_bias"),
     (dict(use_sliding_window=True), "sliding windows"),
     (dict(rope_scaling={"rope_type": "yarn", "factor": 4.0, "mrope_section": [16, 24, 24]}), "scaled"),
@@ -165,6 +185,15 @@ def test_control_tokens_are_found_wherever_a_config_names_them(tmp_path):
 def test_what_the_policy_does_not_compute_is_refused(tmp_path, change, match):
     with pytest.raises(ValueError, match=match):
         read_config(write(tmp_path, PUBLISHED | change))
+
+
+@pytest.mark.parametrize("change", [dict(decoder_sparse_step=2), dict(mlp_only_layers=[3]),
+                                    dict(shared_expert_intermediate_size=512)], ids=str)  # fmt: skip
+def test_mixtures_of_another_kind_are_refused(tmp_path, change):
+    config = json.loads((SHAPES / "qwen3_omni_30b" / "config.json").read_text())
+    config["text_config"] |= change
+    with pytest.raises(ValueError, match="config.json: dense layers beside mixtures, and experts that all tokens "):
+        read_config(write(tmp_path, config))
 
 
 def test_folders_without_a_configuration_are_refused(tmp_path):

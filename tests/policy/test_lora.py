@@ -11,7 +11,11 @@ import torch
 from peft import LoraConfig as PeftConfig
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import Qwen2_5OmniForConditionalGeneration, Qwen2_5OmniThinkerForConditionalGeneration
+from transformers import (
+    Qwen2_5OmniForConditionalGeneration,
+    Qwen2_5OmniThinkerForConditionalGeneration,
+    Qwen3OmniMoeForConditionalGeneration,
+)
 
 from megatron_avatar.config.schema import (
     LORA_TARGETS,
@@ -31,11 +35,22 @@ from megatron_avatar.records import Completion, Group, Trajectory
 from megatron_avatar.training.learner import Learner
 from megatron_avatar.training.optim import build_optimizer
 from tests.policy import lora_world
-from tests.policy.tiny import FAMILIES, thinker_logits, tiny_completions, tiny_config, tiny_prompts, tiny_thinker
+from tests.policy.tiny import (
+    FAMILIES,
+    thinker_logits,
+    tiny_completions,
+    tiny_config,
+    tiny_omni3_config,
+    tiny_omni3_prompts,
+    tiny_prompts,
+    tiny_thinker,
+)
 from tests.policy.tiny_omni import tiny_omni
+from tests.policy.tiny_omni3 import tiny_whole_omni3
 from tests.ranks import launch
 
 LORA = LoraConfig(rank=3, alpha=10.0)  # a weight that no float holds exactly
+ATTENTION = LoraConfig(rank=3, alpha=10.0, targets=["q_proj", "k_proj", "v_proj", "o_proj"])
 TARGETS = [list(LORA_TARGETS), ["k_proj", "up_proj"], ["q_proj", "v_proj", "o_proj"], ["down_proj", "gate_proj"]]
 
 
@@ -104,29 +119,32 @@ def test_adapters_are_peft_s(folder, backend, tmp_path, targets):
     assert {name.split(".")[-3] for name in names} == set(targets) and len(names) == 2 * 2 * len(targets)
 
 
-@pytest.mark.parametrize("kind, hub", [("omni", False), ("vl", False), ("vl3", False), ("vl3", True)])
+@pytest.mark.parametrize("kind, hub", [("omni", False), ("vl", False), ("vl3", False), ("vl3", True), ("omni3", False)])
 def test_full_classes_with_trained_encoders(backend, tmp_path, kind, hub):
     """Adapters find their layers in the full Omni class and in the VLs; encoders that trained come with them. The hub's
     names are transformers' own in Qwen3-VL."""
-    source, out = tmp_path / "source", tmp_path / "out"
+    source, out, lora = tmp_path / "source", tmp_path / "out", ATTENTION if kind == "omni3" else LORA
     if kind == "omni":
         config = tiny_omni(source).config.thinker_config
         prompt, cls = tiny_prompts(config)["audio_in_video"], Qwen2_5OmniForConditionalGeneration
+    elif kind == "omni3":
+        config = tiny_whole_omni3(source).config.thinker_config
+        prompt, cls = tiny_omni3_prompts(config)["audio_in_video"], Qwen3OmniMoeForConditionalGeneration
     else:
         family = FAMILIES[kind]
         config = family.config(layers=3)
         model = family.model(config)
         model.save_pretrained(source)
         prompt, cls = family.prompts(config)["video"], type(model)
-    policy = load(source, backend)
+    policy = load(source, backend, lora)
     shake(policy)
     with torch.no_grad():
         for parameter in policy.towers.parameters():
             parameter.mul_(1.1)
-    export_adapters(policy, out, source, LORA, towers=True, hub=hub)
+    export_adapters(policy, out, source, lora, towers=True, hub=hub)
     model = with_adapters(cls.from_pretrained(source).eval(), out).base_model.model
     with torch.no_grad():
-        theirs = thinker_logits(model.thinker, prompt) if kind == "omni" else family.logits(model, prompt)
+        theirs = thinker_logits(model.thinker, prompt) if "omni" in kind else family.logits(model, prompt)
     torch.testing.assert_close(logits_of(policy, prompt), theirs, atol=1e-4, rtol=0)
 
 
@@ -167,13 +185,14 @@ def test_generation_makes_the_dense_product_once_and_follows_changes(folder, bac
         np.testing.assert_allclose(scores.detach().numpy(), row.logprobs, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind, recompute", [("omni", "none"), ("omni", "full"), ("vl3", "full")])
+@pytest.mark.parametrize("kind, recompute", [("omni", "none"), ("omni", "full"), ("omni", "light"),
+                                             ("vl3", "full"), ("omni3", "light")])
 def test_gradients_are_peft_s(backend, tmp_path, kind, recompute):
     """Those of every A and B, at values where none is zero, and none of the weights'."""
-    family, layers = FAMILIES[kind], 2
+    family, layers, lora = FAMILIES[kind], 4 if kind == "omni3" else 2, ATTENTION if kind == "omni3" else LORA
     model = family.model(family.config(layers=layers))
     model.save_pretrained(tmp_path)
-    policy = build_policy(tmp_path, backend, ModelConfig(lora=LORA), ParallelConfig(recompute=recompute)).train()
+    policy = build_policy(tmp_path, backend, ModelConfig(lora=lora), ParallelConfig(recompute=recompute)).train()
     load_hf(policy, tmp_path)
     shake(policy)
     prompt, completion = family.prompts(policy.hf_config)[family.trained[0]], tiny_completions()[0]
@@ -181,12 +200,12 @@ def test_gradients_are_peft_s(backend, tmp_path, kind, recompute):
     trained = {name for name, parameter in policy.named_parameters() if parameter.grad is not None}
     assert trained == {name for name, _ in policy.named_parameters() if re.search(r"lora_\w+\.[ab]$", name)}
 
-    targets = rf"model\.language_model\.layers\.\d+\.\w+\.({'|'.join(LORA_TARGETS)})"
-    model = get_peft_model(model, PeftConfig(r=LORA.rank, lora_alpha=LORA.alpha, target_modules=targets))
+    targets = rf"model\.language_model\.layers\.\d+\.\w+\.({'|'.join(lora.targets)})"
+    model = get_peft_model(model, PeftConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets))
     theirs = {
         name.replace("base_model.model.model.language_model", "model").replace(".default", ""): parameter
         for name, parameter in model.named_parameters()
-        if "lora_" in name
+        if "lora_" in name and "language_model" in name  # PEFT puts some beside a mixture's encoders, of no effect
     }
     slots = [slot for adapter in lora_adapters(policy) for slot in (adapter.a_slot, adapter.b_slot)]
     with torch.no_grad():
@@ -200,7 +219,7 @@ def test_gradients_are_peft_s(backend, tmp_path, kind, recompute):
         for slot in slots
         for name, value in zip(slot.shapes, slot.join(slot.parameter.grad), strict=True)
     }
-    assert ours.keys() == theirs.keys() and len(ours) == 2 * 7 * layers
+    assert ours.keys() == theirs.keys() and len(ours) == 2 * len(lora.targets) * layers
     for name, value in ours.items():
         assert value.abs().max() > 0
         torch.testing.assert_close(value, theirs[name].grad, atol=1e-4, rtol=1e-4)
@@ -262,6 +281,12 @@ def test_reference_is_the_model_without_adapters_at_first(folder, backend):
     learner.update_sft([group(prompt)], [None])
     (reference,) = learner.reference_logprobs([group(prompt)], [None])
     assert np.array_equal(np.concatenate(reference), now)
+
+
+def test_experts_take_no_adapters(backend, tmp_path):
+    tiny_omni3_config(layers=3).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"down_proj, gate_proj, up_proj matches no .*\(experts take no adapters\): "):
+        build_policy(tmp_path, backend, ModelConfig(lora=LORA), ParallelConfig())
 
 
 def test_target_without_a_layer_is_refused(folder, backend):

@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForImageTextToText,
     Qwen2_5OmniForConditionalGeneration,
     Qwen2_5OmniThinkerForConditionalGeneration,
+    Qwen3OmniMoeForConditionalGeneration,
 )
 from transformers.initialization import no_init_weights
 
@@ -22,8 +23,9 @@ from megatron_avatar.policy.build import build_policy
 from megatron_avatar.policy.groups import pack_groups
 from megatron_avatar.policy.safetensors_folder import INDEX
 from megatron_avatar.policy.weights import export_hf, load_hf
-from tests.policy.tiny import FAMILIES, thinker_logits, tiny_config, tiny_prompts, tiny_thinker
+from tests.policy.tiny import FAMILIES, thinker_logits, tiny_config, tiny_omni3_prompts, tiny_prompts, tiny_thinker
 from tests.policy.tiny_omni import tiny_omni
+from tests.policy.tiny_omni3 import tiny_whole_omni3
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +117,32 @@ def test_vl_in_both_styles_of_names(backend, tmp_path, name, tied, style):
         assert torch.equal(family.logits(again, prompt), theirs)
     ours = policy.logits(pack_groups([prompt], [[prompt.token_ids[:1]]]), policy.embed_media([prompt]))
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+def test_qwen3_omnis_experts_come_back_one_by_one_beside_the_talker(backend, tmp_path):
+    """Names of the full class, each expert its own; what the policy lacks goes through; transformers loads it."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    full = tiny_whole_omni3(source)
+    names = tensors_of(source)
+    assert {name.split(".")[0] for name in names} == {"thinker", "talker", "code2wav"}
+    assert sum(".mlp.experts." in name and name.startswith("thinker.model.layers.") for name in names) == 3 * 8 * 3
+    policy = load(source, backend)
+    export_hf(policy, out, source)
+    assert same_tensors(tensors_of(out), names)
+    again = Qwen3OmniMoeForConditionalGeneration.from_pretrained(out).eval()
+    prompt = tiny_omni3_prompts(full.config.thinker_config)["audio_in_video"]
+    with torch.no_grad():
+        theirs = thinker_logits(again.thinker, prompt)
+        assert torch.equal(theirs, thinker_logits(full.thinker, prompt))
+    ours = policy.logits(pack_groups([prompt], [[prompt.token_ids[:1]]]), policy.embed_media([prompt]))
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+    def change(tensors):
+        del tensors["thinker.model.layers.1.mlp.experts.5.up_proj.weight"]
+
+    edit(source, change)
+    with pytest.raises(ValueError, match="thinker.model.layers.1.mlp.experts.5.up_proj.weight is missing"):
+        load(source, backend)
 
 
 def test_bfloat16_files(thinker, backend, tmp_path):
