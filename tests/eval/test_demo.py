@@ -143,11 +143,13 @@ def test_commands_name_their_progress(tmp_path):
 
 
 @pytest.mark.parametrize("base", demo.BASES)
-def test_a_base_goes_through_all_parts_by_its_familys_settings(tmp_path, base):
+def test_a_base_goes_through_all_parts_by_its_familys_settings(tmp_path, base, monkeypatch):
     """Every part loads a folder of this base or of what came of it, and shows it pictures of the size it knows."""
     folder, settings = demo.BASES[base]
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "manifest.jsonl").write_text(json.dumps({"split": "eval"}) + "\n")
+    monkeypatch.setattr(demo, "ROOT", tmp_path)
+    (tmp_path / folder).mkdir(parents=True)
     commands = {job.name: job.prepare(1) for job in demo.parts(tmp_path, 0, False, base) if job.name != "data"}
     assert all({*settings} <= {*command.arguments} for command in commands.values())
     assert f"model.path={folder}" in commands["sft"].arguments and f"model={folder}" in commands["eval base"].arguments
@@ -155,3 +157,9 @@ def test_a_base_goes_through_all_parts_by_its_familys_settings(tmp_path, base):
     config = load_config(commands["avatar"].arguments[2:])
     assert (config.model.shape, config.data.frame_max_pixels) == (Path(folder).name, pretrain.BASES[base].pixels)
     assert pretrain.BASES[base].folder == folder
+
+    (tmp_path / folder).rmdir()
+    data, made, sft, *_ = demo.parts(tmp_path, 0, False, base)
+    assert (made.name, sft.needs) == ("base", ("data", "base")), "what the checkout doesn't have is made first"
+    assert made.prepare(2).arguments[1:6] == ["data_tools.pretrain", "--family", base, "--out", f"{tmp_path / 'base'}"]
+    assert f"model.path={tmp_path / 'base'}" in sft.prepare(1).arguments
