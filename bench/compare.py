@@ -75,9 +75,8 @@ def kept_here(name: str, machine: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def measure(name: str) -> dict[str, Any]:
-    """A benchmark's result; the file that it keeps by itself stays as it was."""
-    path = RESULTS / f"{name}.json"
-    before = path.read_bytes() if path.exists() else None
+    """A benchmark's result; the files that it keeps by itself, its figures among them, stay as they were."""
+    before = {path: path.read_bytes() for path in RESULTS.glob(f"{name}.*")}
     try:
         command = [sys.executable, "-m", f"bench.{name}", "--json"]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -85,8 +84,8 @@ def measure(name: str) -> dict[str, Any]:
             raise RuntimeError(f"bench.{name} ended with status {done.returncode}:\n{done.stderr[-2000:]}")
         return json.loads(done.stdout.splitlines()[-1])
     finally:
-        if before is not None:
-            path.write_bytes(before)
+        for path, content in before.items():
+            path.write_bytes(content)
 
 
 def show(name: str, rows: list[tuple[str, float, float, float]], console: Console) -> None:

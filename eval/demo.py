@@ -13,16 +13,16 @@ import contextlib
 import json
 import os
 import platform
-import resource
 import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import psutil
 from rich.console import Console
 from rich.markup import escape
 
-from eval.jobs import Command, Job, PeakMemory, last_value, lines_of, run_all
+from eval.jobs import Command, Job, PeakMemory, last_value, lines_of, read_ahead, run_all
 
 console = Console()
 SYSTEMS = ("base", "sft", "grpo", "avatar")
@@ -36,8 +36,12 @@ BASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "omni3": ("assets/tiny_omni3", ("model.shape=tiny_omni3", "data.frame_max_pixels=9216",
                                     "data.frame_min_pixels=9216")),  # 96 x 96: nine visual tokens a frame pair
 }  # fmt: skip
-# Both cores are taken: decode workers would cost a start of Python each and gain nothing, and so would wandb's service.
-HERE_ALONE = ("data.workers=0", "log.wandb=disabled")
+# Both cores are taken: decode workers would cost a start of Python each and gain nothing.
+HERE_ALONE = ("data.workers=0",)
+BATCH = 44  # of an evaluation's samples: a token of so many takes little longer than one of the usual sixteen
+# What takes longest to read of what trainings and evaluations use.
+LIBRARIES = ("eval.engine", "megatron_avatar.training.loop", "megatron_avatar.training.replay_step",
+             "transformers.models.qwen2_5_omni.modeling_qwen2_5_omni")  # fmt: skip
 
 
 class Ledger:
@@ -74,10 +78,9 @@ def synthesis(out: Path, seed: int, smoke: bool) -> Command:
     from data_tools.synthesize import SIZES
 
     size = "tiny" if smoke else "demo"
-    arguments = ["-m", "data_tools.synthesize", "--out", str(out / "data"), "--seed", str(seed), "--size", size,
-                 "--processes", str(PROCESSES)]  # fmt: skip
+    arguments = ["--out", str(out / "data"), "--seed", str(seed), "--size", size, "--processes", str(PROCESSES)]
     clips = out / "data" / "clips"
-    return Command(arguments, out / "data.log", len(FAMILIES) * sum(SIZES[size].values()),
+    return Command("data_tools.synthesize", arguments, out / "data.log", len(FAMILIES) * sum(SIZES[size].values()),
                    lambda: sum(1 for _ in clips.glob("*.webm")))  # fmt: skip
 
 
@@ -90,9 +93,9 @@ def base_folder(out: Path, base: str) -> str:
 def pretraining(out: Path, base: str, smoke: bool) -> Command:
     """The job that makes a base that the checkout doesn't have."""
     folder = out / "base"
-    arguments = ["-m", "data_tools.pretrain", "--family", base, "--out", str(folder), "--threads", str(PROCESSES)]
+    arguments = ["--family", base, "--out", str(folder), "--threads", str(PROCESSES)]
     arguments += ["--steps", "2"] if smoke else []
-    return Command(arguments, out / "base.log", 1, lambda: int(folder.exists()))
+    return Command("data_tools.pretrain", arguments, out / "base.log", 1, lambda: int(folder.exists()))
 
 
 def training(
@@ -112,18 +115,18 @@ def training(
         arguments += [f"stages.{stage}.steps=2" for stage in config.stages]
         config = load_config(arguments)
     steps, metrics = sum(stage.steps for stage in config.stages.values()), out / name / "metrics.jsonl"
-    return Command(["-m", "megatron_avatar.train", *arguments], out / name / "train.log", steps,
+    return Command("megatron_avatar.train", arguments, out / name / "train.log", steps,
                    lambda: lines_of(metrics), lambda: last_value(metrics, "reward", "loss"))  # fmt: skip
 
 
 def evaluation(out: Path, name: str, base: str) -> Command:
     """The job that answers OUT's held-out samples with the folder of a system that began with a base of BASES."""
     manifest, file = out / "data" / "manifest.jsonl", predictions_file(out, name)
-    arguments = ["-m", "eval.run", f"model={exported(out, name, base)}", "benchmark=held_out", f"data={manifest}",
-                 "recipe=tiny_avatar", f"out={file.parent}", f"system={name}", "family=tiny", *HERE_ALONE,
+    arguments = [f"model={exported(out, name, base)}", "benchmark=held_out", f"data={manifest}", "recipe=tiny_avatar",
+                 f"out={file.parent}", f"system={name}", "family=tiny", f"batch={BATCH}", *HERE_ALONE,
                  *BASES[base][1]]  # fmt: skip
-    return Command(arguments, out / "eval" / f"{name}.log", count_samples(manifest, "eval"), lambda: lines_of(file),
-                   lambda: right_so_far(file))  # fmt: skip
+    return Command("eval.run", arguments, out / "eval" / f"{name}.log", count_samples(manifest, "eval"),
+                   lambda: lines_of(file), lambda: right_so_far(file))  # fmt: skip
 
 
 def right_so_far(file: Path) -> str:
@@ -159,7 +162,7 @@ def parts(out: Path, seed: int, smoke: bool, base: str = "omni") -> list[Job]:
     def answers(name: str) -> Any:
         return lambda n: evaluation(out, name, base)
 
-    first = [Job("data", lambda n: synthesis(out, seed, smoke), processes=1)]
+    first = [Job("data", lambda n: synthesis(out, seed, smoke), processes=1, start_by="spawn")]
     if base_folder(out, base) != BASES[base][0]:
         first.append(Job("base", lambda n: pretraining(out, base, smoke), processes=PROCESSES))
     return [
@@ -236,6 +239,8 @@ def main() -> None:
     else:
         console.print(f"everything goes to [bold]{folder}[/]; Ctrl-C saves and stops, the same command goes on")
     growing = Growing(out, arguments.seed)
+    if known - set(reused):
+        read_ahead(LIBRARIES)
     try:
         run_all(jobs, reused, PROCESSES, console, tick=growing, ended=lambda job, seconds, done: ledger.add(
             {job.name: seconds}, memory.peak_mib, done=job.name if done else None))  # fmt: skip
@@ -254,9 +259,13 @@ def main() -> None:
 
 
 def processor_seconds() -> float:
-    """What this process and all that it has waited for have computed."""
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(u.ru_utime + u.ru_stime for u in used)
+    """What this process and all that it started have computed, what they have waited for included."""
+    used = 0.0
+    for process in (own := psutil.Process(), *own.children()):
+        with contextlib.suppress(psutil.Error):
+            times = process.cpu_times()
+            used += times.user + times.system + times.children_user + times.children_system
+    return used
 
 
 def write_results(out: Path, seed: int, ledger: Ledger) -> None:

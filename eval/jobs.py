@@ -1,20 +1,26 @@
-"""Commands of this machine side by side, as many as it has room for: what the demo runs its parts with."""
+"""Commands of this machine side by side, as many as it has room for: what the demo runs its parts with.
+
+A command is a module that is run as `python -m` runs it, in a process that is forked from one which has read the large
+libraries already: reading them takes longer than many a part.
+"""
 
 from __future__ import annotations
 
-import ctypes
 import json
+import multiprocessing
 import os
+import runpy
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from multiprocessing import forkserver
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 from rich.console import Console
@@ -22,15 +28,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 POLL_S = 0.2
 LOOK_S = 1.0  # between two looks at how far a job is: files are counted for that
+# Logs are of one width. Threads that wait asleep: spinning ones would take the other job's core. Whether there is a GPU
+# is asked without waking it: a process that has, can't be forked.
+ENVIRONMENT = {"COLUMNS": "120", "OMP_WAIT_POLICY": "PASSIVE", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
 
 
 @dataclass
 class Command:
-    """What one job runs, known once what it needs is there: arguments behind the interpreter, and how it is watched.
+    """What one job runs, known once what it needs is there: a module with its arguments, and how it is watched.
 
     done: how much is done by now; value: a few words on it, as its loss.
     """
 
+    module: str
     arguments: list[str]
     log: Path
     total: int
@@ -40,54 +50,76 @@ class Command:
 
 @dataclass
 class Job:
-    """One part: it begins when `needs` have ended and `processes` of the slots are free."""
+    """One part: it begins when `needs` have ended and `processes` of the slots are free. `start_by`: "spawn" reads its
+    own libraries, and waits for no others."""
 
     name: str
     prepare: Callable[[int], Command]  # of the number of processes that it gets
     needs: tuple[str, ...] = ()
     processes: int = 1
     grows: bool = False  # may take all slots where nothing else waits for one
+    start_by: Literal["forkserver", "spawn"] = "forkserver"
     command: Command | None = None
     began: float = 0.0
-    running: list[subprocess.Popen] = field(default_factory=list, repr=False)
+    running: list[BaseProcess] = field(default_factory=list, repr=False)
 
     def start(self, processes: int) -> None:
         self.command = self.prepare(processes)
         self.began = time.monotonic()
         self.command.log.parent.mkdir(parents=True, exist_ok=True)
         world = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
+        context = multiprocessing.get_context(self.start_by)
         for rank in range(processes):
             place = world | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
-            with self.command.log.open("a") as out:
-                self.running.append(_start(self.command.arguments, place, out))
+            command = self.command
+            process = context.Process(target=_run, args=(command.module, command.arguments, str(command.log), place))
+            process.start()
+            self.running.append(process)
 
     def status(self) -> int | None:
         """None while it runs; the first status that isn't 0, whatever the other processes do; else 0."""
-        codes = [process.poll() for process in self.running]
+        codes = [process.exitcode for process in self.running]
         return next((code for code in codes if code), None if None in codes else 0)
 
     def end(self) -> None:
         for process in self.running:
-            if process.poll() is None:
+            if process.exitcode is None:
                 process.terminate()
         for process in self.running:
-            process.wait()
+            process.join()
 
 
-def _start(arguments: Sequence[str], place: dict[str, str], out: Any) -> subprocess.Popen:
-    parent = os.getpid()
+def _run(module: str, arguments: list[str], log: str, place: dict[str, str]) -> None:
+    """`python -m module arguments` in this process, at its `place` among its ranks, with all that it says in `log`."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    with open(log, "ab") as file:
+        for number in (1, 2):
+            os.dup2(file.fileno(), number)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(line_buffering=True, write_through=True)  # type: ignore[union-attr]  # a TextIOWrapper
+    os.environ |= {**ENVIRONMENT, **place}
+    sys.argv = [module, *arguments]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
 
-    def die_with_parent() -> None:
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-        if os.getppid() != parent:
-            os._exit(1)
 
-    return subprocess.Popen(
-        [sys.executable, "-u", *arguments], stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-        preexec_fn=die_with_parent if sys.platform == "linux" else None,
-        # Threads that wait asleep: spinning ones would take the other job's core.
-        env={**os.environ, "COLUMNS": "120", "OMP_WAIT_POLICY": "PASSIVE", **place},
-    )
+def _end_with_parent() -> None:
+    """However the parent ends: state is saved, and nothing computes on unseen."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def read_ahead(modules: Sequence[str]) -> None:
+    """Let the process that jobs are forked from begin to read `modules`, beside whatever goes on."""
+    multiprocessing.set_forkserver_preload(list(modules))
+    before = dict(os.environ)
+    os.environ |= ENVIRONMENT  # read when the libraries are
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.environ.clear()
+        os.environ |= before
 
 
 def free_port() -> int:
@@ -97,7 +129,7 @@ def free_port() -> int:
 
 
 class PeakMemory(threading.Thread):
-    """Samples the resident memory of this process and its descendants, summed, every two seconds."""
+    """Samples the memory of this process and its descendants every two seconds; what several share counts once."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -109,7 +141,7 @@ class PeakMemory(threading.Thread):
             total = 0
             for process in [own, *own.children(recursive=True)]:
                 try:
-                    total += process.memory_info().rss
+                    total += process.memory_full_info().pss
                 except psutil.Error:
                     continue
             self.peak_mib = max(self.peak_mib, total / 2**20)
@@ -151,8 +183,10 @@ def run_all(
             while waiting or running:
                 for job, processes in startable(waiting, have, slots - sum(len(j.running) for j in running)):
                     waiting.remove(job)
-                    job.start(processes)
+                    if not console.is_terminal:  # where bars are drawn at the end alone
+                        console.print(f"{job.name}: begins", highlight=False)
                     running.append(job)
+                    job.start(processes)
                     assert job.command is not None
                     bars[job.name] = progress.add_task(job.name, total=job.command.total, value="")
                 look = time.monotonic() > looked + LOOK_S
@@ -171,7 +205,7 @@ def run_all(
                     running.remove(job)
                     have.add(job.name)
                     ended(job, time.monotonic() - job.began, True)
-                    if not console.is_terminal:  # where bars are drawn at the end alone
+                    if not console.is_terminal:
                         told = f"{job.name} {command.value()}".strip()
                         console.print(f"{told}: done, {time.monotonic() - job.began:.0f} s", highlight=False)
                 tick()
@@ -180,7 +214,7 @@ def run_all(
         console.print("\nstopping: saving state, up to a minute; Ctrl-C again stops at once, without saving ...")
         for job in running:  # the terminal has sent them the same signal
             for process in job.running:
-                process.wait()
+                process.join()
             ended(job, time.monotonic() - job.began, False)
         raise
     finally:

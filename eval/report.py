@@ -2,7 +2,7 @@
 
     python -m eval.report runs/demo        # report.html, report.md and figures/ beside results.json
 
-Nothing in it is written by hand: what was not measured says so.
+Nothing in it is written by hand: what was not measured says so; while the run goes on one line names what is to come.
 """
 
 from __future__ import annotations
@@ -138,6 +138,16 @@ def partial(found: Measurements) -> list[str]:
     return [f"{style.NAMES[n]} {len(p)} of {most}" for n, p in found.predictions.items() if len(p) < most]
 
 
+def coming(found: Measurements, clips: int, figures: int) -> str:
+    """What a report that grows doesn't have yet, `figures` of them, in one sentence."""
+    lacking = [style.NAMES[name] for name in SYSTEMS if name not in found.predictions]
+    parts = [f"the accuracy of {', '.join(lacking)}"] if lacking else []
+    parts += [] if ("avatar", "grpo") in found.differences else ["AVATAR against GRPO"]
+    parts += [] if clips else ["clips to see and hear"]
+    parts += [f"{figures} more figure{'s' * (figures > 1)}"] if figures else []
+    return f"Still to come: {'; '.join([*parts, 'what the run took'])}."
+
+
 def percent(value: float) -> str:
     return f"{100 * value:.1f} %"
 
@@ -231,7 +241,8 @@ def clips(found: Measurements) -> list[Clip]:
             first.setdefault((sample.stage, correct(answer) == 1), sample)
             stages.setdefault(sample.stage)
     return [
-        load_clip(sample, manifest.parent, [(style.NAMES[name], answers[name].get(sample.id)) for name in SYSTEMS],
+        load_clip(sample, manifest.parent, [(style.NAMES[name], answers[name].get(sample.id)) for name in SYSTEMS
+                                            if not found.growing or sample.id in answers[name]],
                   f"{stage}, the first that {style.NAMES[chooses]} answered {'right' if right else 'wrong'}")
         for stage in stages for right in (True, False) if (sample := first.get((stage, right))) is not None
     ]  # fmt: skip
@@ -247,9 +258,13 @@ def render(root: Path, *, growing: bool = False, stopped: bool = False, seed: in
     drawn = training.draw(found.metrics, found.estimates, found.floor)
     elements = style.save(drawn, root / "figures")
     columns, rows = table(found)
+    shown, known = clips(found), facts(found)
+    if growing:
+        rows = [row for row, system in zip(rows, SYSTEMS, strict=True) if system in found.predictions]
+        known = [(name, value) for name, value in known if value != MISSING]
     values = {
         "verdict": verdict(found),
-        "effort": effort(found),
+        "effort": "" if growing and "steps" not in found.results else effort(found),
         "seed": found.results.get("seed", MISSING if seed is None else seed),
         "columns": columns,
         "rows": rows,
@@ -258,10 +273,11 @@ def render(root: Path, *, growing: bool = False, stopped: bool = False, seed: in
         "partial": partial(found) if growing else [],
         "figures": [(name, CAPTIONS[name]) for name in drawn],
         "svg": {name: Markup(element) for name, element in elements.items()},
-        "unmeasured": [CAPTIONS[name] for name in CAPTIONS if name not in drawn],
-        "clips": clips(found),
+        "unmeasured": [] if growing else [CAPTIONS[name] for name in CAPTIONS if name not in drawn],
+        "coming": coming(found, len(shown), len(CAPTIONS) - len(drawn)) if growing else "",
+        "clips": shown,
         "judged": style.NAMES.get(judged(found) or "", MISSING),
-        "facts": facts(found),
+        "facts": known,
         "quarantined": found.quarantined,
         "n": max(map(len, found.predictions.values()), default=0),
         "missing": MISSING,

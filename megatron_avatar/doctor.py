@@ -16,6 +16,7 @@ import importlib.util
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -31,15 +32,17 @@ SLURM_COMMANDS = ("sbatch", "srun", "squeue", "scontrol", "scancel")
 # Encoders that PyAV's wheels bring along; the decoders are what is being asked about.
 CODECS = {"VP8": "libvpx", "VP9": "libvpx-vp9", "MJPEG": "mjpeg", "H.264": "libx264"}
 GIB = 2**30
+PYTHON = shlex.quote(sys.executable)
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a check found and what follows from it."""
+    """What a check found, what follows from it, and the command or option that mends it or says more."""
 
     state: State
     found: str
     meaning: str = ""
+    command: str = ""
 
 
 def examine() -> dict[str, Result]:
@@ -99,17 +102,19 @@ def _disk() -> Result:
 
 def _shared_memory(folder: Path = Path("/dev/shm")) -> Result:
     """Decode workers and NCCL hand data over there."""
-    meaning = "decode workers can't hand over frames: mount it, writable for this user (docker: --shm-size=8g)"
+    meaning = "decode workers can't hand over frames: mount it, writable for this user"
+    command = "docker run --shm-size=8g"
     if not folder.is_dir():
-        return Result("missing", f"no {folder}", meaning)
+        return Result("missing", f"no {folder}", meaning, command)
     try:
         with tempfile.NamedTemporaryFile(dir=folder) as file:
             file.write(b"0" * 2**20)
     except OSError as error:
-        return Result("missing", f"{folder} can't be written ({error.strerror})", meaning)
+        return Result("missing", f"{folder} can't be written ({error.strerror})", meaning, command)
     free = shutil.disk_usage(folder).free / GIB
-    few = "little: a node's decode workers may need a few GiB (docker: --shm-size=8g)" if free < 1 else ""
-    return Result("note" if few else "ok", f"{free:.1f} GiB free", few)
+    if free < 1:
+        return Result("note", f"{free:.1f} GiB free", "little: a node's decode workers may need a few GiB", command)
+    return Result("ok", f"{free:.1f} GiB free")
 
 
 def _packages() -> Result:
@@ -118,7 +123,8 @@ def _packages() -> Result:
     return Result(
         "missing" if lacking else "ok",
         ", ".join(f"{k} {v}" for k, v in found.items() if v) or "none",
-        f"not installed: {', '.join(lacking)}; pip install -r requirements.txt" if lacking else "",
+        f"not installed: {', '.join(lacking)}" if lacking else "",
+        f"{PYTHON} -m pip install -r requirements.txt" if lacking else "",
     )
 
 
@@ -211,8 +217,8 @@ def _apex() -> Result:
     if spec is None:
         return Result("note", "not installed", "optional: Megatron-Core uses PyTorch's kernels instead")
     if not any(Path(folder, "optimizers").is_dir() for folder in spec.submodule_search_locations or ()):
-        meaning = "an unrelated package of that name, from PyPI: pip uninstall apex"
-        return Result("missing", f"{spec.origin} isn't NVIDIA's", meaning)
+        return Result("missing", f"{spec.origin} isn't NVIDIA's", "an unrelated package of that name, from PyPI",
+                      f"{PYTHON} -m pip uninstall apex")  # fmt: skip
     return Result("ok", _version("apex") or "installed")
 
 
@@ -236,8 +242,8 @@ def _slurm() -> Result:
     if lacking:
         return Result("missing", f"without {', '.join(lacking)}", "the scripts in slurm/ need them")
     run = subprocess.run(["sinfo", "--version"], capture_output=True, text=True, timeout=10)
-    meaning = "python -m megatron_avatar.doctor --site drafts this site's settings"
-    return Result("ok", run.stdout.strip() or "installed", meaning)
+    return Result("ok", run.stdout.strip() or "installed", "a draft of this site's settings can be made",
+                  f"{PYTHON} -m megatron_avatar.doctor --site")  # fmt: skip
 
 
 def _version(package: str) -> str | None:
@@ -248,15 +254,22 @@ def _version(package: str) -> str | None:
 
 
 def show(results: dict[str, Result]) -> None:
-    """Print the results as a table; as plain lines where rich isn't installed."""
-    try:
-        from rich.console import Console
-        from rich.table import Table
-        from rich.text import Text
-    except ImportError:
+    """Print the results as a table, as plain lines where rich isn't installed; below it the commands, whole."""
+    if importlib.util.find_spec("rich") is None:
         for name, result in results.items():
             print(f"{result.state:<8} {name}: {result.found}" + (f" ({result.meaning})" if result.meaning else ""))
-        return
+    else:
+        _table(results)
+    for name, result in results.items():
+        if result.command:
+            print(f"{name}: {result.command}")
+
+
+def _table(results: dict[str, Result]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
     table = Table(title="What this machine can run")
     for column in ("", "state", "found", "what it means"):
         table.add_column(column, overflow="fold")

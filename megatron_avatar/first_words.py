@@ -12,7 +12,7 @@ import sys
 SLOW = (
     "data_tools.captions", "data_tools.hints", "data_tools.leaks", "data_tools.pretrain", "data_tools.show",
     "data_tools.teacher", "data_tools.traces", "eval.figures", "eval.lmms", "eval.prepare", "eval.report",
-    "eval.reproduction", "eval.score", "eval.tables", "megatron_avatar.planning.dynamics",
+    "eval.reproduction", "eval.run", "eval.score", "eval.tables", "megatron_avatar.planning.dynamics",
     "megatron_avatar.planning.recipes",
 )  # fmt: skip
 

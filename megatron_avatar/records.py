@@ -65,7 +65,8 @@ class Prompt:
 
     token_ids [P] int64 (media placeholders already expanded); positions [3, P] float32 (temporal, height, width; whole
     but for Qwen3-Omni's times); pixels [N, 6 * patch * patch] float32 with grid_thw [media, 3] int64; mel [128, sum T]
-    float32 with mel_lengths [clips] int64. Absent media are None.
+    float32 with mel_lengths [clips] int64. Absent media are None. embedded [M, W]: what encoders that don't train have
+    made of pixels and mel, which are gone then (data/loader.py, `keep`).
     """
 
     sample_id: str
@@ -76,6 +77,7 @@ class Prompt:
     grid_thw: torch.Tensor | None = None
     mel: torch.Tensor | None = None
     mel_lengths: torch.Tensor | None = None
+    embedded: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.token_ids)

@@ -23,11 +23,13 @@ def main(arguments: list[str]) -> int:
     if not arguments or "--help" in arguments:
         print(__doc__)
         return 0 if arguments else 2
+    from megatron_avatar.first_words import tell as tell_first
+
+    tell_first("reading the settings ...")  # on a busy machine half a minute passes before they are read
     from megatron_avatar.config import load_config
     from megatron_avatar.config.checks import check_family
     from megatron_avatar.config.paths import check_inputs, check_model, refuse
     from megatron_avatar.config.world import check_start
-    from megatron_avatar.first_words import tell as tell_first
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("megatron.core").setLevel(logging.WARNING)

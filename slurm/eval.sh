@@ -17,6 +17,7 @@
 #SBATCH --output=slurm-%x-%A_%a.out
 [[ ! -e "$(dirname "$0")/eval_array.py" ]] || { # typed, not Slurm's copy
   code=$(cd "$(dirname "$0")/.." && pwd)
+  echo "checking the settings ..." >&2
   exec "${PYTHON:-$code/.venv/bin/python}" "$code/slurm/eval_array.py" submit "$code/slurm/eval.sh" "$@"
 }
 set -euo pipefail

@@ -65,19 +65,21 @@ class Graph:
         report.needs = [name for name in report.needs if name in kept]
         self.tasks = [task for task in self.tasks if task.name in kept or task is report]
 
-    def add(self, task: Task) -> str:
-        task.retries = int(self.retries or task.config().cluster.retries)
+    def add(self, task: Task, *, once: bool = False) -> str:
+        task.retries = 0 if once else int(self.retries or task.config().cluster.retries)
         self.tasks.append(task)
         return task.name
 
     def command(self, name: str, module: str, arguments: list[str], where: list[str], needs: list[str], *,
-                parallel: bool = False, partial: bool = False, hours: float = 0, gib: float = 0) -> str:  # fmt: skip
+                parallel: bool = False, partial: bool = False, hours: float = 0, gib: float = 0,
+                once: bool = False) -> str:  # fmt: skip
         done = self.out / "tasks" / f"{name}.done"
         return self.add(Task(name, self.out / "tasks", where, done, module, parallel, arguments, needs, partial,
-                             hours=hours, memory=gib * outline.GIB))  # fmt: skip
+                             hours=hours, memory=gib * outline.GIB), once=once)  # fmt: skip
 
     def _prepare(self) -> dict[str, str]:
-        """What data each benchmark's evaluations wait for: benchmark ("": the trainings' own data) -> task."""
+        """What data each benchmark's evaluations wait for: benchmark ("": the trainings' own data) -> task. `gate` is
+        asked once, before anything is trained or evaluated: what it refuses, another attempt doesn't change."""
         first = next(iter(self.profile["families"].values()))
         where = [*first["train"], f"model.path={first['base']}", f"data.manifest={first['manifest']}",
                  f"output_dir={self.out}", *first.get("settings", []), *self.settings]  # fmt: skip
@@ -85,6 +87,8 @@ class Graph:
         cores = composed(*where).cluster.cpus_per_task
         gib = outline.preparation_memory(cores) / outline.GIB
         tasks = {"": self.command("prepare", made["module"], made["arguments"], where, [], gib=gib)} if made else {}
+        if gate := self.profile.get("gate"):
+            tasks[""] = self.command("gate", gate["module"], gate["arguments"], where, list(tasks.values()), once=True)
         asked = {what.split("-")[0] for parts in self.profile["families"].values()
                  for benchmarks in parts["evaluate"].values() for what in benchmarks} - {"held_out"}  # fmt: skip
         for name in sorted(asked):
@@ -122,13 +126,13 @@ class _Family:
         self._systems(self.parts["systems"])
 
     def build_sweeps(self) -> None:
-        """The members of the sweeps, on the seeds that they have."""
-        sweeps = self.parts.get("sweeps", {})
-        if self.seed in sweeps.get("seeds", [self.seed]):
-            members = {f"{sweep}_{member}": settings for sweep in sweeps.get("names", [])
-                       for member, settings in members_of(sweep, []).items()}  # fmt: skip
-            members |= sweeps.get("systems", {})
-            self._systems({name: [*sweeps.get("settings", []), *settings] for name, settings in members.items()})
+        """Groups of sweeps and systems, each on the seeds that it has."""
+        for group in self.parts.get("sweeps", []):
+            if self.seed in group.get("seeds", [self.seed]):
+                members = {f"{sweep}_{member}": settings for sweep in group.get("names", [])
+                           for member, settings in members_of(sweep, []).items()}  # fmt: skip
+                members |= group.get("systems", {})
+                self._systems({name: [*group.get("settings", []), *settings] for name, settings in members.items()})
 
     def _systems(self, systems: dict[str, list[str]]) -> None:
         for system, settings in systems.items():

@@ -63,11 +63,11 @@ def site_paths(settings: list[str]) -> dict[str, str]:
 
 
 def _ways(key: str) -> str:
-    """What a name stands for, how to give it, and where it comes from."""
+    """What a name stands for, how to give it, and where it comes from: the command on a line of its own."""
     ways = f"{NAMES.get(key, 'a folder')}: write {key}=PATH, export {variable(key)}=PATH, or put it into cluster.paths"
     for model in MODELS.values():
         if model.key == key:
-            return f"{ways}. To fetch it ({model.gigabytes} GB): {fetch(model.hub)}"
-    how = {"data": "python -m data_tools.prepare --sources", "data_vl": "python -m data_tools.prepare --sources",
-           "benchmarks": "python -m eval.run --benchmarks"}  # fmt: skip
-    return f"{ways}. Where it comes from: {how[key]}" if key in how else ways
+            return f"{ways}. To fetch it ({model.gigabytes} GB):\n    {fetch(model.hub)}"
+    how = {"data": "data_tools.prepare --sources", "data_vl": "data_tools.prepare --sources",
+           "benchmarks": "eval.run --benchmarks"}  # fmt: skip
+    return f"{ways}. Where it comes from:\n    .venv/bin/python -m {how[key]}" if key in how else ways

@@ -25,9 +25,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 
+from megatron_avatar import first_words  # noqa: E402
+
+if __name__ == "__main__" and not {"--help"} >= {*sys.argv[1:]}:  # before what takes long to read
+    first_words.tell("reading every task's settings, and planning it: up to a minute ...")
+
 from rich.console import Console  # noqa: E402
 
-from megatron_avatar import first_words  # noqa: E402
 from megatron_avatar.config.checks import check_folder, check_same_run  # noqa: E402
 from slurm import totals  # noqa: E402
 from slurm.graph import Graph, link  # noqa: E402
@@ -73,7 +77,6 @@ def main(arguments: list[str]) -> int:
             raise ValueError(f"{dry_run}: write --dry-run or --dry-run=full")
         options, settings = split_options([a for a in arguments if a != dry_run], OPTIONS)
         out = Path(options["output_dir"] or f"runs/{options['profile']}")
-        first_words.tell("reading every task's settings, and planning it: up to a minute ...")
         profile, settings, lacking = read_profile(options["profile"], out, settings, outlined=bool(dry_run))
         if not any(item.startswith("cluster=") for item in settings):
             settings.append(f"cluster={profile['cluster']}")

@@ -6,4 +6,5 @@ command -v "$python" >/dev/null || {
   echo "error: $python is missing: run 'make doctor' in $code, or export PYTHON=FILE" >&2
   exit 2
 }
+echo "checking the settings ..." >&2
 exec "$python" "$code/slurm/submit.py" "$@"

@@ -22,6 +22,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 
+from megatron_avatar import first_words  # noqa: E402
+
+if __name__ == "__main__" and not {"--help"} >= {*sys.argv[1:]}:  # before what takes long to read
+    first_words.tell("reading every member's settings ...")
+
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper  # noqa: E402
 from hydra.core.override_parser.overrides_parser import OverridesParser  # noqa: E402
 from hydra.errors import HydraException  # noqa: E402

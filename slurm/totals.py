@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
+from rich.text import Text
 
 from megatron_avatar.planning import outline
 from megatron_avatar.planning.outline import GIB, TIB
@@ -113,12 +115,14 @@ def show(tasks: list[Task], done: set[str], out: Path, missing: list[str], conso
     need, there = disk(tasks, done), outline.existing(out)
     console.print(f"\ndisk: {need.left / TIB:.2f} TiB are left at the end; {need.most / TIB:.2f} TiB if all trainings "
                   f"run at once; {shutil.disk_usage(there).free / TIB:.2f} TiB are free in {there}",
-                  highlight=False, soft_wrap=True)  # fmt: skip
+                  highlight=False)  # fmt: skip
     if any(total.gpu_hours for total in found.values()):
         config = next(task.config() for task in tasks)
-        console.print(f"hours: from {outline.read_rates(config).source}; evaluations at full length", highlight=False,
-                      soft_wrap=True)  # fmt: skip
+        console.print(f"hours: from {outline.read_rates(config).source}; evaluations at full length", highlight=False)
     if missing:
         console.print("\n[bold]missing[/]:")
         for line in missing:
-            console.print(f"  {line}", highlight=False, soft_wrap=True, markup=False)
+            words, *commands = line.split("\n")
+            console.print(Padding(Text(words), (0, 0, 0, 2)))
+            for command in commands:  # whole, to be copied, however wide the terminal is
+                console.print(command, highlight=False, soft_wrap=True, markup=False)

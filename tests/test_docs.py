@@ -39,9 +39,14 @@ NETWORK = ("git clone", "pip install", "hf download")
 STAND_INS = {"FOLDER": "models/omni_7b", "FILE": "data/manifest.jsonl", "PARTITION": "gpu", "HF_FOLDER": "models/x"}
 
 
+def text_of(page: Path) -> str:
+    """A page with each command on one line."""
+    return re.sub(r" *\\\n +", " ", page.read_text())
+
+
 def commands(page: Path) -> list[str]:
     """The lines of a page's indented blocks that are commands."""
-    lines = re.findall(r"^    (?:\$ )?((?:\.venv/|make |sbatch |bash |git |export |pip ).*)$", page.read_text(), re.M)
+    lines = re.findall(r"^    (?:\$ )?((?:\.venv/|make |sbatch |bash |git |export |pip ).*)$", text_of(page), re.M)
     return [part.strip() for line in lines for part in re.sub(r"  +# .*", "", line).split("&&")]
 
 
@@ -83,9 +88,9 @@ def runs(what: str) -> bool:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_no_command_hides_from_these_tests(page):
     known = {line.strip() for line in re.findall(r"^    (?:\$ )?(?:\.venv/|make |sbatch |bash |git |export |pip ).*$",
-                                                 page.read_text(), re.M)}  # fmt: skip
+                                                 text_of(page), re.M)}  # fmt: skip
     odd = re.findall(r"^    ((?:source|python3?|torchrun|srun|docker|apptainer|sudo|apt|cp|mv|rm|curl|uv) .*)$",
-                     page.read_text(), re.M)  # fmt: skip
+                     text_of(page), re.M)  # fmt: skip
     assert not set(odd) - known
 
 
@@ -102,6 +107,13 @@ def test_what_a_page_shows_below_a_prompt_is_what_the_command_says(page):
         done = subprocess.run(shlex.split(command), cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
         said = " ".join((done.stdout + done.stderr).split())
         assert " ".join(shown.split()) in said, f"{page.name}: {command}\n{said}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_fit_a_terminal(page):
+    """Longer ones are broken where a shell goes on reading."""
+    lines = re.findall(r"^    (?:\.venv/|make |sbatch |bash ).*$", page.read_text(), re.M)
+    assert not [line for line in lines if len(line) > 120]
 
 
 def test_the_readme_is_short():

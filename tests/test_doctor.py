@@ -69,7 +69,7 @@ def test_apex_of_pypi_is_told_from_nvidias(tmp_path, nvidia):
     if nvidia:
         assert apex["state"] == "ok"
     else:
-        assert apex["state"] == "missing" and "pip uninstall apex" in apex["meaning"]
+        assert apex["state"] == "missing" and apex["command"].endswith(" -m pip uninstall apex")
 
 
 def test_a_partial_slurm_is_named(tmp_path):
@@ -110,4 +110,14 @@ def test_shared_memory_that_cannot_be_written_is_missing(tmp_path):
 
     assert _shared_memory(tmp_path).state in ("ok", "note")
     assert _shared_memory(tmp_path / "none").found == f"no {tmp_path / 'none'}"
-    assert "shm-size" in _shared_memory(tmp_path / "none").meaning
+    assert "shm-size" in _shared_memory(tmp_path / "none").command
+
+
+def test_commands_stand_whole_below_the_table(capsys, monkeypatch):
+    from megatron_avatar.doctor import Result, show
+
+    monkeypatch.setenv("COLUMNS", "60")
+    command = "/a/folder/of/a/long/name/.venv/bin/python -m pip install -r requirements.txt --no-cache-dir"
+    show({"CPU": Result("ok", "2 cores"), "packages": Result("missing", "none", "not installed: torch", command)})
+    *table, last = capsys.readouterr().out.splitlines()
+    assert last == f"packages: {command}" and max(map(len, table)) <= 60 and "pip" not in "".join(table)

@@ -39,6 +39,31 @@ def test_the_first_process_alone_speaks_before_the_imports(rank):
     assert rank == "1" or first < 0.7 * whole
 
 
+SPEAKING = """
+import runpy, sys
+from megatron_avatar import first_words, train
+def tell(line):
+    sys.exit(line + " " + str({"omegaconf", "hydra", "torch", "numpy", "rich"} & {*sys.modules}))
+first_words.tell = tell
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "says"),
+    [
+        ("train.main(['dry_run=true'])", "reading the settings"),
+        *[(f"sys.argv = ['', '--dry-run']; runpy.run_path('slurm/{name}.py', run_name='__main__')", says)
+          for name, says in (("reproduce", "reading every task's settings, and planning it: up to a minute"),
+                             ("sweep", "reading every member's settings"))],
+    ],
+)  # fmt: skip
+def test_plans_speak_before_settings_and_libraries_are_read(code, says):
+    """On a busy machine that takes half a minute."""
+    command = [sys.executable, "-c", SPEAKING + code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
+    assert done.stderr == f"{says} ... set()\n"
+
+
 def test_the_last_words_name_the_model_and_the_next_command():
     config = load_config(["recipe=tiny_avatar", "model.path=m", "data.manifest=d", "output_dir=runs/x"])
     said = last_words(config)

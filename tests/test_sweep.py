@@ -188,6 +188,21 @@ def test_every_task_comes_behind_what_it_needs(name, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_gate_stands_before_everything_and_is_asked_once(tmp_path):
+    profile, settings, _ = read_profile("smoke", tmp_path / "out", [])
+    profile["gate"] = {"module": "bench.world", "arguments": ["--limit", "8"]}
+    graph = Graph(profile, tmp_path / "out", [*settings, "cluster=local"], "3").build()
+    tasks = {task.name: task for task in graph.tasks}
+    gate = tasks.pop("gate")
+    assert (gate.retries, gate.needs, gate.partial) == (0, ["prepare"], False)
+
+    def behind(name: str) -> bool:
+        return name == "gate" or any(behind(need) for need in tasks[name].needs if need in tasks or need == "gate")
+
+    assert {name for name in tasks if not behind(name)} == {"prepare"} and tasks["tiny.grpo.0"].retries == 3
+
+
+@pytest.mark.slow
 def test_the_papers_profile_evaluates_all_that_its_tables_show(tmp_path):
     graph = built("paper", tmp_path)
     evaluated = {(t.name.split(".")[1], a["system"], a["benchmark"]) for t in graph.tasks if t.module == "eval.run"
@@ -256,12 +271,16 @@ def test_the_papers_page_comes_in_seconds_without_any_folder(tmp_path, monkeypat
     text = capsys.readouterr().out
     rows = {line.split("  ")[0]: line.split() for line in text.splitlines()}
     assert rows["trainings"][1:3] == ["42", "0"] and rows["evaluations"][1] == "430" and rows["all"][1] == "495"
-    assert len(text.splitlines()) < 30 and "TiB are left at the end" in text
+    assert len(text.splitlines()) < 36 and "TiB are left at the end" in text
     others = [name for name in NAMES if name.startswith(("model_vl3", "model_omni3"))]  # no table has those
     wanted = [name for name in NAMES if name not in others]
     for name in wanted:
         assert f"{name} is not given" in text and f"export {variable(name)}=PATH" in text
     assert not list(tmp_path.iterdir())
+    monkeypatch.setenv("COLUMNS", "80")
+    assert reproduce.main(["profile=paper", "--dry-run"]) == 0
+    wide = [line for line in capsys.readouterr().out.splitlines() if len(line) > 80]
+    assert wide and all(line.startswith("    .venv/bin/") for line in wide), "commands alone, whole"
     assert reproduce.main(["profile=paper", "cluster=local"]) == 2
     said = capsys.readouterr().err
     assert "6 things are missing" in said and all(name in said for name in wanted)

@@ -29,6 +29,7 @@ from megatron_avatar.data.prompt import PromptBuilder
 from megatron_avatar.records import Prompt, Sample, Variant
 
 Request = tuple[Sample, Variant]
+Key = tuple[str, Variant]
 START_DEADLINE_S = 300.0  # imports of a first worker on a slow shared file system
 # What a terminal or a scheduler sends to every process of a job; only the trainer answers.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -53,7 +54,10 @@ class MediaLoader:
     ):
         self.quarantined: dict[str, str] = {}
         self._builder, self._root, self._deadline_s, self._cache_bytes = builder, Path(root), deadline_s, cache_bytes
-        self._prompts: OrderedDict[tuple[str, Variant], Future[Prompt | Refusal]] = OrderedDict()
+        self._prompts: OrderedDict[Key, Future[Prompt | Refusal]] = OrderedDict()
+        self._unmeasured: set[Key] = set()  # of these, those that were not finished when looked at last
+        self._sizes: dict[Key, int] = {}  # of the others, in bytes
+        self._size = 0  # their sum
         self._tasks: queue.SimpleQueue[tuple[Future[Prompt | Refusal], Request] | None] = queue.SimpleQueue()
         self._workers: dict[int, _Worker] = {}
         self._closed = False
@@ -85,6 +89,17 @@ class MediaLoader:
         self._evict()
         return prompts
 
+    def keep(self, prompts: Iterable[Prompt], media: Iterable[torch.Tensor | None]) -> None:
+        """From now on these prompts hold their media's embeddings, of encoders that don't train, in place of what the
+        embeddings were made from: a fraction of the memory, and nothing to decode or encode again."""
+        for prompt, embedded in zip(prompts, media, strict=True):
+            if embedded is None or prompt.embedded is not None:
+                continue
+            prompt.embedded, prompt.pixels, prompt.mel = embedded, None, None
+            key = prompt.sample_id, prompt.variant
+            if key in self._sizes:
+                self._measure(key, prompt)
+
     def close(self) -> None:
         """Kills the workers and drops the cache. The loader cannot be used afterwards; closing twice is fine."""
         atexit.unregister(self.close)
@@ -95,29 +110,43 @@ class MediaLoader:
             worker.kill()
         for thread in self._threads:
             thread.join(timeout=5)
-        self._prompts.clear()
+        for held in (self._prompts, self._sizes, self._unmeasured):
+            held.clear()
 
     def _submit(self, request: Request) -> Future[Prompt | Refusal]:
-        sample, variant = request
-        future = self._prompts.pop((sample.id, variant), None)
+        key = request[0].id, request[1]
+        future = self._prompts.pop(key, None)
         if future is None:
             future = Future()
+            self._unmeasured.add(key)
             if self._threads:
                 self._tasks.put((future, request))
             else:
                 future.set_result(_attempt(self._builder, self._root, request))
-        self._prompts[sample.id, variant] = future
+        self._prompts[key] = future
         return future
 
     def _evict(self) -> None:
-        """Drops the least recently used finished prompts beyond the bound, and refusals."""
-        size = 0
-        for key, future in reversed(list(self._prompts.items())):
-            if future.done():
-                outcome = None if future.exception() else future.result()
-                size += _bytes(outcome) if isinstance(outcome, Prompt) else 0
-                if size > self._cache_bytes or not isinstance(outcome, Prompt):
-                    del self._prompts[key]
+        """Drops refusals, and the least recently used finished prompts beyond the bound."""
+        for key in [key for key in self._unmeasured if self._prompts[key].done()]:
+            self._unmeasured.remove(key)
+            future = self._prompts[key]
+            outcome = None if future.exception() else future.result()
+            if isinstance(outcome, Prompt):
+                self._measure(key, outcome)
+            else:
+                del self._prompts[key]
+        for key in list(self._prompts) if self._size > self._cache_bytes else ():
+            if self._size <= self._cache_bytes:
+                break
+            if key in self._sizes:
+                self._size -= self._sizes.pop(key)
+                del self._prompts[key]
+
+    def _measure(self, key: Key, prompt: Prompt) -> None:
+        size = _bytes(prompt)
+        self._size += size - self._sizes.get(key, 0)
+        self._sizes[key] = size
 
     def _more(self) -> list[tuple[Future[Prompt | Refusal], Request]]:
         """Further requests that wait already, where the builder decodes ahead."""

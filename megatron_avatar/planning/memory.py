@@ -15,7 +15,7 @@ from megatron_avatar.config.families import family_of
 from megatron_avatar.config.schema import Config, ModelConfig, ParallelConfig
 from megatron_avatar.planning.batches import micro_batches, reading_batch
 from megatron_avatar.planning.meta import META, LiveBytes, shard_on_meta
-from megatron_avatar.planning.outline import GIB, MARGIN, MARGIN_CPU, itemsizes
+from megatron_avatar.planning.outline import GIB, itemsizes, margin
 from megatron_avatar.planning.work import Work
 from megatron_avatar.policy.architecture import PolicyConfig
 from megatron_avatar.policy.groups import GroupBatch
@@ -189,7 +189,7 @@ def rank_memories(
     for pp_rank, tp_rank in itertools.product(range(parallel.pp), range(parallel.tp if every_rank else 1)):
         with shard_on_meta(folder, model, parallel, tp_rank, pp_rank) as policy:
             memory = static_memory(policy, model, parallel, work, dp, towers_ever=towers_ever)
-            memory.margin = MARGIN_CPU if config.cluster.gpu == "cpu" else MARGIN
+            memory.margin = margin(config)
             if tp_rank == 0:
                 add_dynamic(memory, policy, work, n_on, ratio)
             else:

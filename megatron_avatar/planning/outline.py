@@ -26,6 +26,7 @@ from megatron_avatar.policy.shape import (
 GIB, TIB = 2**30, 2**40
 # A GPU's CUDA context, NCCL's buffers, cuBLAS workspaces and fragmentation; on a CPU the libraries: our assumption.
 MARGIN, MARGIN_CPU = 3 * GIB, GIB
+DECODER = GIB // 2  # of a GPU, by each process that decodes on it: a CUDA context and its frames, our assumption
 # Host memory, our assumptions: a process with its CUDA context and pinned buffers, or on a CPU; one that decodes; and
 # what a copy in pieces holds at a time.
 PROCESS, PROCESS_CPU, WORKER, PIECE = 6 * GIB, 2 * GIB, 1.5 * GIB, GIB
@@ -118,6 +119,13 @@ def rank_trained(config: Config, shape: Shape) -> float:
     return text + towers * any(stage.train_towers for stage in config.stages.values())
 
 
+def margin(config: Config) -> int:
+    """Bytes of a rank's GPU that libraries take, its decode workers' among them; on a CPU those of its process."""
+    if config.cluster.gpu == "cpu":
+        return MARGIN_CPU
+    return MARGIN + (config.data.workers * DECODER if config.data.decoder != "pyav" else 0)
+
+
 def check_weights_fit(config: Config, shape: Shape, where: Layout) -> None:
     """ValueError where weights, gradients and the optimizer alone leave a GPU no room: what plans find in seconds."""
     if config.cluster.gpu == "cpu":
@@ -127,7 +135,7 @@ def check_weights_fit(config: Config, shape: Shape, where: Layout) -> None:
     share = where.dp if config.parallel.distributed_optimizer else 1
     trained = rank_trained(config, shape)
     reference = weight if any(stage.kind == "rl" for stage in config.stages.values()) else 0
-    need = ((text + towers) * weight + trained * (4 + state / share + reference) + MARGIN) / GIB
+    need = ((text + towers) * weight + trained * (4 + state / share + reference) + margin(config)) / GIB
     if need > config.cluster.gpu_memory_gib:
         raise ValueError(
             f"weights, gradients, optimizer and CUDA alone take {need:.0f} GiB of a GPU, which has "

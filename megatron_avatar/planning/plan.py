@@ -220,9 +220,12 @@ def show(plan: Plan, console: Console) -> None:
         "Update, generation and encoders take turns: the largest counts."
     )
     console.print(_time_table(plan))
-    console.print(f"[bold]{sum(stage.hours for stage in plan.stages):.2f} hours[/] for the whole run.")
     console.print(
-        f"Estimated from {plan.rates.source}. Completions at their full length, prompts of one clip or picture; "
+        f"[bold]{sum(stage.hours for stage in plan.stages):.2f} hours[/] for the whole run, where each prompt shows "
+        f"{plan.stages[0].work.shows}."
+    )
+    console.print(
+        f"Estimated from {plan.rates.source}. Completions at their full length; "
         "without sends between pipeline stages, decoding of media, rewards, checkpoints and evaluation."
     )
     for problem in plan.problems:

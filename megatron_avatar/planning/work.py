@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from megatron_avatar.config.families import family_of
-from megatron_avatar.config.schema import Config, StageConfig
+from megatron_avatar.config.schema import Config, DataConfig, StageConfig
 from megatron_avatar.policy.micro_batches import plan_micro_batches
 from megatron_avatar.policy.shape import Shape
 
@@ -32,7 +32,8 @@ class Counts(NamedTuple):
 class Work:
     """What one data-parallel rank does in a step of a stage, all of it at the typical or at the longest prompt.
 
-    fresh: prompts it generates for; completions: how many each group has, fresh groups first.
+    fresh: prompts it generates for; completions: how many each group has, fresh groups first; shows: what a prompt
+    shows, in words.
     """
 
     rl: bool
@@ -44,6 +45,7 @@ class Work:
     fresh: int
     completions: tuple[int, ...]
     budget: int
+    shows: str = ""
 
     def plan(self) -> list[list[tuple[int, list[int]]]]:
         """The micro-batches of an update, as the learner shares groups out: (group, its completions) of each."""
@@ -88,7 +90,9 @@ def stage_work(config: Config, stage: StageConfig, shape: Shape, dp: int, *, lon
     stamps = pairs * STAMP_TOKENS if family.timestamps else 0
     shown = {"video": (seen * clip, audio, seen * stamps), "image": (seen * picture, 0, 0)}
     room = config.model.context - completion
-    visual, audio, prompt = max(_fitted(*shown[kind], room, longest) for kind in family.planned)
+    fitted = {kind: _fitted(*shown[kind], room, longest) for kind in family.planned}
+    kind = max(fitted, key=lambda kind: fitted[kind])
+    visual, audio, prompt = fitted[kind]
     prompts = -(-stage.prompts_per_step // dp)
     reinforced = stage.kind == "rl"
     counts = [rl.n_on if reinforced else 1] * prompts + [rl.n_off] * prompts * (reinforced and rl.n_off > 0)
@@ -96,4 +100,12 @@ def stage_work(config: Config, stage: StageConfig, shape: Shape, dp: int, *, lon
         rl=reinforced, train_towers=stage.train_towers, visual=visual, audio=audio, prompt=prompt,
         completion=completion, fresh=prompts if reinforced else 0, completions=tuple(counts),
         budget=rl.tokens_per_micro_batch,
+        shows=_clip(data, bool(audio)) if kind == "video" else "a picture",
     )  # fmt: skip
+
+
+def _clip(data: DataConfig, sound: bool) -> str:
+    """The typical clip in words: a longer one shows no more frames, but has more sound."""
+    longer = "; longer ones have more sound" if sound else ""
+    return (f"a clip of {data.max_frames / data.fps:g} s (data.max_frames={data.max_frames} at data.fps={data.fps:g}"
+            f"{longer})")  # fmt: skip

@@ -157,8 +157,8 @@ def _stacked(gate_up: Tensor, down: Tensor, order: Order) -> tuple[Tensor, Tenso
 
 
 def _of_weights(grad: Tensor, rows: Tensor, ends: Tensor) -> Tensor:
-    """The gradient [n K, N] of experts' weights from grad [R, K] and rows [R, N]. That of an expert without a row is set
-    to zero: on Blackwell the product leaves there what memory held (pytorch issue 172439)."""
+    """The gradient [n K, N] of experts' weights from grad [R, K] and rows [R, N]. That of an expert without a row is
+    set to zero: on Blackwell the product leaves there what memory held (pytorch issue 172439)."""
     empty = ends.diff(prepend=ends.new_zeros(1)) == 0
     return grouped(grad.mT, rows, ends).masked_fill_(empty[:, None, None], 0).flatten(0, 1)
 

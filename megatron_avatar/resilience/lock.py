@@ -10,6 +10,8 @@ import json
 import os
 import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -100,6 +102,18 @@ def release(run: Path, owner: Owner) -> None:
     hand_over(run, owner, None)
 
 
+@contextmanager
+def withdrawn_if_refused(run: Path, owner: Owner | None) -> Iterator[None]:
+    """Where what is done here raises, the run has never begun: `owner` gives it back, and folders that hold nothing
+    else go."""
+    try:
+        yield
+    except Exception:
+        if owner is not None:
+            _withdraw(run, owner)
+        raise
+
+
 def hand_over(run: Path, owner: Owner, to: Owner | None) -> None:
     """Make `to` the owner in `owner`'s place, unless that has another already."""
     folder = run / FOLDER
@@ -110,6 +124,18 @@ def hand_over(run: Path, owner: Owner, to: Owner | None) -> None:
             _forget(folder, number)
     except OSError:
         return  # it is judged by whether its job or process is alive
+
+
+def _withdraw(run: Path, owner: Owner) -> None:
+    folder = run / FOLDER
+    try:
+        number, other = _newest(folder)
+        if other is not None and _same(other, owner):
+            _forget(folder, number)
+            folder.rmdir()
+            run.rmdir()
+    except OSError:
+        return  # there is more, or the disk refuses
 
 
 def _same(other: Owner, owner: Owner) -> bool:

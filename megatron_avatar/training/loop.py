@@ -49,7 +49,7 @@ from megatron_avatar.training.format_watch import FormatWatch
 from megatron_avatar.training.guard import Guard
 from megatron_avatar.training.learner import Learner
 from megatron_avatar.training.optim import Optimization, build_optimizer
-from megatron_avatar.training.rollout import load_prompts, make_groups, share_visits
+from megatron_avatar.training.rollout import embed, keeps_embeddings, load_prompts, make_groups, share_visits
 from megatron_avatar.training.scoring import UNSCORED, Scoring
 from megatron_avatar.training.sft import sft_groups
 from megatron_avatar.training.stage_data import check_stages, held_out_samples, measure_lengths, stage_samples
@@ -81,6 +81,7 @@ class Run:
         self.builder = PromptBuilder(tokenizer, self.policy.hf_config, config.data, config.model.context)
         self.prompt_tokens, self.estimates = measure_lengths(config, self.samples, self.builder)
         self.loader = MediaLoader(self.builder, manifest.parent, config.data.workers, config.data.decode_deadline_s)
+        self.keeps_embeddings = keeps_embeddings(config, backend)
         self.telemetry = Telemetry(self.folder, config, backend)
         self.saver, self.apart = Saver(), backend.apart()
         self.format = FormatWatch()
@@ -259,7 +260,7 @@ class Run:
 
     def embed(self, prompts: list) -> list:
         with self.telemetry.timer("towers"):
-            return self.policy.embed_media(prompts)
+            return embed(self.policy, self.loader, prompts, keep=self.keeps_embeddings)
 
     def update_media(self, groups: list[Group]) -> list:
         """Embeddings for an update alone; none where the encoders train, as the update then runs them itself."""
@@ -452,7 +453,8 @@ def train(config: Config, backend: Backend) -> None:
     check_folder(folder)
     check_same_model(config)
     owner = lock.take_on_all(folder, backend)
-    run = Run(config, backend)
+    with lock.withdrawn_if_refused(folder, owner):
+        run = Run(config, backend)
     if backend.rank == 0:  # once the settings, the data and the weights have proved usable
         folder.mkdir(parents=True, exist_ok=True)
         save_config(config, folder / "config.yaml")

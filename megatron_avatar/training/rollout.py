@@ -6,9 +6,12 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+from torch import Tensor
 
+from megatron_avatar.config.schema import Config
 from megatron_avatar.data.loader import MediaLoader
 from megatron_avatar.policy.backend import Backend
+from megatron_avatar.policy.model import OmniPolicy
 from megatron_avatar.records import Completion, Group, Prompt, Sample, Trajectory, Variant
 from megatron_avatar.rl.step import Visit
 from megatron_avatar.training.balance import deal, loads_of
@@ -36,6 +39,24 @@ def load_prompts(
         if replica == backend.dp_rank:
             prompts = [None if lost else p for p, lost in zip(prompts, gone, strict=True)]
     return prompts
+
+
+def keeps_embeddings(config: Config, backend: Backend) -> bool:
+    """Whether what the encoders made of a prompt's media may take its media's place for the rest of the run.
+
+    Where an encoder trains in any stage it would be out of date, a served judge looks at the pixels, tensor-parallel
+    ranks have to encode the same prompts together, and on a GPU the encoders are a small part of a step.
+    """
+    trained = any(stage.train_towers for stage in config.stages.values())
+    return backend.device.type == "cpu" and backend.tp == 1 and not config.judge.endpoint and not trained
+
+
+def embed(policy: OmniPolicy, loader: MediaLoader, prompts: Sequence[Prompt], *, keep: bool) -> list[Tensor | None]:
+    """Embeddings [M, W] of each prompt's media by frozen encoders (see Towers); `keep` them in the loader."""
+    media = policy.embed_media(prompts)
+    if keep:
+        loader.keep(prompts, media)
+    return media
 
 
 def make_groups(

@@ -135,6 +135,28 @@ def test_cache_is_bounded_and_keyed_by_variant(start, marks):
     assert loader.quarantined == {"refuse": "refuse is damaged; replace it"}
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_frozen_encoders_gave_takes_the_place_of_media(start, marks, workers):
+    """In the prompts themselves, in the memory that they take, and nowhere without embeddings."""
+    one, small = 10 * 1176 * 4 + 12 * 8, 12 * 8 + 4 * 8 * 4
+    loader = start(workers, cache_bytes=one + 3 * small)
+    embedded = torch.ones(4, 8)
+    for name in "abc":
+        prompts = loader.get(requests(name))
+        loader.keep(prompts, [embedded])
+        assert prompts[0].embedded is embedded and prompts[0].pixels is None
+    (text,) = loader.get(requests("text"))
+    loader.keep([text], [None])
+    assert text.pixels is not None
+    assert [p.embedded is not None for p in loader.get(requests("a", "b", "c", "text"))] == [True, True, True, False]
+    assert len(built(marks)) == 4 and loader._size == one + 3 * small
+    loader.keep(prompts, [torch.zeros(1, 8)])
+    assert prompts[0].embedded is embedded, "the first one stays"
+    loader.get(requests("d"))  # pushes out the least recently used until there is room
+    assert loader.get(requests("text"))[0].pixels is not None and len(built(marks)) == 6
+    assert set(loader._sizes) == set(loader._prompts) and loader._size == sum(loader._sizes.values())
+
+
 def test_real_media_in_workers_equal_in_process(tmp_path):
     make_video(tmp_path / "v.webm")
     make_audio(tmp_path / "a.flac")

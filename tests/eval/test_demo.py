@@ -1,6 +1,9 @@
 """The demo's ledger: what is reused, and what must not be; and its parts, which fit two cores."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,10 +12,12 @@ import pytest
 from data_tools import pretrain
 from eval import demo
 from eval.demo import Growing, Ledger
-from eval.jobs import startable
+from eval.jobs import ENVIRONMENT, startable
 from eval.paper.figures import training
 from megatron_avatar.config import load_config
 from tests.eval.made_up import write_lines, write_run
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_a_demo_is_continued_but_never_mixed_with_another(tmp_path):
@@ -54,6 +59,7 @@ def test_the_report_is_there_while_the_run_goes_on(tmp_path):
     grow.stop()
     page = (tmp_path / "report.html").read_text()
     assert "refresh" not in page and "The run was stopped; the same command continues it" in page
+    assert "Still to come: what the run took." in page, "all else is there"
     assert "<title>Megatron-AVATAR, seed 3</title>" in page
 
 
@@ -66,10 +72,14 @@ def test_the_first_curve_is_there_with_the_second_step_of_the_first_training(tmp
     Growing(tmp_path, 3)()
     page = (tmp_path / "report.html").read_text()
     assert 'aria-label="Loss of the cold start."' in page and (tmp_path / "figures" / "sft_loss.svg").exists()
+    assert "not measured" not in page and "<h2>Accuracy" not in page and "<h2>Clips" not in page, "what there is, alone"
+    told = ("Still to come: the accuracy of base, SFT, GRPO, AVATAR; AVATAR against GRPO; clips to see and hear; "
+            "9 more figures; what the run took.")  # fmt: skip
+    assert page.count(told) == 1 and "not measured" not in (tmp_path / "report.md").read_text()
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)  # nine processes, each with its imports
+@pytest.mark.timeout(3600)
 def test_a_short_demo_from_clips_to_report(tmp_path, monkeypatch, capsys):
     out = tmp_path / "demo"
     monkeypatch.setattr("sys.argv", ["demo", "--out", str(out), "--smoke"])
@@ -81,8 +91,8 @@ def test_a_short_demo_from_clips_to_report(tmp_path, monkeypatch, capsys):
     page = (out / "report.html").read_text()
     assert page.count("<audio controls") >= 3 and "refresh" not in page
     assert not list(out.glob("*/wandb")), "no service beside two busy cores"
+    assert "data: begins" in capsys.readouterr().out
     assert demo.right_so_far(demo.predictions_file(out, "avatar")).startswith("right ")
-    capsys.readouterr()
     demo.main()
     said = " ".join(capsys.readouterr().out.split())  # lines are as wide as the terminal
     assert "done before, reused: data, sft" in said and "held-out accuracy" in said
@@ -138,8 +148,22 @@ def test_commands_name_their_progress(tmp_path):
     assert command.done() == 1 < command.total
     (data / "manifest.jsonl").write_text(json.dumps({"split": "eval"}) + "\n")
     both = demo.training(tmp_path, "sft", "tiny_sft", 0, smoke=True, processes=2)
+    assert both.module == "megatron_avatar.train"
     assert both.total == 2 and "parallel.threads=1" in both.arguments
     assert demo.evaluation(tmp_path, "base", "omni").total == 1
+
+
+def test_what_is_read_ahead_can_be_forked():
+    """No thread runs and no GPU is awake once the libraries are read: a forked copy of either would hang or fail.
+    pyarrow's allocator has a thread of its own, and begins it again where it was forked."""
+    code = ("import sys, importlib; from pathlib import Path; [*map(importlib.import_module, sys.argv[1:])]; "
+            "import torch; print(torch.cuda.is_initialized(), *[file.read_text().strip() for file in "
+            "Path('/proc/self/task').glob('*/comm')])")  # fmt: skip
+    environment = {**os.environ, **ENVIRONMENT, "OPENBLAS_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code, *demo.LIBRARIES], cwd=ROOT, capture_output=True, text=True,
+                          env=environment, timeout=600, check=True)  # fmt: skip
+    awake, *threads = done.stdout.split()
+    assert awake == "False" and len([name for name in threads if name != "jemalloc_bg_thd"]) == 1, threads
 
 
 @pytest.mark.parametrize("base", demo.BASES)
@@ -154,12 +178,14 @@ def test_a_base_goes_through_all_parts_by_its_familys_settings(tmp_path, base, m
     assert all({*settings} <= {*command.arguments} for command in commands.values())
     assert f"model.path={folder}" in commands["sft"].arguments and f"model={folder}" in commands["eval base"].arguments
     assert f"model.path={tmp_path / 'sft' / 'export' / 'sft'}" in commands["grpo"].arguments
-    config = load_config(commands["avatar"].arguments[2:])
+    config = load_config(commands["avatar"].arguments)
     assert (config.model.shape, config.data.frame_max_pixels) == (Path(folder).name, pretrain.BASES[base].pixels)
     assert pretrain.BASES[base].folder == folder
 
     (tmp_path / folder).rmdir()
     data, made, sft, *_ = demo.parts(tmp_path, 0, False, base)
     assert (made.name, sft.needs) == ("base", ("data", "base")), "what the checkout doesn't have is made first"
-    assert made.prepare(2).arguments[1:6] == ["data_tools.pretrain", "--family", base, "--out", f"{tmp_path / 'base'}"]
+    command = made.prepare(2)
+    assert command.module == "data_tools.pretrain"
+    assert command.arguments[:4] == ["--family", base, "--out", f"{tmp_path / 'base'}"]
     assert f"model.path={tmp_path / 'base'}" in sft.prepare(1).arguments

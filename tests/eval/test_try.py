@@ -39,6 +39,9 @@ def test_a_minute_ends_in_a_page(tmp_path, monkeypatch, capsys):
     page = Page(html)
     assert html.count("<audio controls") == 3 and html.count('src="data:image/jpeg') == 24 and "script" not in page.tags
     assert all(source.startswith(("data:", "#")) for source in page.sources)
+    style = html[html.index("<style>") : html.index("</style>")]
+    assert "prefers-color-scheme: dark" in style and "background: var(--page)" in style, "at night"
+    assert "max-width: 40rem" in style and 'name="viewport"' in html, "on a telephone"
     assert try_it.main(["--out", "out", "--model", str(tmp_path)]) == 2
 
 

@@ -179,6 +179,10 @@ def test_frozen_towers_and_encoders_of_many_prompts(folder, backend):
             assert not media.requires_grad
     assert not any(value.requires_grad for value in policy.towers.parameters())
     assert policy.embed_media(prompts[:1], grad=True)[0].grad_fn is None, "frozen weights need no graph"
+    kept = [dataclasses.replace(p, embedded=m, pixels=None, mel=None) if k % 2 else p
+            for k, (p, m) in enumerate(zip(prompts, together, strict=True))]  # fmt: skip
+    for k, (media, again) in enumerate(zip(together, policy.embed_media(kept), strict=True)):
+        assert (again is media) if k % 2 or media is None else torch.equal(again, media)
 
 
 def test_bfloat16_stays_close_and_scores_in_float32(folder, backend):

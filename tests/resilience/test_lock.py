@@ -160,3 +160,27 @@ def test_of_many_that_begin_together_one_gets_it(tmp_path, monkeypatch):
     for child in children:
         child.join(30)
     assert sum(answer >= 0 for answer in answers) == 1, answers
+
+
+def test_a_run_that_never_began_leaves_nothing_and_takes_nothing_of_anothers(states, tmp_path):
+    run, owner = tmp_path / "run", job("7")
+    states["7"] = "RUNNING"
+
+    def refused(owner):
+        with pytest.raises(ValueError, match="no such reward"), lock.withdrawn_if_refused(run, owner):
+            raise ValueError("no such reward")
+
+    take(run, owner)
+    refused(job("8"))
+    refused(None)
+    assert owner_in(run)["job"] == "7"
+    refused(owner)
+    assert not run.exists()
+    take(run, owner)
+    (run / "config.yaml").touch()
+    refused(owner)
+    assert [path.name for path in run.iterdir()] == ["config.yaml"]
+    take(run, job("8"))
+    with lock.withdrawn_if_refused(run, job("8")):
+        pass
+    assert owner_in(run)["job"] == "8"

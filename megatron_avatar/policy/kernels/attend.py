@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_avatar.policy.kernels.device import fits_head, next_power, runs_triton, tl, triton
+from megatron_avatar.policy.kernels.device import fits_head, next_power, operation, runs_triton, tl, triton
 
 STRETCH = 512  # of a row's own tokens, one program
 KEYS = 64  # worked on at a time
@@ -224,7 +224,7 @@ def triton_attend(
     return out
 
 
-@torch.library.custom_op("avatar::attend", mutates_args=())
+@operation("attend")
 def _attend(
     query: Tensor, page_keys: Tensor, page_values: Tensor, keys: Tensor, values: Tensor, lengths: Tensor,
     later: Tensor | None, tables: list[Tensor | None], own: int, scale: float,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable
 from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +23,25 @@ except (ImportError, OSError, RuntimeError) as error:  # then nothing calls the 
 CAPABILITY = (8, 0)
 MOST_HEAD = 128  # beyond, attention's kernel has neither been compiled nor tested
 log = logging.getLogger(__name__)
+
+
+class Operation:
+    """A function as an operation of torch's, which plans on shapes and graphs know by name. On a CPU it is called as it
+    is: torch's way to an operation takes longer there than most of them compute."""
+
+    def __init__(self, name: str, function: Callable[..., Any], mutates: tuple[str, ...]) -> None:
+        self._function = function
+        self._operation = torch.library.custom_op(f"avatar::{name}", function, mutates_args=mutates)
+        self.register_fake = self._operation.register_fake
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._function(*arguments) if arguments[0].is_cpu else self._operation(*arguments)
+
+
+def operation(name: str, mutates: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], Operation]:
+    """Make the function that follows an Operation; the first argument is a tensor, and `mutates` names those that it
+    writes to."""
+    return lambda function: Operation(name, function, mutates)
 
 
 def runs_triton(tensor: Tensor) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_avatar.policy.kernels.device import next_power, runs_triton, tl, triton
+from megatron_avatar.policy.kernels.device import next_power, operation, runs_triton, tl, triton
 
 BLOCK = 2048
 
@@ -135,7 +135,7 @@ def triton_draw(
     return ids, logprobs
 
 
-@torch.library.custom_op("avatar::draw", mutates_args=())
+@operation("draw")
 def _draw(logits: Tensor, uniforms: Tensor, temperature: float, banned: Tensor, greedy: bool) -> tuple[Tensor, Tensor]:
     return (triton_draw if runs_triton(logits) else torch_draw)(logits, uniforms, temperature, banned, greedy)
 

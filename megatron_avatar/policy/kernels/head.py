@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_avatar.policy.kernels.device import runs_triton, tl, triton
+from megatron_avatar.policy.kernels.device import operation, runs_triton, tl, triton
 
 BLOCK = 4096
 
@@ -143,7 +143,7 @@ def triton_scores_gradient(
     return out
 
 
-@torch.library.custom_op("avatar::add_chunk", mutates_args=("state",))
+@operation("add_chunk", mutates=("state",))
 def _add_chunk(state: Tensor, logits: Tensor, target_ids: Tensor, start: int, temperature: float) -> None:
     triton_add_chunk(state, logits, target_ids, start, temperature)
 
@@ -153,7 +153,7 @@ def _(state: Tensor, logits: Tensor, target_ids: Tensor, start: int, temperature
     return None
 
 
-@torch.library.custom_op("avatar::scores_gradient", mutates_args=())
+@operation("scores_gradient")
 def _scores_gradient(
     logits: Tensor, target_ids: Tensor, normaliser: Tensor, grad: Tensor, start: int, temperature: float,
     dtype: torch.dtype,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_avatar.policy.kernels.device import next_power, runs_triton, tl, triton
+from megatron_avatar.policy.kernels.device import next_power, operation, runs_triton, tl, triton
 
 
 def merge_parts(output: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor, queries: slice | Tensor) -> None:
@@ -71,7 +71,7 @@ def triton_merge_parts(
     return merged
 
 
-@torch.library.custom_op("avatar::merge_parts", mutates_args=("output",))
+@operation("merge_parts", mutates=("output",))
 def _merge_parts(
     output: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor, places: Tensor | None, start: int
 ) -> Tensor:  # fmt: skip

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_avatar.policy.kernels.device import next_power, runs_triton, tl, triton
+from megatron_avatar.policy.kernels.device import next_power, operation, runs_triton, tl, triton
 
 ROWS_A_PROGRAM = 64  # of the backward pass, whose sums over rows for the weight are written once a program
 
@@ -136,7 +136,7 @@ def triton_norm_backward(
 # One operation each
 
 
-@torch.library.custom_op("avatar::norm", mutates_args=())
+@operation("norm")
 def _norm(stream: Tensor, weight: Tensor, eps: float) -> Tensor:
     return triton_add_norm(stream, None, weight, eps)[1] if runs_triton(stream) else torch_norm(stream, weight, eps)
 
@@ -146,7 +146,7 @@ def _(stream: Tensor, weight: Tensor, eps: float) -> Tensor:
     return torch.empty(stream.shape, dtype=weight.dtype, device=stream.device)
 
 
-@torch.library.custom_op("avatar::add_norm", mutates_args=())
+@operation("add_norm")
 def _add_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     if runs_triton(x):
         return triton_add_norm(x, residual, weight, eps)
@@ -159,7 +159,7 @@ def _(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, 
     return torch.empty_like(residual), torch.empty(x.shape, dtype=weight.dtype, device=x.device)
 
 
-@torch.library.custom_op("avatar::norm_backward", mutates_args=())
+@operation("norm_backward")
 def _norm_backward(
     grad: Tensor, extra: Tensor | None, stream: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_avatar.policy.kernels.device import next_power, runs_triton, tl, triton
+from megatron_avatar.policy.kernels.device import next_power, operation, runs_triton, tl, triton
 from megatron_avatar.policy.kernels.norm import torch_norm, torch_norm_backward
 
 TOKENS_A_PROGRAM = 16  # of the norms' backward pass, whose sums over tokens for the weights are written once a program
@@ -306,7 +306,7 @@ def _norms(query: Tensor | None, key: Tensor | None, eps: float) -> HeadNorms | 
     return None if query is None or key is None else HeadNorms(query, key, eps)
 
 
-@torch.library.custom_op("avatar::split_rope", mutates_args=())
+@operation("split_rope")
 def _split_rope(
     mixed: Tensor, angles: Tensor, query_weight: Tensor | None, key_weight: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -323,7 +323,7 @@ def _(
     return mixed.new_empty(tokens, groups * (slots - 2), size), key, torch.empty_like(key)
 
 
-@torch.library.custom_op("avatar::split_rope_backward", mutates_args=())
+@operation("split_rope_backward")
 def _split_rope_backward(query: Tensor, key: Tensor, value: Tensor, angles: Tensor) -> Tensor:
     run = triton_split_rope_backward if runs_triton(query) else torch_split_rope_backward
     return run(query, key, value, angles)
@@ -335,7 +335,7 @@ def _(query: Tensor, key: Tensor, value: Tensor, angles: Tensor) -> Tensor:
     return query.new_empty(tokens, groups, query.shape[1] // groups + 2, size)
 
 
-@torch.library.custom_op("avatar::split_norm_rope_backward", mutates_args=())
+@operation("split_norm_rope_backward")
 def _split_norm_rope_backward(
     query: Tensor, key: Tensor, value: Tensor, angles: Tensor, mixed: Tensor, query_weight: Tensor, key_weight: Tensor,
     eps: float,
@@ -354,7 +354,7 @@ def _(
     return torch.empty_like(mixed, memory_format=torch.contiguous_format), weight, torch.empty_like(weight)
 
 
-@torch.library.custom_op("avatar::decode_rope", mutates_args=("keys", "values"))
+@operation("decode_rope", mutates=("keys", "values"))
 def _decode_rope(
     mixed: Tensor, angles: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, query_weight: Tensor | None,
     key_weight: Tensor | None, eps: float,

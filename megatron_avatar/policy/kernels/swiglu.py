@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_avatar.policy.kernels.device import runs_triton, tl, triton
+from megatron_avatar.policy.kernels.device import operation, runs_triton, tl, triton
 
 BLOCK = 1024
 
@@ -71,7 +71,7 @@ def triton_swiglu_backward(grad: Tensor, rows: Tensor) -> Tensor:
     return out
 
 
-@torch.library.custom_op("avatar::swiglu", mutates_args=())
+@operation("swiglu")
 def _swiglu(rows: Tensor) -> Tensor:
     return triton_swiglu(rows) if runs_triton(rows) else torch_swiglu(rows)
 
@@ -81,7 +81,7 @@ def _(rows: Tensor) -> Tensor:
     return rows.new_empty(*rows.shape[:-1], rows.shape[-1] // 2)
 
 
-@torch.library.custom_op("avatar::swiglu_backward", mutates_args=())
+@operation("swiglu_backward")
 def _swiglu_backward(grad: Tensor, rows: Tensor) -> Tensor:
     return triton_swiglu_backward(grad, rows) if runs_triton(rows) else torch_swiglu_backward(grad, rows)
 
