@@ -51,8 +51,9 @@ slurm-up: $(INSTALLED) ## start a Slurm of four make-believe nodes on this machi
 slurm-down: $(INSTALLED) ## end it
 	@$(VENV) slurm/local/cluster.py down
 
-base: $(INSTALLED) ## pretrain the demo's tiny base model anew
+base: $(INSTALLED) ## pretrain the demo's tiny base model anew, and put it to the gate
 	@$(VENV) -m data_tools.pretrain
+	@$(VENV) -m bench.world
 
 doctor: $(INSTALLED) ## what this machine can run, and what is missing
 	@$(VENV) -m megatron_avatar.doctor
