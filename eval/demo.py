@@ -29,7 +29,8 @@ SYSTEMS = ("base", "sft", "grpo", "avatar")
 PACKAGES = ("torch", "megatron-core", "transformers", "nvidia-dali-cuda130", "h5py", "hydra-core", "numpy", "av")
 PROCESSES = 2  # side by side, one core each
 RENDER_S = 60.0  # between two states of the growing report; at first less, and at most a thirtieth of a core
-# What a base of another family than the recipes' needs: its folder, and their settings that are its family's.
+ROOT = Path(__file__).parents[1]
+# Of each base its folder, made first where it isn't there, and the recipes' settings that are its family's.
 BASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "omni": ("assets/tiny_base", ()),
     "omni3": ("assets/tiny_omni3", ("model.shape=tiny_omni3", "data.frame_max_pixels=9216",
@@ -83,6 +84,20 @@ def synthesis(out: Path, seed: int, smoke: bool) -> Command:
                    lambda: sum(1 for _ in clips.glob("*.webm")))  # fmt: skip
 
 
+def base_folder(out: Path, base: str) -> str:
+    """Where a base of BASES is: in the checkout, or, where that has none, in OUT."""
+    made, shipped = out / "base", BASES[base][0]
+    return shipped if (ROOT / shipped).exists() and not made.exists() else str(made)
+
+
+def pretraining(out: Path, base: str, smoke: bool) -> Command:
+    """The job that makes a base that the checkout doesn't have."""
+    folder = out / "base"
+    arguments = ["--family", base, "--out", str(folder), "--threads", str(PROCESSES)]
+    arguments += ["--steps", "2"] if smoke else []
+    return Command("data_tools.pretrain", arguments, out / "base.log", 1, lambda: int(folder.exists()))
+
+
 def training(
     out: Path, name: str, recipe: str, seed: int, *, base: str = "omni", smoke: bool = False, processes: int = 1
 ) -> Command:
@@ -91,7 +106,7 @@ def training(
 
     arguments = [f"recipe={recipe}", f"output_dir={out / name}", f"data.manifest={out / 'data' / 'manifest.jsonl'}",
                  f"seed={seed}", f"name=demo_{name}", *HERE_ALONE, *BASES[base][1]]  # fmt: skip
-    start = BASES[base][0] if recipe == "tiny_sft" else out / "sft" / "export" / "sft"
+    start = base_folder(out, base) if recipe == "tiny_sft" else out / "sft" / "export" / "sft"
     arguments.append(f"model.path={start}")
     if processes > 1:
         arguments.append("parallel.threads=1")
@@ -131,7 +146,7 @@ def predictions_file(out: Path, name: str) -> Path:
 def exported(out: Path, name: str, base: str) -> str:
     """The folder of one of SYSTEMS."""
     if name == "base":
-        return BASES[base][0]
+        return base_folder(out, base)
     return str(out / name / "export" / ("sft" if name == "sft" else "localisation"))
 
 
@@ -147,9 +162,12 @@ def parts(out: Path, seed: int, smoke: bool, base: str = "omni") -> list[Job]:
     def answers(name: str) -> Any:
         return lambda n: evaluation(out, name, base)
 
+    first = [Job("data", lambda n: synthesis(out, seed, smoke), processes=1, start_by="spawn")]
+    if base_folder(out, base) != BASES[base][0]:
+        first.append(Job("base", lambda n: pretraining(out, base, smoke), processes=PROCESSES))
     return [
-        Job("data", lambda n: synthesis(out, seed, smoke), processes=1, start_by="spawn"),
-        Job("sft", trains("sft", "tiny_sft"), needs=("data",), processes=PROCESSES),
+        *first,
+        Job("sft", trains("sft", "tiny_sft"), needs=tuple(job.name for job in first), processes=PROCESSES),
         Job("avatar", trains("avatar", "tiny_avatar"), needs=("sft",)),
         Job("grpo", trains("grpo", "tiny_grpo"), needs=("sft",)),
         Job("eval base", answers("base"), needs=("sft",)),

@@ -167,11 +167,13 @@ def test_what_is_read_ahead_can_be_forked():
 
 
 @pytest.mark.parametrize("base", demo.BASES)
-def test_a_base_goes_through_all_parts_by_its_familys_settings(tmp_path, base):
+def test_a_base_goes_through_all_parts_by_its_familys_settings(tmp_path, base, monkeypatch):
     """Every part loads a folder of this base or of what came of it, and shows it pictures of the size it knows."""
     folder, settings = demo.BASES[base]
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "manifest.jsonl").write_text(json.dumps({"split": "eval"}) + "\n")
+    monkeypatch.setattr(demo, "ROOT", tmp_path)
+    (tmp_path / folder).mkdir(parents=True)
     commands = {job.name: job.prepare(1) for job in demo.parts(tmp_path, 0, False, base) if job.name != "data"}
     assert all({*settings} <= {*command.arguments} for command in commands.values())
     assert f"model.path={folder}" in commands["sft"].arguments and f"model={folder}" in commands["eval base"].arguments
@@ -179,3 +181,11 @@ def test_a_base_goes_through_all_parts_by_its_familys_settings(tmp_path, base):
     config = load_config(commands["avatar"].arguments)
     assert (config.model.shape, config.data.frame_max_pixels) == (Path(folder).name, pretrain.BASES[base].pixels)
     assert pretrain.BASES[base].folder == folder
+
+    (tmp_path / folder).rmdir()
+    data, made, sft, *_ = demo.parts(tmp_path, 0, False, base)
+    assert (made.name, sft.needs) == ("base", ("data", "base")), "what the checkout doesn't have is made first"
+    command = made.prepare(2)
+    assert command.module == "data_tools.pretrain"
+    assert command.arguments[:4] == ["--family", base, "--out", f"{tmp_path / 'base'}"]
+    assert f"model.path={tmp_path / 'base'}" in sft.prepare(1).arguments
