@@ -8,8 +8,8 @@ from megatron_avatar.policy.groups import pack_groups
 from megatron_avatar.records import Prompt
 
 # Operations of a layer's passes over a packed micro-batch: forward, backward.
-UPDATE_OPS = {"one prompt": (17, 32), "two prompts": (22, 38)}
-MIXTURE_OPS = {"one prompt": (30, 61), "two prompts": (35, 67)}  # of Qwen3-Omni, whose experts are found and sorted
+UPDATE_OPS = {"one prompt": (17, 33), "two prompts": (22, 39)}
+MIXTURE_OPS = {"one prompt": (30, 63), "two prompts": (35, 69)}  # of Qwen3-Omni, whose experts are found and sorted
 # Bytes that those beside products and attention touch, a token and a number of the layer's widest row (the
 # feed-forward's). Qwen3's heads are wider than its stream, and have norms. Each further prompt's queries and keys are
 # cut out, and their gradients put together.
