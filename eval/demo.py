@@ -94,7 +94,7 @@ def pretraining(out: Path, base: str, smoke: bool) -> Command:
     """The job that makes a base that the checkout doesn't have."""
     folder = out / "base"
     arguments = ["--family", base, "--out", str(folder), "--threads", str(PROCESSES)]
-    arguments += ["--steps", "2"] if smoke else []
+    arguments += ["--steps", "2", "--clips", "32"] if smoke else []
     return Command("data_tools.pretrain", arguments, out / "base.log", 1, lambda: int(folder.exists()))
 
 
