@@ -51,8 +51,9 @@ slurm-up: $(INSTALLED) ## start a Slurm of four make-believe nodes on this machi
 slurm-down: $(INSTALLED) ## end it
 	@$(VENV) slurm/local/cluster.py down
 
-base: $(INSTALLED) ## pretrain the demo's tiny base model anew; model=omni3: that of the tiny Qwen3-Omni
+base: $(INSTALLED) ## pretrain the demo's tiny base anew, and put it to the gate; model=omni3: that of the tiny Qwen3-Omni
 	@$(VENV) -m data_tools.pretrain $(if $(model),--family $(model))
+	@$(VENV) -m bench.world $(if $(model),--family $(model))
 
 doctor: $(INSTALLED) ## what this machine can run, and what is missing
 	@$(VENV) -m megatron_avatar.doctor

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 
 from bench.gpu_parts import PARTS, published_peak, share_of_peak, timed, without
-from bench.timing import JSON_HELP, in_turns, is_default, medians, report
+from bench.timing import JSON_HELP, in_turns, is_default, medians, report, write
 from megatron_avatar import config
 from megatron_avatar.config.schema import ModelConfig, OptimConfig, ParallelConfig, RLConfig, SamplingConfig
 from megatron_avatar.planning.seconds import forward_flops
@@ -81,16 +81,20 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"--parts: {', '.join(sorted(unknown))} is none of {', '.join(PARTS)}")
     if not options.tiny and not torch.cuda.is_available():
         parser.error("torch finds no GPU; --tiny runs without one")
-    size = TINY if options.tiny else Size()
+    size, keeps = TINY if options.tiny else Size(), options.json and is_default(parser, options)
     backend = backends.start(ParallelConfig())
     try:
         bench = Bench(size, backend)
         result = bench.run()
         tell("step", result)
-        result["parts"] = {part: bench.part(part, options.trace) for part in parts}
+        result["parts"] = {}
+        for part in parts:
+            if keeps:
+                write("gpu", result)  # a run that is cut short leaves what it knows
+            result["parts"][part] = bench.part(part, options.trace)
     finally:
         backends.stop()
-    report("gpu", result, as_json=options.json, keep=is_default(parser, options))
+    report("gpu", result, as_json=options.json, keep=keeps)
 
 
 def tell(part: str, found: dict[str, Any]) -> None:

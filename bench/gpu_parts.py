@@ -1,9 +1,9 @@
 """The parts of bench.gpu that stand alone: each takes the bench and returns its figures; none ends the others.
 
 `sure`: the error between generation and training where the head has 0.5 to 1 nat, by bins of entropy. `decode_rows`:
-decoding at 256, 64 and 4 rows, at 4 also without graphs and without the package's kernels. `recompute`: the update by
-parallel.recompute. `encoders`. `profiles`: what one decode step and one update spend their time on. `beside`:
-transformers' generate on as many rows of text. `video`: DALI's decoders and PyAV's.
+decoding at 256, 64 and 4 rows, at 64 and 4 also without the package's kernels, at 4 without graphs. `recompute`: the
+update by parallel.recompute. `encoders`. `profiles`: what one decode step and one update spend their time on. `beside`:
+transformers' generate on as many rows of text, with the same weights. `video`: DALI's decoders and PyAV's.
 """
 
 from __future__ import annotations
@@ -28,10 +28,12 @@ from megatron_avatar.policy.generate import generate
 from megatron_avatar.policy.groups import pack_groups
 from megatron_avatar.policy.kernels import attend, draw, head, merge, norm, rope, swiglu
 from megatron_avatar.policy.model import OmniPolicy
+from megatron_avatar.policy.slots import policy_slots
+from megatron_avatar.policy.weights import nested
 from megatron_avatar.records import Prompt
 
 Bench = Any  # bench.gpu's class: that module imports this one
-ENTROPY = 0.75  # nats that the sure head is made for
+ENTROPY, SURE = 0.75, (0.5, 1.0)  # nats that the sure head is made for, and between which it has to be
 LEADERS = 512  # one of so many tokens has a chance to lead
 KERNELS = (attend, draw, head, merge, norm, rope, swiglu)
 ROWS = ((256, 8), (64, 8), (4, 1))  # decoded together, and prompts
@@ -70,7 +72,8 @@ def share_of_peak(flops_a_second: float) -> float | None:
 @torch.no_grad()
 def fill_sure_head(bench: Bench) -> float:
     """Give a few tokens' rows of the head weights so large that the mean entropy of random completions is ENTROPY
-    nats; returns it. Their logits lead by more or less, so some tokens are sure and some aren't."""
+    nats; returns it. Their logits lead by more or less, so some tokens are sure and some aren't. ValueError where it
+    isn't found."""
     policy, size = bench.policy, bench.size
     weight, rng = policy.output_weight, np.random.default_rng(1)
     leaders = weight[: max(8, len(weight) // LEADERS)]
@@ -78,7 +81,7 @@ def fill_sure_head(bench: Bench) -> float:
     ids = [[rng.integers(20, size.text_ids, min(64, size.new_tokens)) for _ in range(2)]]
     batch = pack_groups(bench.prompts[:1], ids).to(bench.backend.device)
     media, (low, high) = policy.embed_media(bench.prompts[:1]), (0.0, 64.0)
-    entropy = float("nan")
+    entropy, gain = float("nan"), 0.0
     for _ in range(12):
         gain = (low + high) / 2
         leaders.copy_(gain * base)
@@ -86,6 +89,8 @@ def fill_sure_head(bench: Bench) -> float:
         low, high = (gain, high) if entropy > ENTROPY else (low, gain)
         if abs(entropy - ENTROPY) < 0.1:
             break
+    if not SURE[0] <= entropy <= SURE[1]:
+        raise ValueError(f"no head of {SURE[0]} to {SURE[1]} nats was found: {entropy:.2f} at a gain of {gain:.3g}")
     return entropy
 
 
@@ -138,6 +143,9 @@ def decode_rows(bench: Bench) -> dict[str, Any]:
     for rows, prompts in ROWS:
         prompts = min(prompts, bench.size.prompts)
         found[f"{rows}"] = decode_speed(bench, rows, prompts)
+    rows, prompts = ROWS[1]
+    with without(bench.policy, graphs=False, kernels=True):
+        found[f"{rows}, no kernels"] = decode_speed(bench, rows, min(prompts, bench.size.prompts))
     rows, prompts = ROWS[-1]
     for name, off in {"no graphs": (True, False), "no kernels": (False, True), "neither": (True, True)}.items():
         with without(bench.policy, graphs=off[0], kernels=off[1]):
@@ -145,10 +153,25 @@ def decode_rows(bench: Bench) -> dict[str, Any]:
     return found
 
 
-def beside(bench: Bench) -> dict[str, Any]:
-    """Ours and transformers' generate: 4 rows of text as long as a prompt, random weights of the same shape."""
+@torch.no_grad()
+def as_transformers(policy: OmniPolicy) -> Any:
+    """transformers' model on the policy's device, with its weights; of one rank that has all of them."""
     from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
+    with policy.backend.device:
+        model = Qwen2_5OmniThinkerForConditionalGeneration._from_config(
+            policy.hf_config, dtype=policy.config.params_dtype
+        )
+    left = dict(model.named_parameters())
+    for slot in policy_slots(policy):
+        for name, value in zip(slot.shapes, slot.join(slot.parameter), strict=True):
+            left.pop(name if name in left else nested(name)).copy_(value)
+    assert not left, f"without weights: {', '.join(left)}"
+    return model.eval()
+
+
+def beside(bench: Bench) -> dict[str, Any]:
+    """Ours and transformers' generate: 4 rows of text as long as a prompt, the same weights."""
     rows, tokens, device = ROWS[-1][0], min(64, bench.size.new_tokens), bench.backend.device
     length = len(bench.prompts[0])
     ids = np.random.default_rng(2).integers(20, bench.size.text_ids, length)
@@ -157,8 +180,7 @@ def beside(bench: Bench) -> dict[str, Any]:
     def ours(new_tokens: int) -> None:
         generate(bench.policy, [prompt], rows, SamplingConfig(max_new_tokens=new_tokens), ["text"])
 
-    dtype = bench.policy.config.params_dtype
-    model = Qwen2_5OmniThinkerForConditionalGeneration._from_config(bench.policy.hf_config, dtype=dtype).to(device)
+    model = as_transformers(bench.policy)
     inputs = torch.from_numpy(ids)[None].expand(rows, -1).to(device)
 
     def theirs(new_tokens: int) -> None:
@@ -274,6 +296,13 @@ def profiled_step(bench: Bench, media: list) -> Any:
     return recordings[0]
 
 
+def rows_of_time(averages: Any, *, device: bool) -> list[Any]:
+    """The rows of a profile whose own times add up to the whole: with `device` the kernels, as operations have their
+    kernels' time once more, and annotations that of what they surround."""
+    kind = torch.autograd.DeviceType.CUDA if device else torch.autograd.DeviceType.CPU
+    return [row for row in averages if row.device_type == kind and not row.is_user_annotation]
+
+
 def profiles(bench: Bench, folder: Path | None = None) -> dict[str, Any]:
     """Prints a table of one decode step of all rows and one of an update of a group; their traces go to `folder`.
     Returns the shares of device time of the largest kernels."""
@@ -287,10 +316,11 @@ def profiles(bench: Bench, folder: Path | None = None) -> dict[str, Any]:
         averages = recorded.key_averages()
         key = "self_device_time_total" if on_gpu() else "self_cpu_time_total"
         print(averages.table(sort_by=key, row_limit=TABLE_ROWS, max_name_column_width=60), file=sys.stderr)
-        whole = sum(getattr(event, key) for event in averages) or 1
-        largest = sorted(averages, key=lambda event: -getattr(event, key))[:10]
-        found[name] = {"ms": whole / 1e3, "calls": sum(event.count for event in averages),
-                       "largest": {event.key[:80]: round(getattr(event, key) / whole, 4) for event in largest}}
+        rows = rows_of_time(averages, device=on_gpu())
+        whole = sum(getattr(row, key) for row in rows) or 1
+        largest = sorted(rows, key=lambda row: -getattr(row, key))[:10]
+        found[name] = {"ms": whole / 1e3, "calls": sum(row.count for row in rows),
+                       "largest": {row.key[:80]: round(getattr(row, key) / whole, 4) for row in largest}}
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             recorded.export_chrome_trace(str(folder / f"{name}.json.gz"))

@@ -3,14 +3,14 @@
     python -m bench.ops [--json]
 
 An operation is what the dispatcher sees and no view; the package's kernels count as the kernels that they launch.
-`decode_layer_ops` and `decode_outer_ops` are of one decode step (64 rows of 8 prompts), `update_layer_ops` of a layer's
-passes over a micro-batch of 4,096 tokens, packed groups of one prompt and of two (more prompts, more operations: each
-prompt's completions see its own prefix), `update_layer_bytes` what of these is no matrix product or attention reads and
-writes, `head_ops` and `head_bytes` the same of the log-probabilities of 4,096 completion
-tokens, `captures` and `plain_steps` the CUDA graphs that each of four calls of `generate` would capture, and the steps
-that it would launch operation by operation, `recaptures` those graphs of the last call that were there before,
-`host_reads_a_token` and `host_waits_a_token` how often the host asks for drawn tokens, and how often the device idles
-meanwhile.
+`decode_layer_ops` and `decode_outer_ops` are of one decode step (64 rows of 8 prompts), `leaving_row_ops` of a row that
+ends before the others, `update_layer_ops` of a layer's passes over a micro-batch of 4,096 tokens, packed groups of one
+prompt and of two (more prompts, more operations: each prompt's completions see its own prefix), `update_layer_bytes`
+what of these is no matrix product or attention reads and writes, `head_ops` and `head_bytes` the same of the
+log-probabilities of 4,096 completion tokens, `captures` and `plain_steps` the CUDA graphs that each of four calls of
+`generate` would capture, and the steps that it would launch operation by operation, `recaptures` those graphs of the
+last call that were there before, `host_reads_a_token` and `host_waits_a_token` how often the host asks for drawn
+tokens, and how often the device idles meanwhile.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ from megatron_avatar.records import Prompt
 
 TINY = str(Path(__file__).resolve().parents[1] / "assets" / "tiny_base")
 SHAPES = {"3b": "qwen2_5_omni_3b", "7b": "qwen2_5_omni_7b", "vl3_4b": "qwen3_vl_4b", "omni3": "qwen3_omni_30b"}
-LAUNCHES = {"avatar::attend": 2, "avatar::draw": 2, "avatar::norm_backward": 2}  # kernels of one operation; else 1
+# Kernels of one operation, sums of a backward pass's parts among them; else 1.
+LAUNCHES = {"avatar::attend": 2, "avatar::draw": 2, "avatar::norm_backward": 2, "avatar::split_norm_rope_backward": 3}
 PROMPTS, ROWS, PROMPT, STEPS = 8, 8, 3492, 512
 TOKENS, COMPLETIONS = 4096, 8  # of a micro-batch; of each of its prompts, which take half of its tokens
 PACKED = {"one prompt": 1, "two prompts": 2}
@@ -119,7 +120,10 @@ def decode_step(policy: OmniPolicy) -> dict[str, Any]:
         for layer in layers:
             del layer.decode
     assert len(set(inside[1:])) == 1, inside
-    return {"decode_layer_ops": inside[1], "decode_outer_ops": counted.total - sum(inside)}
+    with Counted() as leaving:
+        cache.keep_rows(np.arange(PROMPTS * ROWS) > 0)
+    return {"decode_layer_ops": inside[1], "decode_outer_ops": counted.total - sum(inside),
+            "leaving_row_ops": leaving.total}  # fmt: skip
 
 
 def segments_of(prompts: int) -> Tensor:
@@ -221,7 +225,7 @@ def second_call() -> dict[str, Any]:
         keys, sampling = [str(k) for k in range(3)], SamplingConfig(max_new_tokens=24)
         with ExitStack() as patches:
             for target, value in (
-                (f"{generation.__name__}.KeyValueCache", static), (f"{kept.__name__}.may_keep", lambda *_: True),
+                (f"{generation.__name__}.KeyValueCache", static), (f"{kept.__name__}.memory_of", lambda _: 1 << 40),
                 (f"{generation.__name__}.may_run_behind", lambda _: True), (f"{generation.__name__}.send", send),
                 (f"{decode.__name__}.Decoder._capture", capture), (f"{decode.__name__}.Decoder.__init__", replayed),
                 ("torch.cuda.graph_pool_handle", lambda: 0),

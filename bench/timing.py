@@ -54,17 +54,27 @@ def machine() -> dict[str, Any]:
     return found | {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
 
 
+def signed(result: dict[str, Any]) -> dict[str, Any]:
+    """With what it was measured on, and when."""
+    return {**result, "machine": machine(), "date": date.today().isoformat()}
+
+
+def write(name: str, result: dict[str, Any]) -> None:
+    """Keep a result in bench/results/NAME.json."""
+    path = RESULTS / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(signed(result), indent=1) + "\n")
+
+
 def report(name: str, result: dict[str, Any], *, as_json: bool, keep: bool) -> None:
     """Print the result, with `as_json` as one line; `keep` writes that to bench/results/NAME.json too.
 
     A benchmark asks to keep what its default arguments gave: other figures don't compare with those kept there.
     """
-    result = {**result, "machine": machine(), "date": date.today().isoformat()}
+    if as_json and keep:
+        write(name, result)
+    result = signed(result)
     if as_json:
-        if keep:
-            path = RESULTS / f"{name}.json"
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(json.dumps(result, indent=1) + "\n")
         print(json.dumps(result), flush=True)
         return
     for key, value in result.items():

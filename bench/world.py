@@ -32,13 +32,14 @@ from scipy.stats import binomtest
 from bench.timing import JSON_HELP, is_default, report
 from data_tools.ladder import LADDER, draw_scene, said_looks
 from data_tools.lessons import Shown, look, notes
-from data_tools.pretrain import VIEW, Example, film, told_right, turns
+from data_tools.pretrain import BASES, Example, film, told_right, turns
 from eval.scoring.predictions import correct, family, read_predictions
 from megatron_avatar.data.prompt import PromptBuilder, load_tokenizer
 from megatron_avatar.keyed import keyed_rng
 
 EVIDENCE, COPIED = 0.90, 0.95
-BASE = Path(__file__).parents[1] / "assets" / "tiny_base"
+ROOT = Path(__file__).parents[1]
+BASE = ROOT / BASES["omni"].folder
 LIMIT = 200  # clips that each family is asked about
 Share = dict[str, float | int]  # value, low, high, n
 
@@ -66,24 +67,23 @@ def examples(builder: PromptBuilder, folder: Path, limit: int) -> Iterable[tuple
             yield (prompt, turns(builder, lessons)), names
 
 
-def ask_base(base: Path, limit: int) -> dict[str, dict[str, Share | None]]:
-    """Evidence and copies of every family. Raises ValueError for a folder that holds no such base."""
-    from transformers import Qwen2_5OmniThinkerForConditionalGeneration
-
+def ask_base(base: Path, limit: int, kind: str = "omni") -> dict[str, dict[str, Share | None]]:
+    """Evidence and copies of every family, from a base of this `kind` (data_tools/pretrain.py, BASES). Raises
+    ValueError for a folder that holds no such base."""
     try:
-        model = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(base, dtype=torch.float32).eval()
+        model = BASES[kind].model.from_pretrained(base, dtype=torch.float32).eval()
     except (OSError, ValueError) as error:
         raise ValueError(f"--base {base}: no weights of the tiny model ({str(error).splitlines()[0][:120]}); give a "
                          "folder that `make base` or an export has written") from None  # fmt: skip
-    builder = PromptBuilder(load_tokenizer(base), model.config, VIEW, context=512)
+    builder = PromptBuilder(load_tokenizer(base), model.config, BASES[kind].view, context=512)
     hits: dict[str, tuple[list[bool], list[bool]]] = {name: ([], []) for name in LADDER}
     with tempfile.TemporaryDirectory() as name:
         clips = track(examples(builder, Path(name), limit), "looking", total=2 * limit, console=Console(stderr=True))
         for example, names in clips:
             (flags,) = told_right(model, [example])
             for k, asked in enumerate(names):
-                for kind in (0, 1):
-                    hits[asked][kind].append(bool(flags[2 * k + kind].all()))
+                for lesson in (0, 1):
+                    hits[asked][lesson].append(bool(flags[2 * k + lesson].all()))
     return {name: {"evidence": share(seen), "copied": share(said)} for name, (seen, said) in hits.items()}
 
 
@@ -123,7 +123,8 @@ def show(families: Mapping[str, Mapping[str, Any]], console: Console) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", type=Path, default=BASE)
+    parser.add_argument("--family", choices=BASES, default="omni", help="the base's kind; omni3: a tiny Qwen3-Omni")
+    parser.add_argument("--base", type=Path, help="by default where the family's base is kept, in assets")
     parser.add_argument("--limit", type=int, default=LIMIT, help=f"clips of each family ({LIMIT})")
     parser.add_argument("--answers", type=Path, help="a cold start's drawn answers, of eval.run")
     parser.add_argument("--json", action="store_true", help=JSON_HELP)
@@ -132,7 +133,7 @@ def main(arguments: list[str] | None = None) -> int:
         if args.limit < 1:
             raise ValueError(f"--limit {args.limit}: write 1 or more")
         drawn = read_answers(args.answers) if args.answers else {}
-        seen = ask_base(args.base, args.limit)
+        seen = ask_base(args.base or ROOT / BASES[args.family].folder, args.limit, args.family)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

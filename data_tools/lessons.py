@@ -26,11 +26,12 @@ from data_tools.world import (
     describe_times,
 )
 
-ON_LADDER = 0.5  # of the clips are scenes of the ladder
-TONES = 0.2  # of these sound a pattern of tones
+ON_LADDER = 0.4  # of the clips are scenes of the ladder, where nothing else is said
+TONES = 0.25  # of these sound a pattern of tones
 SCENE_WEIGHT = {"direction": 3, "beeps": 2}  # the facts that are slowest to learn are seen more often
 WORDS = (*SHAPES, *COLORS, *COLUMNS, *SLOTS, *DIRECTIONS, *PITCHES, *NUMBERS, *LETTERS, *"0123456789", "chirp", "noise")
-NOTES, LISTS, LONGEST = 4, 4, 6  # copies beside a clip: of a question's evidence, of lists of at most so many words
+LOOKS, WHENS = 4, 2  # lessons of a clip of the ladder that look, and that only ask when
+LONGEST = 6  # words of a list that is said again
 
 
 class Lesson(NamedTuple):
@@ -46,8 +47,8 @@ class Shown(NamedTuple):
     on_ladder: bool
 
 
-def draw_shown(rng: np.random.Generator) -> Shown:
-    if rng.random() < ON_LADDER:
+def draw_shown(rng: np.random.Generator, on_ladder: float = ON_LADDER) -> Shown:
+    if rng.random() < on_ladder:
         return Shown(draw_scene(rng, tones=rng.random() < TONES), True)
     return draw_demo(rng)
 
@@ -59,11 +60,13 @@ def draw_demo(rng: np.random.Generator) -> Shown:
     return Shown(family.draft(str(rng.choice(family.answers)), rng).scene, False)
 
 
-def draw_lessons(shown: Shown, rng: np.random.Generator) -> list[Lesson]:
-    """The lessons that are given beside a scene, in any order: none sees another."""
+def draw_lessons(shown: Shown, rng: np.random.Generator, texts: tuple[int, int, int]) -> list[Lesson]:
+    """The lessons that are given beside a scene, in any order: none sees another. texts: how many of them only need
+    their own text, answers from given evidence, lists said again, and letters beyond those that come with a scene."""
     told = looks(shown.scene, rng) if shown.on_ladder else descriptions(shown, rng)
-    asked = [ask(str(name), rng) for name in rng.choice(list(LADDER), NOTES)]
-    return [*told, *map(notes, asked), *(words(rng) for _ in range(LISTS))]
+    asked = [ask(str(name), rng) for name in rng.choice(list(LADDER), texts[0])]
+    read = [words(rng) for _ in range(texts[1])] + [letters(rng) for _ in range(texts[2])]
+    return [*told, *map(notes, asked), *read]
 
 
 def descriptions(shown: Shown, rng: np.random.Generator) -> list[Lesson]:
@@ -72,10 +75,20 @@ def descriptions(shown: Shown, rng: np.random.Generator) -> list[Lesson]:
 
 
 def looks(scene: Scene, rng: np.random.Generator) -> list[Lesson]:
-    """Evidence for three of the ladder's families that fit the scene, the clip, and a list of letters."""
+    """Evidence for the ladder's families that fit the scene, a family as often as it has looks; when sounds are heard;
+    the clip or a list of letters."""
     left_out = {"hear", "match"} if scene.sound.form == "pattern" else {"tones"}
-    names = pick(rng, [name for name in LADDER if name.partition("_")[0] not in left_out], 3)
-    return [*(look(LADDER[name].ask(scene, rng)) for name in names), describe(scene, "clip"), letters(rng)]
+    names = [name for name in LADDER if name.partition("_")[0] not in left_out]
+    weights = np.array([LADDER[name].looks for name in names])
+    chosen = rng.choice(names, LOOKS, p=weights / weights.sum())
+    last = describe(scene, "clip") if rng.random() < 0.5 else letters(rng)
+    return [*(look(LADDER[name].ask(scene, rng)) for name in map(str, chosen)), *whens(scene, rng), last]
+
+
+def whens(scene: Scene, rng: np.random.Generator) -> list[Lesson]:
+    """When each sound is heard: the half of matching that only a search through the whole clip finds."""
+    heard = pick(rng, scene.sound.items, WHENS) if scene.sound.form == "slots" else []
+    return [Lesson(f"Describe when the {kind} sounds.", f"{kind} {slot}.") for kind, slot in heard]
 
 
 def describe(scene: Scene, aspect: str) -> Lesson:

@@ -1,10 +1,10 @@
-"""Pretrain the tiny base: the Thinker's own classes learn to describe clips (`make base`).
+"""Pretrain the tiny base: the Thinker's own classes learn to describe clips, to look and to copy (`make base`).
 
-    python -m data_tools.pretrain --out assets/tiny_base --steps 2300
+    python -m data_tools.pretrain --out assets/tiny_base
 
 Like the paper's base it then perceives and reads, but doesn't know the <think>, <answer> format, and that looking
-comes before answering. What it is taught stands in data_tools/lessons.py. It trains on fresh clips that go through real
-files and the trainer's own prompt builder, drawn with a key of their own.
+comes before answering. What it is taught stands in data_tools/lessons.py. Its clips go through real files and the
+trainer's own prompt builder, drawn with a key of their own, once; lessons are drawn anew each time a clip is met.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from rich.progress import Progress, TextColumn
+from rich.console import Console
+from rich.progress import Progress, TextColumn, track
 from torch.nn import functional
 from transformers import (
     Qwen2_5OmniThinkerConfig,
@@ -30,7 +31,7 @@ from transformers import (
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from data_tools.families import LETTERS
-from data_tools.lessons import Lesson, Shown, descriptions, draw_demo, draw_lessons, draw_shown
+from data_tools.lessons import ON_LADDER, Lesson, Shown, descriptions, draw_demo, draw_lessons, draw_shown
 from data_tools.synthesize import clip_media, keyed_rng, write_clip
 from data_tools.tiny_omni3 import tiny_omni3_config
 from data_tools.tokenizer import SPECIAL, build_tokenizer
@@ -42,8 +43,10 @@ from megatron_avatar.records import Prompt, Sample
 
 VIEW = DataConfig(fps=4.0, min_frames=8, max_frames=8, frame_max_pixels=7056, frame_min_pixels=7056, decoder="pyav",
                   instruction="")  # fmt: skip
-REUSE = 4  # times a clip is trained on before it is replaced
-BUFFER = 512  # clips to draw from
+SEEING, SEEN = 1000, 16  # updates that learn to perceive, clips of one of them
+FEW, MANY = (1, 1, 0), (4, 3, 0)  # texts beside a clip then, and after it (lessons.draw_lessons)
+AGAIN = (2, 1, 4)  # in a training that goes on: letters come last
+KEEP = 250  # updates between two states on disk
 Example = tuple[Prompt, list[tuple[np.ndarray, np.ndarray]]]  # clip; of each lesson what is given and what is learned
 
 
@@ -157,28 +160,14 @@ def describing(builder: PromptBuilder, folder: Path, key: str) -> Example:
     return film(builder, folder, key, shown), turns(builder, descriptions(shown, rng))
 
 
-class Clips(torch.utils.data.IterableDataset):
-    """Endless fresh examples in a worker process; each clip is drawn about REUSE times out of a buffer, with lessons of
-    its own every time."""
-
-    def __init__(self, builder: PromptBuilder, run: str):
-        self.builder, self.run = builder, run
-
-    def __iter__(self) -> Iterator[Example]:
-        torch.set_num_threads(1)
-        rng, count, buffer = keyed_rng("buffer", self.run), 0, []
-        with tempfile.TemporaryDirectory() as name:
-            (Path(name) / "clips").mkdir()
-            while True:
-                key = f"{self.run}-{count}"
-                shown = draw_shown(keyed_rng("base", key))
-                buffer.append((film(self.builder, Path(name), key, shown), shown))
-                count += 1
-                if len(buffer) > BUFFER:
-                    buffer.pop(0)
-                for _ in range(REUSE):
-                    prompt, shown = buffer[int(rng.integers(len(buffer)))]
-                    yield prompt, turns(self.builder, draw_lessons(shown, rng))
+def film_all(builder: PromptBuilder, run: str, count: int, on_ladder: float) -> list[tuple[Prompt, Shown]]:
+    """`count` clips, this share of them of the ladder, the others of the demo's world, with what they show; `run` keys
+    them."""
+    with tempfile.TemporaryDirectory() as name:
+        (Path(name) / "clips").mkdir()
+        shown = [(f"{run}-{k}", draw_shown(keyed_rng("base", f"{run}-{k}"), on_ladder)) for k in range(count)]
+        drawn = track(shown, "filming", console=Console(stderr=True))
+        return [(film(builder, Path(name), key, one), one) for key, one in drawn]
 
 
 def description_logits(
@@ -308,10 +297,15 @@ def _classed(tokenizer: PreTrainedTokenizerBase, target: np.ndarray) -> Iterator
 
 
 def pretrain(
-    base: Base, out: Path, steps: int, batch_size: int, lr: float, start: Path | None, run: str, threads: int
-) -> None:
-    """Train for `steps` updates and save the folder (bfloat16). `start` goes on from an earlier folder; `run` keys the
-    clips, so that a continued training sees new ones."""
+    base: Base, out: Path, steps: int, batch_size: int, lr: float, clips: int, on_ladder: float, start: Path | None,
+    run: str, threads: int,
+) -> None:  # fmt: skip
+    """Train for `steps` updates and save the folder (bfloat16), every KEEP updates too.
+
+    The first SEEING of them meet the demo's clips alone, many of them with few texts, until colours and shapes are
+    told apart: with few clips and many texts that comes late. `start` goes on from an earlier folder that perceives;
+    `run` keys the clips, so that it sees new ones.
+    """
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     tokenizer = build_tokenizer(base.family)
@@ -321,22 +315,27 @@ def pretrain(
         model = base.model.from_pretrained(start, dtype=torch.float32)
     builder = PromptBuilder(tokenizer, config, base.view, context=512)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
-    loader = torch.utils.data.DataLoader(
-        Clips(builder, run), batch_size, num_workers=1, collate_fn=list, prefetch_factor=8
-    )
-    clips = iter(loader)
+    filmed, rng = film_all(builder, run, clips, on_ladder), keyed_rng("lessons", run)
+    seeing = 0 if start else SEEING
+    demo = [k for k, (_, shown) in enumerate(filmed) if not shown.on_ladder]
     with Progress(*Progress.get_default_columns(), TextColumn("{task.fields[loss]}")) as bar:
         task = bar.add_task("pretraining", total=steps, loss="")
         for step in range(steps):
             for group in optimizer.param_groups:  # warm-up, then constant, then a fall over the last third
                 group["lr"] = lr * min(1.0, (step + 1) / 100, max(0.02, 3 * (1 - step / steps)))
-            logits, targets = description_logits(model, next(clips))
+            early = step < seeing
+            chosen = rng.choice(demo, SEEN) if early else rng.integers(len(filmed), size=batch_size)
+            texts = FEW if early else AGAIN if start else MANY
+            batch = [(filmed[k][0], turns(builder, draw_lessons(filmed[k][1], rng, texts))) for k in chosen]
+            logits, targets = description_logits(model, batch)
             loss = functional.cross_entropy(logits, targets)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             bar.update(task, advance=1, loss=f"loss {loss.item():.3f}")
+            if step % KEEP == KEEP - 1:
+                save(model, tokenizer, out)
     save(model, tokenizer, out)
     report = evaluate(model, builder, tokenizer)
     print(json.dumps({k: round(v, 3) for k, v in report.items()}))
@@ -363,8 +362,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--family", choices=BASES, default="omni", help="omni3: a tiny Qwen3-Omni")
     parser.add_argument("--out", type=Path, help="by default where the family's base is kept, in assets")
-    parser.add_argument("--steps", type=int, default=2300)
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--batch", type=int, default=6, help="clips of an update")
+    parser.add_argument("--clips", type=int, default=3000, help="clips that are filmed")
+    parser.add_argument("--on-ladder", type=float, default=ON_LADDER, help="share of the ladder among them")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--start", type=Path, help="go on from this folder")
     parser.add_argument("--run", default="a", help="key of the clips")
@@ -372,7 +373,7 @@ def main() -> None:
     args = parser.parse_args()
     base = BASES[args.family]
     out = args.out or Path(base.folder)
-    pretrain(base, out, args.steps, args.batch, args.lr, args.start, args.run, args.threads)
+    pretrain(base, out, args.steps, args.batch, args.lr, args.clips, args.on_ladder, args.start, args.run, args.threads)
 
 
 if __name__ == "__main__":

@@ -60,6 +60,7 @@ def examine() -> dict[str, Result]:
         "Apex": _apex,
         "Transformer Engine": _transformer_engine,
         "FlashAttention-3": _flash_attention_3,
+        "own kernels": _own_kernels,
         "Slurm": _slurm,
     }
     results = {}
@@ -157,18 +158,24 @@ def _dali() -> Result:
     if number is None:
         return Result("missing", "not installed", "PyAV decodes instead")
     # A separate process: a wheel that doesn't fit the driver may end its process.
-    command = [sys.executable, "-c", "from megatron_avatar.doctor import print_decodable; print_decodable()"]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    if run.returncode:
-        reason = (run.stderr.strip().splitlines() or ["no message"])[-1]
-        return Result("missing", f"{number} doesn't work: {reason}", "PyAV decodes instead")
-    decoded = json.loads(run.stdout.splitlines()[-1])
+    said, broken = _apart("print_decodable")
+    if broken:
+        return Result("missing", f"{number} doesn't work: {broken}", "PyAV decodes instead")
+    decoded = json.loads(said)
     refused = [name for name in CODECS if name not in decoded]
     return Result(
         "ok" if decoded else "missing",
         f"{number}; decodes on the CPU: {', '.join(decoded) or 'nothing'}",
         f"{', '.join(refused)}: PyAV decodes instead" if refused else "",
     )
+
+
+def _apart(function: str) -> tuple[str, str]:
+    """The last line that a function of this module prints in a process of its own, and the last one of its error."""
+    command = [sys.executable, "-c", f"from megatron_avatar.doctor import {function}; {function}()"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    lines = (run.stderr if run.returncode else run.stdout).strip().splitlines() or ["no message"]
+    return ("", lines[-1]) if run.returncode else (lines[-1], "")
 
 
 def print_decodable() -> None:
@@ -233,6 +240,29 @@ def _flash_attention_3() -> Result:
     if importlib.util.find_spec("flash_attn_interface") is None:
         return Result("note", "not installed", "optional, on H100 and H200: PyTorch's FlashAttention-2 runs instead")
     return Result("ok", _version("flash-attn-3") or "installed")
+
+
+def _own_kernels() -> Result:
+    """Triton builds them at their first launch, with a C compiler, against Python's headers."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return Result("note", "not run", "they need a GPU; PyTorch's operations run on a CPU")
+    said, broken = _apart("print_own_kernels")
+    if not broken and said == "fine":
+        return Result("ok", f"Triton {_version('triton')}: as PyTorch's operations in bfloat16")
+    meaning = "PyTorch's operations run instead, several times slower in decoding; Triton builds with gcc and Python.h"
+    return Result("missing", broken or said, meaning, "apt install gcc python3-dev")
+
+
+def print_own_kernels() -> None:
+    """Print what speaks against the package's kernels on the first GPU, or `fine`."""
+    import torch
+
+    from megatron_avatar.policy.fusions import tested
+    from megatron_avatar.policy.kernels.device import obstacle
+
+    print(obstacle(0) or tested("kernels", torch.bfloat16) or "fine")
 
 
 def _slurm() -> Result:

@@ -29,8 +29,9 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "project"))
 
 
 # Files that take minutes, in the order in which workers begin them: else the last one runs alone.
-LONGEST = ("training/test_layouts.py", "training/test_loop.py", "planning/test_plan.py", "bench/test_reference.py",
-           "test_sweep.py", "training/test_scoring.py", "training/test_replay_step.py",
+LONGEST = ("training/test_layouts.py", "training/test_loop.py", "planning/test_plan.py",
+           "planning/test_plan_recipes.py", "bench/test_reference.py", "test_sweep.py",
+           "training/test_scoring.py", "training/test_replay_step.py",
            "policy/test_parity.py")  # fmt: skip
 
 

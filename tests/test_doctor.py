@@ -121,3 +121,35 @@ def test_commands_stand_whole_below_the_table(capsys, monkeypatch):
     show({"CPU": Result("ok", "2 cores"), "packages": Result("missing", "none", "not installed: torch", command)})
     *table, last = capsys.readouterr().out.splitlines()
     assert last == f"packages: {command}" and max(map(len, table)) <= 60 and "pip" not in "".join(table)
+
+
+@pytest.mark.parametrize(("apart", "state", "words"), [
+    (("fine", ""), "ok", "as PyTorch's operations"),
+    (("RuntimeError: Failed to find C compiler", ""), "missing", "Failed to find C compiler"),
+    (("", "Segmentation fault"), "missing", "Segmentation fault"),
+])  # fmt: skip
+def test_kernels_that_cannot_be_built_are_named(monkeypatch, apart, state, words):
+    import torch
+
+    from megatron_avatar import doctor
+
+    assert doctor._own_kernels().found == "not run"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(doctor, "_apart", lambda function: apart)
+    result = doctor._own_kernels()
+    assert result.state == state and words in result.found and ("python3-dev" in result.command) == (state != "ok")
+
+
+def test_what_a_process_of_its_own_says_and_why_it_broke(monkeypatch, capsys):
+    import torch
+
+    from megatron_avatar import doctor
+    from megatron_avatar.policy import fusions
+    from megatron_avatar.policy.kernels import device
+
+    assert "ImportError" in doctor._apart("no_such_function")[1]
+    for reason, other, said in (("", "", "fine"), ("it is old", "", "it is old"), ("", "it differs", "it differs")):
+        monkeypatch.setattr(device, "obstacle", lambda index, reason=reason: reason)
+        monkeypatch.setattr(fusions, "tested", lambda part, dtype, other=other: other * (dtype is torch.bfloat16))
+        doctor.print_own_kernels()
+        assert capsys.readouterr().out.strip() == said

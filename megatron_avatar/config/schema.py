@@ -48,7 +48,7 @@ class ParallelConfig:
     sequence_parallel: bool = False
     recompute: str = "none"  # none | light (norms, SwiGLU) | selective (feed-forward) | full (every layer)
     distributed_optimizer: bool = False  # main weights and moments sharded over the data-parallel ranks
-    kernels: str = "auto"  # auto (Apex, Transformer Engine, FlashAttention-3 where a test agrees) | torch
+    kernels: str = "auto"  # auto (ours, Transformer Engine's, Apex's, FlashAttention-3 where a test agrees) | torch
     threads: int = 1  # CPU threads a rank; pinned, so that sums are made in one order
 
 

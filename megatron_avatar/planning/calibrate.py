@@ -196,10 +196,14 @@ def _graph_gap(config: dict, backend: Backend, dtype: str) -> float:
 
 
 def _policy(folder: str, backend: Backend, model: ModelConfig) -> OmniPolicy:
-    """A policy with random weights whose gradients are dropped as they come, as Megatron-Core's buffers take them."""
+    """A policy with random weights whose gradients are dropped as they come, as Megatron-Core's buffers take them;
+    layers that add theirs to such buffers by themselves (Apex, Transformer Engine) find some."""
     policy = build_policy(folder, backend, model, ParallelConfig())
-    with torch.no_grad():
-        for parameter in policy.parameters():
-            parameter.normal_(std=0.02)
+    parameter: Any
+    for parameter in policy.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+        if parameter.requires_grad and policy.config.gradient_accumulation_fusion:
+            parameter.main_grad = torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
+            parameter.grad_added_to_main_grad = False
     drop_gradients(policy)
     return policy.train()

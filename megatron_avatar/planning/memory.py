@@ -19,13 +19,16 @@ from megatron_avatar.planning.outline import GIB, itemsizes, margin
 from megatron_avatar.planning.work import Work
 from megatron_avatar.policy.architecture import PolicyConfig
 from megatron_avatar.policy.groups import GroupBatch
-from megatron_avatar.policy.kept import SHARE
+from megatron_avatar.policy.kept import settled, tokens_of
 from megatron_avatar.policy.lanes import make_jobs, plan_room
 from megatron_avatar.policy.model import OmniPolicy
+from megatron_avatar.policy.sampling import truncates
 from megatron_avatar.policy.shape import deepstack_layers, hears
 from megatron_avatar.policy.towers import ROWS_PER_CALL
 
-SAMPLING_BYTES = 40  # a logit while a token is drawn: float32 and float64 copies of the row (sampling.py)
+# A logit while a token is drawn: float32 and float64 copies of the row (sampling.py), or, where the kernel draws, a
+# rank's own, those of all ranks, and their copy in one piece.
+SAMPLING_BYTES, DRAWN_BYTES = 40, 12
 
 
 @dataclass
@@ -134,18 +137,37 @@ def _received(policy: OmniPolicy, tokens: int) -> torch.Tensor:
     """What the stage before would send: hidden states of `tokens` packed tokens."""
     share = policy.backend.tp if policy.config.sequence_parallel else 1
     shape = -(-tokens // share), 1, policy.config.hidden_size
-    return torch.empty(shape, dtype=policy.config.params_dtype, device=META, requires_grad=torch.is_grad_enabled())
+    return torch.empty(shape, dtype=policy.config.pipeline_dtype, device=META, requires_grad=torch.is_grad_enabled())
 
 
-def generation_room(policy: OmniPolicy, work: Work, n_on: int) -> tuple[int, int]:
-    """Bytes of the keys and values that generation would like to hold, and rows that draw a token at a time."""
+@dataclass(frozen=True)
+class Device:
+    """What the plan's GPU is to generation: its bytes (a CPU's caches never stay: 0), and those of a logit that is
+    drawn from."""
+
+    memory: float = 0
+    sampling: int = SAMPLING_BYTES
+
+
+def device_of(config: Config) -> Device:
+    if config.cluster.gpu == "cpu":
+        return Device()
+    by_kernel = config.parallel.kernels != "torch" and not truncates(config.rl.sampling)
+    return Device(config.cluster.gpu_memory_gib * GIB, DRAWN_BYTES if by_kernel else SAMPLING_BYTES)
+
+
+def generation_room(policy: OmniPolicy, work: Work, n_on: int, memory: float) -> tuple[int, int, bool]:
+    """Bytes of the keys and values that generation would like to hold on a GPU of so much memory, rows that draw a
+    token at a time, and whether the cache stays through the update."""
     layers, lanes = policy.language_model.decoder.layers, policy.backend.pp
     attention = layers[0].self_attention
     size = attention.num_query_groups_per_partition * attention.hidden_size_per_attention_head
     token = 2 * len(layers) * size * policy.config.params_dtype.itemsize
     jobs = make_jobs([work.prompt - 1] * work.fresh, n_on, lanes)
     room = plan_room(jobs, work.completion, lanes, 1 << 62)
-    return token * lanes * (room.pages * room.page + room.rows * room.steps), room.rows
+    rows = room.rows
+    room, stays = settled(room, token * lanes, memory)
+    return token * lanes * tokens_of(room), rows, stays
 
 
 def tower_bytes(hf_config: PolicyConfig, work: Work, itemsize: int, prompts: int, tp: int) -> int:
@@ -191,18 +213,18 @@ def rank_memories(
             memory = static_memory(policy, model, parallel, work, dp, towers_ever=towers_ever)
             memory.margin = margin(config)
             if tp_rank == 0:
-                add_dynamic(memory, policy, work, n_on, ratio)
+                add_dynamic(memory, policy, work, n_on, ratio, device_of(config))
             else:
                 first = ranks[-1]
-                for item in ("activations", "workspace", "cache", "generation", "towers"):
+                for item in ("activations", "workspace", "cache", "cache_stays", "generation", "towers"):
                     setattr(memory, item, getattr(first, item))
-            small = memory.cache <= SHARE * config.cluster.gpu_memory_gib * GIB
-            memory.cache_stays = small and config.cluster.gpu != "cpu"
             ranks.append(memory)
     return ranks
 
 
-def add_dynamic(memory: RankMemory, policy: OmniPolicy, work: Work, n_on: int, ratio: float) -> None:
+def add_dynamic(
+    memory: RankMemory, policy: OmniPolicy, work: Work, n_on: int, ratio: float, device: Device
+) -> None:  # fmt: skip
     """Fill in what comes and goes within a step."""
     batches = micro_batches(work)
     update = measure_update(policy, max(batches, key=len))
@@ -215,8 +237,8 @@ def add_dynamic(memory: RankMemory, policy: OmniPolicy, work: Work, n_on: int, r
         memory.activations += round(ratio * rows * row)
     memory.workspace = round(ratio * (update.peak - update.kept))
     if work.fresh:
-        memory.cache, rows = generation_room(policy, work, n_on)
-        drawing = rows * policy.vocab_size * SAMPLING_BYTES if policy.post_process else 0
+        memory.cache, rows, memory.cache_stays = generation_room(policy, work, n_on, device.memory)
+        drawing = rows * policy.vocab_size * device.sampling if policy.post_process else 0
         memory.generation = round(ratio * max(measure_reading(policy, reading_batch(work)), drawing))
     if policy.pre_process:
         # Encoders that train run with their micro-batch; frozen ones run once over all prompts.

@@ -18,6 +18,7 @@ from typing import NamedTuple
 from megatron_avatar.config.families import family_of
 from megatron_avatar.config.schema import Config
 from megatron_avatar.planning.work import Work
+from megatron_avatar.policy.micro_batches import lanes_of
 from megatron_avatar.policy.shape import Shape, active_inner, experts_of, hears
 
 
@@ -135,8 +136,8 @@ def _assumed(gpu: str) -> Rates:
         reduce_gap=REDUCE_GAP_CPU if gpu == "cpu" else REDUCE_GAP, memory_ratio=1.0,
         source=f"{gpu}'s peaks ({peaks.flops / 1e12:.3g} TFLOP/s, {peaks.bandwidth / 1e12:.3g} TB/s, links of "
         f"{peaks.links / 1e9:.3g} GB/s) at efficiencies {where}: update {share.train:.0%} (recomputation counted), "
-        f"forward {share.forward:.0%}, encoders {share.encoders:.0%}, decode {share.bandwidth:.0%} of bandwidth; links "
-        f"assumed at {LINK_EFFICIENCY:.0%}",
+        f"forward {share.forward:.0%}, encoders {share.encoders:.0%}, decode {share.bandwidth:.0%} of bandwidth, a "
+        f"layer of it at least {GRAPH_GAP[kind] * 1e3:.2g} ms; links assumed at {LINK_EFFICIENCY:.0%}",
     )  # fmt: skip
 
 
@@ -237,6 +238,7 @@ def step_seconds(
         fresh = sum(work.completions[: work.fresh]) / sum(work.completions)
         scored = (total.layers + total.head) / rates.forward / tp / pp * bubble
         parts["reference"] = (rates.pass_seconds(scored + moved, gaps) + reduced) * fresh
+    # Of a forward pass's gaps: backward has as many for the inputs as for the weights, and as many once more.
     passes = 2 + (not config.model.lora.rank) + (parallel.recompute == "full")
     _, flops = update_flops(total, parallel.recompute, adapters=config.model.lora.rank > 0)
     # Forward, backward, and what is computed again: all, the feed-forward's, or no product.
@@ -244,7 +246,7 @@ def step_seconds(
     # Backward moves twice as much as forward, with what is computed again thrice.
     moved *= 4 if parallel.recompute in ("full", "selective") else 3
     computed = flops / rates.train / tp / pp * bubble + moved
-    parts["update"] = updates * (rates.pass_seconds(computed, (passes + 1) * gaps) + reduced)
+    parts["update"] = updates * (rates.pass_seconds(computed, passes * gaps) + reduced)
     share = dp if parallel.distributed_optimizer else 1
     reduce = 4 * trainable * 2 * (dp - 1) / dp / rates.network
     parts["optimizer"] = updates * (reduce + 30 * trainable / share / rates.bandwidth)
@@ -277,24 +279,30 @@ def reduction_seconds(
 
 
 def _generation(config: Config, shape: Shape, work: Work, rates: Rates) -> dict[str, float]:
-    """Reading the fresh prompts and decoding their completions to the full length. Stages work one after the other."""
-    text, tp = shape.text_config, config.parallel.tp
+    """Reading the fresh prompts and decoding their completions to the full length. As many lanes as stages are under
+    way at a time: a stage reads its weights, and waits for its kernels, once a lane, but each lane has its share of the
+    rows and prompts alone."""
+    text, tp, pp = shape.text_config, config.parallel.tp, config.parallel.pp
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     itemsize = 4 if config.model.dtype == "float32" else 2
     gap, step_gap = (text.num_hidden_layers * gap for gap in (rates.layer_gap, rates.graph_gap))
-    read = forward_flops(shape, work.fresh * work.prompt, work.fresh * work.prompt**2 / 2, work.fresh)
-    moved = experts_seconds(config, shape, work.fresh * work.prompt, rates)
+    jobs = sum(lanes_of(work.fresh, work.completions[0], pp))  # prompts as they are read: some by several lanes
+    read = forward_flops(shape, jobs * work.prompt, jobs * work.prompt**2 / 2, jobs)
+    busy = min(pp, jobs)  # stages, once all lanes are under way
+    moved = experts_seconds(config, shape, jobs * work.prompt, rates)
     rows = sum(work.completions[: work.fresh])
     token = forward_flops(shape, 1, 0, 1)
-    weights = itemsize * read_weights(shape, rows)
+    weights = itemsize * read_weights(shape, rows / busy)
     if experts_of(shape) and config.cluster.gpu == "a100":  # torch goes through experts on the host: no graphs
         step_gap = gap
     key_values = 2 * text.num_key_value_heads * size * itemsize * text.num_hidden_layers
-    cache = key_values * (work.fresh * work.prompt + rows * work.completion / 2)
-    compute = rows * (token.layers + token.head) / rates.forward / tp
+    cache = key_values * (jobs * work.prompt + rows * work.completion / 2) / busy
+    compute = rows * (token.layers + token.head) / rates.forward / tp / busy
     decode = rates.pass_seconds(max((weights + cache) / tp / rates.bandwidth, compute), step_gap)
+    # Lanes read one after the other: the last stage waits for the first lane, the first for the last.
+    reading = ((read.layers + read.head) / rates.forward / tp + moved) / pp * (busy + pp - 1) / busy
     return {
-        "read prompts": rates.pass_seconds((read.layers + read.head) / rates.forward / tp + moved, gap)
-        + reduction_seconds(config, shape, 1, work.fresh * work.prompt, rates),
-        "decode": work.completion * (decode + reduction_seconds(config, shape, 1, rows, rates)),
+        "read prompts": rates.pass_seconds(reading, gap * (busy + pp - 1) / pp)
+        + reduction_seconds(config, shape, busy, jobs * work.prompt, rates) / pp * (busy + pp - 1) / busy,
+        "decode": work.completion * (decode + reduction_seconds(config, shape, 1, rows / busy, rates)),
     }

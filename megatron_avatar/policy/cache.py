@@ -9,7 +9,8 @@ each completion in training, so a row can begin at any time. Per layer there are
 A decode step attends in two parts: every page to the queries of all rows of its prompt at once, every row to its own
 tokens. The parts are merged by the log-sum-exp of their scores: no key is copied or read twice, and a long prompt is
 worked on in as many parts as it has pages. When rows or prompts leave, the last ones move into their places, so what
-is in use stays in front, and nothing else costs work.
+is in use stays in front, and nothing else costs work. A store is one tensor [layers, 2, ...], so that a move is one
+operation.
 """
 
 from __future__ import annotations
@@ -78,14 +79,15 @@ class KeyValueCache:
         self._owners: list[int] = []  # prompt of each page in use
         self._own_room = 0
 
-        def store(count: int, tokens: int) -> dict[int, list[Tensor]]:
-            shape = (count, kv_heads, tokens, head_size)
-            return {layer: [torch.zeros(shape, dtype=dtype, device=device) for _ in "kv"] for layer in layers}
+        def store(count: int, tokens: int) -> Tensor:
+            return torch.zeros(len(layers), 2, count, kv_heads, tokens, head_size, dtype=dtype, device=device)
 
-        self._pages, self._own = store(room.pages, room.page), store(room.rows, self._most_own if static else 0)
+        self._all_pages, self._all_own = store(room.pages, room.page), store(room.rows, self._most_own * static)
+        self._layers = list(layers)
+        self._pages, self._own = self._by_layer(self._all_pages), self._by_layer(self._all_own)
         self._tables: dict[tuple[int, ...], Tables] = {}  # by rows, pages, readers, parts
         self._layout: tuple[int, ...] | None = None  # whose tables are up to date
-        self._kernels = static and by_kernels(next(iter(self._own.values()))[0])
+        self._kernels = static and by_kernels(self._all_own)
 
     # ------------------------------------------------------------------------------------------------------------
     # Prompts and rows come and go: host only, but for the moves
@@ -98,8 +100,11 @@ class KeyValueCache:
     @property
     def bytes(self) -> int:
         """Of all keys and values that there is room for."""
-        stores = (*self._pages.values(), *self._own.values())
-        return sum(tensor.numel() * tensor.element_size() for store in stores for tensor in store)
+        return self._all_pages.nbytes + self._all_own.nbytes
+
+    def _by_layer(self, store: Tensor) -> dict[int, tuple[Tensor, ...]]:
+        """Keys and values of each layer, where they lie in the store."""
+        return {layer: part.unbind() for layer, part in zip(self._layers, store.unbind(), strict=True)}
 
     def fits(self, length: int) -> bool:
         """Whether a prompt of which `length` tokens are kept can be admitted now."""
@@ -134,7 +139,7 @@ class KeyValueCache:
             pages = self._pages_of[owner]
             pages[pages.index(source)] = target
         del self._owners[left:]
-        self._move(self._pages, sources, targets)
+        self._move(self._all_pages, sources, targets)
 
     def add_rows(self, prompts: Sequence[int]) -> None:
         """Rows that continue these prompts, behind the others."""
@@ -149,16 +154,14 @@ class KeyValueCache:
         targets = (~kept[: len(order)]).nonzero()[0]
         order[targets] = kept[len(order) :].nonzero()[0] + len(order)
         self.prompts = [self.prompts[row] for row in order]
-        self._move(self._own, order[targets].tolist(), targets.tolist())
+        self._move(self._all_own, order[targets].tolist(), targets.tolist())
         return order
 
-    def _move(self, stores: dict[int, list[Tensor]], sources: list[int], targets: list[int]) -> None:
+    def _move(self, store: Tensor, sources: list[int], targets: list[int]) -> None:
+        """One by one: nothing is copied in between, however much moves."""
         self._layout = None
-        if sources:
-            source, target = to_device(torch.tensor([sources, targets]), self.device)
-            for store in stores.values():
-                for tensor in store:
-                    tensor[target] = tensor[source]
+        for source, target in zip(sources, targets, strict=True):
+            store[:, :, target] = store[:, :, source]
 
     # ------------------------------------------------------------------------------------------------------------
     # Prompts
@@ -179,8 +182,9 @@ class KeyValueCache:
             self._own_room = min(self._most_own, max(FIRST_ROOM, 2 * self._own_room))
             if self._kernels:  # they look at what there is, whatever the shape says
                 self._own_room = self._most_own
-            for store in self._own.values() if not self.static else ():
-                store[:] = [F.pad(tensor, (0, 0, 0, self._own_room - tensor.shape[2])) for tensor in store]
+            if not self.static:
+                self._all_own = F.pad(self._all_own, (0, 0, 0, self._own_room - self._all_own.shape[4]))
+                self._own = self._by_layer(self._all_own)
         if self._layout is None:
             self._layout = self._fill()
         self._even = not self.static and longest == lengths.min() + 1

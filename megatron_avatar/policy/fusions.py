@@ -1,5 +1,5 @@
 """Which layers, Adam, gradient norms and attention run: Transformer Engine's, Apex's and FlashAttention-3's where they
-are installed, else torch's own.
+are installed, else torch's own; and whether the package's own kernels do (kernels/), else torch's operations.
 
 What is installed is Megatron-Core's finding, made when it is imported; it is taken where a self-test at the start
 agrees with torch (selftest.py). A GPU is needed for each; on a CPU, and with parallel.kernels=torch, everything is
@@ -32,15 +32,17 @@ from torch.nn import attention as torch_attention
 
 from megatron_avatar.policy import flash, selftest
 from megatron_avatar.policy.attention import GroupCoreAttention
+from megatron_avatar.policy.kernels import device, probe
 from megatron_avatar.policy.kernels.norm import norm
 from megatron_avatar.policy.layer import OmniLayer
 from megatron_avatar.policy.mixture import Mixture
 
 # Parts, in the order in which they are tested; a layer's gradient accumulation is its own package's.
 PARTS = {"linear": "linear layers", "engine_accumulate": "gradient accumulation", "adam": "AdamW",
-         "accumulate": "gradient accumulation", "norms": "gradient norms", "attention": "attention"}  # fmt: skip
+         "accumulate": "gradient accumulation", "norms": "gradient norms", "attention": "attention",
+         "kernels": "kernels of this package"}  # fmt: skip
 TITLES = {"transformer_engine": "Transformer Engine", "apex": "Apex", "flash_attn_3": "FlashAttention-3",
-          "torch": "torch"}  # fmt: skip
+          "triton": "Triton", "torch": "torch"}  # fmt: skip
 APEX_ACCUMULATES = megatron_layers._grad_accum_fusion_available
 FLASH_3 = "FA3"  # torch's name of it (torch.nn.attention.activate_flash_attention_impl)
 HOPPER = (9, 0)  # the GPUs that it is made for
@@ -100,13 +102,14 @@ class RMSNorm(torch.nn.RMSNorm):
 
 @dataclass(frozen=True)
 class Fusions:
-    """The choice: where layers, Adam, gradient norms and attention come from, and what is fused. `missing` is what this
-    machine lacks, `refused` what is installed and doesn't do as torch does."""
+    """The choice: where layers, Adam, gradient norms and attention come from, whether the package's kernels run, and
+    what is fused. `missing` is what this machine lacks, `refused` what is installed and doesn't do as torch does."""
 
     layers: str = "torch"  # transformer_engine | torch
     adam: str = "torch"  # transformer_engine | apex | torch
     norms: str = "torch"  # transformer_engine | apex | torch
     attention: str = "torch"  # flash_attn_3 | torch
+    kernels: str = "torch"  # triton | torch
     weight_gradients: bool = False  # a layer's backward adds to the float32 buffer by itself
     missing: tuple[str, ...] = ()
     refused: tuple[str, ...] = ()
@@ -130,6 +133,7 @@ class Fusions:
         parts = [f"layers of {names[self.layers]}", f"AdamW of {names[self.adam]}"]
         parts += [f"gradient norms of {names[self.norms]}"] * (self.norms != "torch")
         parts += [names[self.attention]] * (self.attention != "torch")
+        parts += [f"own kernels in {names[self.kernels]}"] * (self.kernels != "torch")
         parts += ["fused gradient accumulation"] * self.weight_gradients
         line = ", ".join(parts) + (f"; not installed: {', '.join(self.missing)}" if self.missing else "")
         return line + "".join(f"; left aside: {reason}" for reason in self.refused)
@@ -150,7 +154,7 @@ def choose_fusions(kernels: str, *, on_cpu: bool, dtype: torch.dtype) -> Fusions
     missing += ["FlashAttention-3"] * (not found["attention"] and fits_flash_3(dtype))
     return Fusions(
         layers=taken["linear"], adam=taken["adam"], norms=taken["norms"], attention=taken["attention"],
-        weight_gradients=accumulates, missing=tuple(missing),
+        kernels=taken["kernels"], weight_gradients=accumulates, missing=tuple(missing),
         refused=tuple(f"{TITLES[found[part]]}'s {PARTS[part]} ({reason})" for part, reason in refused.items()),
     )  # fmt: skip
 
@@ -161,8 +165,10 @@ def installed(dtype: torch.dtype) -> dict[str, str]:
     adam = "" if FLAGS["adam"][0][2] else package_of(megatron_optimizer.Adam)
     norms = package_of(FLAGS["norms"][0][2])
     flash_3 = fits_flash_3(dtype) and find_spec("flash_attn_interface") is not None
+    triton = "triton" * (not device.obstacle(torch.cuda.current_device()))
     return {"linear": engine, "engine_accumulate": engine, "adam": adam, "accumulate": "apex" * APEX_ACCUMULATES,
-            "norms": "" if norms == "megatron" else norms, "attention": "flash_attn_3" * flash_3}  # fmt: skip
+            "norms": "" if norms == "megatron" else norms, "attention": "flash_attn_3" * flash_3,
+            "kernels": triton}  # fmt: skip
 
 
 def package_of(thing: Any) -> str:
@@ -204,6 +210,7 @@ def tested(part: str, dtype: torch.dtype) -> str:
         "accumulate": (selftest.accumulate, apex),
         "norms": (selftest.norms, lambda: tuple(found for _, _, found, _ in FLAGS["norms"][:3])),
         "attention": (selftest.attention, flash_3),
+        "kernels": (probe.own_kernels, lambda: probe.OURS),
     }
     before = active_attention()
     try:
@@ -247,6 +254,7 @@ def pin(fusions: Fusions) -> None:
     # Transformer Engine's layers need no Apex for it; Megatron-Core's output layer, whose product is ours, asks for it.
     megatron_layers._grad_accum_fusion_available = APEX_ACCUMULATES or fusions.weight_gradients
     switch_attention(fusions.attention)
+    device.switch(fusions.kernels == "triton")
 
 
 def layer_spec(config: Any) -> tuple[ModuleSpec, type]:

@@ -49,13 +49,10 @@ def decoders_for(
         kept.addresses = addresses
         return kept.decoders
     policy.kept_generation = None
-    limit = lanes * token_bytes
-    keep = may_keep(policy.backend.device, limit * tokens_of(room))
-    if keep and may_keep(policy.backend.device, limit * tokens_of(rounded(room))):
-        room = rounded(room)
+    room, stays = settled(room, lanes * token_bytes, memory_of(policy.backend.device))
     banned = banned_tokens(policy)
     decoders = [Decoder(policy, make_cache(room), sampling, banned, greedy) for _ in range(lanes)]
-    if keep:
+    if stays:
         policy.kept_generation = Kept(manner, room, addresses, decoders)
     return decoders
 
@@ -66,9 +63,19 @@ def kept_bytes(policy: OmniPolicy) -> int:
     return sum(decoder.cache.bytes for decoder in kept.decoders) if isinstance(kept, Kept) else 0
 
 
-def may_keep(device: torch.device, size: int) -> bool:
-    """Whether caches of `size` bytes are small enough to stay while the policy is updated."""
-    return device.type == "cuda" and size <= SHARE * torch.cuda.get_device_properties(device).total_memory
+def memory_of(device: torch.device) -> int:
+    """Bytes of a GPU; none, as nothing stays, of a CPU."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+
+
+def settled(room: Room, token_bytes: int, memory: float) -> tuple[Room, bool]:
+    """The room that caches get where `room` is needed, and whether they stay while the policy is updated, as those do
+    that are small against a GPU's `memory` in bytes. `token_bytes`: of a token's keys and values in all lanes. Plans
+    ask it too."""
+    for choice in (rounded(room), room):
+        if token_bytes * tokens_of(choice) <= SHARE * memory:
+            return choice, True
+    return room, False
 
 
 def tokens_of(room: Room) -> int:

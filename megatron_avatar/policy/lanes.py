@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_avatar.policy.cache import PAGE, KeyValueCache, Room
+from megatron_avatar.policy.micro_batches import lanes_of
 
 MAX_ROWS = 256  # in flight over all lanes
 READ_TOKENS = 8192  # of prompts read in one turn; a longer prompt has a turn of its own
@@ -37,11 +38,10 @@ class Turn:
 
 
 def make_jobs(lengths: Sequence[int], n: int, lanes: int) -> list[Job]:
-    """One job a prompt of `lengths` kept tokens and n rows, numbered prompt by prompt. With fewer prompts than lanes,
-    rows of a prompt are shared out, so that no lane is empty where n allows it."""
+    """One job a prompt of `lengths` kept tokens and n rows, numbered prompt by prompt; more where there are fewer
+    prompts than lanes."""
     jobs = []
-    for prompt, length in enumerate(lengths):
-        parts = min(n, max(1, lanes // len(lengths) + (prompt < lanes % len(lengths))))
+    for prompt, (length, parts) in enumerate(zip(lengths, lanes_of(len(lengths), n, lanes), strict=True)):
         for rows in np.array_split(np.arange(prompt * n, (prompt + 1) * n), parts):
             jobs.append(Job(prompt, length, tuple(rows.tolist())))
     return jobs

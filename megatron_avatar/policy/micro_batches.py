@@ -1,8 +1,15 @@
-"""Which groups an update takes together. Plain numbers: plans count with it where torch isn't there."""
+"""Which groups an update takes together, and how many lanes a prompt's rows. Plain numbers: plans count with it where
+torch isn't there."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+
+def lanes_of(prompts: int, rows: int, lanes: int) -> list[int]:
+    """How many lanes of generation the `rows` rows of each prompt are shared out over. With fewer prompts than lanes,
+    several read a prompt, so that no lane is empty where the rows allow it."""
+    return [min(rows, max(1, lanes // prompts + (number < lanes % prompts))) for number in range(prompts)]
 
 
 def plan_micro_batches(

@@ -38,13 +38,14 @@ main(["--tiny", "--trace", {str(tmp_path / "trace")!r}])
     assert list(told) == ["step", "encoders", "decode_rows", "recompute", "profiles", "beside", "video", "sure"]
     assert not [part for part in told.values() if "error" in part], told
     assert told["video"] == {"skipped": "av is not installed"}  # on the bare machine
-    assert set(told["decode_rows"]) == {"256", "64", "4", "4, no graphs", "4, no kernels", "4, neither"}
+    assert set(told["decode_rows"]) == {"256", "64", "64, no kernels", "4", "4, no graphs", "4, no kernels",
+                                        "4, neither"}  # fmt: skip
     update = told["recompute"]
     assert set(update) == {"none", "light", "selective", "full"}
     ratios = {name: part["done_tflops"] / part["needed_tflops"] for name, part in update.items()}
     assert ratios["none"] == pytest.approx(ratios["light"])
     assert ratios["none"] < ratios["selective"] < ratios["full"] < 4 / 3 + 0.1
-    assert 0.3 < told["sure"]["head_entropy"] < 1.2 and told["sure"]["logprob_error"] < 1.05
+    assert 0.5 <= told["sure"]["head_entropy"] <= 1 and told["sure"]["logprob_error"] < 1.05
     assert sum(told["sure"]["by_entropy"]["tokens"]) == 2 * 3 * 6
     assert "avatar::attend" in done.stderr and told["profiles"]["decode"]["calls"] > 10
     assert {path.name for path in (tmp_path / "trace").iterdir()} == {"decode.json.gz", "update.json.gz"}

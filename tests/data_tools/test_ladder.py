@@ -102,8 +102,10 @@ def test_notes_beside_a_clip_are_not_about_it():
     rng, seen = np.random.default_rng(0), defaultdict(list)
     for _ in range(150):
         shown = draw_shown(rng)
-        lessons = draw_lessons(shown, rng)
+        lessons = draw_lessons(shown, rng, (4, 3, 2))
         at = {COLUMNS[thing.column]: f"{thing.color} {thing.shape}" for thing in shown.scene.things}
+        assert sum(bool(lesson.begun) for lesson in lessons) == 4
+        assert sum(lesson.request.startswith("Describe: ") for lesson in lessons) == 3
         for lesson in lessons:
             assert lesson.request.endswith("?") == bool(lesson.begun)
             if not lesson.request.startswith(("Describe what is ", "What is ")):
@@ -117,6 +119,19 @@ def test_notes_beside_a_clip_are_not_about_it():
     lists = [words(rng) for _ in range(200)]
     assert {len(lesson.told.split()) for lesson in lists} == set(range(1, LONGEST + 1))
     assert all(lesson.request == f"Describe: {lesson.told}" for lesson in lists)
+
+
+def test_when_a_sound_is_heard_is_asked_of_the_clip_itself():
+    rng, asked = np.random.default_rng(1), 0
+    for _ in range(60):
+        shown = draw_shown(rng)
+        slots = dict(shown.scene.sound.items) if shown.scene.sound.form == "slots" else {}
+        for lesson in draw_lessons(shown, rng, (4, 3, 2)):
+            if lesson.request.startswith("Describe when the "):
+                kind = lesson.request.removeprefix("Describe when the ").removesuffix(" sounds.")
+                assert lesson.told == f"{kind} {slots[kind]}."
+                asked += 1
+    assert asked > 20
 
 
 def test_tones_are_heard_only_where_they_are_asked_for(study):

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import AutoTokenizer, Qwen2_5OmniThinkerForConditionalGeneration
 
+from data_tools import pretrain
 from data_tools.pretrain import BASES, VIEW, accuracy, describing, description_logits, tiny_config
 from data_tools.tokenizer import build_tokenizer
 from megatron_avatar.data.prompt import PromptBuilder
@@ -72,3 +74,14 @@ def test_the_base_perceives(model, examples):
     told = accuracy(model, AutoTokenizer.from_pretrained(BASE), examples)
     for name in ("shape", "color", "column", "act", "count", "when", "sound", "pattern"):
         assert told[name] > 0.8, told
+
+
+@pytest.mark.slow
+def test_a_training_goes_on_from_a_folder_and_moves_all_of_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain, "evaluate", lambda *_: {})
+    pretrain.pretrain(tmp_path / "on", steps=2, batch_size=2, lr=1e-2, clips=3, start=BASE, run="test", threads=1)
+    before, after = (load_file(folder / "model.safetensors") for folder in (BASE, tmp_path / "on"))
+    assert before.keys() == after.keys()
+    for part in ("visual.", "audio_tower.", "model."):  # the encoders learn as well
+        assert any(not torch.equal(before[n], after[n]) for n in before if n.startswith(part)), part
+    AutoTokenizer.from_pretrained(tmp_path / "on")

@@ -16,6 +16,7 @@ from megatron_avatar.policy.attention import group_attention
 from megatron_avatar.policy.build import build_policy
 from megatron_avatar.policy.generate import generate
 from megatron_avatar.policy.groups import pack_groups
+from megatron_avatar.policy.kept import Kept
 from megatron_avatar.policy.logprobs import completion_logprobs
 from megatron_avatar.policy.weights import load_hf
 from megatron_avatar.records import Group, Trajectory
@@ -40,6 +41,17 @@ def make_policy(folder: Path, backend, dtype: str = "bfloat16"):
     policy = build_policy(folder, backend, ModelConfig(dtype=dtype), ParallelConfig(recompute="selective"))
     load_hf(policy, folder)
     return policy
+
+
+def error_of(policy, prompts, media) -> float:
+    """mean exp|difference| of completions sampled now, between what generation records and fresh scores."""
+    with torch.no_grad():
+        media = policy.embed_media(prompts) if media is None else media
+        rows = generate(policy, prompts, 3, SamplingConfig(max_new_tokens=12), list(KINDS), media=media)
+        batch = pack_groups(prompts, [[c.token_ids for c in part] for part in rows]).to(policy.backend.device)
+        scores = policy(batch, media)[0].cpu().numpy()
+    recorded = np.concatenate([c.logprobs for part in rows for c in part])
+    return float(np.exp(np.abs(scores - recorded)).mean())
 
 
 def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
@@ -137,6 +149,10 @@ def test_a_step_in_half_precision_and_its_checkpoint(folder, backend, tmp_path, 
     )  # fmt: skip
     second = update(one)
     assert float(second["loss"]) < float(first["loss"])
+    kept = one.policy.kept_generation
+    assert isinstance(kept, Kept) and any(decoder._graphs for decoder in kept.decoders)
+    assert error_of(one.policy, prompts, None if train_towers else media) < 1.02, "graphs see the weights of now"
+    assert one.policy.kept_generation is kept
 
     other = trainer()
     other.snapshot_reference()

@@ -27,7 +27,7 @@ def found(folder: Path, dtype: str) -> dict:
 def check(results: dict, *, error: float, loss: float, norm: float) -> None:
     assert results.keys() == two_ranks.LAYOUTS.keys()
     for name, result in results.items():
-        assert result["same"], f"{name}: graphs drew other tokens than the steps before them"
+        assert result["same"], f"{name}: graphs drew other tokens than steps without"
         assert result["error"] < error, name
         assert set(result["resumed"]) == set(list(results)[: list(results).index(name) + 1])
         for other, (value, size) in result["resumed"].items():

@@ -8,10 +8,10 @@ import multiprocessing
 import os
 import re
 import socket
-from dataclasses import replace
 from pathlib import Path
 
 import hypothesis
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -28,23 +28,33 @@ from transformers import (
 )
 
 from megatron_avatar.config.load import CONFIG_DIR, load_config
-from megatron_avatar.config.schema import LoraConfig, ModelConfig, OptimConfig, ParallelConfig
+from megatron_avatar.config.schema import LoraConfig, ModelConfig, OptimConfig, ParallelConfig, SamplingConfig
+from megatron_avatar.planning import meta
 from megatron_avatar.planning.batches import micro_batches, pack, seen_pairs
 from megatron_avatar.planning.memory import (
+    DRAWN_BYTES,
     GIB,
+    SAMPLING_BYTES,
+    Device,
     add_dynamic,
+    device_of,
     drop_gradients,
+    generation_room,
     measure_update,
     parameter_bytes,
     static_memory,
     tower_bytes,
 )
 from megatron_avatar.planning.meta import LiveBytes, shard_on_meta
-from megatron_avatar.planning.plan import _changes, _layouts, make_plan
+from megatron_avatar.planning.plan import _changes, _layouts
 from megatron_avatar.planning.work import Work
+from megatron_avatar.policy import generate, kept
 from megatron_avatar.policy.backend import start, stop
 from megatron_avatar.policy.build import build_policy
+from megatron_avatar.policy.cache import KeyValueCache
+from megatron_avatar.policy.kernels.draw import draw_tokens
 from megatron_avatar.policy.shape import read_shape, text_parameters, tower_parameters
+from megatron_avatar.records import Prompt
 from megatron_avatar.train import main
 from megatron_avatar.training.learner import Learner
 from megatron_avatar.training.optim import build_optimizer
@@ -222,6 +232,24 @@ def test_activations_are_the_saved_tensors_of_a_real_model(tmp_path, size, recom
     assert planned.peak >= planned.kept
 
 
+@pytest.mark.parametrize("residual", ["float32", "model"])
+def test_a_later_stage_keeps_the_stream_as_it_is_sent(tmp_path, monkeypatch, residual):
+    """In bfloat16, against the tensors that the second of two stages saves on a CPU."""
+    model, parallel = ModelConfig(dtype="bfloat16", residual=residual), ParallelConfig(pp=2)
+    folder, batch = save(tmp_path, layers=4), pack([(90, [60, 50])])
+    with shard_on_meta(folder, model, parallel, 0, 1) as policy:
+        planned = measure_update(policy, batch)
+    monkeypatch.setattr(meta, "META", torch.device("cpu"))
+    with shard_on_meta(folder, model, parallel, 0, 1) as policy:
+        for parameter in policy.parameters():
+            torch.nn.init.normal_(parameter, std=0.02)
+        assert policy.config.pipeline_dtype == (torch.float32 if residual == "float32" else torch.bfloat16)
+        stream = torch.randn(len(batch), 1, policy.config.hidden_size, dtype=policy.config.pipeline_dtype)
+        policy.set_input_tensor(stream.requires_grad_())
+        real = saved_bytes(policy, batch)
+    assert planned.kept == pytest.approx(real, rel=0.02)
+
+
 @pytest.mark.parametrize(("pp_rank", "groups", "in_flight"), [(0, 3, 3), (0, 2, 2), (1, 3, 2), (2, 3, 1)])
 def test_a_stage_keeps_what_is_in_flight_behind_it(tmp_path, pp_rank, groups, in_flight):
     """One forward, one backward: stage k of three waits for the gradients of 3 - k micro-batches."""
@@ -230,9 +258,52 @@ def test_a_stage_keeps_what_is_in_flight_behind_it(tmp_path, pp_rank, groups, in
     assert len(micro_batches(work)) == groups
     with shard_on_meta(save(tmp_path, layers=6), ModelConfig(), parallel, 0, pp_rank) as policy:
         memory = static_memory(policy, ModelConfig(), parallel, work, dp=1)
-        add_dynamic(memory, policy, work, 2, 1.0)
+        add_dynamic(memory, policy, work, 2, 1.0, Device())
         alone = measure_update(policy, micro_batches(work)[0]).kept
     assert memory.activations == pytest.approx(in_flight * alone, rel=1e-2)
+
+
+@pytest.mark.parametrize("memory", [0, 1 << 18, 1 << 20, 1 << 40], ids=["cpu", "none", "as asked", "rounded"])
+def test_the_cache_that_is_planned_is_the_one_that_generation_makes(tmp_path, monkeypatch, memory):
+    """Three prompts of three pages and nine rows: where there is memory for it, room for four times three and 16."""
+    made = []
+
+    def cache(*arguments, **_):
+        made.append(KeyValueCache(*arguments, static=True))
+        return made[-1]
+
+    monkeypatch.setattr(generate, "KeyValueCache", cache)
+    monkeypatch.setattr(kept, "memory_of", lambda device: memory)
+    monkeypatch.setattr(kept, "SHARE", 0.5)
+    config = tiny_config(layers=2)
+    config.eos_token_id = 7
+    config.save_pretrained(tmp_path)
+    with one_rank(str(tmp_path), ModelConfig(), ParallelConfig()) as policy:
+        text = Prompt("", "plain", np.full(1200, 20), np.tile(np.arange(1200), (3, 1)))
+        work = Work(True, False, 0, 0, 1200, 16, 3, (3,) * 3, 99)
+        planned, _, stays = generation_room(policy, work, 3, memory)
+        sampling = SamplingConfig(max_new_tokens=16)
+        generate.generate(policy, [text] * 3, 3, sampling, ["a", "b", "c"])
+        room = made[0].room
+        assert planned == made[0].bytes and stays == (policy.kept_generation is not None) == (memory >= 1 << 40)
+    assert (room.pages, room.rows) == ((16, 16) if memory == 1 << 40 else (9, 9))
+
+
+def test_a_drawn_logit_takes_what_the_kernel_is_given(tmp_path):
+    """What the head makes on two ranks of a vocabulary that is padded for them; torch's draw makes copies."""
+    for tp in (1, 2):
+        with shard_on_meta(save(tmp_path), ModelConfig(), ParallelConfig(tp=tp), 0, 0) as policy, torch.no_grad():
+            hidden = torch.zeros(64, policy.config.hidden_size, device="meta")
+            banned, uniforms = torch.zeros(policy.vocab_size, dtype=torch.bool, device="meta"), hidden[:, 0].double()
+            with LiveBytes() as memory:
+                ids, _ = draw_tokens(policy.head(hidden).contiguous(), uniforms, 1.0, banned)
+        assert len(ids) == 64 and memory.peak <= DRAWN_BYTES * 1.05 * 64 * policy.vocab_size
+    for overrides, drawn, memory in (
+        (["cluster.gpu=cpu"], SAMPLING_BYTES, 0), (["parallel.kernels=torch"], SAMPLING_BYTES, 80 * GIB),
+        (["rl.sampling.top_p=0.9"], SAMPLING_BYTES, 80 * GIB), ([], DRAWN_BYTES, 80 * GIB),
+    ):  # fmt: skip
+        config = load_config(["recipe=avatar_7b", "dry_run=true", "cluster.gpu_memory_gib=80", *overrides])
+        assert device_of(config) == Device(memory, drawn)
 
 
 def test_recomputation_and_sequence_parallelism_save_memory(tmp_path):
@@ -360,44 +431,6 @@ def test_a_remedy_is_no_setting_that_validate_refuses():
 def test_the_remedy_keeps_the_recipes_prompts():
     (problem,) = [p for p in plan("parallel=single", "cluster.gpus=8").problems if "GiB" in p]
     assert "parallel.tp=4 parallel.pp=2" in problem  # eight GPUs for one prompt
-
-
-SHIPPED = sorted(path.stem for path in (CONFIG_DIR / "recipe").glob("*.yaml") if not path.stem.startswith("tiny"))
-ALIKE = ("grpo_3b", "grpo_vl_7b", "grpo_vl3_4b", "grpo_vl3_8b", "grpo_omni3_lora", "sft_3b")  # as others vary others
-NODES = ("omni3",)  # of which a replica is larger than a node
-
-
-@pytest.mark.parametrize(("layout", "gib"), [("a100_40g", 39.5), ("a100_80g", 79)])  # a little less than on the label
-@pytest.mark.parametrize("recipe", [pytest.param(name, marks=pytest.mark.slow) if name.startswith("omni3") else name
-                                    for name in SHIPPED if name not in ALIKE + NODES])  # fmt: skip
-def test_every_recipe_fits_every_layout(recipe, layout, gib):
-    # Encoders that train keep 19 GiB for a prompt of 10,000 visual tokens, beside 27 GiB of weights and optimizer.
-    full = "parallel.recompute=full"
-    given = {"avatar_7b_lora": ["model.context=4096", full], "vl3_8b_lora": [full]}
-    context = given.get(recipe, []) if layout == "a100_40g" else []
-    config = load_config([f"recipe={recipe}", f"parallel={layout}", "dry_run=true", "cluster.gpus=1",
-                          f"cluster.gpu_memory_gib={gib}", *context])  # fmt: skip
-    replica = config.parallel.tp * config.parallel.pp
-    assert replica <= 8, "a node"
-    found = make_plan(replace(config, cluster=replace(config.cluster, gpus=replica)))
-    assert found.problems == []
-
-
-@pytest.mark.slow
-def test_all_of_qwen3_omni_fits_two_nodes():
-    found = plan("cluster.gpus=16", "cluster.gpu_memory_gib=79", recipe="omni3")
-    assert found.problems == [] and found.dp == 1
-
-
-
-def test_h100s_have_the_layouts_of_a100s():
-    a100, h100 = ((CONFIG_DIR / "parallel" / f"{name}_80g.yaml").read_text() for name in ("a100", "h100"))
-    assert h100 == a100.replace("A100", "H100")
-
-
-@pytest.mark.parametrize("recipe", ["tiny_sft", "tiny_grpo", "tiny_avatar"])
-def test_tiny_recipes_have_a_plan(recipe):
-    assert plan(recipe=recipe).problems == []
 
 
 # ---- without torch ---------------------------------------------------------------------------------------------

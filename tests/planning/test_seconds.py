@@ -132,6 +132,41 @@ def test_reductions_take_the_rings_time(tmp_path):
     assert touched == {"read prompts", "decode", "reference", "update"}
 
 
+@pytest.mark.parametrize(("prompts", "stages"), [(4, 1), (4, 2), (1, 2), (3, 4)])
+def test_lanes_share_rows_and_prompts_and_each_stage_reads_its_weights_for_every_lane(prompts, stages):
+    """Ticks counted one by one: in each, every stage works on one lane. Prompts of four rows, the last of `prompts`
+    shared out where there are fewer than stages."""
+    config = load_config(["recipe=avatar_7b", "dry_run=true", "cluster.gpus=4", "cluster.calibration=none"])
+    config = replace(config, parallel=replace(config.parallel, tp=1, pp=stages))
+    shape, rates = read_config(SHAPES / "qwen2_5_omni_7b"), replace(read_rates(config), layer_gap=0, graph_gap=0)
+    work = Work(True, False, 0, 0, 4000, 100, prompts, (4,) * prompts, 32768)
+    jobs = {4: 4, 3: 4, 1: min(stages, 4)}[prompts]
+    read = forward_flops(shape, 4000, 4000**2 / 2, 1)
+    tick = jobs / stages * (read.layers + read.head) / rates.forward / stages  # all jobs of a lane by one stage
+    ticks = max(lane + stage + 1 for lane in range(stages) for stage in range(stages))
+    token = forward_flops(shape, 1, 0, 1)
+    key_values = 2 * 4 * 128 * 2 * 28  # bytes of a token, in all layers
+    lane = (token.layers + token.head) + key_values * (jobs * 4000 + 4 * prompts * 50) / stages
+    found = step_seconds(config, shape, work, 1, 1, rates)
+    assert found["read prompts"] == pytest.approx(tick * ticks)
+    assert found["decode"] == pytest.approx(100 * stages * lane / stages / rates.bandwidth)
+
+
+@pytest.mark.parametrize(("overrides", "passes"), [
+    ([], 3), (["parallel.recompute=full"], 4), (["parallel.recompute=none"], 3), (["model.lora.rank=8"], 2),
+])  # fmt: skip
+def test_an_update_that_waits_for_kernels_takes_its_passes_gaps(overrides, passes):
+    """Backward as many as two forward passes, for inputs and weights; one with frozen weights."""
+    config = load_config(["recipe=avatar_7b", "dry_run=true", "cluster.gpus=4", "cluster.calibration=none",
+                          "parallel.recompute=none", *overrides])  # fmt: skip
+    config = replace(config, parallel=replace(config.parallel, tp=1))
+    rates = replace(read_rates(config), layer_gap=10.0)
+    work = Work(True, False, 0, 0, 100, 10, 1, (2,), 1000)
+    assert len(micro_batches(work)) == 1
+    seconds = step_seconds(config, read_config(SHAPES / "qwen2_5_omni_7b"), work, 1, 1, rates)
+    assert seconds["update"] == pytest.approx(passes * 280.0) and seconds["reference"] == pytest.approx(280.0)
+
+
 CALIBRATION = {"device": "NVIDIA A100-SXM4-40GB", "train_flops": 1e14, "forward_flops": 2e14, "bandwidth": 1e12,
                "network": None, "layer_gap_s": 1e-5, "memory_ratio": 2.0}  # fmt: skip
 
@@ -169,6 +204,7 @@ def test_gaps_hide_behind_work_on_a_gpu_and_come_on_top_on_a_cpu():
                                         f"cluster.gpu={name}"])) for name in ("h100", "cpu"))  # fmt: skip
     assert gpu.pass_seconds(2.0, 1.5) == 2.0 and gpu.pass_seconds(1.0, 1.5) == 1.5
     assert cpu.pass_seconds(2.0, 1.5) == 3.5
+    assert f"a layer of it at least {gpu.graph_gap * 1e3} ms" in gpu.source and "at least 1 ms" in cpu.source
     assert gpu.graph_gap < gpu.layer_gap and MEASURED_ON in gpu.source and MEASURED_ON not in cpu.source
 
 

@@ -6,11 +6,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bench.ops import Counted
 from megatron_avatar.policy import cache as caches
 from megatron_avatar.policy.cache import KeyValueCache, Room
 from megatron_avatar.policy.kernels import attend as kernels
 from megatron_avatar.policy.kernels import rope
 from megatron_avatar.policy.kernels.attend import FEW_QUERIES, attend_part
+from tests.policy.kernels.where import interpreted
 
 HEADS, KV_HEADS, SIZE, LAYERS = 6, 2, 8, (3, 4)
 SCALE = SIZE**-0.5
@@ -119,6 +121,7 @@ def test_own_tokens_outgrow_their_first_room(static):
     assert STEPS > caches.FIRST_ROOM
 
 
+@interpreted
 @pytest.mark.parametrize("size", [8, 24])
 def test_the_kernels_see_the_same(monkeypatch, size):
     """Triton's kernels in the interpreter: pages that are full, half full and absent, rows of one token and of many,
@@ -159,7 +162,21 @@ def test_prompts_and_moves_copy_without_waiting(monkeypatch):
     world.read({0: 20, 1: 30})
     world.add_rows([0, 1])
     world.leave({0})
-    assert copied == [(3, 50), (2, 1), (2, 2)]  # what is read, a row's move, the pages of a prompt without rows
+    assert copied == [(3, 50)]  # what is read; moves need nothing of the host
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_a_row_that_leaves_is_one_operation_for_all_layers(static):
+    """And so is each page of a prompt without rows."""
+    world = World(static)
+    world.read({0: 20, 1: 30})
+    world.add_rows([0, 1, 1])
+    world.step()
+    with Counted() as counted:
+        world.cache.keep_rows(np.array([False, True, True]))
+        assert counted.names == {"aten::copy_": 1}
+        world.cache.drop(0)
+    assert counted.names == {"aten::copy_": 3}
 
 
 def test_a_step_of_the_same_layout_keeps_its_tables_in_place():

@@ -23,6 +23,7 @@ from megatron_avatar.policy.architecture import transformer_config
 from megatron_avatar.policy.build import build_policy
 from megatron_avatar.policy.fusions import Fusions, choose_fusions
 from megatron_avatar.policy.groups import pack_groups
+from megatron_avatar.policy.kernels import probe
 from megatron_avatar.policy.model import OmniPolicy
 from megatron_avatar.policy.weights import load_hf
 from megatron_avatar.training import provenance
@@ -32,8 +33,10 @@ HALF = torch.bfloat16
 auto = partial(choose_fusions, "auto", on_cpu=False, dtype=HALF)
 
 
-def pretend(monkeypatch, *, engine: bool, apex: bool, flash_3: bool = False) -> None:
+def pretend(monkeypatch, *, engine: bool, apex: bool, flash_3: bool = False, triton: bool = True) -> None:
     """Leave Megatron-Core's findings, and torch's switch, as they would be with these packages."""
+    monkeypatch.setattr(fusions.device, "obstacle", lambda index: "" if triton else "no module")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     package = "transformer_engine.pytorch.optimizers" if engine else "apex.optimizers" if apex else "torch.optim"
     monkeypatch.setattr(fusions.transformer_engine, "HAVE_TE", engine)
     monkeypatch.setattr(fusions, "APEX_ACCUMULATES", apex)
@@ -71,7 +74,7 @@ def test_what_is_installed_is_taken(monkeypatch, engine, apex, flash_3, expected
     pretend(monkeypatch, engine=engine, apex=apex, flash_3=flash_3)
     chosen = auto()
     assert (chosen.layers, chosen.adam, chosen.attention, chosen.weight_gradients, chosen.missing) == expected
-    assert chosen.norms == chosen.adam
+    assert chosen.norms == chosen.adam and chosen.kernels == "triton" and "own kernels in Triton" in str(chosen)
     assert choose_fusions("torch", on_cpu=False, dtype=HALF) == choose_fusions("auto", on_cpu=True, dtype=HALF)
     assert choose_fusions("torch", on_cpu=False, dtype=HALF) == Fusions()
     for name in expected[-1]:
@@ -85,7 +88,7 @@ def test_what_is_installed_is_taken(monkeypatch, engine, apex, flash_3, expected
     assert auto().missing == (*expected[-1], "FlashAttention-3")
 
 
-TAKEN = {"linear": "layers", "adam": "adam", "norms": "norms", "attention": "attention"}
+TAKEN = {"linear": "layers", "adam": "adam", "norms": "norms", "attention": "attention", "kernels": "kernels"}
 
 
 @pytest.mark.parametrize("part", list(fusions.PARTS))
@@ -97,8 +100,40 @@ def test_what_disagrees_with_torch_is_left_aside_and_said(monkeypatch, part):
     for name, field in TAKEN.items():
         assert (getattr(chosen, field) == "torch") is (name == part)
     assert chosen.weight_gradients is (part != "engine_accumulate") and not chosen.missing
-    package = {"accumulate": "Apex", "attention": "FlashAttention-3"}.get(part, "Transformer Engine")
+    packages = {"accumulate": "Apex", "attention": "FlashAttention-3", "kernels": "Triton"}
+    package = packages.get(part, "Transformer Engine")
     assert f"left aside: {package}'s {fusions.PARTS[part]} (it differs)" in str(chosen)
+
+
+def test_our_kernels_run_where_the_choice_says_so_and_nowhere_else(monkeypatch):
+    """`auto` without Triton, or where a rank's test fails, and `torch`, switch them off for every tensor on a GPU."""
+    pretend(monkeypatch, engine=False, apex=False)
+    on_gpu = SimpleNamespace(is_meta=False, is_cuda=True, device=torch.device("cuda", 0))
+    try:
+        for fails, kernels, runs in (("", "auto", True), ("", "torch", False), ("no compiler", "auto", False)):
+            monkeypatch.setattr(fusions, "tested", lambda part, dtype, fails=fails: fails * (part == "kernels"))
+            fusions.refusals.cache_clear()
+            chosen = choose_fusions(kernels, on_cpu=False, dtype=HALF)
+            fusions.pin(chosen)
+            assert fusions.device.runs_triton(on_gpu) is runs and (chosen.kernels == "triton") is runs
+            assert str(chosen).count("left aside: Triton's kernels of this package (no compiler)") == bool(fails)
+        assert fusions.device.runs_triton(torch.empty(1, device="meta")), "a plan is of a good GPU"
+        pretend(monkeypatch, engine=False, apex=False, triton=False)
+        assert auto().kernels == "torch" and not auto().refused
+    finally:
+        fusions.device.switch(True)
+
+
+def test_a_triton_that_cannot_build_costs_the_kernels_alone(monkeypatch):
+    """As where there is no C compiler: the first launch raises, before the others are asked."""
+    def launch(*arguments):
+        raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.")
+
+    monkeypatch.setattr(probe, "OURS", probe.OURS | {"add_norm": launch})
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    plain = selftest.verdict
+    monkeypatch.setattr(selftest, "verdict", lambda test, make, device, dtype: plain(test, make, "cpu", dtype))
+    assert fusions.tested("kernels", torch.float32).startswith("RuntimeError: Failed to find C compiler")
 
 
 def test_one_ranks_refusal_is_every_ranks(monkeypatch, caplog):
@@ -109,7 +144,7 @@ def test_one_ranks_refusal_is_every_ranks(monkeypatch, caplog):
     def gather(everyone, mine):
         calls.append(mine)
         everyone[:] = [mine, mine | {"adam": ("apex", "it differs")}, mine | {"accumulate": ("", "")},
-                       mine | {"attention": ("", "")}]  # fmt: skip
+                       mine | {"attention": ("", ""), "kernels": ("triton", "no compiler")}]  # fmt: skip
 
     monkeypatch.setattr(fusions, "dist", SimpleNamespace(
         is_initialized=lambda: True, get_world_size=lambda: 4, all_gather_object=gather))  # fmt: skip
@@ -122,6 +157,7 @@ def test_one_ranks_refusal_is_every_ranks(monkeypatch, caplog):
     assert chosen.norms == "apex" and chosen.refused == (
         "Apex's AdamW (rank 1: it differs)", "Apex's gradient accumulation (rank 2: it has none)",
         "FlashAttention-3's attention (rank 3: it has none)",
+        "Triton's kernels of this package (rank 3: no compiler)",
     )  # fmt: skip
 
 
@@ -184,10 +220,11 @@ def copies_nothing(lists, factor):
         fusions.scale_each(lists, factor)
 
 
+FORMULAS = {name: formula for name, (_, formula) in probe.CASES.items()}
 MULTI = (fusions.apply_at_once, fusions.l2_norm, fusions.scale_each)
 RIGHT = {
     "linear": Linear, "engine_accumulate": Linear, "adam": Adam, "accumulate": add, "norms": MULTI,
-    "attention": flash.FLASH_CPU,
+    "attention": flash.FLASH_CPU, "kernels": FORMULAS,
 }  # fmt: skip
 WRONG = {
     "linear": [partial(Linear, wrong=0.1), partial(Linear, wrong=0.1, wrong_mode="row"),
@@ -202,6 +239,12 @@ WRONG = {
               (MULTI[0], norm_ignores_infinity, MULTI[2])],
     "attention": [flash.FLASH_CPU._replace(backward=lambda grad, *rest: flash.FLASH_CPU.backward(2 * grad, *rest)),
                   flash.FLASH_CPU._replace(forward=lambda *a: flash.FLASH_CPU.forward(*a[:6], 1.0))],
+    "kernels": [{"draw": lambda logits, uniforms, *rest: FORMULAS["draw"](logits, uniforms + 1e-3, *rest)},
+                {"add_norm": lambda x, residual, *rest: FORMULAS["add_norm"](x, None, *rest)},
+                {"decode_rope": lambda mixed, angles, keys, values, *rest: FORMULAS["decode_rope"](
+                    mixed, angles, keys.clone(), values, *rest)},
+                {"attend": lambda *a: FORMULAS["attend"](*a[:7], a[7]._replace(empty=None), *a[8:])},
+                {"attend": lambda *a: torch.full_like(FORMULAS["attend"](*a), math.nan)}],
 }  # fmt: skip
 
 

@@ -194,7 +194,7 @@ def test_steps_of_fixed_shape_and_their_replay(policy, prompts, generated, monke
     plain = decode.Decoder.__init__
     monkeypatch.setattr(generation, "KeyValueCache", static_cache)
     same(generate(policy, prompts, ROWS, SAMPLING, KEYS), generated)
-    monkeypatch.setattr(kept, "may_keep", lambda device, size: True)
+    monkeypatch.setattr(kept, "memory_of", lambda device: 1 << 40)
     monkeypatch.setattr(decode.Decoder, "__init__", graphs)
     monkeypatch.setattr(decode.Decoder, "_capture", capture)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(handles))

@@ -15,8 +15,10 @@ from torch import Tensor
 from megatron_avatar.policy.kernels.device import fits_head, next_power, operation, runs_triton, tl, triton
 
 STRETCH = 512  # of a row's own tokens, one program
-KEYS = 64  # worked on at a time
-MOST_QUERIES = 64  # of a program
+KEYS = 64  # worked on at a time; of four bytes a number half as many
+MOST_QUERIES = 64  # of a program; likewise
+LEAST = 16  # of both, for tl.dot
+MERGE_WARPS = 1
 FEW_QUERIES = 8  # below, FlashAttention for CPUs is slower than plain matrix products
 
 
@@ -195,6 +197,14 @@ def _merge_kernel(
     tl.store(out + (row * heads + head) * size + columns, result.to(out.dtype.element_ty), inside)
 
 
+def blocks(itemsize: int, asked: int) -> tuple[int, int]:
+    """Queries and keys that a program works on at a time, where `asked` queries read a page: float32 takes half as many
+    of both, as 180 KB of shared memory are more than an A100 (163) and an L40 (99) have."""
+    half = itemsize > 2
+    most, keys = (max(LEAST, number >> half) for number in (MOST_QUERIES, KEYS))
+    return max(LEAST, min(most, next_power(asked))), keys
+
+
 def triton_attend(
     query: Tensor, page_keys: Tensor, page_values: Tensor, keys: Tensor, values: Tensor, lengths: Tensor,
     later: Tensor | None, tables: Tables, own: int, scale: float,
@@ -206,21 +216,22 @@ def triton_attend(
     own_slots = triton.cdiv(own, STRETCH)
     slots = tables.parts.shape[1] + own_slots
     asked = max(most, 1) * share
-    queries = max(16, min(MOST_QUERIES, next_power(asked)))
-    blocks = triton.cdiv(asked, queries)
+    queries, at_once = blocks(query.itemsize, asked)
+    turns = triton.cdiv(asked, queries)
     heads = groups * share
     parts = query.new_empty(rows, heads, slots, size, dtype=torch.float32)
     lse = query.new_empty(rows, heads, slots, dtype=torch.float32)
     wide = max(16, next_power(size))
-    _parts_kernel[(units * blocks + rows * own_slots, groups)](
+    _parts_kernel[(units * turns + rows * own_slots, groups)](
         query, page_keys, page_values, keys, values, lengths, tables.readers, tables.read, tables.tokens,
-        tables.ordinal, parts, lse, units * blocks, most, groups, share, size, page_keys.shape[2], keys.shape[2],
-        slots, own_slots, scale, STRETCH=STRETCH, KEYS=KEYS, QUERIES=queries, QUERY_BLOCKS=blocks, SIZE=wide,
+        tables.ordinal, parts, lse, units * turns, most, groups, share, size, page_keys.shape[2], keys.shape[2],
+        slots, own_slots, scale, STRETCH=STRETCH, KEYS=at_once, QUERIES=queries, QUERY_BLOCKS=turns, SIZE=wide,
     )  # fmt: skip
     out = query.new_empty(rows, heads * size)
     _merge_kernel[(rows, heads)](
-        parts, lse, lengths, tables.pages, out, heads, size, slots, own_slots, STRETCH=STRETCH, SIZE=wide, num_warps=1
-    )
+        parts, lse, lengths, tables.pages, out, heads, size, slots, own_slots, STRETCH=STRETCH, SIZE=wide,
+        num_warps=MERGE_WARPS,
+    )  # fmt: skip
     return out
 
 

@@ -1,4 +1,4 @@
-"""Where Triton's kernels run: a GPU of compute capability 8.0 and above, with Triton installed."""
+"""Where Triton's kernels run: a GPU of compute capability 8.0 and above, with a Triton that works there (probe.py)."""
 
 from __future__ import annotations
 
@@ -23,6 +23,12 @@ except (ImportError, OSError, RuntimeError) as error:  # then nothing calls the 
 CAPABILITY = (8, 0)
 MOST_HEAD = 128  # beyond, attention's kernel has neither been compiled nor tested
 log = logging.getLogger(__name__)
+_state = {"on": True}
+
+
+def switch(on: bool) -> None:
+    """Let every GPU of this process take the kernels, or torch's operations (fusions.pin)."""
+    _state["on"] = on
 
 
 class Operation:
@@ -47,11 +53,11 @@ def operation(name: str, mutates: tuple[str, ...] = ()) -> Callable[[Callable[..
 def runs_triton(tensor: Tensor) -> bool:
     """Whether the kernels take this tensor's device; what speaks against a GPU is logged once. A tensor without numbers
     counts as a good GPU's."""
-    return tensor.is_meta or tensor.is_cuda and not _obstacle(tensor.device.index or 0)
+    return tensor.is_meta or tensor.is_cuda and _state["on"] and not obstacle(tensor.device.index or 0)
 
 
 @functools.cache
-def _obstacle(index: int) -> str:
+def obstacle(index: int) -> str:
     """What keeps the kernels off this GPU; empty: nothing."""
     reason = ""
     if torch.cuda.get_device_capability(index) < CAPABILITY:

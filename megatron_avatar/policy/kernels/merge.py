@@ -12,6 +12,8 @@ from torch import Tensor
 
 from megatron_avatar.policy.kernels.device import next_power, operation, runs_triton, tl, triton
 
+WARPS = 8
+
 
 def merge_parts(output: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor, queries: slice | Tensor) -> None:
     """Merge the second parts into `output` and `lse`, in place: o = o₁ + σ(l₂ - l₁)(o₂ - o₁), l = log(e^l₁ + e^l₂)."""
@@ -66,7 +68,7 @@ def triton_merge_parts(
         _merge_kernel[(rows,)](
             output, lse, part, part_lse, merged, merged if places is None else places, start, heads * size, size,
             lse.stride(0), lse.stride(1), part_lse.stride(0), part_lse.stride(1),
-            LISTED=places is not None, BLOCK=next_power(heads * size), num_warps=8,
+            LISTED=places is not None, BLOCK=next_power(heads * size), num_warps=WARPS,
         )  # fmt: skip
     return merged
 

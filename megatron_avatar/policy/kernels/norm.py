@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_avatar.policy.kernels.device import next_power, operation, runs_triton, tl, triton
 
+WARPS = 8
 ROWS_A_PROGRAM = 64  # of the backward pass, whose sums over rows for the weight are written once a program
 
 
@@ -41,6 +42,12 @@ def torch_norm(stream: Tensor, weight: Tensor, eps: float) -> Tensor:
     if stream.dtype == weight.dtype:
         return F.rms_norm(stream, weight.shape, weight, eps)
     return F.rms_norm(stream, weight.shape, weight.to(stream.dtype), eps).to(weight.dtype)
+
+
+def torch_add_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(stream, normed); see `add_norm`."""
+    stream = x if residual is None else residual + x
+    return stream, torch_norm(stream, weight, eps)
 
 
 def torch_norm_backward(grad: Tensor, stream: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -111,7 +118,7 @@ def triton_add_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: flo
     normed = torch.empty(x.shape, dtype=weight.dtype, device=x.device)
     residual = x if residual is None else residual.contiguous()
     _forward_kernel[(x.numel() // width,)](
-        x, residual, weight, stream, normed, width, eps, ADDS=stream is not x, BLOCK=next_power(width), num_warps=8
+        x, residual, weight, stream, normed, width, eps, ADDS=stream is not x, BLOCK=next_power(width), num_warps=WARPS
     )
     return stream, normed
 
@@ -127,7 +134,7 @@ def triton_norm_backward(
     grad_weight = torch.empty(programs, width, dtype=torch.float32, device=stream.device)
     _backward_kernel[(programs,)](
         grad, grad if extra is None else extra.contiguous(), stream, weight, grad_stream, grad_weight, rows, width, eps,
-        ADDS=extra is not None, ROWS=ROWS_A_PROGRAM, BLOCK=next_power(width), num_warps=8,
+        ADDS=extra is not None, ROWS=ROWS_A_PROGRAM, BLOCK=next_power(width), num_warps=WARPS,
     )  # fmt: skip
     return grad_stream, grad_weight.sum(0)
 
@@ -148,10 +155,7 @@ def _(stream: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 @operation("add_norm")
 def _add_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    if runs_triton(x):
-        return triton_add_norm(x, residual, weight, eps)
-    stream = residual + x
-    return stream, torch_norm(stream, weight, eps)
+    return (triton_add_norm if runs_triton(x) else torch_add_norm)(x, residual, weight, eps)
 
 
 @_add_norm.register_fake

@@ -16,6 +16,7 @@ from torch import Tensor
 from megatron_avatar.policy.kernels.device import next_power, operation, runs_triton, tl, triton
 from megatron_avatar.policy.kernels.norm import torch_norm, torch_norm_backward
 
+WARPS = 1
 TOKENS_A_PROGRAM = 16  # of the norms' backward pass, whose sums over tokens for the weights are written once a program
 
 
@@ -249,7 +250,7 @@ def triton_split_rope(mixed: Tensor, angles: Tensor, norms: HeadNorms | None = N
     query, key, value = (mixed.new_empty(tokens, heads, size) for heads in (groups * (slots - 2), groups, groups))
     _split_kernel[(tokens, groups * slots)](
         mixed, angles, query, key, value, *_weights(mixed, norms), tokens, groups, slots - 2, size // 2, BACK=False,
-        NORMS=norms is not None, BLOCK=next_power(size // 2), num_warps=1,
+        NORMS=norms is not None, BLOCK=next_power(size // 2), num_warps=WARPS,
     )  # fmt: skip
     return query, key, value
 
@@ -262,7 +263,7 @@ def triton_split_rope_backward(query: Tensor, key: Tensor, value: Tensor, angles
     mixed = query.new_empty(tokens, groups, share + 2, size)
     _split_kernel[(tokens, groups * (share + 2))](
         mixed, angles, query, key, value, *_weights(mixed, None), tokens, groups, share, size // 2, BACK=True,
-        NORMS=False, BLOCK=next_power(size // 2), num_warps=1,
+        NORMS=False, BLOCK=next_power(size // 2), num_warps=WARPS,
     )  # fmt: skip
     return mixed
 
@@ -278,7 +279,7 @@ def triton_split_norm_rope_backward(
     sums = torch.empty(programs, groups, slots, size, dtype=torch.float32, device=mixed.device)
     _split_back_kernel[(programs, groups * slots)](
         mixed, angles, query, key, value, norms.query, norms.key, grad, sums, norms.eps, tokens, groups, slots - 2,
-        size // 2, TOKENS=TOKENS_A_PROGRAM, BLOCK=next_power(size // 2), num_warps=1,
+        size // 2, TOKENS=TOKENS_A_PROGRAM, BLOCK=next_power(size // 2), num_warps=WARPS,
     )  # fmt: skip
     sums = sums.sum((0, 1))
     return grad, sums[:-2].sum(0), sums[-2]
@@ -293,7 +294,7 @@ def triton_decode_rope(
     query = mixed.new_empty(rows, groups, slots - 2, size)
     _decode_kernel[(rows, groups * slots)](
         mixed, angles, query, keys, values, lengths, *_weights(mixed, norms), rows, groups, slots - 2, size // 2,
-        keys.shape[2], NORMS=norms is not None, BLOCK=next_power(size // 2), num_warps=1,
+        keys.shape[2], NORMS=norms is not None, BLOCK=next_power(size // 2), num_warps=WARPS,
     )  # fmt: skip
     return query
 

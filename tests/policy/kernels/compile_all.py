@@ -1,8 +1,10 @@
-"""Compile every kernel at 7B's and 3B's shapes for sm_80 and sm_90, in bfloat16 and float16, without a GPU; prints
-their sizes as JSON. Heads of 80 are computed in blocks of 128, as those of 128 are; those of 64 in blocks of their own,
-and few queries in blocks of 16."""
+"""Compile every kernel at 7B's and 3B's shapes for sm_80, sm_89 and sm_90, in bfloat16, float16 and float32, with the
+warps that launches use, without a GPU; prints their sizes as JSON. Heads of 80 are computed in blocks of 128, as those
+of 128 are; those of 64 in blocks of their own, and few queries in blocks of 16. Named variants alone where arguments
+are given: `"attend fp32 sm_89"`."""
 
 import json
+import sys
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -50,8 +52,10 @@ KERNELS = {
     "head_backward": (head._gradient_kernel, [FULL, LONGS, FULL, FULL, HALF, "i32", "i32", "fp32"], dict(BLOCK=4096)),
 }  # fmt: skip
 
+WARPS = {"norm": norm.WARPS, "norm_backward": norm.WARPS, "merge": attend.MERGE_WARPS, "merge_parts": merge.WARPS,
+         **{name: rope.WARPS for name in KERNELS if "rope" in name}}  # fmt: skip  # else Triton's four
 OTHERS = {"SIZE": 64, "QUERIES": 16}  # of attention; the rotation's halves of heads are 64 or 32
-HALVES = {"*bf16": "bf16", "*fp16": "fp16"}
+DTYPES = {"*bf16": "bf16", "*fp16": "fp16", "*fp32": "fp32"}
 
 
 def variants():
@@ -61,15 +65,22 @@ def variants():
         if "rope" in name:
             shapes.append({**constants, "BLOCK": 32})
         for number, shape in enumerate(shapes):
-            for half, title in HALVES.items() if HALF in types else [(HALF, "fp32")]:
-                said = " ".join(f"{key}={shape[key]}" for key in shape if number and shape[key] != constants[key])
-                yield f"{name} {title} {said}".strip(), kernel, [half if t == HALF else t for t in types], shape
+            said = " ".join(f"{key}={shape[key]}" for key in shape if number and shape[key] != constants[key])
+            for dtype, title in DTYPES.items() if HALF in types else [(FULL, "fp32")]:
+                used = dict(shape)
+                if "KEYS" in shape:
+                    used["QUERIES"], used["KEYS"] = attend.blocks(4 if dtype == FULL else 2, shape["QUERIES"])
+                yield f"{name} {title} {said}".strip(), kernel, [dtype if t == HALF else t for t in types], used
 
 
 if __name__ == "__main__":
-    found = {}
-    for architecture in (80, 90):
+    found, wanted = {}, sys.argv[1:]
+    for architecture in (80, 89, 90):
         for name, kernel, types, constants in variants():
-            made = triton.compile(source(kernel, types, constants), target=GPUTarget("cuda", architecture, 32))
-            found[f"{name} sm_{architecture}"] = {"shared": made.metadata.shared, "cubin": len(made.asm["cubin"])}
+            title = f"{name} sm_{architecture}"
+            if wanted and title not in wanted:
+                continue
+            made = triton.compile(source(kernel, types, constants), target=GPUTarget("cuda", architecture, 32),
+                                  options={"num_warps": WARPS.get(name.split()[0], 4)})  # fmt: skip
+            found[title] = {"shared": made.metadata.shared, "cubin": len(made.asm["cubin"])}
     print(json.dumps(found))

@@ -1,4 +1,4 @@
-"""Split attention over pages and own tokens: Triton's kernels in the interpreter against textbook attention."""
+"""Split attention over pages and own tokens: Triton's kernels against textbook attention."""
 
 from unittest import mock
 
@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from megatron_avatar.policy.cache import KeyValueCache, Room
 from megatron_avatar.policy.kernels import attend
+from tests.policy.kernels.where import DEVICE
 
 PAGE, STEPS, LAYER = 16, 24, 1
 TOLERANCE = {torch.float32: 5e-6, torch.float16: 2e-3}
@@ -37,7 +38,7 @@ def test_rows_see_their_prompt_and_themselves(prompts, data, groups, share, size
     pages = [-(-length // PAGE) for length, _ in prompts]
     room = Room(pages=sum(pages) + 1, page=PAGE, rows=len(owners) + 1, steps=STEPS, rows_per_prompt=3,
                 pages_per_prompt=max(1, *pages))  # fmt: skip
-    cache = KeyValueCache(room, [LAYER], groups, size, dtype, torch.device("cpu"), static=True)
+    cache = KeyValueCache(room, [LAYER], groups, size, dtype, DEVICE, static=True)
     for number, (length, rows) in enumerate(prompts):
         cache.admit(number, length)
         cache.add_rows([number] * rows)
@@ -48,9 +49,9 @@ def test_rows_see_their_prompt_and_themselves(prompts, data, groups, share, size
     stores = [*cache._pages[LAYER], *cache._own[LAYER]]
     for store in stores:
         store.copy_(torch.randn(store.shape, generator=generator))
-    query = torch.randn(shape.rows, groups, share, size, generator=generator).to(dtype)
-    whole = torch.zeros(shape.rows, dtype=torch.int64)
-    whole[: len(owners)] = torch.from_numpy(lengths)
+    query = torch.randn(shape.rows, groups, share, size, generator=generator).to(DEVICE, dtype)
+    whole = torch.zeros(shape.rows, dtype=torch.int64, device=DEVICE)
+    whole[: len(owners)] = torch.from_numpy(lengths).to(DEVICE)
 
     def seen(row: int, which: int) -> torch.Tensor:
         """Keys (0) or values (1) that a row attends to, [T, groups, d]."""

@@ -23,14 +23,14 @@ ROOT = Path(__file__).parents[3]
      ((8, 0), "", "")],
 )  # fmt: skip
 def test_what_speaks_against_a_gpu_is_said_once(monkeypatch, caplog, capability, missing, words):
-    device._obstacle.cache_clear()
+    device.obstacle.cache_clear()
     monkeypatch.setattr(device, "MISSING", missing)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a GPU")
     tensor = SimpleNamespace(is_meta=False, is_cuda=True, device=torch.device("cuda", 0))
     assert [device.runs_triton(tensor) for _ in "ab"] == [not words] * 2
     assert caplog.text.count("torch's operations in place") == bool(words) and words in caplog.text
-    device._obstacle.cache_clear()
+    device.obstacle.cache_clear()
 
 
 def test_heads_larger_than_tested_take_torchs_attention_said_once(caplog):

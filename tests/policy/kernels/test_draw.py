@@ -1,4 +1,4 @@
-"""The draw in two passes: Triton's kernels in the interpreter against torch's formula."""
+"""The draw in two passes: Triton's kernels against torch's formula."""
 
 import torch
 from hypothesis import given, settings
@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from megatron_avatar.policy.kernels import draw
 from megatron_avatar.policy.kernels.draw import BLOCK, torch_draw, triton_draw
+from tests.policy.kernels.where import DEVICE
 
 
 @settings(deadline=None, max_examples=8)
@@ -13,10 +14,10 @@ from megatron_avatar.policy.kernels.draw import BLOCK, torch_draw, triton_draw
        temperature=st.sampled_from([0.7, 1.0, 2.0]), spread=st.sampled_from([0.1, 3.0]))  # fmt: skip
 def test_the_draw_is_torchs(rows, width, greedy, temperature, spread):
     generator = torch.Generator().manual_seed(rows * width)
-    logits = spread * torch.randn(rows, width, generator=generator)
-    banned = torch.rand(width, generator=generator) < 0.3
+    logits = spread * torch.randn(rows, width, generator=generator).to(DEVICE)
+    banned = (torch.rand(width, generator=generator) < 0.3).to(DEVICE)
     banned[0] = False
-    uniforms = torch.rand(rows, generator=generator, dtype=torch.float64)
+    uniforms = torch.rand(rows, generator=generator, dtype=torch.float64).to(DEVICE)
     ours = triton_draw(logits, uniforms, temperature, banned, greedy)
     theirs = torch_draw(logits, uniforms, temperature, banned, greedy)
     assert torch.equal(ours[0], theirs[0]) and not banned[ours[0]].any()
@@ -24,20 +25,20 @@ def test_the_draw_is_torchs(rows, width, greedy, temperature, spread):
 
 
 def test_the_ends_of_the_uniform_numbers_draw_allowed_tokens():
-    logits = torch.full((4, 2 * BLOCK), -40.0)
+    logits = torch.full((4, 2 * BLOCK), -40.0, device=DEVICE)
     logits[:, 5] = logits[:, BLOCK + 7] = 0.0
-    banned = torch.zeros(2 * BLOCK, dtype=torch.bool)
+    banned = torch.zeros(2 * BLOCK, dtype=torch.bool, device=DEVICE)
     banned[[0, 2 * BLOCK - 1]] = True
-    uniforms = torch.tensor([0.0, 0.4, 0.6, 1 - 2**-53], dtype=torch.float64)
+    uniforms = torch.tensor([0.0, 0.4, 0.6, 1 - 2**-53], dtype=torch.float64, device=DEVICE)
     ids, logprobs = triton_draw(logits, uniforms, 1.0, banned, False)
     assert not banned[ids].any() and ids[1:3].tolist() == [5, BLOCK + 7] and logprobs.isfinite().all()
 
 
 def test_logits_that_are_no_numbers_give_a_token_in_range_and_no_number():
     for value in (float("nan"), float("inf")):
-        logits = torch.zeros(1, 100)
+        logits = torch.zeros(1, 100, device=DEVICE)
         logits[0, 3] = value
-        half, banned = torch.tensor([0.5], dtype=torch.float64), torch.zeros(100).bool()
+        half, banned = torch.tensor([0.5], dtype=torch.float64, device=DEVICE), torch.zeros(100, device=DEVICE).bool()
         ids, logprobs = triton_draw(logits, half, 1.0, banned, False)
         assert 0 <= int(ids) < 100 and logprobs.isnan().all()
 

@@ -1,4 +1,4 @@
-"""Norm, rope and SwiGLU: Triton's kernels in the interpreter against torch's formulas, and these against autograd."""
+"""Norm, rope and SwiGLU: Triton's kernels against torch's formulas, and these against autograd."""
 
 from unittest import mock
 
@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_avatar.policy.kernels import norm, rope, swiglu
+from tests.policy.kernels.where import DEVICE, interpreted
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 4e-3}
 dtypes = st.sampled_from(list(TOLERANCE))
@@ -22,7 +23,7 @@ def close(ours, theirs, dtype):
 
 
 def random(*shape, dtype=torch.float32, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
 
 
 @few
@@ -31,7 +32,7 @@ def test_norms_equal_torch(rows, width, dtype, wide):
     stream = torch.float32 if wide else dtype
     x, residual = random(rows, width, dtype=dtype), random(rows, width, dtype=stream, seed=1)
     weight = random(width, dtype=dtype)
-    close(norm.triton_add_norm(x, residual, weight, 1e-6), norm.add_norm(x, residual, weight, 1e-6), dtype)
+    close(norm.triton_add_norm(x, residual, weight, 1e-6), norm.torch_add_norm(x, residual, weight, 1e-6), dtype)
     close(norm.triton_add_norm(residual, None, weight, 1e-6)[1], norm.torch_norm(residual, weight, 1e-6), dtype)
     grad, past = random(rows, width, dtype=dtype, seed=2), random(rows, width, dtype=stream, seed=3)
     ours = norm.triton_norm_backward(grad, past, residual, weight, 1e-6)
@@ -77,7 +78,7 @@ def test_split_rope_equals_torch_and_turns_back(tokens, dtype, normed, groups, s
 def test_a_decode_steps_rope_writes_the_cache(rows, spare, dtype, normed, groups, share, size):
     mixed, turn = random(rows, groups, share + 2, size, dtype=dtype), random(rows, size, seed=1)
     angles = torch.stack([turn.cos(), turn.sin()])
-    lengths = torch.arange(rows) * 3 % 7
+    lengths = torch.arange(rows, device=DEVICE) * 3 % 7
     stores = [[random(rows + spare, groups, 7, size, dtype=dtype, seed=k) for k in (3, 4)] for _ in "to"]
     norms = head_norms(size, dtype, normed)
     close(rope.triton_decode_rope(mixed, angles, *stores[0], lengths, norms),
@@ -85,9 +86,10 @@ def test_a_decode_steps_rope_writes_the_cache(rows, spare, dtype, normed, groups
     close(stores[0], stores[1], dtype)
 
 
+@interpreted
 @pytest.mark.parametrize("function", ["norm", "add_norm", "swiglu", "split_rope", "split_norm_rope"])
 def test_gradients_are_autograds(function):
-    """In float64, through the operations that everyone calls."""
+    """In float64, through the operations that everyone calls, by torch's formulas."""
     x = random(5, 2, 6, 8).double().requires_grad_()
     turn = random(5, 4).double().repeat(1, 2)  # the halves turn alike
     angles = torch.stack([turn.cos(), turn.sin()])

@@ -15,6 +15,7 @@ from megatron_avatar.policy.generate import generate
 from megatron_avatar.policy.groups import pack_groups
 from megatron_avatar.policy.kernels import attend, draw, head, merge, norm, rope, swiglu
 from megatron_avatar.policy.weights import load_hf
+from tests.policy.kernels.where import interpreted
 from tests.policy.tiny import tiny_config, tiny_prompts, tiny_thinker
 
 SAMPLING = SamplingConfig(max_new_tokens=3)
@@ -50,6 +51,7 @@ def kernels(*, decoding: bool):
         yield ran
 
 
+@interpreted
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_decode_steps_and_an_update_are_torchs(folder, backend, dtype):
