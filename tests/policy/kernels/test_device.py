@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[3]
 )  # fmt: skip
 def test_what_speaks_against_a_gpu_is_said_once(monkeypatch, caplog, capability, missing, words):
     device.obstacle.cache_clear()
+    monkeypatch.setitem(device._state, "on", True)  # a policy that was built before, on a CPU, says torch
     monkeypatch.setattr(device, "MISSING", missing)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a GPU")
