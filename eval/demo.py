@@ -39,9 +39,6 @@ BASES: dict[str, tuple[str, tuple[str, ...]]] = {
 # Both cores are taken: decode workers would cost a start of Python each and gain nothing.
 HERE_ALONE = ("data.workers=0",)
 BATCH = 44  # of an evaluation's samples: a token of so many takes little longer than one of the usual sixteen
-# What takes longest to read of what trainings and evaluations use.
-LIBRARIES = ("eval.engine", "megatron_avatar.training.loop", "megatron_avatar.training.replay_step",
-             "transformers.models.qwen2_5_omni.modeling_qwen2_5_omni")  # fmt: skip
 
 
 class Ledger:
@@ -164,7 +161,7 @@ def parts(out: Path, seed: int, smoke: bool, base: str = "omni") -> list[Job]:
 
     first = [Job("data", lambda n: synthesis(out, seed, smoke), processes=1, start_by="spawn")]
     if base_folder(out, base) != BASES[base][0]:
-        first.append(Job("base", lambda n: pretraining(out, base, smoke), processes=PROCESSES))
+        first.append(Job("base", lambda n: pretraining(out, base, smoke), needs=("data",)))
     return [
         *first,
         Job("sft", trains("sft", "tiny_sft"), needs=tuple(job.name for job in first), processes=PROCESSES),
@@ -240,7 +237,7 @@ def main() -> None:
         console.print(f"everything goes to [bold]{folder}[/]; Ctrl-C saves and stops, the same command goes on")
     growing = Growing(out, arguments.seed)
     if known - set(reused):
-        read_ahead(LIBRARIES)
+        read_ahead(["eval.ahead"])
     try:
         run_all(jobs, reused, PROCESSES, console, tick=growing, ended=lambda job, seconds, done: ledger.add(
             {job.name: seconds}, memory.peak_mib, done=job.name if done else None))  # fmt: skip

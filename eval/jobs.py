@@ -67,6 +67,7 @@ class Job:
         self.command = self.prepare(processes)
         self.began = time.monotonic()
         self.command.log.parent.mkdir(parents=True, exist_ok=True)
+        self.command.log.touch()
         world = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
         context = multiprocessing.get_context(self.start_by)
         for rank in range(processes):
@@ -91,6 +92,7 @@ class Job:
 
 def _run(module: str, arguments: list[str], log: str, place: dict[str, str]) -> None:
     """`python -m module arguments` in this process, at its `place` among its ranks, with all that it says in `log`."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the process that this one is forked from ignores it
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with open(log, "ab") as file:
         for number in (1, 2):

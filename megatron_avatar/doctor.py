@@ -251,8 +251,9 @@ def _own_kernels() -> Result:
     said, broken = _apart("print_own_kernels")
     if not broken and said == "fine":
         return Result("ok", f"Triton {_version('triton')}: as PyTorch's operations in bfloat16")
-    meaning = "PyTorch's operations run instead, several times slower in decoding; Triton builds with gcc and Python.h"
-    return Result("missing", broken or said, meaning, "apt install gcc python3-dev")
+    reason, meaning = broken or said, "PyTorch's operations run instead, several times slower in decoding"
+    builds = any(word in reason for word in ("compiler", "Python.h", "gcc"))
+    return Result("missing", reason, meaning, "apt install gcc python3-dev" if builds else "")
 
 
 def print_own_kernels() -> None:

@@ -1,5 +1,5 @@
 #!/bin/bash
-# AVATAR's parts, Qwen3-Omni-30B-A3B, on two nodes of eight GPUs. Submit from the repository's root; the same again continues.
+# AVATAR's parts, Qwen3-Omni-30B-A3B, on two nodes of eight GPUs. Submit from the repository's root, and again to go on.
 #   sbatch slurm/omni3.sh model.path=FOLDER data.manifest=FILE [key=value ...]
 #SBATCH --job-name=omni3
 #SBATCH --nodes=2

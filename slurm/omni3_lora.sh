@@ -1,5 +1,5 @@
 #!/bin/bash
-# AVATAR's parts, Qwen3-Omni-30B-A3B, LoRA, four GPUs of a node. Submit from the repository's root; submit again to continue.
+# AVATAR's parts, Qwen3-Omni-30B-A3B, LoRA, four GPUs of a node. Submit from the repository's root, and again to go on.
 #   sbatch slurm/omni3_lora.sh model.path=FOLDER data.manifest=FILE [key=value ...]
 #SBATCH --job-name=omni3_lora
 #SBATCH --nodes=1

@@ -64,6 +64,8 @@ def check_family(config: Config) -> None:
             f"for {wanted.name}: point model.path to one, take a recipe whose model.shape is of {family.name}, or "
             "write model.shape='' parallel=single to use this one's settings all the same"
         )
+    if config.rl.routing_replay and "num_experts" not in family.text_sizes:
+        raise ValueError(f"rl.routing_replay=true, but {family.name} is dense, without experts: leave it out")
 
 
 def _family(path: Path) -> Family:

@@ -28,6 +28,7 @@ from megatron_avatar.config.families import NAMES, OMNI, OMNI3, VL, VL3, Family,
 from megatron_avatar.config.schema import ModelConfig, ParallelConfig
 from megatron_avatar.config.validate import DTYPES
 from megatron_avatar.policy.fusions import choose_fusions
+from megatron_avatar.policy.routes import UNKNOWN
 from megatron_avatar.policy.shape import Shape, active_inner, deepstack_layers, experts_of, hears
 
 # parallel.recompute -> LayerConfig. A feed-forward keeps three quarters of what a layer keeps; the core attention keeps
@@ -121,6 +122,14 @@ def read_config(hf_folder: str | Path) -> PolicyConfig:
             f"{hf_folder}/config.json: dense layers beside mixtures, and experts that all tokens share, are not "
             "supported; expected decoder_sparse_step 1, and mlp_only_layers and shared_expert_intermediate_size empty"
         )
+    if experts_of(config) > UNKNOWN or experts_of(config) and text.num_experts_per_tok > experts_of(config):
+        raise ValueError(
+            f"{hf_folder}/config.json: num_experts {experts_of(config)} with num_experts_per_tok "
+            f"{text.num_experts_per_tok} is not supported: take a folder with at most {UNKNOWN} experts, of which a "
+            "token visits no more than there are"
+        )
+    if text.hidden_act != "silu":
+        raise ValueError(f"{hf_folder}/config.json: hidden_act {text.hidden_act!r} is not supported; expected 'silu'")
     return config
 
 

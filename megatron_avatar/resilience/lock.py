@@ -57,15 +57,15 @@ def take(run: Path, owner: Owner, predecessor: str = "") -> None:
     Raises ValueError where another works on it, or is in the queue to continue it, and SlurmSilent where nobody says.
     """
     folder = run / FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + LEAVING_S
     while True:
+        folder.mkdir(parents=True, exist_ok=True)  # one that was refused may have removed it
         number, other = _newest(folder)
         why = "" if other is None or _same(other, owner) or other.job == predecessor != "" else _alive(other)
         if not why:
             try:
                 _write(folder / f"{number + 1:08d}", owner)
-            except FileExistsError:
+            except (FileExistsError, FileNotFoundError):
                 time.sleep(LOOK_S / 10)  # somebody else was faster
                 continue
             _forget(folder, number)

@@ -81,6 +81,7 @@ class Learner:
         self.guard = guard or Guard(rl.guard, exact=policy.config.params_dtype is torch.float32)
         self.masked: list[tuple[int, int]] = []  # of the latest rollout: (index of the group, of its trajectory)
         self.error: StepError | None = None  # of its first update
+        self.flips: float | None = None  # likewise, the share of routes that generation chose otherwise
         self.usable = True  # whether its first update may be applied, and so may the others
         self.reference: dict[str, torch.Tensor] | None = None
 
@@ -262,15 +263,17 @@ class Learner:
         self.masked = [places[serial] for serial in sorted(self.backend.broadcast_from_last_stage(serials))]
         stats["masked"] = sum(self.backend.all_gather_object_dp(len(self.masked)))
         error = step_error(stats)
+        if check_logprobs and self.policy.config.experts:  # before the error is judged, which it may explain
+            counts = sum((micro.routes.counts.cpu() for micro in micros if micro.routes), torch.zeros(2)).tolist()
+            flips, tokens = np.sum(self.backend.all_gather_object(counts), axis=0)
+            self.flips = float(flips / tokens) if tokens else None
         if check_logprobs:
             self.error, self.usable = error, self.guard.judge(error, speaks=self.backend.rank == 0)
             if not self.usable:  # then none of it is replayed either
                 self.masked = [(i, k) for i, k in places if groups[i].on_policy[k]]
         stats |= (self.error or error).record() | self._loads(micros) | self._flops(micros)
-        counts = sum((micro.routes.counts.cpu() for micro in micros if micro.routes), torch.zeros(2)).tolist()
-        if check_logprobs and self.policy.config.experts:  # later updates have other weights
-            flips, tokens = np.sum(self.backend.all_gather_object(counts), axis=0)
-            stats["routing_flips"] = float(flips / tokens) if tokens else None
+        if self.policy.config.experts:
+            stats["routing_flips"] = self.flips
         # Where every prompt of the step was set aside, momentum alone must not move the weights.
         applied = self.usable and n_on + n_off > 0
         stats["grad_norm"], stats["skipped"] = 0.0, True

@@ -52,10 +52,12 @@ def keeps_embeddings(config: Config, backend: Backend) -> bool:
 
 
 def embed(policy: OmniPolicy, loader: MediaLoader, prompts: Sequence[Prompt], *, keep: bool) -> list[Tensor | None]:
-    """Embeddings [M, W] of each prompt's media by frozen encoders (see Towers); `keep` them in the loader."""
-    media = policy.embed_media(prompts)
-    if keep:
-        loader.keep(prompts, media)
+    """Embeddings [M, W] of each prompt's media by frozen encoders (see Towers); `keep` them in the loader. What is kept
+    is made one prompt at a time: it must not depend on when a run met it."""
+    if not keep:
+        return policy.embed_media(prompts)
+    media = [policy.embed_media([prompt])[0] for prompt in prompts]
+    loader.keep(prompts, media)
     return media
 
 

@@ -196,6 +196,17 @@ def test_mixtures_of_another_kind_are_refused(tmp_path, change):
         read_config(write(tmp_path, config))
 
 
+@pytest.mark.parametrize(("change", "says"), [
+    ({"num_experts": 256}, "num_experts 256.*at most 255"), ({"num_experts_per_tok": 129}, "num_experts_per_tok 129"),
+    ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported; expected 'silu'"),
+])  # fmt: skip
+def test_what_would_be_computed_otherwise_is_refused(tmp_path, change, says):
+    config = json.loads((SHAPES / "qwen3_omni_30b" / "config.json").read_text())
+    config["text_config"] |= change
+    with pytest.raises(ValueError, match=says):
+        read_config(write(tmp_path, config))
+
+
 def test_folders_without_a_configuration_are_refused(tmp_path):
     with pytest.raises(ValueError, match="config.json doesn't exist: point model.path to"):
         read_config(tmp_path)

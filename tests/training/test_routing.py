@@ -50,7 +50,10 @@ def update(world, groups: list[Group], routes, **settings) -> dict:
     learner = Learner(policy, optimization, policy.backend, rl)
     learner.snapshot_reference()
     reference = learner.reference_logprobs(groups, media)
-    return learner.update(groups, media, reference, n_on=6, n_off=3, routes=routes)
+    first = learner.update(groups, media, reference, n_on=6, n_off=3, routes=routes)
+    again = learner.update(groups, media, reference, n_on=6, n_off=3, routes=routes, check_logprobs=False)
+    assert again["routing_flips"] == first["routing_flips"], "a later update tells the first one's"
+    return first
 
 
 def test_one_engine_chooses_alike_in_float32(world):
