@@ -53,6 +53,7 @@ slurm-down: $(INSTALLED) ## end it
 
 base: $(INSTALLED) ## pretrain the demo's tiny base model anew, and put it to the gate
 	@$(VENV) -m data_tools.pretrain
+	@$(VENV) -m data_tools.pretrain --start assets/tiny_base --run b --steps 1200 --clips 2000 --on-ladder 0.5
 	@$(VENV) -m bench.world
 
 doctor: $(INSTALLED) ## what this machine can run, and what is missing

@@ -70,7 +70,8 @@ def test_the_base_perceives(model, examples):
 @pytest.mark.slow
 def test_a_training_goes_on_from_a_folder_and_moves_all_of_it(tmp_path, monkeypatch):
     monkeypatch.setattr(pretrain, "evaluate", lambda *_: {})
-    pretrain.pretrain(tmp_path / "on", steps=2, batch_size=2, lr=1e-2, clips=3, start=BASE, run="test", threads=1)
+    pretrain.pretrain(tmp_path / "on", steps=2, batch_size=2, lr=1e-2, clips=3, on_ladder=0.5, start=BASE, run="test",
+                      threads=1)  # fmt: skip
     before, after = (load_file(folder / "model.safetensors") for folder in (BASE, tmp_path / "on"))
     assert before.keys() == after.keys()
     for part in ("visual.", "audio_tower.", "model."):  # the encoders learn as well
