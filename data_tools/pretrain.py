@@ -1,6 +1,7 @@
 """Pretrain the tiny base: the Thinker's own classes learn to describe clips, to look and to copy (`make base`).
 
     python -m data_tools.pretrain --out assets/tiny_base
+    python -m data_tools.pretrain --start assets/tiny_base --run b --steps 1200 --clips 2000 --on-ladder 0.5
 
 Like the paper's base it then perceives and reads, but doesn't know the <think>, <answer> format, and that looking
 comes before answering. What it is taught stands in data_tools/lessons.py. Its clips go through real files and the
@@ -45,7 +46,7 @@ VIEW = DataConfig(fps=4.0, min_frames=8, max_frames=8, frame_max_pixels=7056, fr
                   instruction="")  # fmt: skip
 SEEING, SEEN = 1000, 16  # updates that learn to perceive, clips of one of them
 FEW, MANY = (1, 1, 0), (4, 3, 0)  # texts beside a clip then, and after it (lessons.draw_lessons)
-AGAIN = (2, 1, 4)  # in a training that goes on: letters come last
+AGAIN = (1, 1, 5)  # in a training that goes on: letters come last
 KEEP = 250  # updates between two states on disk
 Example = tuple[Prompt, list[tuple[np.ndarray, np.ndarray]]]  # clip; of each lesson what is given and what is learned
 
@@ -371,6 +372,8 @@ def main() -> None:
     parser.add_argument("--run", default="a", help="key of the clips")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
+    if not 0 <= args.on_ladder <= (1 if args.start else 0.9):
+        parser.error(f"--on-ladder {args.on_ladder}: a share, at most 0.9 without --start: perceiving needs the demo's")
     base = BASES[args.family]
     out = args.out or Path(base.folder)
     pretrain(base, out, args.steps, args.batch, args.lr, args.clips, args.on_ladder, args.start, args.run, args.threads)
