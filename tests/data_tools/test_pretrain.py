@@ -7,53 +7,51 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, Qwen2_5OmniThinkerForConditionalGeneration
+from transformers import AutoTokenizer
 
 from data_tools import pretrain
-from data_tools.pretrain import BASES, VIEW, accuracy, describing, description_logits, tiny_config
+from data_tools.pretrain import BASES, accuracy, describing, description_logits
 from data_tools.tokenizer import build_tokenizer
 from megatron_avatar.data.prompt import PromptBuilder
 
-BASE = Path(__file__).parents[2] / "assets" / "tiny_base"
+ROOT = Path(__file__).parents[2]
+BASE = ROOT / BASES["omni"].folder
 
 
-@pytest.fixture(scope="module")
-def model():
+@pytest.fixture(scope="module", params=BASES)
+def base(request):
     torch.set_num_threads(1)
-    return Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(BASE, dtype=torch.float32).eval()
+    return BASES[request.param]
 
 
 @pytest.fixture(scope="module")
-def examples(tmp_path_factory, model):
+def model(base):
+    return base.model.from_pretrained(ROOT / base.folder, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def examples(tmp_path_factory, base, model):
     folder = tmp_path_factory.mktemp("clips")
     (folder / "clips").mkdir()
-    builder = PromptBuilder(AutoTokenizer.from_pretrained(BASE), model.config, VIEW, context=512)
+    builder = PromptBuilder(AutoTokenizer.from_pretrained(ROOT / base.folder), model.config, base.view, context=512)
     return [describing(builder, folder, f"test-{i}") for i in range(32)]
 
 
-def test_the_folder_is_small_bfloat16_and_todays_shape(model):
-    file = BASE / "model.safetensors"
+def test_the_folder_is_small_bfloat16_and_todays_shape(base, model):
+    file = ROOT / base.folder / "model.safetensors"
     assert file.stat().st_size < 8 * 2**20
     with safe_open(file, "pt") as weights:
         assert {weights.get_slice(name).get_dtype() for name in weights.keys()} == {"BF16"}  # noqa: SIM118
-    tokenizer = build_tokenizer()
-    assert AutoTokenizer.from_pretrained(BASE).get_vocab() == tokenizer.get_vocab()
-    wanted = Qwen2_5OmniThinkerForConditionalGeneration(tiny_config(tokenizer))
+    tokenizer = build_tokenizer(base.family)
+    assert AutoTokenizer.from_pretrained(ROOT / base.folder).get_vocab() == tokenizer.get_vocab()
+    wanted = base.model(base.config(tokenizer))
     assert {n: p.shape for n, p in model.named_parameters()} == {n: p.shape for n, p in wanted.named_parameters()}
     assert 2e6 <= sum(p.numel() for p in model.parameters()) <= 4e6
 
 
-@pytest.mark.parametrize("name", BASES)
 @torch.no_grad()
-def test_packed_descriptions_equal_single_prompts_in_transformers(model, examples, name, tmp_path):
-    """Of another family than the shipped base's a random model; positions are transformers' own."""
-    if name != "omni":
-        torch.manual_seed(0)
-        base, tokenizer = BASES[name], build_tokenizer(BASES[name].family)
-        model = base.model(base.config(tokenizer)).eval()
-        builder = PromptBuilder(tokenizer, model.config, base.view, context=512)
-        (tmp_path / "clips").mkdir()
-        examples = [describing(builder, tmp_path, f"test-{i}") for i in range(6)]
+def test_packed_descriptions_equal_single_prompts_in_transformers(model, examples):
+    """Positions are transformers' own."""
     prompts = [next(e for e in examples if (e[0].mel is None) == mute) for mute in (True, False)]
     packed, _ = description_logits(model, prompts)
     single = []
@@ -70,8 +68,8 @@ def test_packed_descriptions_equal_single_prompts_in_transformers(model, example
     torch.testing.assert_close(packed, torch.cat(single), atol=2e-4, rtol=1e-4)
 
 
-def test_the_base_perceives(model, examples):
-    told = accuracy(model, AutoTokenizer.from_pretrained(BASE), examples)
+def test_the_base_perceives(base, model, examples):
+    told = accuracy(model, AutoTokenizer.from_pretrained(ROOT / base.folder), examples)
     for name in ("shape", "color", "column", "act", "count", "when", "sound", "pattern"):
         assert told[name] > 0.8, told
 

@@ -99,10 +99,10 @@ def test_shapes_are_those_of_the_published_models(shape):
     assert ours == theirs == PUBLISHED[shape]
 
 
-def test_the_tiny_shape_is_the_tiny_base():
-    assert json.loads((SHAPES / "tiny_base/config.json").read_text()) == json.loads(
-        (ROOT / "assets/tiny_base/config.json").read_text()
-    )
+@pytest.mark.parametrize("name", ["tiny_base", "tiny_omni3"])
+def test_a_tiny_shape_is_its_base(name):
+    shape, base = (json.loads((folder / name / "config.json").read_text()) for folder in (SHAPES, ROOT / "assets"))
+    assert shape == base
 
 
 REAL = [  # a model, a layout of four ranks

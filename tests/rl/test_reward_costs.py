@@ -1,6 +1,7 @@
 """What answers cost: foreign code is given up in time, its machine's faults are raised, and long texts stay cheap."""
 
 import sys
+from concurrent.futures import Future
 from functools import partial
 
 import pytest
@@ -47,6 +48,16 @@ def test_what_the_machine_lacks_costs_no_answer_its_reward(monkeypatch):
     monkeypatch.setattr(rewards_bounded, "_begin", foreign.broken)
     with pytest.raises(RuntimeError, match="no worker process could run sleepy .*ulimit"):
         bounded(foreign.sleepy, 0.0)
+
+
+def test_a_pool_that_breaks_before_it_takes_a_task_is_replaced(monkeypatch):
+    """pebble then never answers: the task is in neither of its lists."""
+    looks = iter([True])
+    broken = type("Broken", (), {"active": property(lambda _: next(looks, False)),
+                                 "schedule": lambda *_, **__: Future()})()  # fmt: skip
+    monkeypatch.setattr(rewards_bounded, "_pool", broken)
+    monkeypatch.setattr(rewards_bounded, "LOOK_S", 0.01)
+    assert bounded(foreign.sleepy, 0.0) == "awake" and rewards_bounded._pool is not broken
 
 
 def test_a_missing_unit_library_is_no_unknown_unit(monkeypatch):

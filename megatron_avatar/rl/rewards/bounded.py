@@ -11,6 +11,7 @@ import multiprocessing
 import signal
 import threading
 from collections.abc import Callable
+from concurrent.futures import wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.util import Finalize
 from typing import Any
@@ -20,6 +21,7 @@ from pebble import ProcessExpired, ProcessPool
 DEADLINE_S = 10.0  # of processor time: a busy machine, or a worker that has just begun, changes no reward
 PATIENCE = 12  # deadlines on the clock, for what hangs without computing
 WORKERS = 2  # processes of each rank
+LOOK_S = 1.0  # between two looks at whether the pool is still there
 ATTEMPTS = 2  # where the workers, not the text, are at fault
 log = logging.getLogger(__name__)
 _lock = threading.Lock()
@@ -64,9 +66,13 @@ def _result(function: Callable[..., Any], args: tuple[Any, ...], deadline_s: flo
                 context = multiprocessing.get_context("forkserver")
                 _pool = ProcessPool(WORKERS, context=context, initializer=_begin)
                 Finalize(None, _pool.stop, exitpriority=10)  # before this process waits for its children
-            future = _pool.schedule(_timed, args=(deadline_s, function, *args), timeout=PATIENCE * deadline_s)
+            pool = _pool
+            future = pool.schedule(_timed, args=(deadline_s, function, *args), timeout=PATIENCE * deadline_s)
     except (BrokenProcessPool, RuntimeError, OSError) as error:
         raise _WorkersFailed(f"{type(error).__name__}: {error or error.__cause__}") from error
+    while not wait([future], LOOK_S).done:
+        if not pool.active and not wait([future], LOOK_S).done:  # one that breaks before it takes a task forgets it
+            raise _WorkersFailed("the workers' pool ended before it took the task")
     try:
         return future.result()
     except BrokenProcessPool as error:
