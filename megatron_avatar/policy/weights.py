@@ -85,7 +85,12 @@ def load_hf(policy: OmniPolicy, folder: str | Path) -> None:
     if problems:
         listed = sorted(problems)
         more = f"; and {len(listed) - 8} more" if len(listed) > 8 else ""
-        raise ValueError(f"the weights in {folder} don't match its config.json: {'; '.join(listed[:8])}{more}")
+        fused = any(name.endswith("experts.gate_up_proj") for name in ours)
+        remedy = "Save its experts one by one, as transformers' save_pretrained does" if fused else "Download it again"
+        raise ValueError(
+            f"the weights in {folder} don't match its config.json: {'; '.join(listed[:8])}{more}. {remedy}, or "
+            "correct model.path"
+        )
 
 
 def export_hf(

@@ -311,7 +311,9 @@ def test_absent_files_and_broken_indices_are_named(copy, backend):
 
 
 def test_weights_of_another_architecture_are_refused(copy, backend):
-    """A config.json of Qwen2.5-Omni over the weights of something else."""
-    save_file({"model.layers.0.attention.wq.weight": torch.zeros(64, 64)}, copy / "model.safetensors")
-    with pytest.raises(ValueError, match="don't match its config.json.*is missing.*and .* more"):
-        load(copy, backend)
+    """A config.json of Qwen2.5-Omni over the weights of something else, of a mixture with fused experts too."""
+    for name, remedy in (("attention.wq.weight", "Download it again"),
+                         ("mlp.experts.gate_up_proj", "Save its experts one by one")):  # fmt: skip
+        save_file({f"model.layers.0.{name}": torch.zeros(64, 64)}, copy / "model.safetensors")
+        with pytest.raises(ValueError, match=f"don't match its config.json.*is missing.*and .* more.*{remedy}"):
+            load(copy, backend)
