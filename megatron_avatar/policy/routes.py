@@ -21,21 +21,22 @@ class Recorder:
     """Takes down what the layers of a stage choose in a pass."""
 
     def __init__(self) -> None:
-        self._chosen: dict[int, Tensor] = {}  # by the number of the layer
+        self._chosen: list[Tensor] = []  # layer by layer
 
     def take(self, layer: int, chosen: Tensor) -> Tensor:
-        """The experts [R, k] that a layer has chosen, as they are."""
-        self._chosen[layer] = chosen
+        """The experts [R, k] that the next layer has chosen, as they are."""
+        self._chosen.append(chosen)
         return chosen
 
     def stacked(self) -> Tensor:
         """Those of all layers, [R, layers, k]."""
-        return torch.stack(list(self._chosen.values()), dim=1)
+        return torch.stack(self._chosen, dim=1)
 
 
 class Routes:
     """A micro-batch's routes `recorded` [N, layers, k] uint8 of the tokens at `places` [N], of layers from number
-    `first` on. `counts` [2] holds flips, and the tokens of all layers that could have been one."""
+    `first` on. `counts` [2] holds flips, and the tokens of all layers that could have been one; what recomputes
+    a layer counts it again, in both."""
 
     def __init__(self, recorded: Tensor, places: Tensor, first: int, *, replay: bool) -> None:
         self.recorded, self.places, self.first, self.replay = recorded, places, first, replay
@@ -45,7 +46,7 @@ class Routes:
         """The experts [T, k] that a layer takes, of those that it has chosen and those that were written down."""
         recorded, own = self.recorded[:, layer - self.first].long(), chosen[self.places]
         known = recorded[:, :1] != UNKNOWN
-        differs = (own.sort(dim=1).values != recorded.sort(dim=1).values).any(dim=1, keepdim=True) & known
+        differs = (own[:, :, None] != recorded[:, None]).all(dim=2).any(dim=1, keepdim=True) & known
         self.counts += torch.stack([differs.sum(), known.sum()])
         return chosen.index_copy(0, self.places, recorded.where(known, own)) if self.replay else chosen
 
