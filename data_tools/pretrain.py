@@ -46,7 +46,7 @@ VIEW = DataConfig(fps=4.0, min_frames=8, max_frames=8, frame_max_pixels=7056, fr
                   instruction="")  # fmt: skip
 SEEING, SEEN = 1000, 16  # updates that learn to perceive, clips of one of them
 FEW, MANY = (1, 1, 0), (4, 3, 0)  # texts beside a clip then, and after it (lessons.draw_lessons)
-AGAIN = (1, 1, 5)  # in a training that goes on: letters come last
+AGAIN = (1, 1, 8)  # in a training that goes on: letters come last
 KEEP = 250  # updates between two states on disk
 Example = tuple[Prompt, list[tuple[np.ndarray, np.ndarray]]]  # clip; of each lesson what is given and what is learned
 

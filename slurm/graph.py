@@ -114,16 +114,31 @@ class _Family:
     trained: dict[str, str] = field(default_factory=dict)  # what is computed -> system
 
     def build_main(self) -> None:
-        """The base, models that are evaluated only, the cold start, and the main systems."""
-        base, own = self.parts["base"], self._made()
-        self.evaluate("base", base, own)
+        """The base, models that are evaluated only, the cold start, and the main systems. `sft_seed`: one cold start of
+        that seed for all of them."""
+        own, first = self._made(), self.seed == self.graph.profile["seeds"][0]
+        if "sft_seed" not in self.parts:
+            self._build_start(own)
+        elif first:
+            self._of_start()._build_start(own)
+        if "sft_seed" in self.parts:
+            for kind, system in (("predictions", "base"), ("predictions", "sft"), ("runs", "sft")):
+                if self.seed != self.parts["sft_seed"]:
+                    self.graph.links[self.folder(kind, system)] = self._of_start().folder(kind, system)
         for system, folder in self.parts["models"].items():
-            if self.seed == self.graph.profile["seeds"][0]:
+            if first:
                 self.evaluate(system, folder, own)
+        self._systems(self.parts["systems"])
+
+    def _build_start(self, own: list[str]) -> None:
+        self.evaluate("base", self.parts["base"], own)
         if "sft" in self.parts:
             task = self.train("sft", self._cold_start(), own)
             self.evaluate("sft", self._start(), [task])
-        self._systems(self.parts["systems"])
+
+    def _of_start(self) -> _Family:
+        """This family on the seed of its cold start."""
+        return replace(self, seed=self.parts.get("sft_seed", self.seed))
 
     def build_sweeps(self) -> None:
         """Groups of sweeps and systems, each on the seeds that it has."""
@@ -137,7 +152,7 @@ class _Family:
     def _systems(self, systems: dict[str, list[str]]) -> None:
         for system, settings in systems.items():
             own = any(item.startswith("model.path=") for item in settings)  # a model that no cold start makes
-            needs = [f"{self.name}.sft.{self.seed}"] if "sft" in self.parts and not own else self._made()
+            needs = [f"{self.name}.sft.{self._of_start().seed}"] if "sft" in self.parts and not own else self._made()
             begin = [] if own else [f"model.path={self._start()}"]
             chosen = join([*self.parts["train"], *begin, *self._common()], settings)
             if not self.is_twin(system, chosen):
@@ -160,7 +175,8 @@ class _Family:
 
     def _start(self) -> str:
         """The folder from which reinforcement learning starts."""
-        return str(self.model("sft", self._cold_start())) if "sft" in self.parts else self.parts["base"]
+        start = self._of_start()
+        return str(start.model("sft", start._cold_start())) if "sft" in self.parts else self.parts["base"]
 
     def folder(self, kind: str, system: str) -> Path:
         return self.graph.out / kind / self.name / system / f"seed_{self.seed}"

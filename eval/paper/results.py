@@ -114,9 +114,9 @@ class Results:
             family, system, seed = path.parts[-4:-1]
             if not (digits := re.fullmatch(r"seed_(\d+)", seed)):
                 raise ValueError(f"{path.parent}: name the folder seed_0, seed_1, ...")
-            path = path.resolve()  # a link stands for another system that computes the same
-            run = Run(path, family, path.parts[-3], int(digits[1]))
-            self.runs.setdefault((family, system, path.stem), {})[run.seed] = run
+            path = path.resolve()  # a link stands for another system or seed that computes the same
+            run = Run(path, family, path.parts[-3], int(path.parts[-2].removeprefix("seed_")))
+            self.runs.setdefault((family, system, path.stem), {})[int(digits[1])] = run
 
     def find(self, family: str, system: str, benchmark: str, protocol: str) -> dict[int, Run]:
         """The runs by seed; none where nothing was evaluated."""

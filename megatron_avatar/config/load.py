@@ -34,6 +34,7 @@ _COST = ("data.workers", "data.decode_deadline_s", "rl.tokens_per_micro_batch", 
          "judge.endpoint",
          "judge.concurrency", "judge.deadline_s", "judge.retries", "judge.wait_s", "judge.max_unscored")  # fmt: skip
 
+_STAGE = re.compile(r"\+stages\.\w+=\{")
 _ODD = re.compile(r"[^\w\s./:@%*?|+-]", re.ASCII)
 _MEANS = re.compile(r"""['"\[\]{}(),=$\\]""")  # quotes, lists, dictionaries, functions, sweeps, interpolations
 # key=value of one key with a plain value or a quoted text: no group, no + or ~, no interpolation.
@@ -119,7 +120,8 @@ def readable(item: str) -> str:
 
 def _load(overrides: list[str]) -> Config:
     """Compose; what only gives a key another value is set without Hydra, which takes a tenth of a second."""
-    others = [item.lstrip("+~").partition("=")[0] for item in overrides if not _PLAIN.fullmatch(item)]
+    others = [item.lstrip("+~").partition("=")[0] for item in overrides
+              if not _PLAIN.fullmatch(item) and not _STAGE.match(item)]  # fmt: skip
     # The last of several for one key counts: where Hydra reads one of them, it reads all.
     plain = [item for item in overrides if _PLAIN.fullmatch(item) and not _is_below(item.partition("=")[0], others)]
     tree, recipe = _compose(CONFIG_DIR, tuple(item for item in overrides if item not in plain))
@@ -147,12 +149,15 @@ def _compose(folder: Path, overrides: tuple[str, ...]) -> tuple[DictConfig, str]
     """The tree over the schema, interpolations left as they are, and the recipe's name."""
     ConfigStore.instance().store(name="schema", node=Config)
     OmegaConf.register_new_resolver("for_shape", _for_shape, replace=True)
+    stages = [item for item in overrides if _STAGE.match(item)]  # a whole new one: over the schema Hydra adds none
     with initialize_config_dir(str(folder), version_base=None):
-        composed = compose("config", list(overrides), return_hydra_config=True)
+        composed = compose("config", [item for item in overrides if item not in stages], return_hydra_config=True)
     plain = OmegaConf.to_container(composed, resolve=False)
     assert isinstance(plain, dict)
     recipe = composed.hydra.runtime.choices.recipe
     del plain["hydra"]
+    for item in OverridesParser.create().parse_overrides(stages):
+        plain["stages"][item.key_or_group.partition(".")[2]] = item.value()
     # Merging once more refuses unknown keys that a leading + slipped past the schema.
     tree = OmegaConf.merge(OmegaConf.structured(Config), plain)
     assert isinstance(tree, DictConfig)
