@@ -47,7 +47,7 @@ GUESSES = 0.5  # of the cold start's traces without a hint answer without lookin
 SIZES = {  # samples a family
     "tiny": {"sft": 2, "train": 2, "eval": 2},
     "demo": {"sft": 320, "train": 64, "eval": 36},
-    "study": {"sft": 320, "train": 27, "eval": 70},
+    "study": {"sft": 320, "train": 14, "eval": 70},
 }
 DESCRIBE = "describe"  # a family of the study's cold start alone, so that what the base perceives isn't forgotten
 
@@ -95,7 +95,8 @@ def _draw_ladder(seed: int, counts: dict[str, int]) -> Iterator[tuple[Sample, Sc
 
 def _ladder_sample(sample_id: str, split: str, name: str, scene: Scene, rng: np.random.Generator) -> Sample:
     caption = f"{describe_things(scene)} {describe_sound(scene.sound)}"
-    about = {"stage": "ladder", "split": split, "family": name, "media": (clip_media(sample_id, scene),),
+    stage = DESCRIBE if name == DESCRIBE else f"rung_{LADDER[name].rung}"
+    about = {"stage": stage, "split": split, "family": name, "media": (clip_media(sample_id, scene),),
              "audio_caption": describe_sound(scene.sound), "problem_type": "other"}  # fmt: skip
     if name == DESCRIBE:
         return Sample(id=sample_id, question="Describe the clip.", answer=caption, trace=caption, **about)
