@@ -6,7 +6,7 @@ Right and wrong answers of two systems are drawn again and again: items differ i
 they suit, and each training of a system is a little better or worse than another. Each draw goes through the study's
 own test (eval/scoring/stats.py) at 5 % divided by the number of questions, which is what Holm's method asks of the
 first. power: the share of draws that show the effect; false: the share that show something where there is nothing.
-How much trainings differ was measured in the first study (bench/results/study.json), see SEED.
+How much trainings differ was measured in the first study (bench/results/study_first.json), see SEED.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What reinforcement learning on the ladder will do with its prompts, before it is run.
 
-    python -m bench.schedule [--prompts 126] [--steps 75] [--json]
+    python -m bench.schedule [--prompts 126] [--steps 76] [--json]
 
 The run's own choice of prompts, tracker, hints and replay go through one stage of 16 prompts an update, in place of
 the model stand prompts that succeed as often as the ladder is made for: an answer is right where all looks are taken
@@ -66,7 +66,7 @@ def predict(overrides: list[str], prompts: int, steps: int) -> Outlook:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=126)
-    parser.add_argument("--steps", type=int, default=75)
+    parser.add_argument("--steps", type=int, default=76)
     parser.add_argument("--json", action="store_true", help=JSON_HELP)
     args = parser.parse_args()
     if args.prompts < BATCH or args.steps < 2:

@@ -9,7 +9,7 @@ import contextlib
 import importlib
 import signal
 
-from eval.demo import LIBRARIES
+from eval.jobs import LIBRARIES  # of no module that a part runs: it would be read twice, which Python warns of
 
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 for library in LIBRARIES:

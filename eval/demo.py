@@ -38,9 +38,6 @@ BASES: dict[str, tuple[str, tuple[str, ...]]] = {
 }  # fmt: skip
 # Both cores are taken: decode workers would cost a start of Python each and gain nothing.
 HERE_ALONE = ("data.workers=0",)
-# What takes longest to read of what trainings and evaluations use: read once, by eval/ahead.py.
-LIBRARIES = ("eval.engine", "megatron_avatar.training.loop", "megatron_avatar.training.replay_step",
-             "transformers.models.qwen2_5_omni.modeling_qwen2_5_omni")  # fmt: skip
 BATCH = 44  # of an evaluation's samples: a token of so many takes little longer than one of the usual sixteen
 
 

@@ -31,6 +31,9 @@ LOOK_S = 1.0  # between two looks at how far a job is: files are counted for tha
 # Logs are of one width. Threads that wait asleep: spinning ones would take the other job's core. Whether there is a GPU
 # is asked without waking it: a process that has, can't be forked.
 ENVIRONMENT = {"COLUMNS": "120", "OMP_WAIT_POLICY": "PASSIVE", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+# What takes longest to read of what trainings and evaluations use: read once, by eval/ahead.py.
+LIBRARIES = ("eval.engine", "megatron_avatar.training.loop", "megatron_avatar.training.replay_step",
+             "transformers.models.qwen2_5_omni.modeling_qwen2_5_omni")  # fmt: skip
 
 
 @dataclass

@@ -36,7 +36,7 @@ def build(results: Results, name: str, protocol: str, *, small: bool) -> Record:
     printed = published(plan.get("paper"))
     values = {row["setting"]: row["values"] for row in printed["rows"]}
     family = TINY if small else plan["family"]
-    columns = _columns(plan, small)
+    columns = _columns(plan, small, results)
     title = plan.get("title") or printed["title"]
     table: Record = {
         "name": f"small_{name}" if small else name,
@@ -86,14 +86,15 @@ def named_as_run(table: Record) -> Record:
     return table | {"baseline": own(table["baseline"]), "notes": [own(note) for note in table["notes"]]}
 
 
-def _columns(plan: Record, small: bool) -> list[Record]:
+def _columns(plan: Record, small: bool, results: Results) -> list[Record]:
     """The columns: name, benchmark, and the breakdown [group, value] or None."""
     if small:
-        own = spec()["small"]
-        return [
-            {"name": name, "benchmark": own["benchmark"], "breakdown": [own["breakdown"], value] if value else None}
-            for name, value in own["columns"].items()
+        benchmark, group = (spec()["small"][key] for key in ("benchmark", "breakdown"))
+        parts = [
+            {"name": value.replace("_", " "), "benchmark": benchmark, "breakdown": [group, value]}
+            for value in results.values(TINY, benchmark, group)
         ]
+        return [{"name": "overall", "benchmark": benchmark, "breakdown": None}, *parts]
     group = plan.get("breakdown")
     return [
         {"name": name, "benchmark": benchmark, "breakdown": [group, name] if group else None}

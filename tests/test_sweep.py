@@ -157,18 +157,19 @@ def test_every_task_comes_behind_what_it_needs(name, tmp_path):
     assert {task.name for task in tasks if task.module == "eval.run"} == set(tasks[-1].needs)
     assert len({str(task.folder) for task in tasks if not task.module}) == len(trained)
     if name == "tiny":
-        main = ("sft", "grpo", "avatar", "grpo_half")
-        assert {f"tiny.{system}.{seed}" for system in main for seed in range(15, 20)} < trained
-        assert "tiny.components_avatar.15" in trained and "tiny.components_avatar.16" not in trained
-        full = {stage: s.steps for stage, s in by_name["tiny.grpo.15"].config().stages.items()}
-        for system in ("grpo_half.15", "grpo_half.19", "components_avatar.15", "avatar_wo_sft.15"):
-            halved = {stage: s.steps for stage, s in by_name[f"tiny.{system}"].config().stages.items()}
-            assert halved == {stage: steps // 2 for stage, steps in full.items()}, "docs/study.md"
-        at = full["visual"] + full["audio_visual"]
-        step = by_name[f"eval.tiny.grpo.15.step_{at}.held_out"]
-        assert "model=" + str(by_name["tiny.grpo.15"].folder / "export" / "audio_visual") in step.arguments
-        assert "recipe=tiny_avatar" in step.arguments and not any(a.startswith("step=") for a in step.arguments)
-        assert sum("step_" in task.name for task in tasks) == 20 and step.needs == ["tiny.grpo.15"]
+        main = ("grpo", "avatar", "grpo_half")
+        assert {f"tiny.{system}.{seed}" for system in main for seed in range(20, 36)} < trained
+        assert [task for task in trained if ".sft." in task] == ["tiny.sft.20"], "one cold start for all seeds"
+        assert by_name["tiny.avatar.35"].needs == ["tiny.sft.20"] and "gate" in by_name["tiny.sft.20"].needs
+        start = by_name["tiny.sft.20"].folder
+        assert by_name["tiny.avatar.35"].config().model.path == str(start / "export" / "sft")
+        assert graph.links[start.parent / "seed_35"] == start and "eval.tiny.base.35.held_out" not in by_name
+        assert "tiny.wo_revisits.24" in trained and "tiny.wo_revisits.25" not in trained
+        assert "tiny.components_avatar.20" not in trained and "tiny.tas_lambda_lam_0.22" in trained
+        full, half = by_name["tiny.grpo.20"].config(), by_name["tiny.grpo_half.20"].config()
+        assert list(full.stages) == ["ladder"] and half.stages["ladder"].steps * 2 == full.stages["ladder"].steps
+        step = next(task for task in tasks if task.name.startswith("eval.tiny.avatar.20.step_"))
+        assert f"model={by_name['tiny.avatar.20'].folder}" in step.arguments and step.needs == ["tiny.avatar.20"]
     if name == "paper":
         assert by_name["eval.omni_7b.avatar.0.omnibench"].layout() == by_name["omni_7b.avatar.0"].layout() > (1, 1)
         assert by_name["report"].layout() == (1, 1) and graph.absent == {"mmvu"}

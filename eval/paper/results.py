@@ -19,6 +19,7 @@ from megatron_avatar.config.schema import HOW_DECODED
 # What must agree wherever numbers stand side by side. `settings` must agree inside a file alone: it is a hash that also
 # holds the weights, so it differs with system and seed.
 COMPARED = ("protocol", "control", "n", "temperature", "new_tokens", "context", "dtype", "aggregate")
+STAGES = ("visual", "audio_visual", "localisation")
 WHERE_KNOWN = ("prompts", "judges")  # older files don't say the one, and answers that wait for a judge have no other
 
 
@@ -121,6 +122,13 @@ class Results:
     def find(self, family: str, system: str, benchmark: str, protocol: str) -> dict[int, Run]:
         """The runs by seed; none where nothing was evaluated."""
         return self.runs.get((family, system, f"{benchmark}.{protocol}"), {})
+
+    def values(self, family: str, benchmark: str, group: str) -> list[str]:
+        """What a benchmark's items are told apart by in this group (`stage`, `family`), the recipes' stages first."""
+        one = next((next(iter(runs.values())) for (of, _, stem), runs in sorted(self.runs.items())
+                    if of == family and stem.partition(".")[0] == benchmark and runs), None)  # fmt: skip
+        found = {value for item in one.scored.groups.get(group, ()) for value in item} if one else set()
+        return sorted(found, key=lambda value: (STAGES.index(value) if value in STAGES else len(STAGES), value))
 
     def updates(self, run: Run) -> int | None:
         """Training updates of the run's system, as its training says; None for what wasn't trained here."""

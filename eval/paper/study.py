@@ -19,9 +19,9 @@ from eval.paper.results import Run, check_comparable
 from eval.scoring.cells import cell, compare
 from eval.scoring.stats import Difference, Estimate, holm
 
-FAMILY, BENCHMARK, PROTOCOL = "tiny", "held_out", "ours"
+FAMILY, BENCHMARK, PROTOCOL, BREAKDOWN = "tiny", "held_out", "ours", "stage"
 LEVEL = 0.05
-STAGES = ("visual", "audio_visual", "localisation")
+FIRST = 15  # updates: how a training begins
 
 
 @dataclass(frozen=True)
@@ -44,15 +44,20 @@ QUESTIONS = (
     Question("GRPO against its cold start", "grpo", "sft", "secondary"),
     Question("AVATAR against its cold start", "avatar", "sft", "secondary"),
     Question("the cold start against the base", "sft", "base", "secondary"),
-    Question("sound: AVATAR hearing against AVATAR mute", "avatar", "avatar:mute", "secondary"),
-    Question("pictures: AVATAR seeing against AVATAR blind", "avatar", "avatar:blind", "secondary"),
-    Question("replay: against w/o off-policy", "components_avatar", "components_wo_off_policy", "ablations", "updates"),
-    Question("shaping: against w/o TAS", "components_avatar", "components_wo_tas", "ablations", "updates"),
-    Question("running baseline: against w/o VCRS", "components_avatar", "components_wo_vcrs", "ablations", "updates"),
-    Question("hints: against w/o hints", "components_avatar", "components_wo_hints", "ablations", "updates"),
-    Question("cold start: against AVATAR w/o SFT", "components_avatar", "avatar_wo_sft", "ablations", "updates"),
-    Question("revisits alone: GRPO with them against GRPO", "components_grpo_revisits", "components_grpo", "ablations",
+    Question("AVATAR stopped after GRPO's seconds, against GRPO", "avatar@70", "grpo", "secondary"),
+    Question("AVATAR against GRPO at half of beta", "avatar", "components_grpo_beta_matched", "controls", "updates"),
+    Question("AVATAR against GRPO, two updates on half of the rollouts", "avatar", "grpo_two_updates", "controls",
+             "completions"),
+    Question("AVATAR against the same with revisits and hints", "avatar", "grpo_two_updates_hints", "controls",
+             "completions"),
+    Question("AVATAR against AVATAR as published", "avatar", "components_published", "controls", "updates"),
+    Question("revisits alone: GRPO with them against GRPO", "components_grpo_revisits", "components_grpo", "controls",
              "updates"),
+    Question("replay: against w/o off-policy", "components_avatar", "components_wo_off_policy", "parts", "updates"),
+    Question("shaping: against w/o TAS", "components_avatar", "components_wo_tas", "parts", "updates"),
+    Question("running baseline: against w/o VCRS", "components_avatar", "components_wo_vcrs", "parts", "updates"),
+    Question("hints: against w/o hints", "components_avatar", "components_wo_hints", "parts", "updates"),
+    Question("revisits: against w/o revisits", "avatar", "wo_revisits", "parts", "updates"),
 )
 SWEEPS = {
     "tas_lambda": [f"tas_lambda_lam_{lam}" for lam in ("0", "0.05", "0.1", "0.3", "0.5", "1.0", "2.0")],
@@ -64,11 +69,15 @@ PUBLISHED_BEST = {"tas_lambda": "tas_lambda_lam_0.3", "on_off_ratio": "on_off_ra
 def study(out: Path) -> dict[str, Any]:
     """effects, sweeps, vanished groups, completions to reach GRPO, solvability; everything in percent or counts."""
     folder = Folder(out, FAMILY)
+    parts = folder.results.values(FAMILY, BENCHMARK, BREAKDOWN)
     return {
-        "effects": _effects(folder),
+        "parts": parts,
+        "effects": _effects(folder, parts),
         "sweeps": {name: _sweep(folder, name, members) for name, members in SWEEPS.items()},
         "vanished": _mean_over_run(folder, ("grpo", "avatar"), "vanished"),
-        "hinted": _mean_over_run(folder, ("avatar", "components_avatar"), "hints/visits"),
+        "vanished_at_first": _mean_over_run(folder, ("grpo", "avatar"), "vanished", FIRST),
+        "hinted": _mean_over_run(folder, ("avatar",), "hints/visits"),
+        "dead": _mean_over_run(folder, ("avatar", "components_published"), "replay/dead"),
         "reach": [{"seed": seed, **asdict(found), "share": found.share, "rose": found.rose}
                   for seed, found in reach(folder)],
         "solvability": _last(folder, ("grpo", "components_wo_hints", "components_avatar", "avatar"), "solvability"),
@@ -77,27 +86,26 @@ def study(out: Path) -> dict[str, Any]:
 
 
 def _runs(folder: Folder, system: str) -> dict[int, Run]:
-    """The held-out predictions by seed; of `system:mute` those of that control."""
-    name, _, control = system.partition(":")
-    protocol = f"{PROTOCOL}-{control}" if control else PROTOCOL
-    return folder.results.find(FAMILY, name, BENCHMARK, protocol)
+    """The held-out predictions by seed; of `system@60` those of update 60."""
+    name, _, step = system.partition("@")
+    if step:
+        return folder.checkpoints(name, BENCHMARK).get(int(step), {})
+    return folder.results.find(FAMILY, name, BENCHMARK, PROTOCOL)
 
 
-def _effects(folder: Folder) -> list[dict[str, Any]]:
+def _effects(folder: Folder, stages: list[str]) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     wholes: dict[str, Difference | None] = {}
-    planned = {seed for question in QUESTIONS for seed in _runs(folder, question.first)}
     for question in QUESTIONS:
         first, second = _runs(folder, question.first), _runs(folder, question.second)
-        if ":" not in question.second:  # a control is another protocol on purpose
-            check_comparable([*first.values(), *second.values()])
+        check_comparable([*first.values(), *second.values()])
         seeds = sorted(first.keys() & second.keys())
         whole = wholes[question.text] = _difference(first, second, seeds)
         parts = {seed: _points(_difference(first, second, [seed])) for seed in seeds}
         found.append({
             **asdict(question), "seeds": seeds, "updates": _updates(folder, (question.first, question.second)),
             "found": _points(whole), "by_seed": {seed: part["value"] for seed, part in parts.items() if part},
-            "by_stage": {stage: _points(_difference(first, second, seeds, stage)) for stage in STAGES},
+            "by_stage": {stage: _points(_difference(first, second, seeds, stage)) for stage in stages},
             "unequal": _unequal(folder, question),
         })  # fmt: skip
     for tests in {entry["tests"] for entry in found}:
@@ -105,8 +113,9 @@ def _effects(folder: Folder) -> list[dict[str, Any]]:
         for entry, p in zip(own, holm([entry["found"].get("p", 1.0) for entry in own]), strict=True):
             if entry["found"]:
                 entry["found"] |= {"holm": p, "visible": 100 * wholes[entry["text"]].visible(LEVEL / len(own))}
-    for entry in found:
-        entry["word"] = entry["unequal"] or _word(entry["found"], len(planned))
+        planned = {seed for entry in own for seed in entry["seeds"]}
+        for entry in own:
+            entry["word"] = entry["unequal"] or _word(entry["found"], len(planned))
     return found
 
 
@@ -129,7 +138,7 @@ def _difference(
         return None
     aggregate = first[seeds[0]].meta["aggregate"]
     parts = [{seed: runs[seed].scored for seed in seeds} for runs in (first, second)]
-    return compare(*parts, aggregate, ("stage", stage) if stage else None)
+    return compare(*parts, aggregate, (BREAKDOWN, stage) if stage else None)
 
 
 def _points(found: Estimate | None) -> dict[str, Any]:
@@ -180,9 +189,11 @@ def _sweep(folder: Folder, name: str, members: list[str]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _mean_over_run(folder: Folder, systems: tuple[str, ...], key: str) -> dict[str, dict[int, float]]:
-    """System -> seed -> mean of a metric over all updates of the trainings that are complete."""
-    return {s: {seed: float(series(t.records, key)[1].mean()) for seed, t in folder.complete(s).items()
+def _mean_over_run(
+    folder: Folder, systems: tuple[str, ...], key: str, first: int | None = None
+) -> dict[str, dict[int, float]]:
+    """System -> seed -> mean of a metric over the `first` or all updates of the trainings that are complete."""
+    return {s: {seed: float(series(t.records, key)[1][:first].mean()) for seed, t in folder.complete(s).items()
                 if len(series(t.records, key)[1])} for s in systems}  # fmt: skip
 
 
@@ -202,5 +213,5 @@ def _completions(folder: Folder, systems: tuple[str, ...]) -> dict[str, list[int
 
 
 def _updates(folder: Folder, systems: tuple[str, ...]) -> dict[str, list[int]]:
-    names = [system.partition(":")[0] for system in systems]
+    names = [system.partition("@")[0] for system in systems]
     return {name: sorted({t.updates for t in folder.trainings(name).values()}) for name in names}

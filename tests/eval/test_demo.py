@@ -12,7 +12,7 @@ import pytest
 from data_tools import pretrain
 from eval import demo
 from eval.demo import Growing, Ledger
-from eval.jobs import ENVIRONMENT, startable
+from eval.jobs import ENVIRONMENT, LIBRARIES, startable
 from eval.paper.figures import training
 from megatron_avatar.config import load_config
 from tests.eval.made_up import write_lines, write_run
@@ -160,7 +160,7 @@ def test_what_is_read_ahead_can_be_forked():
             "import torch; print(torch.cuda.is_initialized(), *[file.read_text().strip() for file in "
             "Path('/proc/self/task').glob('*/comm')])")  # fmt: skip
     environment = {**os.environ, **ENVIRONMENT, "OPENBLAS_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code, *demo.LIBRARIES], cwd=ROOT, capture_output=True, text=True,
+    done = subprocess.run([sys.executable, "-c", code, *LIBRARIES], cwd=ROOT, capture_output=True, text=True,
                           env=environment, timeout=600, check=True)  # fmt: skip
     awake, *threads = done.stdout.split()
     assert awake == "False" and len([name for name in threads if name != "jemalloc_bg_thd"]) == 1, threads
