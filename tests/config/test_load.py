@@ -195,12 +195,12 @@ def test_overrides_reach_every_depth():
 
 def test_a_stage_can_be_added_as_the_error_says():
     added = "+stages.ladder={kind: rl, data: [a], steps: 100, prompts_per_step: 8, rewards: {accuracy: 1}}"
-    for given in ([added], [added, "stages.ladder.steps=7"]):
-        config = load_config(["recipe=tiny_avatar", "~stages.visual", *given, "model.path=m", "data.manifest=d"])
+    for items in ([added], [added, "stages.ladder.steps=7"]):
+        config = load_config(["recipe=tiny_avatar", "~stages.visual", *items, "model.path=m", "data.manifest=d"])
         assert list(config.stages) == ["audio_visual", "localisation", "ladder"]
         stage = config.stages["ladder"]
         assert (stage.kind, stage.data, stage.rewards) == ("rl", ["a"], {"accuracy": 1.0})
-        assert stage.steps == (7 if given[1:] else 100)
+        assert stage.steps == (7 if items[1:] else 100)
     for wrong, says in (("{stepz: 3}", "nearest valid name is 'stages.ladder.steps'"), ("{steps: x}", "expected int")):
         with pytest.raises(ValueError, match=says):
             load_config(["recipe=tiny_avatar", f"+stages.ladder={wrong}", "model.path=m", "data.manifest=d"])
