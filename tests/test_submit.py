@@ -152,7 +152,7 @@ def test_what_the_user_asks_for_wins(prompt):
     for words, says in ((["-Q", "x"], "in its long form"), (["model"], "neither an option nor key=value"),
                         (["--nodes=two"], "--nodes=two: write a whole number"),
                         (["model.path=/no/where"], "model.path=/no/where is no folder"),
-                        (["cluster.gpu_memory_gib=40"], " GiB of a GPU, which has cluster.gpu_memory_gib")):  # fmt: skip
+                        (["cluster.gpu_memory_gib=40"], " GiB of a GPU, which has cluster")):  # fmt: skip
         done, lines = prompt(AVATAR, *words, **prompt.given)
         assert done.returncode == 2 and says in done.stderr and not lines, done.stderr
 
