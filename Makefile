@@ -53,8 +53,9 @@ slurm-down: $(INSTALLED) ## end it
 
 base: $(INSTALLED) ## pretrain the demo's tiny base anew, and put it to the gate; model=omni3: that of the tiny Qwen3-Omni
 	@$(VENV) -m data_tools.pretrain $(if $(model),--family $(model))
-	@$(VENV) -m data_tools.pretrain $(if $(model),--family $(model)) --start assets/tiny_$(or $(model),base) \
-	  --run b --steps 1200 --clips 2000 --on-ladder 0.5
+	@for more in "b --steps 1200 --clips 2000" "c --steps 800 --clips 1500"; do \
+	  $(VENV) -m data_tools.pretrain $(if $(model),--family $(model)) --start assets/tiny_$(or $(model),base) \
+	    --on-ladder 0.5 --run $$more || exit $$?; done
 	@$(VENV) -m bench.world $(if $(model),--family $(model))
 
 doctor: $(INSTALLED) ## what this machine can run, and what is missing

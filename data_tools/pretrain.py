@@ -2,6 +2,7 @@
 
     python -m data_tools.pretrain --out assets/tiny_base
     python -m data_tools.pretrain --start assets/tiny_base --run b --steps 1200 --clips 2000 --on-ladder 0.5
+    python -m data_tools.pretrain --start assets/tiny_base --run c --steps 800 --clips 1500 --on-ladder 0.5
 
 Like the paper's base it then perceives and reads, but doesn't know the <think>, <answer> format, and that looking
 comes before answering. What it is taught stands in data_tools/lessons.py. Its clips go through real files and the

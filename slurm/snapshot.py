@@ -13,7 +13,7 @@ from megatron_avatar.config import save_config
 from megatron_avatar.config.schema import Config
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("megatron_avatar", "slurm", "data_tools", "eval")
+FOLDERS = ("megatron_avatar", "slurm", "data_tools", "eval", "bench")  # bench: the gate of a profile
 FILES = ("requirements.txt", "pyproject.toml")
 
 
