@@ -120,19 +120,17 @@ def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 170
 
 
-def test_the_readmes_demo_is_the_run_that_is_kept():
-    kept = ROOT / "bench" / "results" / "demo.json"
-    if not kept.exists():
-        pytest.skip("no results of a demo are kept: cp runs/demo/results.json bench/results/demo.json")
-    results, readme = json.loads(kept.read_text()), (ROOT / "README.md").read_text()
+@pytest.mark.parametrize(("page", "kept"), [("README.md", "demo.json"), ("docs/quickstart.md", "demo_omni3.json")])
+def test_a_demo_that_is_shown_is_the_run_that_is_kept(page, kept):
+    results, text = json.loads((ROOT / "bench" / "results" / kept).read_text()), (ROOT / page).read_text()
     for row in ("overall", "what", "sync", "where"):
         wanted = [f"{100 * results['systems'][name][row]:.1f}" for name in ("base", "sft", "grpo", "avatar")]
-        shown = re.search(rf"^    {row} +(.+)$", readme, re.M)
+        shown = re.search(rf"^    {row} +(.+)$", text, re.M)
         assert shown and shown[1].split() == wanted, f"{row}: {wanted}"
     difference = results["avatar_minus_grpo"]
     value, low, high = (f"{100 * difference[key]:+.1f}" for key in ("value", "low", "high"))
     told = f"AVATAR against GRPO: {value} points (95 % interval over clips {low} to {high})"
-    assert told in " ".join(readme.split()), told
+    assert told in " ".join(text.split()), told
 
 
 def words_of(node: ast.AST) -> str:

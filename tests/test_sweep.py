@@ -23,6 +23,7 @@ from slurm.graph import Graph, link
 from slurm.jobs import Board, slurm_parameters
 from slurm.pool import Pool
 from slurm.profile import read_profile
+from slurm.snapshot import FOLDERS
 from slurm.tasks import Task, TaskFailed, composed
 from tests.training import small
 
@@ -186,6 +187,13 @@ def test_every_task_comes_behind_what_it_needs(name, tmp_path):
                "shaping_parabolic", "curriculum_stages_1_3")  # fmt: skip
         assert {links[twin] for twin in own} == {"avatar"}
         assert links["components_grpo"] == "grpo" and not {f"omni_7b.{twin}.0" for twin in links} & trained
+
+
+@pytest.mark.parametrize("name", ["smoke", "tiny"])
+def test_what_a_profile_runs_is_in_a_jobs_snapshot(name, tmp_path):
+    profile, *_ = read_profile(name, tmp_path, [])
+    modules = [profile[key]["module"] for key in ("prepare", "gate") if key in profile]
+    assert modules and {module.partition(".")[0] for module in modules} <= set(FOLDERS)
 
 
 @pytest.mark.slow

@@ -5,6 +5,8 @@ import re
 
 import pytest
 
+from eval import tables
+from eval.paper.results import Results
 from eval.paper.study import _points, _word, study
 from eval.reproduction import _again, build, provenance
 from eval.scoring.stats import Difference
@@ -59,6 +61,44 @@ def test_systems_that_made_other_numbers_of_updates_are_not_compared(tmp_path):
     assert first["word"] == "not comparable: 60 and 30 updates" and second["word"] == "one seed: no test"
     write_training(tmp_path, "grpo_half", 10, 30)
     assert study(tmp_path)["effects"][1]["word"] == "not comparable: 3840 and 1920 completions"
+
+
+def test_one_cold_start_stands_beside_every_seed(tmp_path):
+    """Its folder of each other seed is a link: paired with each seed, read once."""
+    write_predictions(tmp_path, "sft", 10, 0.2, items=48)
+    for seed in (10, 11, 12):
+        write_predictions(tmp_path, "avatar", seed, 0.9, items=48)
+        if seed > 10:
+            (tmp_path / f"predictions/tiny/sft/seed_{seed}").symlink_to("../sft/seed_10")
+    effects = {effect["text"]: effect for effect in study(tmp_path)["effects"]}
+    start = effects["AVATAR against its cold start"]
+    assert start["seeds"] == [10, 11, 12] and start["found"]["n"] == 144 and set(start["by_seed"]) == {10, 11, 12}
+    assert start["word"] == "shown", "planned seeds are those of its own group of tests"
+
+
+def test_an_update_inside_of_a_training_is_a_system_of_its_own(tmp_path):
+    for seed in (10, 11):
+        write_predictions(tmp_path, "avatar", seed, 0.2, folder="step_70")
+        write_predictions(tmp_path, "avatar", seed, 0.9)
+        write_predictions(tmp_path, "grpo", seed, 0.9)
+    effects = {effect["first"]: effect for effect in study(tmp_path)["effects"] if effect["second"] == "grpo"}
+    assert effects["avatar@70"]["found"]["value"] < -30 < effects["avatar"]["found"]["value"]
+    assert effects["avatar@70"]["updates"].keys() == {"avatar", "grpo"}
+
+
+def test_parts_are_the_data_s_own(tmp_path):
+    write_predictions(tmp_path, "avatar", 10, 0.5)
+    write_predictions(tmp_path, "grpo", 10, 0.5)
+    assert study(tmp_path)["parts"] == ["visual", "audio_visual", "localisation"], "in the recipes' order"
+    for system in ("avatar", "grpo"):
+        path = tmp_path / f"predictions/tiny/{system}/seed_10/held_out.ours.jsonl"
+        text = path.read_text().replace("audio_visual", "rung_1").replace("visual", "rung_3")
+        path.write_text(text.replace("localisation", "rung_2"))
+    found = study(tmp_path)
+    assert found["parts"] == ["rung_1", "rung_2", "rung_3"]
+    assert all(found["effects"][0]["by_stage"][part]["n"] == 16 for part in found["parts"])
+    small = tables.build(Results(tmp_path), "av", "ours", small=True)
+    assert [column["name"] for column in small["columns"]] == ["overall", "rung 1", "rung 2", "rung 3"]
 
 
 def test_runs_of_two_kinds_make_no_effect(tmp_path):
