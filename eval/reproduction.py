@@ -19,12 +19,13 @@ from markupsafe import Markup
 from eval import tables
 from eval.paper import render
 from eval.paper.figures import build as figures
+from eval.paper.figures.effects import effects
 from eval.paper.figures.folder import families
 from eval.paper.figures.series import read_metrics, series
 from eval.paper.results import Results
 from eval.paper.study import FAMILY, study
 
-HEAD = ("families", "figure5", "sample_efficiency", "training")  # what shows best what came out, the best first
+HEAD = ("effects", "families", "figure5", "sample_efficiency", "training")  # what shows best what came out: the first
 
 
 def build(out: Path) -> Path:
@@ -35,8 +36,9 @@ def build(out: Path) -> Path:
     released = any(key[2].partition(".")[2] == "released" for key in Results(out).runs)
     if released:
         tables.write(tables.build_all(out, protocol="released"), out / "tables", "released")
-    drawn = figures.build(out, there[0])
     answers = study(out) if FAMILY in there else None
+    more = [effects(answers["effects"], answers["parts"])] if answers else []
+    drawn = figures.build(out, there[0], more)
     origin = provenance(out)
     for name, content in (("study", answers), ("provenance", origin)):
         if content is not None:

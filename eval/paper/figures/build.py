@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +27,15 @@ FIGURES = (
 )
 
 
-def build(out: Path, family: str) -> dict[str, Any]:
-    """Draw what a reproduction's folder has measured of one model family, and write it; returns figures.json's content.
+def build(out: Path, family: str, more: Sequence[Entry] = ()) -> dict[str, Any]:
+    """Draw what a reproduction's folder has measured of one model family, and `more`, and write it; returns
+    figures.json's content.
 
     {"family", "figures": [{name, title, caption, files, sources}], "unmeasured": [{name, title, reason}]}. Files are
     relative to OUT. Raises ValueError naming the file for damaged or contradictory predictions.
     """
     folder = Folder(out, family)
-    entries = [figure(folder) for figure in FIGURES]
+    entries = [*more, *(figure(folder) for figure in FIGURES)]
     target = folder.out / "figures"
     target.mkdir(parents=True, exist_ok=True)
     for entry in entries:

@@ -1,0 +1,56 @@
+"""The study's questions as one picture: each difference with its interval, on the whole and on the hardest part."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from eval.paper.figures.entry import Entry, joined
+from eval.paper.figures.style import FAINT, LOOKS, styled
+
+NAME, TITLE = "effects", "What helps, in points of held-out accuracy"
+ROW = 0.3  # inches
+
+
+def effects(found: Sequence[dict[str, Any]], parts: Sequence[str]) -> Entry:
+    """`found`: the effects of eval/paper/study.py; `parts` of the held-out set, the last of which stands beside all."""
+    shown = [effect for effect in found if effect["found"] and not effect["unequal"]]
+    if not shown:
+        return Entry(NAME, TITLE, None, reason="no two systems of a question have answered the held-out samples")
+    hardest = parts[-1] if len(parts) > 1 else None
+    with styled():
+        figure = Figure(figsize=(7.2, 1.1 + ROW * len(shown)), layout="constrained")
+        axes = figure.subplots()
+        axes.axvline(0, color=FAINT, linewidth=1)
+        rows = [_row(axes, place, effect, hardest) for place, effect in enumerate(shown)]
+        axes.set_yticks(range(len(shown)), [effect["text"] for effect in shown])
+        axes.invert_yaxis()
+        axes.grid(axis="x")
+        axes.grid(visible=False, axis="y")
+        axes.set_xlabel("difference, percentage points")
+        whole, hard = next((row for row in rows if row[1] is not None), rows[0])
+        if hardest and hard is not None:
+            axes.legend([whole, hard], ["all questions", hardest.replace("_", " ")], loc="best")
+    seeds = sorted({effect["found"]["seeds"] for effect in shown})
+    caption = joined(
+        "Each line: the first system minus the second, greedy answers; intervals of 95 % over seeds and samples,",
+        "not adjusted for the number of questions.",
+        f"{seeds[0]} to {seeds[-1]} seeds." if len(seeds) > 1 else f"{seeds[0]} seeds.",
+    )
+    return Entry(NAME, TITLE, figure, caption, sources={"systems": {}, "protocol": "ours", "files": ["study.json"]})
+
+
+def _row(axes: Any, place: int, effect: dict[str, Any], hardest: str | None) -> tuple[Any, Any]:
+    """The marks of one question: on the whole, and on the hardest part (None where that wasn't asked)."""
+    drawn: list[Any] = []
+    for shift, system, numbers in ((-0.13, "avatar", effect["found"]), (0.15, "grpo", effect["by_stage"].get(hardest))):
+        if not numbers:
+            drawn.append(None)
+            continue
+        look, value = LOOKS[system], numbers["value"]
+        reach = [[max(value - numbers["low"], 0)], [max(numbers["high"] - value, 0)]]
+        drawn.append(axes.errorbar(value, place + shift, xerr=reach, color=look.color, marker=look.marker, capsize=2,
+                                   linewidth=1.4, linestyle="none"))  # fmt: skip
+    return drawn[0], drawn[1]
