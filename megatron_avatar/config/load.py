@@ -15,6 +15,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException, ValidationError
@@ -34,7 +35,7 @@ _COST = ("data.workers", "data.decode_deadline_s", "rl.tokens_per_micro_batch", 
          "judge.endpoint",
          "judge.concurrency", "judge.deadline_s", "judge.retries", "judge.wait_s", "judge.max_unscored")  # fmt: skip
 
-_STAGE = re.compile(r"\+stages\.\w+=\{")
+_ADDED = re.compile(r"\+\+?stages\.([\w-]+)=\{")  # a whole new stage, which Hydra can't add over the schema
 _ODD = re.compile(r"[^\w\s./:@%*?|+-]", re.ASCII)
 _MEANS = re.compile(r"""['"\[\]{}(),=$\\]""")  # quotes, lists, dictionaries, functions, sweeps, interpolations
 # key=value of one key with a plain value or a quoted text: no group, no + or ~, no interpolation.
@@ -120,23 +121,52 @@ def readable(item: str) -> str:
 
 def _load(overrides: list[str]) -> Config:
     """Compose; what only gives a key another value is set without Hydra, which takes a tenth of a second."""
-    others = [item.lstrip("+~").partition("=")[0] for item in overrides
-              if not _PLAIN.fullmatch(item) and not _STAGE.match(item)]  # fmt: skip
+    added = {match[1] for item in overrides if (match := _ADDED.match(item))}
+    late = [item for item in overrides if _stage(item) in added]
+    early = [item for item in overrides if item not in late]
+    others = [item.lstrip("+~").partition("=")[0] for item in early if not _PLAIN.fullmatch(item)]
     # The last of several for one key counts: where Hydra reads one of them, it reads all.
-    plain = [item for item in overrides if _PLAIN.fullmatch(item) and not _is_below(item.partition("=")[0], others)]
-    tree, recipe = _compose(CONFIG_DIR, tuple(item for item in overrides if item not in plain))
+    plain = [item for item in early if _PLAIN.fullmatch(item) and not _is_below(item.partition("=")[0], others)]
+    tree, recipe = _compose(CONFIG_DIR, tuple(item for item in early if item not in plain))
     tree = deepcopy(tree)
     parser = OverridesParser.create()
     try:
         for item in parser.parse_overrides(plain):
             OmegaConf.update(tree, item.key_or_group, item.value(), force_add=False)
     except (HydraException, OmegaConfBaseException):  # its own words and order; and what it takes all the same
-        tree, recipe = _compose(CONFIG_DIR, tuple(overrides))
+        tree, recipe = _compose(CONFIG_DIR, tuple(early))
         tree = deepcopy(tree)
+    for text, item in zip(late, parser.parse_overrides(late), strict=True):
+        tree = _with_stage(tree, text, item)
     tree.name = _run_name(tree.name or recipe, overrides)
     config = OmegaConf.to_object(tree)
     assert isinstance(config, Config)
     return config
+
+
+def _stage(item: str) -> str:
+    """The stage that an override is about; "" for any other."""
+    group, _, rest = item.lstrip("+~").partition("=")[0].partition(".")
+    return rest.partition(".")[0] if group == "stages" else ""
+
+
+def _with_stage(tree: DictConfig, text: str, item: Override) -> DictConfig:
+    """The tree with what an override says of a stage that the command line adds, in the order of the line."""
+    key, name = item.key_or_group, _stage(text)
+    if item.is_delete():
+        raise ValueError(f"{text}: +stages.{name} of this command line adds it; leave it out there")
+    if _ADDED.match(text):
+        if name in tree.stages:
+            raise ValueError(f"{text}: the recipe has a stage {name} already; write stages.{name}.KEY=VALUE, or "
+                             f"~stages.{name} before it")  # fmt: skip
+        OmegaConf.set_struct(tree, False)
+        merged = OmegaConf.merge(tree, {"stages": {name: item.value()}})
+        assert isinstance(merged, DictConfig)
+        tree = merged
+        OmegaConf.set_struct(tree, True)
+    else:
+        OmegaConf.update(tree, key, item.value(), force_add=item.is_add())
+    return tree
 
 
 def _is_below(key: str, others: list[str]) -> bool:
@@ -149,15 +179,12 @@ def _compose(folder: Path, overrides: tuple[str, ...]) -> tuple[DictConfig, str]
     """The tree over the schema, interpolations left as they are, and the recipe's name."""
     ConfigStore.instance().store(name="schema", node=Config)
     OmegaConf.register_new_resolver("for_shape", _for_shape, replace=True)
-    stages = [item for item in overrides if _STAGE.match(item)]  # a whole new one: over the schema Hydra adds none
     with initialize_config_dir(str(folder), version_base=None):
-        composed = compose("config", [item for item in overrides if item not in stages], return_hydra_config=True)
+        composed = compose("config", list(overrides), return_hydra_config=True)
     plain = OmegaConf.to_container(composed, resolve=False)
     assert isinstance(plain, dict)
     recipe = composed.hydra.runtime.choices.recipe
     del plain["hydra"]
-    for item in OverridesParser.create().parse_overrides(stages):
-        plain["stages"][item.key_or_group.partition(".")[2]] = item.value()
     # Merging once more refuses unknown keys that a leading + slipped past the schema.
     tree = OmegaConf.merge(OmegaConf.structured(Config), plain)
     assert isinstance(tree, DictConfig)

@@ -193,17 +193,38 @@ def test_overrides_reach_every_depth():
     assert (stage.steps, stage.lr, stage.rewards) == (7, 1e-6, {"format": 0.5, "accuracy": 0.5, "judge": 0.3})
 
 
+ADDED = "+stages.ladder={kind: rl, data: [a], steps: 100, prompts_per_step: 8, rewards: {accuracy: 1}}"
+
+
+def with_ladder(*overrides: str) -> Config:
+    return load_config(["recipe=tiny_avatar", "~stages.visual", ADDED, *overrides, "model.path=m", "data.manifest=d"])
+
+
 def test_a_stage_can_be_added_as_the_error_says():
-    added = "+stages.ladder={kind: rl, data: [a], steps: 100, prompts_per_step: 8, rewards: {accuracy: 1}}"
-    for items in ([added], [added, "stages.ladder.steps=7"]):
-        config = load_config(["recipe=tiny_avatar", "~stages.visual", *items, "model.path=m", "data.manifest=d"])
-        assert list(config.stages) == ["audio_visual", "localisation", "ladder"]
-        stage = config.stages["ladder"]
-        assert (stage.kind, stage.data, stage.rewards) == ("rl", ["a"], {"accuracy": 1.0})
-        assert stage.steps == (7 if items[1:] else 100)
-    for wrong, says in (("{stepz: 3}", "nearest valid name is 'stages.ladder.steps'"), ("{steps: x}", "expected int")):
-        with pytest.raises(ValueError, match=says):
-            load_config(["recipe=tiny_avatar", f"+stages.ladder={wrong}", "model.path=m", "data.manifest=d"])
+    config = with_ladder()
+    assert list(config.stages) == ["audio_visual", "localisation", "ladder"]
+    stage = config.stages["ladder"]
+    assert (stage.kind, stage.data, stage.steps, stage.rewards) == ("rl", ["a"], 100, {"accuracy": 1.0})
+    changed = with_ladder("stages.ladder.steps=7", "stages.ladder.data=[b, c]", "+stages.ladder.rewards.self=0.5")
+    assert changed.stages["ladder"].steps == 7 and changed.stages["ladder"].data == ["b", "c"]
+    assert changed.stages["ladder"].rewards == {"accuracy": 1.0, "self": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("rl.n_onn=3", "unknown key 'rl.n_onn'. The nearest valid name is 'rl.n_on'"),
+        ("stages.ladder.stepz=7", "unknown key 'stages.ladder.stepz'. The nearest valid name is 'stages.ladder.steps'"),
+        ("stages.ladder.steps=x", "stages.ladder.steps: expected int, got 'x'"),
+        ("+stages.more={stepz: 3}", "unknown key 'stages.more.stepz'. The nearest valid name is 'stages.more.steps'"),
+        ("+stages.ladder={steps: 3}", "has a stage ladder already; write stages.ladder.KEY=VALUE"),
+        ("+stages.localisation={steps: 3}", "has a stage localisation already"),
+        ("~stages.ladder", "+stages.ladder of this command line adds it; leave it out there"),
+    ],
+)
+def test_what_is_wrong_beside_an_added_stage_is_told(override, says):
+    with pytest.raises(ValueError, match=re.escape(says)):
+        with_ladder(override)
 
 
 @pytest.mark.parametrize(
