@@ -48,7 +48,7 @@ def build(out: Path) -> Path:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"points": _points, "p_value": render.p_value}
+    environment.filters |= {"points": _points, "share": _share, "p_value": render.p_value}
     text = environment.get_template("reproduction.html.j2").render(
         name=out.name,
         families=there,
@@ -129,6 +129,10 @@ def _again(written: list[dict[str, Any]]) -> dict[str, int]:
 
 def _points(value: float | None) -> str:
     return "" if value is None else f"{value:+.1f}"
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.0f}"
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -265,8 +265,12 @@ def _control(text: str) -> list[str]:
 
 
 def link(graph: Graph) -> None:
-    """Make the twins' folders links, where nothing is yet."""
+    """Make the twins' folders links, where nothing is yet. ValueError where a training's or predictions' own folder is
+    in the place: it belongs to another study."""
+    for path in graph.links:
+        if path.exists() and not path.is_symlink():
+            raise ValueError(f"{path} isn't of this study, which links there: take another output_dir, or remove it")
     for path, target in graph.links.items():
         path.parent.mkdir(parents=True, exist_ok=True)
-        if not path.is_symlink() and not path.exists():
+        if not path.is_symlink():
             path.symlink_to(Path("..") / target.parent.name / target.name)

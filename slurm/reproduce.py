@@ -46,10 +46,16 @@ OPTIONS = {"profile": "", "output_dir": "", "concurrency": "", "retries": "", "o
 
 
 def check_done(tasks: list[Task]) -> None:
-    """ValueError where a training that is there already had other settings: its numbers would stand beside new ones."""
+    """ValueError where a training that is there already had other settings, or data and gate were another command's:
+    their numbers would stand beside new ones."""
     for task in tasks:
         if not task.module:
             check_same_run(task.config())
+        elif task.module != "eval.run" and not task.partial and task.done.exists():  # eval.run looks itself at its own
+            said = task.done.read_text().strip()
+            if said and said != task.command:
+                raise ValueError(f"{task.done}: {task.name} was {said!r}, not {task.command!r}: choose another "
+                                 "output_dir, or remove that folder to start anew")  # fmt: skip
 
 
 def show(board: Board, console: Console) -> None:
@@ -82,6 +88,7 @@ def main(arguments: list[str]) -> int:
             settings.append(f"cluster={profile['cluster']}")
         outlined = any(line.startswith("benchmarks") for line in lacking)
         graph = Graph(profile, out, settings, options["retries"], outlined=outlined).build()
+        whole = list(graph.tasks)
         graph.keep(options["only"])
         board = Board(out, graph.tasks, local=not on_slurm(settings))
         if graph.absent:
@@ -99,9 +106,12 @@ def main(arguments: list[str]) -> int:
             return 0
         missing = [task for task, state in board.states().items() if state in ("", "failed")]
         if missing:
+            if board.tasks["report"].done.exists():  # it lacks what comes now
+                board.tasks["report"].done.unlink()
+                missing.append("report")
             check_folder(out)
             check([board.tasks[name] for name in missing], slurm=not board.local, made=str(out))
-            check_done([task for name, task in board.tasks.items() if name not in missing])
+            check_done(whole)
             if warning := totals.check_disk(graph.tasks, board.tasks.keys() - missing, out):
                 print(warning, file=sys.stderr)
             link(graph)

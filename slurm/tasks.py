@@ -136,10 +136,14 @@ class Task:
         return path.open("a")
 
     def mark_done(self) -> None:
-        """Of a command; a training writes its own file."""
+        """Of a command, which stands in the file; a training writes its own."""
         if self.module:
             self.done.parent.mkdir(parents=True, exist_ok=True)
-            self.done.touch()
+            self.done.write_text(f"{self.command}\n")
+
+    @property
+    def command(self) -> str:
+        return shlex.join([self.module, *self.arguments])
 
     def may_retry(self, status: int) -> bool:
         """Whether another attempt is left, which is noted in the folder: it outlives the job."""

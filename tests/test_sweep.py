@@ -236,6 +236,19 @@ def test_twins_are_links_and_nothing_that_is_there_is_touched(tmp_path):
     link(graph)
     link(graph)
     assert twin.is_symlink() and (twin / "done.json").exists() and twin.resolve() == other.resolve()
+    graph.links[other] = twin
+    with pytest.raises(ValueError, match="seed_1 isn't of this study"):
+        link(graph)
+
+
+def test_data_that_another_command_made_are_not_taken_for_done(tmp_path):
+    task = Task("prepare", tmp_path, [], tmp_path / "prepare.done", "data_tools.synthesize", False, ["--seed", "0"])
+    reproduce.check_done([task])
+    task.mark_done()
+    reproduce.check_done([task])
+    task.arguments = ["--seed", "1"]
+    with pytest.raises(ValueError, match="prepare was 'data_tools.synthesize --seed 0', not .* --seed 1"):
+        reproduce.check_done([task])
 
 
 def test_a_training_of_other_settings_is_not_taken_for_done(tmp_path):

@@ -59,29 +59,28 @@ QUESTIONS = (
     Question("hints: against w/o hints", "components_avatar", "components_wo_hints", "parts", "updates"),
     Question("revisits: against w/o revisits", "avatar", "wo_revisits", "parts", "updates"),
 )
+PLANNED = {"primary": 16, "secondary": 16, "controls": 5, "parts": 5}  # seeds, as in slurm/profiles/tiny.yaml
+PLANNED_SWEEP = 3
 SWEEPS = {
     "tas_lambda": [f"tas_lambda_lam_{lam}" for lam in ("0", "0.05", "0.1", "0.3", "0.5", "1.0", "2.0")],
     "on_off_ratio": [f"on_off_ratio_on{n}_off{8 - n}" for n in range(8, 0, -1)],
 }
+COURSE = ("grpo", "grpo_half", "avatar", "components_published", "components_wo_hints")
 PUBLISHED_BEST = {"tas_lambda": "tas_lambda_lam_0.3", "on_off_ratio": "on_off_ratio_on4_off4"}
 
 
 def study(out: Path) -> dict[str, Any]:
-    """effects, sweeps, vanished groups, completions to reach GRPO, solvability; everything in percent or counts."""
+    """parts of the held-out set, effects, sweeps, the trainings' course, completions to reach GRPO, solvability."""
     folder = Folder(out, FAMILY)
     parts = folder.results.values(FAMILY, BENCHMARK, BREAKDOWN)
     return {
         "parts": parts,
         "effects": _effects(folder, parts),
         "sweeps": {name: _sweep(folder, name, members) for name, members in SWEEPS.items()},
-        "vanished": _mean_over_run(folder, ("grpo", "avatar"), "vanished"),
-        "vanished_at_first": _mean_over_run(folder, ("grpo", "avatar"), "vanished", FIRST),
-        "hinted": _mean_over_run(folder, ("avatar",), "hints/visits"),
-        "dead": _mean_over_run(folder, ("avatar", "components_published"), "replay/dead"),
+        "course": _course(folder),
         "reach": [{"seed": seed, **asdict(found), "share": found.share, "rose": found.rose}
                   for seed, found in reach(folder)],
         "solvability": _last(folder, ("grpo", "components_wo_hints", "components_avatar", "avatar"), "solvability"),
-        "completions": _completions(folder, ("grpo", "grpo_half", "avatar")),
     }
 
 
@@ -100,6 +99,8 @@ def _effects(folder: Folder, stages: list[str]) -> list[dict[str, Any]]:
         first, second = _runs(folder, question.first), _runs(folder, question.second)
         check_comparable([*first.values(), *second.values()])
         seeds = sorted(first.keys() & second.keys())
+        if len({run.path for run in [*first.values(), *second.values()]}) == 2:  # copies of one run are one seed
+            seeds = seeds[:1]
         whole = wholes[question.text] = _difference(first, second, seeds)
         parts = {seed: _points(_difference(first, second, [seed])) for seed in seeds}
         found.append({
@@ -113,9 +114,8 @@ def _effects(folder: Folder, stages: list[str]) -> list[dict[str, Any]]:
         for entry, p in zip(own, holm([entry["found"].get("p", 1.0) for entry in own]), strict=True):
             if entry["found"]:
                 entry["found"] |= {"holm": p, "visible": 100 * wholes[entry["text"]].visible(LEVEL / len(own))}
-        planned = {seed for entry in own for seed in entry["seeds"]}
         for entry in own:
-            entry["word"] = entry["unequal"] or _word(entry["found"], len(planned))
+            entry["word"] = entry["unequal"] or _word(entry["found"], PLANNED[tests])
     return found
 
 
@@ -185,16 +185,35 @@ def _sweep(folder: Folder, name: str, members: list[str]) -> dict[str, Any]:
         "members": accuracy, "measured": len(runs), "planned": len(members), "best": best, "worst": worst,
         "published_best": PUBLISHED_BEST[name],
         "monotone": monotone, "extremes": {**_points(extreme), "holm": adjusted[best, worst]},
-        "word": "its samples tell best and worst apart" if differ else "no difference is shown",
+        "word": _sweep_word(differ, min(map(len, runs.values())), len(runs) == len(members)),
     }  # fmt: skip
 
 
-def _mean_over_run(
-    folder: Folder, systems: tuple[str, ...], key: str, first: int | None = None
-) -> dict[str, dict[int, float]]:
-    """System -> seed -> mean of a metric over the `first` or all updates of the trainings that are complete."""
-    return {s: {seed: float(series(t.records, key)[1][:first].mean()) for seed, t in folder.complete(s).items()
-                if len(series(t.records, key)[1])} for s in systems}  # fmt: skip
+def _sweep_word(differ: bool, seeds: int, whole: bool) -> str:
+    if seeds < PLANNED_SWEEP or not whole:
+        return f"{seeds} of {PLANNED_SWEEP} seeds so far" if seeds < PLANNED_SWEEP else "members are missing"
+    return "best and worst differ" if differ else "no difference is shown"
+
+
+def _course(folder: Folder) -> dict[str, dict[str, Any]]:
+    """System -> how its complete trainings went, means over seeds: shares of groups without a signal (at first: the
+    FIRST updates), of hinted visits, of replayed completions without an advantage; seconds and completions."""
+    found = {}
+    for system in COURSE:
+        trainings = list(folder.complete(system).values())
+        if not trainings:
+            continue
+
+        def mean(key: str, first: int | None = None, of: list[Any] = trainings) -> float | None:
+            values = [series(t.records, key)[1][:first] for t in of]
+            return float(np.mean([v.mean() for v in values if len(v)])) if any(map(len, values)) else None
+
+        found[system] = {
+            "seeds": len(trainings), "vanished": mean("vanished"), "vanished_at_first": mean("vanished", FIRST),
+            "hinted": mean("hints/visits"), "dead": mean("replay/dead"), "seconds": mean("time/step"),
+            "completions": sorted({t.completions for t in trainings}),
+        }  # fmt: skip
+    return found
 
 
 def _last(folder: Folder, systems: tuple[str, ...], key: str) -> dict[str, dict[int, dict[str, float]]]:
@@ -208,10 +227,8 @@ def _last(folder: Folder, systems: tuple[str, ...], key: str) -> dict[str, dict[
     return found
 
 
-def _completions(folder: Folder, systems: tuple[str, ...]) -> dict[str, list[int]]:
-    return {system: sorted({t.completions for t in folder.complete(system).values()}) for system in systems}
-
-
 def _updates(folder: Folder, systems: tuple[str, ...]) -> dict[str, list[int]]:
-    names = [system.partition("@")[0] for system in systems]
-    return {name: sorted({t.updates for t in folder.trainings(name).values()}) for name in names}
+    """Updates of each system; of `system@70` those 70."""
+    named = [system.partition("@") for system in systems]
+    return {name: [int(step)] if step else sorted({t.updates for t in folder.trainings(name).values()})
+            for name, _, step in named}  # fmt: skip

@@ -113,13 +113,15 @@ class FixedPolicy:
         rng = keyed_rng("outlook", seed, pool[0])
         self._success = dict(zip(pool, rng.beta(*SUCCESS, len(pool)).tolist(), strict=True))
 
+    def chance(self, sample_id: str, variant: str) -> float:
+        """The share of a prompt's completions that are right, `plain` or `hinted`."""
+        success = self._success[sample_id]
+        return success + HINT_LIFT * (1 - success) * (variant == "hinted")
+
     def complete(self, visit: Visit, n: int, step: int) -> tuple[list[Trajectory], list[str | None]]:
         rng = keyed_rng("outlook", visit.key)
-        success = self._success[visit.sample_id]
-        if visit.variant == "hinted":
-            success += HINT_LIFT * (1 - success)
         formatted = rng.random(n) < FORMAT
-        right = formatted & (rng.random(n) < success)
+        right = formatted & (rng.random(n) < self.chance(visit.sample_id, visit.variant))
         wrong = rng.choice(len(WRONG), n, p=WRONG)
         verdicts = np.clip(rng.normal(*JUDGE, n), 0, 1)
         said = list(zip(formatted, right, verdicts, wrong, strict=True))

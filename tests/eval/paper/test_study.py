@@ -2,14 +2,16 @@
 
 import json
 import re
+import shutil
 
 import pytest
 
 from eval import tables
 from eval.paper.results import Results
-from eval.paper.study import _points, _word, study
+from eval.paper.study import PLANNED, PLANNED_SWEEP, QUESTIONS, SWEEPS, _points, _word, study
 from eval.reproduction import _again, build, provenance
 from eval.scoring.stats import Difference
+from slurm.profile import read_profile
 from tests.eval.made_up_reproduction import write_predictions, write_reproduction, write_training
 from tests.eval.test_report import Page
 
@@ -38,7 +40,7 @@ def test_effects_are_paired_by_seed_and_adjusted_inside_their_family(tmp_path):
     write_predictions(tmp_path, "sft", 11, 0.2, items=48)
     effects = {effect["text"]: effect for effect in study(tmp_path)["effects"]}
     main = effects["AVATAR against GRPO, equal updates"]
-    assert main["word"] == "shown" and main["seeds"] == [10, 11, 12, 13] and main["found"]["n"] == 192
+    assert main["word"] == "4 of 16 seeds so far" and main["seeds"] == [10, 11, 12, 13] and main["found"]["n"] == 192
     assert sum(main["by_seed"].values()) / 4 == pytest.approx(main["found"]["value"])
     assert main["found"]["holm"] == pytest.approx(2 * main["found"]["p"]), "two primary questions"
     start = effects["AVATAR against its cold start"]
@@ -73,7 +75,7 @@ def test_one_cold_start_stands_beside_every_seed(tmp_path):
     effects = {effect["text"]: effect for effect in study(tmp_path)["effects"]}
     start = effects["AVATAR against its cold start"]
     assert start["seeds"] == [10, 11, 12] and start["found"]["n"] == 144 and set(start["by_seed"]) == {10, 11, 12}
-    assert start["word"] == "shown", "planned seeds are those of its own group of tests"
+    assert start["word"] == "3 of 16 seeds so far"
 
 
 def test_an_update_inside_of_a_training_is_a_system_of_its_own(tmp_path):
@@ -111,14 +113,47 @@ def test_runs_of_two_kinds_make_no_effect(tmp_path):
 
 
 def test_a_sweep_speaks_of_its_best_and_worst_member(tmp_path):
-    for lam, skill in (("0", 0.2), ("0.1", 0.6), ("0.3", 0.9)):
-        write_predictions(tmp_path, f"tas_lambda_lam_{lam}", 10, skill)
+    members = SWEEPS["tas_lambda"]
+    for seed in range(PLANNED_SWEEP):
+        for member, skill in zip(members, (0.2, 0.3, 0.4, 0.6, 0.7, 0.8, 0.9), strict=True):
+            write_predictions(tmp_path, member, seed, skill)
+        if seed == 0:
+            early = study(tmp_path)["sweeps"]["tas_lambda"]
+            assert early["word"] == "1 of 3 seeds so far" and early["measured"] == early["planned"] == 7
     sweep = study(tmp_path)["sweeps"]["tas_lambda"]
-    assert (sweep["best"], sweep["worst"]) == ("tas_lambda_lam_0.3", "tas_lambda_lam_0") and sweep["monotone"] is None
-    assert sweep["word"] == "its samples tell best and worst apart" and (sweep["measured"], sweep["planned"]) == (3, 7)
-    for lam in ("0", "0.1", "0.3"):
-        write_predictions(tmp_path, f"tas_lambda_lam_{lam}", 10, 0.5)
+    assert (sweep["best"], sweep["worst"]) == ("tas_lambda_lam_2.0", "tas_lambda_lam_0") and sweep["monotone"] is True
+    assert sweep["word"] == "best and worst differ"
+    for seed in range(PLANNED_SWEEP):
+        for member in members:
+            write_predictions(tmp_path, member, seed, 0.5)
     assert study(tmp_path)["sweeps"]["tas_lambda"]["word"] == "no difference is shown"
+    shutil.rmtree(tmp_path / "predictions/tiny" / members[2])
+    assert study(tmp_path)["sweeps"]["tas_lambda"]["word"] == "members are missing"
+
+
+def test_planned_seeds_are_the_profiles(tmp_path):
+    profile, *_ = read_profile("tiny", tmp_path, [])
+    parts, sweeps = profile["families"]["tiny"]["sweeps"]
+    assert PLANNED["primary"] == PLANNED["secondary"] == len(profile["seeds"])
+    assert PLANNED["controls"] == PLANNED["parts"] == len(parts["seeds"]) and len(sweeps["seeds"]) == PLANNED_SWEEP
+    assert set(sweeps["names"]) == set(SWEEPS) and set(PLANNED) == {question.tests for question in QUESTIONS}
+
+
+def test_copies_of_one_run_are_one_seed(tmp_path):
+    for system in ("sft", "base"):
+        write_predictions(tmp_path, system, 10, 0.5)
+        for seed in (11, 12):
+            (tmp_path / f"predictions/tiny/{system}/seed_{seed}").symlink_to(f"../{system}/seed_10")
+    (effect,) = (e for e in study(tmp_path)["effects"] if e["first"] == "sft")
+    assert effect["seeds"] == [10] and effect["word"] == "one seed: no test" and effect["found"]["n"] == 48
+
+
+def test_the_course_of_trainings_is_told(tmp_path):
+    for seed in (10, 11):
+        write_training(tmp_path, "grpo", seed)
+    course = study(tmp_path)["course"]
+    assert course.keys() == {"grpo"} and course["grpo"]["seeds"] == 2 and course["grpo"]["hinted"] is None
+    assert course["grpo"]["vanished"] == pytest.approx(0.4) and course["grpo"]["completions"] == [128 * 60]
 
 
 def test_provenance_counts_what_ran_and_a_link_once(tmp_path):
