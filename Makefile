@@ -42,7 +42,7 @@ test-slurm: $(TESTED) ## real jobs on a Slurm of this machine; installs Debian's
 	@command -v slurmctld /usr/sbin/slurmctld >/dev/null || if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	  apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends slurm-wlm munge; \
 	else echo 'error: Slurm is not installed: apt install slurm-wlm munge' >&2; exit 1; fi
-	@$(VENV) -m pytest tests/slurm -m slurm -rs --durations=0 --durations-min=1
+	@$(VENV) -m pytest tests/slurm $(PYTEST) -m slurm --durations=0 --durations-min=1
 
 slurm-up: $(INSTALLED) ## start a Slurm of four make-believe nodes on this machine
 	@$(VENV) slurm/local/cluster.py up

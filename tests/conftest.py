@@ -32,11 +32,11 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "project"))
 LONGEST = ("training/test_layouts.py", "training/test_loop.py", "planning/test_plan.py",
            "planning/test_plan_recipes.py", "bench/test_reference.py", "test_sweep.py",
            "training/test_scoring.py", "training/test_replay_step.py",
-           "policy/test_parity.py")  # fmt: skip
+           "policy/test_parity.py", "slurm/test_training.py")  # fmt: skip
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if "PYTEST_XDIST_WORKER" in os.environ:  # which runs many files
+    if "PYTEST_XDIST_WORKER" in os.environ and config.option.markexpr != "slurm":  # runs many files; jobs aren't forked
         ranks.start_server()
 
 

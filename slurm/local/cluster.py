@@ -46,8 +46,11 @@ def missing() -> list[str]:
     return [name for name in PROGRAMS if shutil.which(name, path=f"{os.environ['PATH']}:{SBIN}") is None]
 
 
-def up(nodes: int, gpus: int, cpus: int) -> None:
-    """Start the cluster, or leave a running one alone; ValueError where something is missing or doesn't come up."""
+def up(nodes: int, gpus: int, cpus: int, first_job: int = 1) -> None:
+    """Start the cluster, or leave a running one alone; ValueError where something is missing or doesn't come up.
+
+    Jobs are counted from `first_job`: their ports follow from it, and two clusters of one machine share those.
+    """
     if lacking := missing():
         raise ValueError(f"{', '.join(lacking)} not found: apt install slurm-wlm munge")
     if running():
@@ -57,7 +60,7 @@ def up(nodes: int, gpus: int, cpus: int) -> None:
     root.mkdir(parents=True, mode=0o755)
     for name in ("bin", "log", "state", "spool", "pid"):
         (root / name).mkdir()
-    _write_configuration(root, nodes, gpus, cpus)
+    _write_configuration(root, nodes, gpus, cpus, first_job)
     _start_munge(root)
     _start(["slurmctld", "-i", "-f", str(root / "slurm.conf")], root / "log" / "slurmctld.out", "slurmctld")
     own_names = _may_name_nodes()
@@ -90,7 +93,7 @@ def down() -> None:
     shutil.rmtree(root, ignore_errors=True)
 
 
-def _write_configuration(root: Path, nodes: int, gpus: int, cpus: int) -> None:
+def _write_configuration(root: Path, nodes: int, gpus: int, cpus: int, first_job: int) -> None:
     user = pwd.getpwuid(os.getuid()).pw_name
     control, *ports = _free_ports(nodes + 1)
     own_names = _may_name_nodes()
@@ -102,6 +105,7 @@ def _write_configuration(root: Path, nodes: int, gpus: int, cpus: int) -> None:
     )
     (root / "slurm.conf").write_text(f"""# written by slurm/local/cluster.py
 ClusterName=rehearsal
+FirstJobId={first_job}
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={control}
 SlurmUser={user}

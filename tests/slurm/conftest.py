@@ -1,7 +1,9 @@
-"""A Slurm of four named nodes for these tests: the one that runs already, or one that ends with them."""
+"""A Slurm of four named nodes for these tests: the one that runs already, or one that ends with them. Each of several
+workers has its own, as tests take nodes away and preempt what runs."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -70,8 +72,11 @@ def until(condition: Callable[[], bool], timeout: float, otherwise: Callable[[],
 def slurm() -> Iterator[Slurm]:
     if missing := cluster.missing():
         pytest.skip(f"{', '.join(missing)} not installed")
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "")
+    if worker:
+        os.environ["AVATAR_SLURM"] = f"{cluster.folder()}-{worker}"
     running = cluster.running()
-    cluster.up(nodes=4, gpus=2, cpus=8)
+    cluster.up(nodes=4, gpus=2, cpus=8, first_job=1 + 1000 * int(worker.removeprefix("gw") or 0))
     yield Slurm()
     if not running:
         cluster.down()

@@ -36,7 +36,7 @@ def test_tasks_of_an_array_share_the_rows_and_the_last_merges(slurm, tmp_path):
 def test_a_task_whose_time_is_up_goes_back_into_the_queue_and_continues(slurm, tmp_path):
     folder, out = tmp_path / "in", tmp_path / "out"
     rows = []
-    for k in range(12):
+    for k in range(6):
         make_clip(folder, f"v{k}", frames=160, fps=30, size=(480, 640), seed=k)
         rows.append({"problem_id": k, "problem": "what ?", "data_type": "video", "problem_type": "numerical",
                      "solution": f"{k}", "path": f"v{k}.mp4"})  # fmt: skip
@@ -50,4 +50,4 @@ def test_a_task_whose_time_is_up_goes_back_into_the_queue_and_continues(slurm, t
     slurm.run("scancel", "--signal=USR1", job)
     until(lambda: (out / "manifest.jsonl").exists(), 150, lambda: log.read_text())
     assert "stopped; what is done is kept" in log.read_text()
-    assert [s.id for s in load_manifest(out / "manifest.jsonl")] == [f"video_r1-{k}" for k in range(12)]
+    assert [s.id for s in load_manifest(out / "manifest.jsonl")] == [f"video_r1-{k}" for k in range(6)]

@@ -21,7 +21,8 @@ from tests.training import small
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1800)]
 STEPS = 9  # three stages of three
 LAYOUTS = {"2x2": ("--nodes=2", "--ntasks-per-node=2", "--cpus-per-task=1"),
-           "2x1": ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1")}
+           "2x1": ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1"),
+           "1x1": ("--nodes=1", "--ntasks-per-node=1", "--cpus-per-task=1")}
 
 
 class Run:
@@ -194,7 +195,7 @@ def test_a_node_that_goes_down_costs_the_steps_since_the_last_checkpoint(slurm, 
 
 def test_time_limit(slurm, world, tmp_path):
     """Slurm looks at limits twice a minute: this one is shortened to the minute after next, with room to save."""
-    run = Run(slurm, world, tmp_path / "run", "2x1", steps=100)
+    run = Run(slurm, world, tmp_path / "run", "1x1", steps=100)
     began = time.monotonic()
     run.submit("--signal=USR1@90")
     run.wait_for_step(1)
@@ -213,6 +214,7 @@ def test_time_limit(slurm, world, tmp_path):
 def test_a_job_that_never_gets_to_a_step_gives_up(slurm, run):
     """Stopped again and again near its time limit, before its first step is done: requeued three times, then no
     more."""
+    run.layout = "1x1"
     run.submit("--time=5")
     for attempt in (1, 2, 3):
         until(lambda n=attempt: run.text().count("kernels:") == n, 90, run.text)
@@ -241,7 +243,7 @@ def test_a_failing_rank_ends_the_job_at_once_and_submitting_again_continues(slur
     began = time.monotonic()
     os.kill(rank_process(run.job, 1).pid, signal.SIGKILL)
     assert run.wait("FAILED", "COMPLETED", "PENDING", timeout=60) == "FAILED"
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 200, "srun would have waited for five minutes"
     run.submit()
     run.completes()
     assert_equal(run, whole)
@@ -286,7 +288,7 @@ def test_the_pre_flight_names_a_node_that_does_not_see_the_run(slurm, run):
     namespaces = {}
     for process in psutil.process_iter(["cmdline"]):
         command = process.info["cmdline"] or []
-        if command[:1] == ["slurmd"] and command[-1] in ("n1", "n2", "n3", "n4"):
+        if command[:1] == ["slurmd"] and slurm.environment()["SLURM_CONF"] in command:
             namespaces[command[-1]] = process.pid
     mounted = []
     try:
