@@ -1,9 +1,9 @@
 """The Omni policy on Megatron-Core: one model that trains and generates.
 
-`backend`, `devices` and `lean` (process groups; CUDA or not), `architecture`, `shape`, `build`, `model`, `layer`,
-`mixture` and `routes` (the policy), `towers` and `tower_attention` (encoders), `groups` and `micro_batches` (packing),
-`attention`, `flash` and `kernels/` (the maths), `logprobs`, `generate` with `lanes`, `cache`, `decode`, `sampling` and
-`kept`, `weights` with `slots` and `safetensors_folder` (Hugging Face folders), `lora`, `fusions` (what is installed).
+`backend` and `devices` (process groups; CUDA or not), `architecture`, `shape`, `build`, `model`, `layer`, `mixture` and
+`routes` (the policy), `towers` and `tower_attention` (encoders), `groups` and `micro_batches` (packing), `attention`,
+`flash` and `kernels/` (the maths), `logprobs`, `generate` with `lanes`, `cache`, `decode`, `sampling` and `kept`,
+`weights` with `slots` and `safetensors_folder` (Hugging Face folders), `lora`, `fusions` (what is installed).
 """
 
 import warnings

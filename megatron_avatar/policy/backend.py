@@ -19,11 +19,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import random as megatron_random
 
 from megatron_avatar.config.schema import ParallelConfig
 from megatron_avatar.config.world import in_step, place
 from megatron_avatar.policy.devices import claim, own_device
-from megatron_avatar.policy.lean import megatron_random, parallel_state  # before any other of Megatron's modules
 
 # A rank that finished generation waits for the slowest one: longer than NCCL's default of 10 minutes.
 TIMEOUT = timedelta(minutes=60)
