@@ -157,10 +157,12 @@ def _stacked(gate_up: Tensor, down: Tensor, order: Order) -> tuple[Tensor, Tenso
 
 
 def _of_weights(grad: Tensor, rows: Tensor, ends: Tensor) -> Tensor:
-    """The gradient [n K, N] of experts' weights from grad [R, K] and rows [R, N]. That of an expert without a row is
-    set to zero: on Blackwell the product leaves there what memory held (pytorch issue 172439)."""
-    empty = ends.diff(prepend=ends.new_zeros(1)) == 0
-    return grouped(grad.mT, rows, ends).masked_fill_(empty[:, None, None], 0).flatten(0, 1)
+    """The gradient [n K, N] of experts' weights from grad [R, K] and rows [R, N], zero of an expert without a row."""
+    found = grouped(grad.mT, rows, ends)
+    if leaves_out_empty(found.device):
+        empty = ends.diff(prepend=ends.new_zeros(1)) == 0
+        found.masked_fill_(empty[:, None, None], 0)
+    return found.flatten(0, 1)
 
 
 def _by_row(shares: Tensor, order: Order) -> Tensor:
@@ -187,6 +189,13 @@ def grouped(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
 @grouped.register_fake
 def _(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
     return a.new_empty(len(a), b.shape[2]) if b.dim() == 3 else a.new_empty(len(ends), len(a), b.shape[1])
+
+
+def leaves_out_empty(device: torch.device) -> bool:
+    """Whether `grouped` writes nothing for a group without a row of [K, R] by [R, N], in whose place memory keeps what
+    it held: on Blackwell (pytorch issue 172439). Elsewhere it writes zeros, and all gradients needn't be passed over
+    once more; probe.py looks."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 10
 
 
 def stays_on_device(dtype: torch.dtype) -> bool:
