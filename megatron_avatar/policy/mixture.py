@@ -91,6 +91,15 @@ class Mixture(MegatronModule):
 GATHER = tensor_parallel.gather_from_sequence_parallel_region
 
 
+def experts_of(
+    tokens: Tensor, shares: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, first: int, experts: int
+) -> Tensor:
+    """This rank's part of what the experts `chosen` [T, k] make of tokens [T, H], by shares [T, k]; it has those from
+    number `first` on, of so many in all. For tests: a layer keeps its borders."""
+    borders = torch.arange(1, len(down) // tokens.shape[1] + 1, device=tokens.device)
+    return _Experts.apply(tokens, shares, gate_up, down, sort_rows(chosen, first, borders, experts))
+
+
 class Order(NamedTuple):
     """Rows, one a token and expert of its, in the order of this rank's experts, and others' behind them.
 
@@ -194,7 +203,7 @@ def _(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
 def leaves_out_empty(device: torch.device) -> bool:
     """Whether `grouped` writes nothing for a group without a row of [K, R] by [R, N], in whose place memory keeps what
     it held: on Blackwell (pytorch issue 172439). Elsewhere it writes zeros, and all gradients needn't be passed over
-    once more; probe.py looks."""
+    once more; selftest.py's `experts` looks."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 10
 
 
