@@ -27,9 +27,9 @@ def build_policy(
     pin(choose_fusions(parallel.kernels, on_cpu=backend.device.type != "cuda", dtype=config.params_dtype))
     if config.experts and backend.device.type == "cuda" and (reason := tested("experts", config.params_dtype)):
         raise ValueError(
-            f"the products of all experts, which torch makes at once, fail their test on {backend.device} in model.dtype="
-            f"{model.dtype} ({reason}): install another torch, or set another model.dtype (bfloat16's are one kernel on "
-            "Hopper and Blackwell; float16's and float32's go through the experts one by one)"
+            f"the products of all experts, which torch makes at once, fail their test on {backend.device} in "
+            f"model.dtype={model.dtype} ({reason}): install another torch, or set another model.dtype (bfloat16's are "
+            "one kernel on Hopper and Blackwell; float16's and float32's go through the experts one by one)"
         )
     policy = OmniPolicy(hf_config, config, backend).to(backend.device)
     policy.set_train_towers(False)

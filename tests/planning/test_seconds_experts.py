@@ -120,7 +120,8 @@ def test_rows_move_in_every_pass(recompute, forward):
     (["model.dtype=float32"], False),
 ])  # fmt: skip
 def test_graphs_are_lost_where_torch_goes_through_the_experts(overrides, captured):
-    """As `stays_on_device` (policy/mixture.py) says of devices and dtypes. Sixteen experts a rank: two products each."""
+    """As `stays_on_device` (policy/mixture.py) says of devices and dtypes. Sixteen experts a rank, two products each.
+    """
     config = config_of("parallel.pp=1", *overrides)
     rates = replace(read_rates(config), bandwidth=1e30, train=1e30, forward=1e30, links=1e30, reduce_gap=0)
     found = parts("parallel.pp=1", *overrides, rates=rates)

@@ -125,7 +125,7 @@ def test_a_mixture_whose_products_fail_is_not_built(tmp_path, monkeypatch):
     tiny_omni3_config().save_pretrained(tmp_path)
     monkeypatch.setattr(build, "tested", lambda part, dtype: f"{part} in {dtype}: its output differs")
     gpu = SimpleNamespace(device=torch.device("cuda", 3))
-    with pytest.raises(ValueError, match=r"cuda:3 in model.dtype=bfloat16 \(experts in torch.bfloat16: its output .* set"):
+    with pytest.raises(ValueError, match=r"cuda:3 in model.dtype=bfloat16 \(experts in torch.bfloat16: its .* set"):
         build.build_policy(tmp_path, gpu, ModelConfig(dtype="bfloat16"), ParallelConfig(kernels="torch"))
 
 
