@@ -121,6 +121,13 @@ def test_the_self_test_says_what_products_do_otherwise(monkeypatch, fault, says)
     assert found.startswith(says)
 
 
+@pytest.mark.parametrize(("capability", "leaves"), [((8, 0), False), ((9, 0), False), ((10, 0), True), ((10, 3), True)])
+def test_gradients_are_passed_over_again_on_blackwell_alone(monkeypatch, capability, leaves):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert mixture.leaves_out_empty(torch.device("cuda", 0)) == leaves
+    assert not mixture.leaves_out_empty(torch.device("meta")) and not mixture.leaves_out_empty(torch.device("cpu"))
+
+
 def test_a_mixture_whose_products_fail_is_not_built(tmp_path, monkeypatch):
     tiny_omni3_config().save_pretrained(tmp_path)
     monkeypatch.setattr(build, "tested", lambda part, dtype: f"{part} in {dtype}: its output differs")
