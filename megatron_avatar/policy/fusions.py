@@ -35,7 +35,7 @@ from megatron_avatar.policy.attention import GroupCoreAttention
 from megatron_avatar.policy.kernels import device, probe
 from megatron_avatar.policy.kernels.norm import norm
 from megatron_avatar.policy.layer import OmniLayer
-from megatron_avatar.policy.mixture import Mixture, experts_of
+from megatron_avatar.policy.mixture import Mixture, through_experts
 
 # Parts, in the order in which they are tested; a layer's gradient accumulation is its own package's.
 PARTS = {"linear": "linear layers", "engine_accumulate": "gradient accumulation", "adam": "AdamW",
@@ -212,7 +212,7 @@ def tested(part: str, dtype: torch.dtype) -> str:
         "norms": (selftest.norms, lambda: tuple(found for _, _, found, _ in FLAGS["norms"][:3])),
         "attention": (selftest.attention, flash_3),
         "kernels": (probe.own_kernels, lambda: probe.OURS),
-        "experts": (selftest.experts, lambda: experts_of),
+        "experts": (selftest.experts, lambda: through_experts),
     }
     before = active_attention()
     try:

@@ -91,7 +91,7 @@ class Mixture(MegatronModule):
 GATHER = tensor_parallel.gather_from_sequence_parallel_region
 
 
-def experts_of(
+def through_experts(
     tokens: Tensor, shares: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, first: int, experts: int
 ) -> Tensor:
     """This rank's part of what the experts `chosen` [T, k] make of tokens [T, H], by shares [T, k]; it has those from

@@ -149,7 +149,7 @@ def experts(
 ) -> str:
     """A rank's experts in products of all of them, against a loop in float32: outputs and gradients. One has no token,
     and some tokens' are another rank's; memory that products get has held what is no number. `run` as
-    policy/mixture.py's `experts_of`."""
+    policy/mixture.py's `through_experts`."""
     generator = torch.Generator().manual_seed(0)
     tokens, top, _, first, own, hidden, inner = sizes
     chosen = torch.rand(tokens, sizes.experts, generator=generator)

@@ -21,7 +21,7 @@ from megatron_avatar.policy.build import build_policy
 from megatron_avatar.policy.cache import KeyValueCache
 from megatron_avatar.policy.decode import Decoder
 from megatron_avatar.policy.generate import generate
-from megatron_avatar.policy.mixture import experts_of, stays_on_device
+from megatron_avatar.policy.mixture import stays_on_device, through_experts
 from megatron_avatar.policy.weights import load_hf
 from tests.policy.tiny import KINDS, tiny_omni3, tiny_omni3_config, tiny_omni3_prompts
 
@@ -37,7 +37,7 @@ QWEN = selftest.Sizes(tokens=512, top=8, experts=128, first=32, own=16, hidden=2
 ])  # fmt: skip
 def test_experts_in_one_product_are_a_loop_over_them(device, sizes, dtype):
     """Outputs and gradients, those of an expert without a token among them."""
-    assert selftest.experts(experts_of, torch.device(device), dtype, sizes) == ""
+    assert selftest.experts(through_experts, torch.device(device), dtype, sizes) == ""
 
 
 @contextmanager

@@ -117,7 +117,7 @@ def test_the_self_test_says_what_products_do_otherwise(monkeypatch, fault, says)
     """As on a GPU where an expert without a token gets what memory held, and nobody sets it to zero."""
     for name, value in fault.items():
         monkeypatch.setattr(mixture, name, value)
-    found = selftest.verdict(selftest.experts, lambda: mixture.experts_of, torch.device("cpu"), torch.float32)
+    found = selftest.verdict(selftest.experts, lambda: mixture.through_experts, torch.device("cpu"), torch.float32)
     assert found.startswith(says)
 
 
