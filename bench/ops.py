@@ -41,6 +41,7 @@ from megatron_avatar.policy.cache import KeyValueCache, Room
 from megatron_avatar.policy.decode import INPUTS, Decoder
 from megatron_avatar.policy.logprobs import completion_logprobs
 from megatron_avatar.policy.model import OmniPolicy
+from megatron_avatar.policy.routes import Routes
 from megatron_avatar.policy.weights import load_hf
 from megatron_avatar.records import Prompt
 
@@ -153,8 +154,14 @@ def update_passes(policy: OmniPolicy, segments: Tensor) -> dict[str, Counted]:
     positions = torch.zeros(3, 1, TOKENS, dtype=torch.int64, device=META)
     angles = policy.language_model.rotary_pos_emb(positions, policy.config.mrope_section)
     stream = torch.zeros(TOKENS, 1, hidden, device=META, requires_grad=True)
+    routes = None
+    if top := policy.config.experts_per_token:  # compared with generation's, of all that are no prompt's
+        outputs = int(segments[segments[:, 3] > 0, 1].sum())
+        recorded = torch.zeros(outputs, 1, top, dtype=torch.uint8, device=META)
+        places = torch.zeros(outputs, dtype=torch.int64, device=META)
+        routes = Routes(recorded, places, layer.layer_number, replay=False)
     with Counted() as forward:
-        out, _ = layer(stream, segments, rotary_pos_emb=angles)
+        out, _ = layer(stream, segments, rotary_pos_emb=angles, attention_bias=routes)
     with Counted() as backward:
         out.sum().backward()
     return {"forward": forward, "backward": backward}

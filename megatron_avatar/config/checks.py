@@ -10,12 +10,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from megatron_avatar.config.families import NAMES, Family, family_of
+from megatron_avatar.config.families import FAMILIES, NAMES, Family, family_of
 from megatron_avatar.config.load import CONFIG_DIR, differences
 from megatron_avatar.config.schema import Config
 from megatron_avatar.files import step_folders
 
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
+OWN_SIZES = tuple(dict.fromkeys(name for family in FAMILIES for name in family.text_sizes))  # 0 where there are none
 
 
 def check_same_run(config: Config) -> dict[str, Any]:
@@ -108,7 +109,8 @@ def _sizes(folder: Path) -> dict[str, int]:
         found = json.loads(path.read_text(encoding="utf-8"))
         found = found.get("thinker_config", found)  # of the full Omni class
         found = found.get("text_config", found)  # VL's older files have the sizes at their top
-        return {name: int(found[name]) for name in SIZES}
+        sizes = {name: int(found[name]) for name in SIZES} | {name: int(found.get(name, 0)) for name in OWN_SIZES}
+        return sizes | {"head_dim": int(found.get("head_dim") or sizes["hidden_size"] // sizes["num_attention_heads"])}
     except OSError as error:
         raise ValueError(
             f"{path} can't be read ({error.strerror}): point model.path to a Hugging Face folder of {NAMES}"
@@ -118,4 +120,6 @@ def _sizes(folder: Path) -> dict[str, int]:
 
 
 def _difference(now: dict[str, int], wanted: dict[str, int]) -> str:
-    return ", ".join(f"{name} {now[name]} instead of {wanted[name]}" for name in SIZES if now[name] != wanted[name])
+    """Of what `wanted` says: a checkpoint of an earlier release knows fewer sizes."""
+    pairs = {name: (size, wanted[name]) for name, size in now.items() if name in wanted}
+    return ", ".join(f"{name} {size} instead of {other}" for name, (size, other) in pairs.items() if size != other)

@@ -123,7 +123,7 @@ class PromptBuilder:
         check_tokens(tokenizer, config, ("image_token_id", "video_token_id", *around))
         self.placeholders: dict[MediaKind, int] = {"image": config.image_token_id, "video": config.video_token_id}
         if family.hears:
-            check_tokens(tokenizer, config, ("audio_token_id",))
+            check_tokens(tokenizer, config, ("audio_token_id", "audio_start_token_id", "audio_end_token_id"))
             self.placeholders["audio"] = config.audio_token_id
         self.expand = Expander(config, family, self.placeholders)
         if family.timestamps:

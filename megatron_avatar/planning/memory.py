@@ -24,7 +24,7 @@ from megatron_avatar.policy.lanes import make_jobs, plan_room
 from megatron_avatar.policy.model import OmniPolicy
 from megatron_avatar.policy.sampling import truncates
 from megatron_avatar.policy.shape import deepstack_layers, hears
-from megatron_avatar.policy.towers import ROWS_PER_CALL
+from megatron_avatar.policy.towers import ROWS_PER_CALL, audio_window
 
 # A logit while a token is drawn: float32 and float64 copies of the row (sampling.py), or, where the kernel draws, a
 # rank's own, those of all ranks, and their copy in one piece.
@@ -172,8 +172,8 @@ def generation_room(policy: OmniPolicy, work: Work, n_on: int, memory: float) ->
 
 def tower_bytes(hf_config: PolicyConfig, work: Work, itemsize: int, prompts: int, tp: int) -> int:
     """The encoders over a tp-th of the media of `prompts` prompts: where they train, what all their layers keep;
-    otherwise the larger call of one encoder, and all embeddings. The factors were measured (tests/planning/test_plan.py
-    holds them against real encoders)."""
+    otherwise the larger call of one encoder, of at most ROWS_PER_CALL patches or frames, and all embeddings. The
+    factors were measured (tests/planning/test_memory_towers.py holds them against real encoders)."""
     vision, train = hf_config.vision_config, work.train_towers
     hidden, inner, deep = vision.hidden_size, vision.intermediate_size, deepstack_layers(hf_config)
     matrices = family_of(hf_config.model_type).vision_matrices
@@ -191,11 +191,20 @@ def tower_bytes(hf_config: PolicyConfig, work: Work, itemsize: int, prompts: int
         front, frames = 0.0, 2  # of a row of most layers
         if family_of(hf_config.model_type).audio_chunk:  # convolutions in the plane: a quarter, a sixteenth, ...
             front, frames = (2 / 3 if train else 1 / 2) * audio.downsample_hidden_size * audio.num_mel_bins, 8
-        rows = prompts * work.audio * (2 if frames == 2 else 1) / tp
-        width = frames * (audio.num_mel_bins + front) + layers
-        numbers.append((rows if train else min(rows, ROWS_PER_CALL * 2 / frames)) * width)
+        rows = audio_tokens(hf_config, work, prompts, tp) * (2 if frames == 2 else 1)
+        mel = audio.num_mel_bins * (1 if train else 2)  # together, and cut up
+        width = frames * (mel + front) + layers
+        numbers.append((rows if train else min(rows, ROWS_PER_CALL / frames)) * width)
     kept = prompts * (work.visual + work.audio) * (1 + deep) * hf_config.text_config.hidden_size
     return round(itemsize * ((sum(numbers) if train else max(numbers)) + kept))
+
+
+def audio_tokens(hf_config: PolicyConfig, work: Work, prompts: int, tp: int) -> float:
+    """The most tokens of sound that one of `tp` ranks encodes: whole windows are shared out, so a window more than the
+    mean."""
+    window = family_of(hf_config.model_type).audio_tokens(audio_window(hf_config))
+    everything = prompts * work.audio
+    return min(everything, everything / tp + window) if tp > 1 else everything
 
 
 def rank_memories(

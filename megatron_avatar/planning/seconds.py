@@ -62,6 +62,9 @@ LINK_EFFICIENCY = 0.70  # of a direction's bytes/s, in an all-reduce of a node
 # that H100 with 54 kernels a layer; today's has 10, and no GPU has run it yet. Beside them an all-reduce in a node.
 LAYER_GAP, GRAPH_GAP = {"gpu": 1.9e-3, "cpu": 1e-3}, {"gpu": 0.35e-3, "cpu": 1e-3}
 REDUCE_GAP, REDUCE_GAP_CPU = 15e-6, 200e-6
+# Assumed: a product that torch launches from its own loop over experts, where it has no kernel for all of them.
+PRODUCT_GAP = 10e-6
+GROUPED = ("h100", "h200")  # where torch has one, of bfloat16 (policy/mixture.py's stays_on_device)
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,7 @@ class Rates:
     layer_gap: float  # of operations that the host launches
     graph_gap: float  # of a decode step's
     overlaps: bool  # the device computes while the host launches
+    grouped: bool  # one kernel computes bfloat16 products of all experts
     reduce_gap: float
     memory_ratio: float
     source: str
@@ -132,7 +136,7 @@ def _assumed(gpu: str) -> Rates:
     return Rates(
         train=peaks.flops * share.train, forward=peaks.flops * share.forward, encoders=peaks.flops * share.encoders,
         bandwidth=peaks.bandwidth * share.bandwidth, network=peaks.network, links=peaks.links * LINK_EFFICIENCY,
-        layer_gap=LAYER_GAP[kind], graph_gap=GRAPH_GAP[kind], overlaps=kind == "gpu",
+        layer_gap=LAYER_GAP[kind], graph_gap=GRAPH_GAP[kind], overlaps=kind == "gpu", grouped=gpu in GROUPED,
         reduce_gap=REDUCE_GAP_CPU if gpu == "cpu" else REDUCE_GAP, memory_ratio=1.0,
         source=f"{gpu}'s peaks ({peaks.flops / 1e12:.3g} TFLOP/s, {peaks.bandwidth / 1e12:.3g} TB/s, links of "
         f"{peaks.links / 1e9:.3g} GB/s) at efficiencies {where}: update {share.train:.0%} (recomputation counted), "
@@ -227,12 +231,12 @@ def step_seconds(
     if work.fresh:
         parts |= _generation(config, shape, work, rates)
     total, bubble = Flops(0, 0, 0), (len(micros) + pp - 1) / len(micros)
-    moved = experts_seconds(config, shape, sum(tokens for tokens, *_ in micros), rates) / pp * bubble
     for tokens, outputs, pairs in micros:
         part = forward_flops(shape, tokens, pairs, outputs)
         total = Flops(*(a + b for a, b in zip(vars(total).values(), vars(part).values(), strict=True)))
-    gaps = layers / pp * rates.layer_gap * len(micros) * bubble
+    gaps = layers / pp * layer_gap(config, shape, rates) * len(micros) * bubble
     packed = sum(tokens for tokens, *_ in micros)
+    moved = experts_seconds(config, shape, packed, rates) / pp * bubble
     reduced = reduction_seconds(config, shape, len(micros), packed, rates) / pp * bubble
     if work.rl:
         fresh = sum(work.completions[: work.fresh]) / sum(work.completions)
@@ -243,8 +247,8 @@ def step_seconds(
     _, flops = update_flops(total, parallel.recompute, adapters=config.model.lora.rank > 0)
     # Forward, backward, and what is computed again: all, the feed-forward's, or no product.
     reduced *= 2 + {"full": 1, "selective": 0.5, "light": 0, "none": 0}[parallel.recompute]
-    # Backward moves twice as much as forward, with what is computed again thrice.
-    moved *= 4 if parallel.recompute in ("full", "selective") else 3
+    moved *= 2 if parallel.recompute in ("full", "selective") else 1
+    moved += experts_backward_seconds(config, shape, packed, len(micros), rates) / pp * bubble
     computed = flops / rates.train / tp / pp * bubble + moved
     parts["update"] = updates * (rates.pass_seconds(computed, passes * gaps) + reduced)
     share = dp if parallel.distributed_optimizer else 1
@@ -257,12 +261,47 @@ def experts_seconds(config: Config, shape: Shape, tokens: float, rates: Rates) -
     """Seconds in which a forward pass over so many tokens moves their rows to a mixture's experts and back: a row for
     each expert of a token's, on every tensor-parallel rank, as its number may not depend on what is chosen. As
     bench.ops counts what no product moves."""
+    return _rows_seconds(config, shape, tokens, 4, 2, 5, rates)
+
+
+def experts_backward_seconds(config: Config, shape: Shape, tokens: float, passes: float, rates: Rates) -> float:
+    """The same of a backward pass over so many tokens in `passes` micro-batches. Each adds the gradients of all experts
+    to a rank's float32 buffers, whoever was chosen; frozen experts, as with adapters, have none."""
+    if config.model.lora.rank or not experts_of(shape):
+        return _rows_seconds(config, shape, tokens, 4, 2, 14, rates)
+    text = shape.text_config
+    weights = 3 * experts_of(shape) * text.hidden_size * text.moe_intermediate_size / config.parallel.tp
+    added = passes * text.num_hidden_layers * weights * (_itemsize(config) + 8) / rates.bandwidth
+    return added + _rows_seconds(config, shape, tokens, 5, 3, 16, rates)
+
+
+def _rows_seconds(
+    config: Config, shape: Shape, tokens: float, wide: int, whole: int, narrow: int, rates: Rates
+) -> float:
+    """Each row reads and writes so many numbers as wide as the stream and so many as wide as an expert, each token
+    `whole` as wide as the stream; other ranks' rows are set to zero besides."""
     if not experts_of(shape):
         return 0.0
-    text = shape.text_config
-    row = 5 * text.hidden_size + 6 * text.moe_intermediate_size
-    moved = tokens * text.num_experts_per_tok * row * (4 if config.model.dtype == "float32" else 2)
+    text, wide = shape.text_config, wide + 2 * (config.parallel.tp > 1)
+    rows = text.num_experts_per_tok * (wide * text.hidden_size + narrow * text.moe_intermediate_size)
+    moved = tokens * (rows + whole * text.hidden_size) * _itemsize(config)
     return text.num_hidden_layers * moved / rates.bandwidth
+
+
+def _itemsize(config: Config) -> int:
+    return 4 if config.model.dtype == "float32" else 2
+
+
+def one_by_one(config: Config, shape: Shape, rates: Rates) -> bool:
+    """Whether torch goes through a mixture's experts on the host, which no CUDA graph can hold."""
+    return experts_of(shape) > 0 and not (rates.grouped and config.model.dtype == "bfloat16")
+
+
+def layer_gap(config: Config, shape: Shape, rates: Rates) -> float:
+    """Seconds that the host takes to launch a layer's forward pass: with two products for each of a rank's experts
+    where it goes through them."""
+    own = experts_of(shape) / config.parallel.tp
+    return rates.layer_gap + 2 * own * PRODUCT_GAP * one_by_one(config, shape, rates)
 
 
 def reduction_seconds(
@@ -274,7 +313,7 @@ def reduction_seconds(
     tp, text = config.parallel.tp, shape.text_config
     if tp == 1:
         return 0.0
-    sent = 2 * (tp - 1) / tp * tokens * text.hidden_size * (4 if config.model.dtype == "float32" else 2)
+    sent = 2 * (tp - 1) / tp * tokens * text.hidden_size * _itemsize(config)
     return 2 * text.num_hidden_layers * (passes * rates.reduce_gap + sent / rates.links)
 
 
@@ -284,8 +323,9 @@ def _generation(config: Config, shape: Shape, work: Work, rates: Rates) -> dict[
     rows and prompts alone."""
     text, tp, pp = shape.text_config, config.parallel.tp, config.parallel.pp
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    itemsize = 4 if config.model.dtype == "float32" else 2
-    gap, step_gap = (text.num_hidden_layers * gap for gap in (rates.layer_gap, rates.graph_gap))
+    itemsize, launched = _itemsize(config), layer_gap(config, shape, rates)
+    graph = launched if one_by_one(config, shape, rates) else rates.graph_gap
+    gap, step_gap = (text.num_hidden_layers * gap for gap in (launched, graph))
     jobs = sum(lanes_of(work.fresh, work.completions[0], pp))  # prompts as they are read: some by several lanes
     read = forward_flops(shape, jobs * work.prompt, jobs * work.prompt**2 / 2, jobs)
     busy = min(pp, jobs)  # stages, once all lanes are under way
@@ -293,8 +333,6 @@ def _generation(config: Config, shape: Shape, work: Work, rates: Rates) -> dict[
     rows = sum(work.completions[: work.fresh])
     token = forward_flops(shape, 1, 0, 1)
     weights = itemsize * read_weights(shape, rows / busy)
-    if experts_of(shape) and config.cluster.gpu == "a100":  # torch goes through experts on the host: no graphs
-        step_gap = gap
     key_values = 2 * text.num_key_value_heads * size * itemsize * text.num_hidden_layers
     cache = key_values * (jobs * work.prompt + rows * work.completion / 2) / busy
     compute = rows * (token.layers + token.head) / rates.forward / tp / busy

@@ -35,7 +35,7 @@ from megatron_avatar.policy.attention import GroupCoreAttention
 from megatron_avatar.policy.kernels import device, probe
 from megatron_avatar.policy.kernels.norm import norm
 from megatron_avatar.policy.layer import OmniLayer
-from megatron_avatar.policy.mixture import Mixture
+from megatron_avatar.policy.mixture import Mixture, through_experts
 
 # Parts, in the order in which they are tested; a layer's gradient accumulation is its own package's.
 PARTS = {"linear": "linear layers", "engine_accumulate": "gradient accumulation", "adam": "AdamW",
@@ -200,7 +200,8 @@ def refusals(found: tuple[tuple[str, str], ...], dtype: torch.dtype, ranks: int)
 
 
 def tested(part: str, dtype: torch.dtype) -> str:
-    """Why a package's part isn't taken, from a test on this rank's GPU; empty where it agrees with torch."""
+    """Why a package's part isn't taken, from a test on this rank's GPU; empty where it agrees with torch. `experts`:
+    what speaks against torch's own products of a mixture."""
     engine = functools.partial(_imported, "transformer_engine.pytorch", "Linear")
     apex = functools.partial(_imported, "fused_weight_gradient_mlp_cuda", "wgrad_gemm_accum_fp32")
     tests: dict[str, tuple[Callable[..., str], Callable[[], Any]]] = {
@@ -211,6 +212,7 @@ def tested(part: str, dtype: torch.dtype) -> str:
         "norms": (selftest.norms, lambda: tuple(found for _, _, found, _ in FLAGS["norms"][:3])),
         "attention": (selftest.attention, flash_3),
         "kernels": (probe.own_kernels, lambda: probe.OURS),
+        "experts": (selftest.experts, lambda: through_experts),
     }
     before = active_attention()
     try:

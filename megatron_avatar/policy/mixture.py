@@ -91,6 +91,15 @@ class Mixture(MegatronModule):
 GATHER = tensor_parallel.gather_from_sequence_parallel_region
 
 
+def through_experts(
+    tokens: Tensor, shares: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, first: int, experts: int
+) -> Tensor:
+    """This rank's part of what the experts `chosen` [T, k] make of tokens [T, H], by shares [T, k]; it has those from
+    number `first` on, of so many in all. For tests: a layer keeps its borders."""
+    borders = torch.arange(1, len(down) // tokens.shape[1] + 1, device=tokens.device)
+    return _Experts.apply(tokens, shares, gate_up, down, sort_rows(chosen, first, borders, experts))
+
+
 class Order(NamedTuple):
     """Rows, one a token and expert of its, in the order of this rank's experts, and others' behind them.
 
@@ -157,10 +166,12 @@ def _stacked(gate_up: Tensor, down: Tensor, order: Order) -> tuple[Tensor, Tenso
 
 
 def _of_weights(grad: Tensor, rows: Tensor, ends: Tensor) -> Tensor:
-    """The gradient [n K, N] of experts' weights from grad [R, K] and rows [R, N]. That of an expert without a row is
-    set to zero: on Blackwell the product leaves there what memory held (pytorch issue 172439)."""
-    empty = ends.diff(prepend=ends.new_zeros(1)) == 0
-    return grouped(grad.mT, rows, ends).masked_fill_(empty[:, None, None], 0).flatten(0, 1)
+    """The gradient [n K, N] of experts' weights from grad [R, K] and rows [R, N], zero of an expert without a row."""
+    found = grouped(grad.mT, rows, ends)
+    if leaves_out_empty(found.device):
+        empty = ends.diff(prepend=ends.new_zeros(1)) == 0
+        found.masked_fill_(empty[:, None, None], 0)
+    return found.flatten(0, 1)
 
 
 def _by_row(shares: Tensor, order: Order) -> Tensor:
@@ -187,6 +198,13 @@ def grouped(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
 @grouped.register_fake
 def _(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
     return a.new_empty(len(a), b.shape[2]) if b.dim() == 3 else a.new_empty(len(ends), len(a), b.shape[1])
+
+
+def leaves_out_empty(device: torch.device) -> bool:
+    """Whether `grouped` writes nothing for a group without a row of [K, R] by [R, N], in whose place memory keeps what
+    it held: on Blackwell (pytorch issue 172439). Elsewhere it writes zeros, and all gradients needn't be passed over
+    once more; selftest.py's `experts` looks."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 10
 
 
 def stays_on_device(dtype: torch.dtype) -> bool:

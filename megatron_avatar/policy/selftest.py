@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -130,6 +130,57 @@ def attention(kernel: flash.Kernel, device: torch.device, dtype: torch.dtype) ->
                 names = ("output", "log-sum-exp", "queries' gradient", "keys' gradient", "values' gradient")
                 found = found or _said(names, ours, theirs, TOLERANCE[dtype])
     return found
+
+
+class Sizes(NamedTuple):
+    """Of a mixture: tokens, experts a token, all experts and the first and number of a rank's, hidden and inner."""
+
+    tokens: int = 24
+    top: int = 2
+    experts: int = 6
+    first: int = 1
+    own: int = 4
+    hidden: int = COLUMNS
+    inner: int = 48
+
+
+def experts(
+    run: Callable[..., Tensor], device: torch.device, dtype: torch.dtype, sizes: Sizes = Sizes()  # noqa: B008
+) -> str:
+    """A rank's experts in products of all of them, against a loop in float32: outputs and gradients. One has no token,
+    and some tokens' are another rank's; memory that products get has held what is no number. `run` as
+    policy/mixture.py's `through_experts`."""
+    generator = torch.Generator().manual_seed(0)
+    tokens, top, _, first, own, hidden, inner = sizes
+    chosen = torch.rand(tokens, sizes.experts, generator=generator)
+    chosen[:, first + own // 2] = -1  # the one that nobody chooses
+    chosen = chosen.topk(top, dim=1).indices.to(device)
+    shapes = (tokens, hidden), (tokens, top), (own * 2 * inner, hidden), (own * hidden, inner), (tokens, hidden)
+    scales = (1, 0.5, hidden**-0.5, inner**-0.5, 1)
+    *inputs, grad = (torch.randn(*shape, generator=generator).mul(scale).to(device, dtype)
+                     for shape, scale in zip(shapes, scales, strict=True))  # fmt: skip
+
+    def passed(way: Callable[..., Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
+        leaves = [x.detach().to(dtype).requires_grad_() for x in inputs]
+        rows = (tokens * top, 2 * inner), (tokens * top, hidden), (own, 2 * inner, hidden), (own, hidden, inner)
+        dirty = [torch.full(shape, float("nan"), dtype=dtype, device=device) for shape in rows for _ in range(4)]
+        del dirty  # what is allocated now finds it
+        out = way(*leaves, chosen, first, sizes.experts)
+        return out.detach(), *torch.autograd.grad(out, leaves, grad.to(dtype))
+
+    names = ("output", "tokens' gradient", "shares' gradient", "first weights' gradient", "second weights' gradient")
+    return _said(names, passed(run, dtype), passed(_one_by_one, torch.float32), TOLERANCE[dtype])
+
+
+def _one_by_one(
+    x: Tensor, shares: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, first: int, experts: int
+) -> Tensor:
+    own, out = len(down) // x.shape[1], torch.zeros_like(x)
+    for k, (up, back) in enumerate(zip(gate_up.chunk(own), down.chunk(own), strict=True)):
+        gate, inside = F.linear(x, up).chunk(2, dim=1)
+        share = (shares * (chosen == first + k)).sum(dim=1, keepdim=True)
+        out = out + share * F.linear(F.silu(gate) * inside, back)
+    return out
 
 
 def _attended(

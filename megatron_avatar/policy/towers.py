@@ -128,9 +128,7 @@ class Towers(nn.Module):
         """The sounds: convolutions, positions, attention and pooling stay inside of a window."""
         if prompt.mel is None or prompt.mel_lengths is None:
             return Units([], [], [], [])
-        audio = self.hf_config.audio_config
-        chunk = 2 * audio.n_window
-        longest = audio.n_window_infer // chunk * chunk if self.family.audio_chunk else chunk
+        chunk, longest = 2 * self.hf_config.audio_config.n_window, audio_window(self.hf_config)
         assert self.family.audio_chunk in (0, chunk), "the family counts tokens of chunks of another length"
         assert longest % 4 == 0, "pooling by two after a convolution of stride two would cross the windows' borders"
         shapes = [(min(longest, n - start), min(chunk, n))
@@ -254,6 +252,13 @@ class _GatherShares(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
         return gradient.split(ctx.counts)[ctx.group.rank()] * ctx.group.size(), None, None
+
+
+def audio_window(hf_config: PolicyConfig) -> int:
+    """Log-mel frames of a sound that see each other: a unit, which one rank encodes in one call."""
+    audio = hf_config.audio_config
+    chunk = 2 * audio.n_window
+    return audio.n_window_infer // chunk * chunk if family_of(hf_config.model_type).audio_chunk else chunk
 
 
 def share_out(sizes: Sequence[int], shares: int) -> list[int]:

@@ -9,7 +9,8 @@ from megatron_avatar.records import Prompt
 
 # Operations of a layer's passes over a packed micro-batch: forward, backward.
 UPDATE_OPS = {"one prompt": (17, 33), "two prompts": (22, 39)}
-MIXTURE_OPS = {"one prompt": (30, 63), "two prompts": (35, 69)}  # of Qwen3-Omni, whose experts are found and sorted
+# Of Qwen3-Omni, whose experts are found, sorted and, of completions, compared with generation's.
+MIXTURE_OPS = {"one prompt": (39, 53), "two prompts": (42, 59)}
 # Bytes that those beside products and attention touch, a token and a number of the layer's widest row (the
 # feed-forward's). Qwen3's heads are wider than its stream, and have norms. Each further prompt's queries and keys are
 # cut out, and their gradients put together.
@@ -17,7 +18,7 @@ UPDATE_BYTES = {
     "3b": {"one prompt": (14.5, 23), "two prompts": (15, 25)},
     "7b": {"one prompt": (14.5, 23), "two prompts": (15, 25)},
     "vl3_4b": {"one prompt": (17.5, 30), "two prompts": (20, 36)},
-    "omni3": {"one prompt": (48, 186), "two prompts": (51, 194)},  # rows go to eight experts and come back
+    "omni3": {"one prompt": (48, 90), "two prompts": (51, 98)},  # rows go to eight experts and come back
 }
 
 

@@ -33,6 +33,39 @@ def test_a_checkpoint_of_another_model_is_refused_in_numbers(config):
     checks.check_same_model(config)  # named and passed over when it is loaded
 
 
+@pytest.mark.parametrize(("shape", "name"), [
+    ("qwen3_omni_30b", "num_experts"), ("qwen3_omni_30b", "num_experts_per_tok"),
+    ("qwen3_omni_30b", "moe_intermediate_size"), ("qwen3_omni_30b", "head_dim"), ("qwen3_vl_4b", "head_dim"),
+])  # fmt: skip
+def test_models_that_differ_in_one_size_are_told_apart(config, shape, name):
+    """Of a mixture that routes a token to fewer experts every weight would load."""
+    path = Path(config.model.path) / "config.json"
+    shutil.copy(CONFIG_DIR / "shapes" / shape / "config.json", path)
+    config.model.shape = shape
+    folder = Path(config.output_dir) / "checkpoints" / "step_00000003"
+    folder.mkdir(parents=True)
+    (folder / "state.json").write_text(json.dumps({"model": checks.model_sizes(config)}))
+    checks.check_same_model(config)
+    found = json.loads(path.read_text())
+    was = found["text_config"][name]
+    found["text_config"][name] = was // 2
+    path.write_text(json.dumps(found))
+    with pytest.raises(ValueError, match=rf"another model than .* \({name} {was // 2} instead of {was}\)"):
+        checks.check_same_model(config)
+    assert checks.other_shape(config) == f"{name} {was // 2} instead of {was}"
+
+
+def test_a_dense_model_does_not_go_on_as_a_mixture_and_older_checkpoints_do(config):
+    folder = Path(config.output_dir) / "checkpoints" / "step_00000003"
+    folder.mkdir(parents=True)
+    dense = checks.model_sizes(config)
+    (folder / "state.json").write_text(json.dumps({"model": {name: dense[name] for name in checks.SIZES}}))
+    checks.check_same_model(config)  # of a release that knew five sizes
+    (folder / "state.json").write_text(json.dumps({"model": {**dense, "num_experts": 128}}))
+    with pytest.raises(ValueError, match="num_experts 0 instead of 128"):
+        checks.check_same_model(config)
+
+
 @pytest.mark.parametrize("shape", sorted(path.name for path in (CONFIG_DIR / "shapes").iterdir()))
 def test_sizes_are_found_in_every_kind_of_folder(config, shape, tmp_path):
     config.model.path, config.model.shape = str(CONFIG_DIR / "shapes" / shape), shape

@@ -346,6 +346,14 @@ def test_refusals(clip, tmp_path):
         PromptBuilder(TOKENIZER, make_config(vision_config={"patch_size": 16}), DATA, 100)
 
 
+@pytest.mark.parametrize("key", ["audio_start_token_id", "audio_end_token_id"])
+def test_a_tokenizer_without_the_tokens_around_a_videos_sound_is_refused(key):
+    config = make_config()
+    setattr(config, key, 250_000)
+    with pytest.raises(ValueError, match=f"config.json has {key}=250000, which the tokenizer beside it doesn't have"):
+        PromptBuilder(TOKENIZER, config, DATA, 1000)
+
+
 def test_a_folder_without_a_tokenizer_is_named(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "qwen2_5_omni_thinker"}')
     with pytest.raises(ValueError, match=f"{tmp_path} has no usable tokenizer"):

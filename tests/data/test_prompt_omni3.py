@@ -204,9 +204,10 @@ def test_other_sizes_are_refused(changed, says):
         PromptBuilder(TOKENIZER, make_omni3_config(TOKENIZER, **changed), DATA, 1000)
 
 
-def test_a_tokenizer_without_the_sounds_token_is_refused():
-    with pytest.raises(ValueError, match="config.json has audio_token_id=250000, which the tokenizer"):
-        PromptBuilder(TOKENIZER, make_omni3_config(TOKENIZER, audio_token_id=250_000), DATA, 1000)
+@pytest.mark.parametrize("key", ["audio_token_id", "audio_start_token_id", "audio_end_token_id"])
+def test_a_tokenizer_without_the_sounds_tokens_is_refused(key):
+    with pytest.raises(ValueError, match=f"config.json has {key}=250000, which the tokenizer"):
+        PromptBuilder(TOKENIZER, make_omni3_config(TOKENIZER, **{key: 250_000}), DATA, 1000)
 
 
 def test_the_folders_colours_are_taken(tmp_path):

@@ -43,7 +43,6 @@ from megatron_avatar.planning.memory import (
     measure_update,
     parameter_bytes,
     static_memory,
-    tower_bytes,
 )
 from megatron_avatar.planning.meta import LiveBytes, shard_on_meta
 from megatron_avatar.planning.plan import _changes, _layouts
@@ -60,14 +59,7 @@ from megatron_avatar.train import main
 from megatron_avatar.training.learner import Learner
 from megatron_avatar.training.optim import build_optimizer
 from tests.planning.models import SIZES, one_rank, plan, save
-from tests.policy.tiny import (
-    tiny_config,
-    tiny_omni3_config,
-    tiny_omni3_prompts,
-    tiny_prompts,
-    tiny_vl3_config,
-    tiny_vl_prompts,
-)
+from tests.policy.tiny import tiny_config
 
 ROOT = Path(__file__).parents[2]
 SHAPES = CONFIG_DIR / "shapes"
@@ -342,24 +334,6 @@ def test_bytes_are_counted_while_they_live():
         assert memory.live == 4000 and memory.peak == 6000
         del view
         assert memory.live == 0
-
-
-@pytest.mark.parametrize("train_towers", [False, True])
-@pytest.mark.parametrize(("config", "prompts", "kind", "visual", "audio"), [
-    (tiny_config, tiny_prompts, "audio_in_video", 24, 100), (tiny_vl3_config, tiny_vl_prompts, "video", 24, 0),
-    (tiny_omni3_config, tiny_omni3_prompts, "audio_in_video", 24, 35),
-], ids=["omni", "vl3", "omni3"])  # fmt: skip
-def test_encoders_take_about_what_is_planned(tmp_path, config, prompts, kind, visual, audio, train_towers):
-    config().save_pretrained(tmp_path)
-    folder, prompt = str(tmp_path), prompts(config())[kind]
-    work = Work(True, train_towers, visual, audio, prompt=150, completion=9, fresh=1, completions=(2,), budget=99)
-    with one_rank(folder, ModelConfig(), ParallelConfig()) as policy:
-        policy.set_train_towers(train_towers)
-        with LiveBytes() as memory:
-            media = policy.embed_media([prompt] * 8, grad=train_towers)
-        real = memory.live if train_towers else memory.peak
-        planned = tower_bytes(policy.hf_config, work, itemsize=4, prompts=8, tp=1)
-    assert len(media) == 8 and planned == pytest.approx(real, rel=0.25)
 
 
 # ---- the command -------------------------------------------------------------------------------

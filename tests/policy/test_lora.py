@@ -148,13 +148,14 @@ def test_full_classes_with_trained_encoders(backend, tmp_path, kind, hub):
     torch.testing.assert_close(logits_of(policy, prompt), theirs, atol=1e-4, rtol=0)
 
 
-def test_adapters_named_as_in_the_hubs_folders(backend, tmp_path):
+@pytest.mark.parametrize(("make", "lora"), [(tiny_omni, LORA), (tiny_whole_omni3, ATTENTION)], ids=["omni", "omni3"])
+def test_adapters_named_as_in_the_hubs_folders(backend, tmp_path, make, lora):
     """Transformers 4 and vLLM know a full Omni's layers by the names of its weights' files."""
-    tiny_omni(tmp_path / "source")
-    policy = load(tmp_path / "source", backend)
+    make(tmp_path / "source")
+    policy = load(tmp_path / "source", backend, lora)
     shake(policy)
     for name in ("new", "hub"):
-        export_adapters(policy, tmp_path / name, tmp_path / "source", LORA, hub=name == "hub")
+        export_adapters(policy, tmp_path / name, tmp_path / "source", lora, hub=name == "hub")
     new, hub = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("new", "hub"))
     weights = load_file(tmp_path / "source" / "model.safetensors").keys()
     for name, value in hub.items():

@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 from transformers import Qwen3OmniMoeThinkerConfig
 from transformers.models.qwen3_omni_moe.modeling_qwen3_omni_moe import Qwen3OmniMoeThinkerTextSparseMoeBlock
 
-from megatron_avatar.policy import mixture
+from megatron_avatar.config.schema import ModelConfig, ParallelConfig
+from megatron_avatar.policy import build, mixture, selftest
 from megatron_avatar.policy.mixture import Mixture, _Experts, sort_rows
 from megatron_avatar.policy.routes import UNKNOWN, Recorder, Routes, assembled
+from tests.policy.tiny import tiny_omni3_config
 
 HIDDEN, INNER, EXPERTS, TOP = 16, 12, 8, 3
 
@@ -93,6 +95,7 @@ def test_parts_of_ranks_add_up_to_the_whole(data, tokens, ranks, favourite):
     own, total = EXPERTS // ranks, 0
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mixture, "grouped", poisoned)
+        patch.setattr(mixture, "leaves_out_empty", lambda device: True)
         for rank in range(ranks):
             rows = [part.chunk(ranks)[rank] for part in (gate_up, down)]
             order = sort_rows(chosen, rank * own, torch.arange(1, own + 1), EXPERTS)
@@ -101,6 +104,36 @@ def test_parts_of_ranks_add_up_to_the_whole(data, tokens, ranks, favourite):
         found = torch.autograd.grad((total * probe).sum(), leaves)
     for mine, other in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, other, atol=5e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("fault", "says"), [
+    (dict(grouped=poisoned), "its first weights' gradient differs from torch's by inf"),
+    (dict(grouped=lambda a, b, ends: poisoned(a, b.flip(0), ends)), "its output differs"),
+    (dict(_by_row=lambda shares, order: shares.flatten()[:, None]), "its output differs"),
+    (dict(swiglu=lambda rows: rows.chunk(2, dim=1)[0]), "its output differs"),
+    (dict(_stacked=lambda *_: 1 / 0), "ZeroDivisionError"),
+])  # fmt: skip
+def test_the_self_test_says_what_products_do_otherwise(monkeypatch, fault, says):
+    """As on a GPU where an expert without a token gets what memory held, and nobody sets it to zero."""
+    for name, value in fault.items():
+        monkeypatch.setattr(mixture, name, value)
+    found = selftest.verdict(selftest.experts, lambda: mixture.through_experts, torch.device("cpu"), torch.float32)
+    assert found.startswith(says)
+
+
+@pytest.mark.parametrize(("capability", "leaves"), [((8, 0), False), ((9, 0), False), ((10, 0), True), ((10, 3), True)])
+def test_gradients_are_passed_over_again_on_blackwell_alone(monkeypatch, capability, leaves):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert mixture.leaves_out_empty(torch.device("cuda", 0)) == leaves
+    assert not mixture.leaves_out_empty(torch.device("meta")) and not mixture.leaves_out_empty(torch.device("cpu"))
+
+
+def test_a_mixture_whose_products_fail_is_not_built(tmp_path, monkeypatch):
+    tiny_omni3_config().save_pretrained(tmp_path)
+    monkeypatch.setattr(build, "tested", lambda part, dtype: f"{part} in {dtype}: its output differs")
+    gpu = SimpleNamespace(device=torch.device("cuda", 3))
+    with pytest.raises(ValueError, match=r"cuda:3 in model.dtype=bfloat16 \(experts in torch.bfloat16: its .* set"):
+        build.build_policy(tmp_path, gpu, ModelConfig(dtype="bfloat16"), ParallelConfig(kernels="torch"))
 
 
 def test_frozen_experts_get_no_gradient(backend, monkeypatch):
