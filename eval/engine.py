@@ -91,6 +91,11 @@ def _run(request: Request, config: Config, judge: list[str], alone: ExitStack) -
         on_first(backend.rank, backend.all_gather_object, lambda: alone.enter_context(held(lock_of(out), "eval.run")))
         tokenizer = load_tokenizer(config.model.path)
         policy = build_policy(config.model.path, backend, config.model, config.parallel)
+        sampling = replace(config.rl.sampling, temperature=request.temperature or 1.0)
+        room = config.model.context - sampling.max_new_tokens
+        builder = PromptBuilder(tokenizer, policy.hf_config, config.data, room)
+        items = prepared.items[: request.limit or None]
+        samples = [fitting(builder, as_sample(item, protocol, benchmark.name)) for item in items]
         weights = Path(request.model)
         if (weights / "config.yaml").is_file():
             weights = checkpoint.find(weights, request.step or None, backend)
@@ -102,11 +107,6 @@ def _run(request: Request, config: Config, judge: list[str], alone: ExitStack) -
         if protocol.as_trained and backend.rank == 0 and (different := other_words(trained, config.data)):
             print(f"warning: {request.model} is asked in other words than in its training: {different}",
                   file=sys.stderr)  # fmt: skip
-        sampling = replace(config.rl.sampling, temperature=request.temperature or 1.0)
-        room = config.model.context - sampling.max_new_tokens
-        builder = PromptBuilder(tokenizer, policy.hf_config, config.data, room)
-        items = prepared.items[: request.limit or None]
-        samples = [fitting(builder, as_sample(item, protocol, benchmark.name)) for item in items]
         loader = MediaLoader(builder, prepared.root, config.data.workers, config.data.decode_deadline_s)
 
         def answer(part: Sequence[Sample]) -> list[list[Any]]:

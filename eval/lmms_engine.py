@@ -124,9 +124,9 @@ class Responder:
         Path(self.handling.scratch).mkdir(parents=True, exist_ok=True)
         tokenizer = load_tokenizer(config.model.path)
         self.policy = build_policy(config.model.path, self.backend, config.model, config.parallel)
-        load_hf(self.policy, config.model.path)
         self.limit = config.rl.sampling.max_new_tokens
         self.builder = PromptBuilder(tokenizer, self.policy.hf_config, config.data, config.model.context - self.limit)
+        load_hf(self.policy, config.model.path)
         self.loader = MediaLoader(self.builder, Path(media), config.data.workers, config.data.decode_deadline_s)
         self.stack.callback(self.loader.close)
         self._asked: Counter[str] = Counter()

@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from megatron_avatar.config.families import FAMILIES, NAMES, Family, family_of
+from megatron_avatar.config.families import FAMILIES, NAMES, Family, check_quantized, family_of
 from megatron_avatar.config.load import CONFIG_DIR, differences
 from megatron_avatar.config.schema import Config
 from megatron_avatar.files import step_folders
@@ -53,12 +53,13 @@ def check_same_model(config: Config) -> None:
 
 def check_family(config: Config) -> None:
     """Raise ValueError where the folder at model.path, if there is one, is of another family than the recipe's model,
-    or of none that can be trained: pixels, sound and stages are a family's."""
+    or of none that can be trained: pixels, sound and stages are a family's. Without one the recipe's model counts."""
     path = Path(config.model.path) / "config.json"
-    if not path.is_file():
+    shape = CONFIG_DIR / "shapes" / config.model.shape / "config.json" if config.model.shape else path
+    if not (path.is_file() or shape.is_file()):
         return
-    family = _family(path)
-    wanted = _family(CONFIG_DIR / "shapes" / config.model.shape / "config.json") if config.model.shape else family
+    wanted = _family(shape)
+    family = _family(path) if path.is_file() else wanted
     if family is not wanted:
         raise ValueError(
             f"model.path={config.model.path} is a {family.name}, but the recipe (model.shape={config.model.shape}) is "
@@ -70,11 +71,14 @@ def check_family(config: Config) -> None:
 
 
 def _family(path: Path) -> Family:
-    """Of a config.json."""
+    """Of a config.json, whose weights aren't quantized."""
     try:
-        return family_of(json.loads(path.read_text(encoding="utf-8-sig")).get("model_type"))
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
+        family = family_of(found.get("model_type"))
     except (OSError, AttributeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None
+    check_quantized(found, path)
+    return family
 
 
 def check_folder(folder: Path) -> None:

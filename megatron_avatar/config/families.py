@@ -7,6 +7,8 @@ configuration doesn't say. Another family is another row.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 MERGE = 2  # patches a side that become one visual token, in all families
 TEMPORAL_PATCH = 2  # frames a patch, in all families
@@ -214,3 +216,14 @@ def family_of(model_type: object) -> Family:
     why = next((f" ({reason})" for family in FAMILIES for kind, reason in family.kin if kind == model_type), "")
     raise ValueError(f"model_type is {model_type!r}{why}, but the policy is built for {known}: point model.path to a "
                      f"Hugging Face folder of {NAMES}")  # fmt: skip
+
+
+def check_quantized(found: dict[str, Any], path: Path) -> None:
+    """Raise ValueError where a config.json's content says that the weights beside it are quantized (FP8, AWQ, GPTQ)."""
+    thinker = found.get("thinker_config", found)
+    parts = (found, thinker, thinker.get("text_config")) if isinstance(thinker, dict) else (found,)
+    for part in parts:
+        if isinstance(part, dict) and (told := part.get("quantization_config")):
+            how = told.get("quant_method", "") if isinstance(told, dict) else ""
+            raise ValueError(f"{path}: has a quantization_config{how and f' ({how})'}, but quantized weights can't be "
+                             "trained: point model.path to the same model's edition in bfloat16")

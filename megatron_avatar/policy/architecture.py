@@ -24,7 +24,7 @@ from transformers.models.qwen3_omni_moe.modeling_qwen3_omni_moe import (
     Qwen3OmniMoeVisionEncoder,
 )
 
-from megatron_avatar.config.families import NAMES, OMNI, OMNI3, VL, VL3, Family, family_of
+from megatron_avatar.config.families import NAMES, OMNI, OMNI3, VL, VL3, Family, check_quantized, family_of
 from megatron_avatar.config.schema import ModelConfig, ParallelConfig
 from megatron_avatar.config.validate import DTYPES
 from megatron_avatar.policy.fusions import choose_fusions
@@ -106,7 +106,13 @@ def read_config(hf_folder: str | Path) -> PolicyConfig:
     own = raw.get("thinker_config", raw)
     if "im_end_token_id" in raw and own.get("eos_token_id") is None:  # Qwen3-Omni names it for all of its parts
         own = own | {"eos_token_id": raw["im_end_token_id"]}
-    config = CLASSES[family_of(raw["model_type"])].config.from_dict(own)
+    path = Path(hf_folder) / "config.json"
+    check_quantized(raw, path)
+    try:
+        config = CLASSES[family_of(raw["model_type"])].config.from_dict(own)
+    except Exception as error:  # as transformers' configurations and their validators raise
+        why = " ".join(str(error).split())
+        raise ValueError(f"{path}: can't be taken ({why[:200]}): download it again, or correct it") from None
     text, rope = config.text_config, config.text_config.rope_parameters
     windows, biases = (getattr(text, name, False) for name in ("use_sliding_window", "attention_bias"))
     if windows or biases or rope["rope_type"] != "default" or "mrope_section" not in rope:
@@ -130,7 +136,54 @@ def read_config(hf_folder: str | Path) -> PolicyConfig:
         )
     if text.hidden_act != "silu":
         raise ValueError(f"{hf_folder}/config.json: hidden_act {text.hidden_act!r} is not supported; expected 'silu'")
+    if wrong := _misfits(config):
+        raise ValueError(f"{hf_folder}/config.json: {'; '.join(wrong)}: download it again, or correct it")
     return config
+
+
+def _misfits(config: PolicyConfig) -> list[str]:
+    """Numbers of a configuration that don't fit each other, in words: what would end in an encoder's first call."""
+    text, vision, audio = config.text_config, config.vision_config, getattr(config, "audio_config", None)
+    heads, groups = text.num_attention_heads, text.num_key_value_heads
+    if not (groups > 0 and text.num_hidden_layers > 0 and heads > 0 and heads % groups == 0):
+        return [f"num_hidden_layers {text.num_hidden_layers}, num_attention_heads {heads} and num_key_value_heads "
+                f"{groups} make no decoder"]  # fmt: skip
+    half, section = _head_size(text) // 2, text.rope_parameters["mrope_section"]
+    blocks = list(getattr(vision, "deepstack_visual_indexes", ()))
+    ids = placeholder_ids(config)
+    found = {
+        f"mrope_section {section} is not three numbers whose sum is {half}, half of a head": not (
+            isinstance(section, list | tuple) and len(section) == 3 and all(type(n) is int and n > 0 for n in section)
+            and sum(section) == half
+        ),
+        f"deepstack_visual_indexes {blocks} are not of {vision.depth} blocks, each once": (
+            len({*blocks} & {*range(vision.depth)}) < len(blocks)
+        ),
+        f"deepstack_visual_indexes {blocks} feed more than the {text.num_hidden_layers} layers": (
+            len(blocks) > text.num_hidden_layers
+        ),
+        f"vision_config.out_hidden_size {vision.out_hidden_size} is not text_config.hidden_size {text.hidden_size}": (
+            vision.out_hidden_size != text.hidden_size
+        ),
+        f"vision_config.hidden_size {vision.hidden_size} is not a multiple of num_heads {vision.num_heads}": (
+            vision.hidden_size % vision.num_heads != 0
+        ),
+        f"the tokens of media {ids} are not below vocab_size {text.vocab_size}": max(ids) >= text.vocab_size,
+        "num_experts_per_tok is 0": experts_of(config) > 0 and text.num_experts_per_tok < 1,
+    }
+    if audio is not None:
+        found[f"audio_config.output_dim {audio.output_dim} is not text_config.hidden_size {text.hidden_size}"] = (
+            audio.output_dim != text.hidden_size
+        )
+        window = getattr(audio, "n_window_infer", 2 * audio.n_window)
+        found[f"n_window_infer {window} is less than the {2 * audio.n_window} frames of a chunk"] = (
+            window < 2 * audio.n_window
+        )
+    return [words for words, wrong in found.items() if wrong]
+
+
+def _head_size(text: Any) -> int:
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
 
 
 def classes_of(hf_config: PolicyConfig) -> Classes:
@@ -170,7 +223,7 @@ def transformer_config(
         hidden_size=text.hidden_size,
         num_attention_heads=heads,
         num_query_groups=groups,
-        kv_channels=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        kv_channels=_head_size(text),
         ffn_hidden_size=active_inner(hf_config),
         normalization="RMSNorm",
         layernorm_epsilon=text.rms_norm_eps,

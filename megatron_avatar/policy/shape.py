@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Protocol
@@ -50,15 +51,24 @@ def read_shape(folder: str | Path) -> Shape:
         shape: Any = SimpleNamespace(
             model_type=model_type,
             text_config=SimpleNamespace(
-                tie_word_embeddings=tied, head_dim=head, **{k: text[k] for k in (*TEXT, *family.text_sizes)}
+                tie_word_embeddings=tied, head_dim=head, **_sizes(text, (*TEXT, *family.text_sizes))
             ),
-            vision_config=SimpleNamespace(**{k: vision[k] for k in (*VISION, *family.vision_sizes)}),
+            vision_config=SimpleNamespace(**_sizes(vision, (*VISION, *family.vision_sizes))),
         )
         if "audio_config" in found:
-            shape.audio_config = SimpleNamespace(**{k: found["audio_config"][k] for k in (*AUDIO, *family.audio_sizes)})
+            shape.audio_config = SimpleNamespace(**_sizes(found["audio_config"], (*AUDIO, *family.audio_sizes)))
         return shape
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no configuration of {NAMES} ({error!r})") from None
+
+
+def _sizes(part: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """The numbers, of `indexes` lists, of these names. TypeError for anything else, as null."""
+    found = {name: part[name] for name in names}
+    for name, size in found.items():
+        if type(size) is not (list if name.endswith("indexes") else int):
+            raise TypeError(f"{name} is {size!r}")
+    return found
 
 
 def hears(shape: Shape) -> bool:

@@ -54,24 +54,18 @@ def load_hf(policy: OmniPolicy, folder: str | Path) -> None:
     used: set[str] = set()
     problems: set[str] = set()
     ours: set[str] = set()
+    slots: list[tuple[Slot, list[str]]] = []  # with the names of what each is made of on this rank
     failure = None
-    try:
+    tp, tp_rank = policy.backend.tp, policy.backend.tp_rank
+    try:  # by the files' headers alone: a folder of another model is refused before it is read
         source = SafetensorsFolder(folder)
         rename, belongs = naming(folder, source)
         ours = set(filter(belongs, source))
         for slot in policy_slots(policy):
             names = {rename(name): shape for name, shape in slot.shapes.items()}
             used |= names.keys()
-            wrong = {f"{name} is missing" for name in names if name not in source} | {
-                f"{name} has shape {list(source.entries[name].shape)} instead of {list(shape)}"
-                for name, shape in names.items()
-                if name in source and source.entries[name].shape != shape
-            }
-            problems |= wrong
-            if not wrong:
-                tp, tp_rank = policy.backend.tp, policy.backend.tp_rank
-                tensors = [source[rename(name)] for name in slot.needed(tp, tp_rank)]
-                slot.parameter.copy_(slot.take(tensors, tp, tp_rank))
+            problems |= set(filter(None, (_problem(source, name, shape) for name, shape in names.items())))
+            slots.append((slot, [rename(name) for name in slot.needed(tp, tp_rank)]))
         if policy.share_embeddings_and_output_weights:
             ours.discard(rename("lm_head.weight"))  # some writers store both names of the tied tensor
     except ValueError as error:
@@ -82,11 +76,42 @@ def load_hf(policy: OmniPolicy, folder: str | Path) -> None:
             raise ValueError(failure)
     problems = problems.union(*(found for _, _, found in everywhere))
     problems |= {f"{name} is unexpected" for name in ours.difference(*(names for _, names, _ in everywhere))}
+    _refuse(folder, problems, ours)
+    try:
+        for slot, needed in slots:
+            slot.parameter.copy_(slot.take([source[name] for name in needed], tp, tp_rank))
+    except ValueError as error:
+        failure = str(error)
+    for failure in policy.backend.all_gather_object(failure):
+        if failure:
+            raise ValueError(failure)
+
+
+def _problem(source: SafetensorsFolder, name: str, shape: Shape) -> str:
+    """What keeps a tensor of the folder from being taken; empty where nothing does."""
+    if name not in source:
+        return f"{name} is missing"
+    entry = source.entries[name]
+    if entry.shape != shape:
+        return f"{name} has shape {list(entry.shape)} instead of {list(shape)}"
+    if not entry.dtype.is_floating_point or entry.dtype.itemsize < 2:  # its scales lie elsewhere
+        return f"{name} is {str(entry.dtype).removeprefix('torch.')}, quantized"
+    return ""
+
+
+def _refuse(folder: str | Path, problems: set[str], ours: set[str]) -> None:
+    """ValueError that lists the problems of the folder's tensors, with the likely remedy; none where there are none."""
     if problems:
         listed = sorted(problems)
         more = f"; and {len(listed) - 8} more" if len(listed) > 8 else ""
         fused = any(name.endswith("experts.gate_up_proj") for name in ours)
-        remedy = "Save its experts one by one, as transformers' save_pretrained does" if fused else "Download it again"
+        remedy = "Download it again"
+        if fused:
+            remedy = "Save its experts one by one, as transformers' save_pretrained does"
+        elif any(problem.endswith("quantized") for problem in problems):
+            remedy = "Take its edition in bfloat16"
+        elif all(problem.endswith("lm_head.weight is missing") for problem in problems):
+            remedy = "Write tie_word_embeddings true beside vision_config, where the head is the embedding"
         raise ValueError(
             f"the weights in {folder} don't match its config.json: {'; '.join(listed[:8])}{more}. {remedy}, or "
             "correct model.path"

@@ -77,9 +77,9 @@ class Run:
         tokenizer = load_tokenizer(config.model.path)
         provenance.introduce(config, backend)
         self.policy = build_policy(config.model.path, backend, config.model, config.parallel, seed=config.seed)
-        load_hf(self.policy, config.model.path)
         self.builder = PromptBuilder(tokenizer, self.policy.hf_config, config.data, config.model.context)
         self.prompt_tokens, self.estimates = measure_lengths(config, self.samples, self.builder)
+        load_hf(self.policy, config.model.path)  # last, as it takes minutes: all that may be refused comes before
         self.loader = MediaLoader(self.builder, manifest.parent, config.data.workers, config.data.decode_deadline_s)
         self.keeps_embeddings = keeps_embeddings(config, backend)
         self.telemetry = Telemetry(self.folder, config, backend)

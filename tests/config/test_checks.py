@@ -90,10 +90,19 @@ def test_a_recipe_of_another_family_is_refused(recipe, shape, says):
     checks.check_family(config)
 
 
+def test_replayed_routes_of_a_dense_model_are_refused_before_there_is_a_folder():
+    wanted = ["dry_run=true", "rl.routing_replay=true"]
+    checks.check_family(load_config(["recipe=omni3_lora", *wanted]))
+    with pytest.raises(ValueError, match="rl.routing_replay=true, but Qwen3-VL is dense"):
+        checks.check_family(load_config(["recipe=vl3_8b", *wanted]))
+
+
 def test_a_folder_of_no_family_is_refused_with_the_reason(config, tmp_path):
     checks.check_family(config)
     path = Path(config.model.path) / "config.json"
-    for text, says in (('{"model_type": "qwen3_vl_moe"}', "in another layout"), ("[]", "config.json: "), ("{", ": ")):
+    quantized = '{"model_type": "qwen2_5_omni", "thinker_config": {"quantization_config": {"quant_method": "awq"}}}'
+    for text, says in (('{"model_type": "qwen3_vl_moe"}', "in another layout"), ("[]", "config.json: "), ("{", ": "),
+                       (quantized, r"quantization_config \(awq\).*bfloat16")):  # fmt: skip
         path.write_text(text)
         with pytest.raises(ValueError, match=says):
             checks.check_family(config)

@@ -207,6 +207,37 @@ def test_what_would_be_computed_otherwise_is_refused(tmp_path, change, says):
         read_config(write(tmp_path, config))
 
 
+@pytest.mark.parametrize(("part", "change", "says"), [
+    ("text_config", {"num_experts": "128"}, "can't be taken .*num_experts.*correct it"),
+    ("text_config", {"num_experts_per_tok": 0}, "num_experts_per_tok is 0"),
+    ("text_config", {"num_key_value_heads": 3}, "num_key_value_heads 3 make no decoder"),
+    ("text_config", {"num_hidden_layers": 2}, "feed more than the 2 layers"),
+    ("text_config", {"vocab_size": 1000}, "tokens of media .* not below vocab_size 1000"),
+    ("text_config", {"rope_scaling": {"rope_type": "default", "mrope_section": [16, 16, 16]}}, "whose sum is 64"),
+    ("text_config", {"rope_scaling": {"rope_type": "default", "mrope_section": None}}, "None is not three numbers"),
+    ("vision_config", {"deepstack_visual_indexes": [8, 16, 27]}, "not of 27 blocks, each once"),
+    ("vision_config", {"deepstack_visual_indexes": [8, 8, 16]}, "not of 27 blocks, each once"),
+    ("vision_config", {"out_hidden_size": 4096}, "out_hidden_size 4096 is not text_config.hidden_size 2048"),
+    ("vision_config", {"num_heads": 7}, "not a multiple of num_heads 7"),
+    ("audio_config", {"output_dim": 1024}, "output_dim 1024 is not text_config.hidden_size 2048"),
+    ("audio_config", {"n_window_infer": 50}, "n_window_infer 50 is less than the 100 frames"),
+])  # fmt: skip
+def test_numbers_that_do_not_fit_are_refused(tmp_path, part, change, says):
+    config = json.loads((SHAPES / "qwen3_omni_30b" / "config.json").read_text())
+    if "rope_scaling" in change:
+        config["text_config"].pop("rope_parameters", None)
+    config[part] |= change
+    with pytest.raises(ValueError, match=f"config.json: .*{says}"):
+        read_config(write(tmp_path, config))
+
+
+def test_quantized_editions_are_refused(tmp_path):
+    for name in ("qwen3_omni_30b", "qwen3_vl_8b"):
+        config = json.loads((SHAPES / name / "config.json").read_text())
+        with pytest.raises(ValueError, match=r"quantization_config \(fp8\).*edition in bfloat16"):
+            read_config(write(tmp_path, config | {"quantization_config": {"quant_method": "fp8"}}))
+
+
 def test_folders_without_a_configuration_are_refused(tmp_path):
     with pytest.raises(ValueError, match="config.json doesn't exist: point model.path to"):
         read_config(tmp_path)

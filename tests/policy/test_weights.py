@@ -269,6 +269,21 @@ def test_wrong_tensors_are_all_named(copy, backend):
     assert "model.layers.2.mlp.up_proj.weight is unexpected" in str(error.value)
 
 
+def test_quantized_tensors_are_refused(copy, backend):
+    """Float8 and whole numbers, whose scales lie elsewhere, would be taken as the weights themselves."""
+    name = "model.layers.1.mlp.up_proj.weight"
+    for dtype in (torch.float8_e4m3fn, torch.int8):
+        edit(copy, lambda tensors: tensors.update({name: tensors[name].float().to(dtype)}))  # noqa: B023
+        with pytest.raises(ValueError, match=f"up_proj.weight is {str(dtype)[6:]}, quantized. Take its edition in bfl"):
+            load(copy, backend)
+
+
+def test_a_head_that_is_missing_is_said_with_the_key(copy, backend):
+    edit(copy, lambda tensors: tensors.pop("lm_head.weight"))
+    with pytest.raises(ValueError, match="lm_head.weight is missing. Write tie_word_embeddings true"):
+        load(copy, backend)
+
+
 def sharded(folder):
     """Spread the folder's tensors over two files with an index."""
     tensors = load_file(folder / "model.safetensors")
