@@ -13,6 +13,7 @@ from typing import Any
 from megatron_avatar.config.families import FAMILIES, NAMES, Family, check_quantized, family_of
 from megatron_avatar.config.load import CONFIG_DIR, differences
 from megatron_avatar.config.schema import Config
+from megatron_avatar.config.validate import check_pixels
 from megatron_avatar.files import step_folders
 
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
@@ -68,6 +69,7 @@ def check_family(config: Config) -> None:
         )
     if config.rl.routing_replay and "num_experts" not in family.text_sizes:
         raise ValueError(f"rl.routing_replay=true, but {family.name} is dense, without experts: leave it out")
+    check_pixels(config.data, family)
 
 
 def _family(path: Path) -> Family:

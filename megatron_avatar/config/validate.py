@@ -10,9 +10,9 @@ import re
 from collections.abc import Collection
 from pathlib import Path
 
-from megatron_avatar.config.families import FAMILIES
+from megatron_avatar.config.families import FAMILIES, Family
 from megatron_avatar.config.paths import NAMES, missing, refuse
-from megatron_avatar.config.schema import LORA_TARGETS, Config, LoraConfig, StageConfig
+from megatron_avatar.config.schema import LORA_TARGETS, Config, DataConfig, LoraConfig, StageConfig
 from megatron_avatar.config.urls import addresses
 
 STAGE_KINDS = ("sft", "rl")
@@ -76,6 +76,14 @@ def check_world(config: Config, world_size: int) -> int:
             "parallel.tp or parallel.pp"
         )
     return data_parallel
+
+
+def check_pixels(data: DataConfig, family: Family) -> None:
+    """Raise ValueError where a picture would have fewer pixels than one visual token of the family."""
+    for key in ("frame_min_pixels", "frame_max_pixels", "image_max_pixels"):
+        if (value := getattr(data, key)) < family.token_pixels:
+            raise ValueError(f"data.{key}={value} must be at least {family.token_pixels}, one visual token of "
+                             f"{family.name}")  # fmt: skip
 
 
 def _check_inputs(config: Config) -> None:

@@ -20,8 +20,9 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from megatron_avatar.config.families import MERGE, OMNI, TEMPORAL_PATCH, Family, family_of
+from megatron_avatar.config.families import FAMILIES, MERGE, TEMPORAL_PATCH, Family, family_of
 from megatron_avatar.config.schema import DataConfig
+from megatron_avatar.config.validate import check_pixels
 from megatron_avatar.data import dali, features
 from megatron_avatar.data.chat import Chat
 from megatron_avatar.data.container import STALE, Fit, MediaError
@@ -73,14 +74,20 @@ def check_words(chat: Chat, key: str, text: str) -> None:
 
 
 def check_tokens(tokenizer: PreTrainedTokenizerBase, config: Any, keys: Sequence[str]) -> None:
-    """ValueError where the tokenizer has no token for an id that the model's configuration names."""
+    """ValueError where ids that the model's configuration names are no control tokens of the tokenizer, each its own,
+    or where the tokenizer has more tokens than the model."""
+    where = tokenizer.name_or_path or "model.path"
+    named: dict[int, str] = {}
     for key in keys:
-        index = getattr(config, key)
-        if tokenizer.convert_ids_to_tokens(index) is None:
-            raise ValueError(
-                f"{tokenizer.name_or_path or 'model.path'}: config.json has {key}={index}, which the tokenizer beside "
-                "it doesn't have: its files belong to another model; download or export the folder again"
-            )
+        index, remedy = getattr(config, key), "its files belong to another model; download or export the folder again"
+        if index not in tokenizer.added_tokens_decoder:
+            raise ValueError(f"{where}: config.json has {key}={index}, which the tokenizer beside it doesn't have as a "
+                             f"control token: {remedy}")  # fmt: skip
+        if (other := named.setdefault(index, key)) != key:
+            raise ValueError(f"{where}: config.json has {index} as {other} and as {key}: {remedy}")
+    if len(tokenizer) > (room := config.text_config.vocab_size):
+        raise ValueError(f"{where}: the tokenizer has {len(tokenizer)} tokens, the model's vocab_size is {room}: take "
+                         "the model's own tokenizer, or make its embeddings and head larger (resize_token_embeddings)")
 
 
 def check_sizes(config: Any, family: Family) -> None:
@@ -114,16 +121,13 @@ class PromptBuilder:
         config = getattr(hf_config, "thinker_config", hf_config)
         self.family = family = features.with_colours(family_of(hf_config.model_type), tokenizer.name_or_path)
         check_sizes(config, family)
-        for key in ("frame_min_pixels", "frame_max_pixels", "image_max_pixels"):
-            if (value := getattr(data, key)) < family.token_pixels:
-                raise ValueError(f"data.{key}={value} must be at least {family.token_pixels}, one visual token of "
-                                 f"{family.name}")  # fmt: skip
+        check_pixels(data, family)
         self.tokenizer, self.data, self.context = tokenizer, data, context
         around = ("vision_start_token_id", "vision_end_token_id") if family.timestamps else ()
-        check_tokens(tokenizer, config, ("image_token_id", "video_token_id", *around))
+        sounds = ("audio_token_id", "audio_start_token_id", "audio_end_token_id") if family.hears else ()
+        check_tokens(tokenizer, config, ("image_token_id", "video_token_id", *around, *sounds))
         self.placeholders: dict[MediaKind, int] = {"image": config.image_token_id, "video": config.video_token_id}
         if family.hears:
-            check_tokens(tokenizer, config, ("audio_token_id", "audio_start_token_id", "audio_end_token_id"))
             self.placeholders["audio"] = config.audio_token_id
         self.expand = Expander(config, family, self.placeholders)
         if family.timestamps:
@@ -193,9 +197,10 @@ class PromptBuilder:
         except ValueError as error:
             raise ValueError(f"sample {sample.id}: {error}") from None
         if not self.family.hears and any(plan.mel_frames for plan in plans):
+            hearing = " or ".join(family.name for family in FAMILIES if family.hears)
             raise ValueError(
                 f"sample {sample.id} has sound, which {self.family.name} doesn't hear; set data.mute=true to leave "
-                f"sound out, or model.path to a {OMNI.name} folder"
+                f"sound out, or model.path to a folder of {hearing}"
             )
         return plans
 

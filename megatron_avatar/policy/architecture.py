@@ -285,7 +285,10 @@ def _check_stages(layers: int, parallel: ParallelConfig, deepstack: int) -> None
     # The first stage carries the encoders as well: rather fewer layers there than an even share.
     wanted = layers / pp if first is None else first
     best = max((n for n in fitting if n <= wanted), default=fitting[0])
+    listed = ", ".join(map(str, fitting))
+    if len(fitting) > 8:
+        listed = f"{fitting[0]} to {fitting[-1]}" + (f" in steps of {pp - 1}" if pp > 2 else "")
     raise ValueError(
         f"{why}: write parallel.first_stage_layers={best} (then {(layers - best) // (pp - 1)} on each other stage; "
-        f"{', '.join(map(str, fitting))} fit) or change parallel.pp"
+        f"{listed} fit) or change parallel.pp"
     )

@@ -97,6 +97,13 @@ def test_replayed_routes_of_a_dense_model_are_refused_before_there_is_a_folder()
         checks.check_family(load_config(["recipe=vl3_8b", *wanted]))
 
 
+def test_fewer_pixels_than_a_token_of_the_family_are_refused_before_there_is_a_folder():
+    few = ["dry_run=true", "data.frame_min_pixels=800", "data.frame_max_pixels=800"]
+    checks.check_family(load_config(["recipe=avatar_7b", *few]))
+    with pytest.raises(ValueError, match="data.frame_min_pixels=800 must be at least 1024, one visual token of Qwen3-"):
+        checks.check_family(load_config(["recipe=vl3_8b", *few]))
+
+
 def test_a_folder_of_no_family_is_refused_with_the_reason(config, tmp_path):
     checks.check_family(config)
     path = Path(config.model.path) / "config.json"

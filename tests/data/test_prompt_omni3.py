@@ -210,6 +210,17 @@ def test_a_tokenizer_without_the_sounds_tokens_is_refused(key):
         PromptBuilder(TOKENIZER, make_omni3_config(TOKENIZER, **{key: 250_000}), DATA, 1000)
 
 
+@pytest.mark.parametrize(("changed", "says"), [
+    (dict(audio_start_token_id=CONFIG.audio_end_token_id), "as audio_start_token_id and as audio_end_token_id"),
+    (dict(image_token_id=5), "config.json has image_token_id=5, which the tokenizer .* as a control token"),
+    (dict(text_config={"vocab_size": 300}), r"the tokenizer has \d+ tokens, the model's vocab_size is 300"),
+])  # fmt: skip
+def test_tokens_of_another_model_are_refused(changed, says):
+    """They would stand in prompts without a word: the sound's begin and end come from config.json alone."""
+    with pytest.raises(ValueError, match=says):
+        PromptBuilder(TOKENIZER, make_omni3_config(TOKENIZER, **changed), DATA, 1000)
+
+
 def test_the_folders_colours_are_taken(tmp_path):
     tokenizer = make_qwen_tokenizer(OMNI3_SPECIAL)
     tokenizer.save_pretrained(tmp_path)
