@@ -82,9 +82,8 @@ def load_hf(policy: OmniPolicy, folder: str | Path) -> None:
             slot.parameter.copy_(slot.take([source[name] for name in needed], tp, tp_rank))
     except ValueError as error:
         failure = str(error)
-    for failure in policy.backend.all_gather_object(failure):
-        if failure:
-            raise ValueError(failure)
+    if failures := list(filter(None, policy.backend.all_gather_object(failure))):
+        raise ValueError(failures[0])
 
 
 def _problem(source: SafetensorsFolder, name: str, shape: Shape) -> str:
