@@ -50,8 +50,9 @@ def load_config(overrides: list[str]) -> Config:
 
     `recipe=NAME` (required) selects config/recipe/NAME.yaml, `ablation=NAME` a change on top of it (null: none);
     every other override names a key of the schema (`rl.n_on=8`, `+stages.visual.rewards.self=0.4` to
-    add an entry to a dictionary, `~stages.visual` to remove one, `+stages.NAME={kind: rl, ...}` to add a stage). Raises ValueError naming the key, the
-    value's expected type or the nearest valid name, and the choices where a recipe or group is unknown.
+    add an entry to a dictionary, `~stages.visual` to remove one, `+stages.NAME={kind: rl, ...}` to add a
+    stage). Raises ValueError naming the key, the value's expected type or the nearest valid name, and the
+    choices where a recipe or group is unknown.
     AVATAR_CLUSTER in the environment is the default of `cluster=`.
     """
     overrides = [_written(readable(item)) for item in overrides if item != "ablation=null"]  # Hydra's own default

@@ -150,7 +150,6 @@ def _misfits(config: PolicyConfig) -> list[str]:
                 f"{groups} make no decoder"]  # fmt: skip
     half, section = _head_size(text) // 2, text.rope_parameters["mrope_section"]
     blocks = list(getattr(vision, "deepstack_visual_indexes", ()))
-    ids = placeholder_ids(config)
     found = {
         f"mrope_section {section} is not three numbers whose sum is {half}, half of a head": not (
             isinstance(section, list | tuple) and len(section) == 3 and all(type(n) is int and n > 0 for n in section)
@@ -159,16 +158,12 @@ def _misfits(config: PolicyConfig) -> list[str]:
         f"deepstack_visual_indexes {blocks} are not of {vision.depth} blocks, each once": (
             len({*blocks} & {*range(vision.depth)}) < len(blocks)
         ),
-        f"deepstack_visual_indexes {blocks} feed more than the {text.num_hidden_layers} layers": (
-            len(blocks) > text.num_hidden_layers
-        ),
         f"vision_config.out_hidden_size {vision.out_hidden_size} is not text_config.hidden_size {text.hidden_size}": (
             vision.out_hidden_size != text.hidden_size
         ),
         f"vision_config.hidden_size {vision.hidden_size} is not a multiple of num_heads {vision.num_heads}": (
             vision.hidden_size % vision.num_heads != 0
         ),
-        f"the tokens of media {ids} are not below vocab_size {text.vocab_size}": max(ids) >= text.vocab_size,
         "num_experts_per_tok is 0": experts_of(config) > 0 and text.num_experts_per_tok < 1,
     }
     if audio is not None:
