@@ -114,31 +114,25 @@ class _Family:
     trained: dict[str, str] = field(default_factory=dict)  # what is computed -> system
 
     def build_main(self) -> None:
-        """The base, models that are evaluated only, the cold start, and the main systems. `sft_seed`: one cold start of
-        that seed for all of them."""
-        own, first = self._made(), self.seed == self.graph.profile["seeds"][0]
-        if "sft_seed" not in self.parts:
-            self._build_start(own)
-        elif first:
-            self._of_start()._build_start(own)
-        if "sft_seed" in self.parts:
+        """The base, models that are evaluated only, the cold start, and the main systems. `one_sft`: the first seed's
+        cold start is that of all."""
+        own, start = self._made(), self._of_start()
+        if start.seed == self.seed:
+            self.evaluate("base", self.parts["base"], own)
+            if "sft" in self.parts:
+                task = self.train("sft", self._cold_start(), own)
+                self.evaluate("sft", self._start(), [task])
+        else:
             for kind, system in (("predictions", "base"), ("predictions", "sft"), ("runs", "sft")):
-                if self.seed != self.parts["sft_seed"]:
-                    self.graph.links[self.folder(kind, system)] = self._of_start().folder(kind, system)
+                self.graph.links[self.folder(kind, system)] = start.folder(kind, system)
         for system, folder in self.parts["models"].items():
-            if first:
+            if self.seed == self.graph.profile["seeds"][0]:
                 self.evaluate(system, folder, own)
         self._systems(self.parts["systems"])
 
-    def _build_start(self, own: list[str]) -> None:
-        self.evaluate("base", self.parts["base"], own)
-        if "sft" in self.parts:
-            task = self.train("sft", self._cold_start(), own)
-            self.evaluate("sft", self._start(), [task])
-
     def _of_start(self) -> _Family:
         """This family on the seed of its cold start."""
-        return replace(self, seed=self.parts.get("sft_seed", self.seed))
+        return replace(self, seed=self.graph.profile["seeds"][0] if self.parts.get("one_sft") else self.seed)
 
     def build_sweeps(self) -> None:
         """Groups of sweeps and systems, each on the seeds that it has."""

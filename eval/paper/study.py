@@ -190,8 +190,10 @@ def _sweep(folder: Folder, name: str, members: list[str]) -> dict[str, Any]:
 
 
 def _sweep_word(differ: bool, seeds: int, whole: bool) -> str:
-    if seeds < PLANNED_SWEEP or not whole:
-        return f"{seeds} of {PLANNED_SWEEP} seeds so far" if seeds < PLANNED_SWEEP else "members are missing"
+    if seeds < PLANNED_SWEEP:
+        return f"{seeds} of {PLANNED_SWEEP} seeds so far"
+    if not whole:
+        return "members are missing"
     return "best and worst differ" if differ else "no difference is shown"
 
 
