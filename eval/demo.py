@@ -22,7 +22,8 @@ import psutil
 from rich.console import Console
 from rich.markup import escape
 
-from eval.jobs import Command, Job, PeakMemory, last_value, lines_of, read_ahead, run_all
+from eval.forked import read_ahead
+from eval.jobs import Command, Job, PeakMemory, last_value, lines_of, run_all
 
 console = Console()
 SYSTEMS = ("base", "sft", "grpo", "avatar")
@@ -237,7 +238,7 @@ def main() -> None:
         console.print(f"everything goes to [bold]{folder}[/]; Ctrl-C saves and stops, the same command goes on")
     growing = Growing(out, arguments.seed)
     if known - set(reused):
-        read_ahead(["eval.ahead"])
+        read_ahead()
     try:
         run_all(jobs, reused, PROCESSES, console, tick=growing, ended=lambda job, seconds, done: ledger.add(
             {job.name: seconds}, memory.peak_mib, done=job.name if done else None))  # fmt: skip

@@ -1,23 +1,13 @@
-"""Commands of this machine side by side, as many as it has room for: what the demo runs its parts with.
-
-A command is a module that is run as `python -m` runs it, in a process that is forked from one which has read the large
-libraries already: reading them takes longer than many a part.
-"""
+"""Commands of this machine side by side, as many as it has room for: what the demo runs its parts with."""
 
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
-import runpy
-import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Literal
@@ -26,14 +16,10 @@ import psutil
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from eval import forked
+
 POLL_S = 0.2
 LOOK_S = 1.0  # between two looks at how far a job is: files are counted for that
-# Logs are of one width. Threads that wait asleep: spinning ones would take the other job's core. Whether there is a GPU
-# is asked without waking it: a process that has, can't be forked.
-ENVIRONMENT = {"COLUMNS": "120", "OMP_WAIT_POLICY": "PASSIVE", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
-# What takes longest to read of what trainings and evaluations use: read once, by eval/ahead.py.
-LIBRARIES = ("eval.engine", "megatron_avatar.training.loop", "megatron_avatar.training.replay_step",
-             "transformers.models.qwen2_5_omni.modeling_qwen2_5_omni")  # fmt: skip
 
 
 @dataclass
@@ -72,13 +58,10 @@ class Job:
         self.command.log.parent.mkdir(parents=True, exist_ok=True)
         self.command.log.touch()
         world = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
-        context = multiprocessing.get_context(self.start_by)
         for rank in range(processes):
             place = world | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
-            command = self.command
-            process = context.Process(target=_run, args=(command.module, command.arguments, str(command.log), place))
-            process.start()
-            self.running.append(process)
+            self.running.append(forked.start(self.command.module, self.command.arguments, self.command.log,
+                                             forked.ENVIRONMENT | place, self.start_by))  # fmt: skip
 
     def status(self) -> int | None:
         """None while it runs; the first status that isn't 0, whatever the other processes do; else 0."""
@@ -91,40 +74,6 @@ class Job:
                 process.terminate()
         for process in self.running:
             process.join()
-
-
-def _run(module: str, arguments: list[str], log: str, place: dict[str, str]) -> None:
-    """`python -m module arguments` in this process, at its `place` among its ranks, with all that it says in `log`."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # the process that this one is forked from ignores it
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    with open(log, "ab") as file:
-        for number in (1, 2):
-            os.dup2(file.fileno(), number)
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(line_buffering=True, write_through=True)  # type: ignore[union-attr]  # a TextIOWrapper
-    os.environ |= {**ENVIRONMENT, **place}
-    sys.argv = [module, *arguments]
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
-
-
-def _end_with_parent() -> None:
-    """However the parent ends: state is saved, and nothing computes on unseen."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-def read_ahead(modules: Sequence[str]) -> None:
-    """Let the process that jobs are forked from begin to read `modules`, beside whatever goes on."""
-    multiprocessing.set_forkserver_preload(list(modules))
-    before = dict(os.environ)
-    os.environ |= ENVIRONMENT  # read when the libraries are
-    try:
-        forkserver.ensure_running()
-    finally:
-        os.environ.clear()
-        os.environ |= before
 
 
 def free_port() -> int:

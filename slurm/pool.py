@@ -1,7 +1,8 @@
 """Tasks on this machine: one process works them off, what is ready first, `concurrency` at a time.
 
-It outlives the command that started it. FOLDER/running/NAME and FOLDER/failed/NAME say how tasks stand; what is done
-has its own file.
+It outlives the command that started it. Trainings and evaluations of one process are forked from one that has read the
+libraries: a study in small is hundreds of them, of a minute or two each. FOLDER/running/NAME and FOLDER/failed/NAME say
+how tasks stand; what is done has its own file.
 """
 
 from __future__ import annotations
@@ -12,18 +13,23 @@ import os
 import shlex
 import signal
 import subprocess
+import sys
 import time
 from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import psutil
 
+from eval import forked
 from megatron_avatar.resilience import ended, queue
 from megatron_avatar.resilience.ended import FAILED, HUNG, INTERRUPTED, REFUSED, SIGNALS
 from slurm import launch
 from slurm.tasks import Task, TaskFailed
 
 POLL_S = 0.2
+ROOT = Path(__file__).resolve().parents[1]  # of the code that this process runs, which is what it can fork
+FORKED = ("megatron_avatar.train", "eval.run")  # what needs the libraries that are read
 
 
 @dataclass
@@ -34,7 +40,8 @@ class Pool:
     chosen: list[str]
     folder: Path
     concurrency: int
-    children: dict[str, subprocess.Popen] = field(default_factory=dict)
+    children: dict[str, subprocess.Popen | BaseProcess] = field(default_factory=dict)
+    forks_in: dict[str, str] = field(default_factory=dict)  # the environment of the process that tasks are forked from
 
     def __call__(self) -> None:
         """Run until all are done, failed, or a stop signal came; raises TaskFailed where one of them isn't done."""
@@ -51,7 +58,8 @@ class Pool:
             if stopped and not told:  # trainings save their state; they end with status 75
                 told = True
                 for child in self.children.values():
-                    child.send_signal(stopped[0])
+                    if _status(child) is None and child.pid:
+                        os.kill(child.pid, stopped[0])
             self._collect(by_name, waiting, stopped)
             for task in list(waiting) if not stopped else []:
                 state = self._state(task, by_name)
@@ -76,31 +84,38 @@ class Pool:
             return "failed"
         return "ready" if all(n.done.exists() or n in gone for n in needed) else "waiting"
 
-    def _start(self, task: Task) -> subprocess.Popen:
-        config = task.config()
+    def _start(self, task: Task) -> subprocess.Popen | BaseProcess:
+        config, parent, code = task.config(), os.getpid(), Path(task.code).resolve()
         ranks = math.prod(task.layout())
         several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-        what = [task.module, *task.arguments] if task.module else ["megatron_avatar.train", *task.settings]
-        command = [*launch.command(config, Path(task.code)), *several, "-m", *what]
-        parent = os.getpid()
+        module, arguments = (task.module, task.arguments) if task.module else ("megatron_avatar.train", task.settings)
+        command = [*launch.command(config, code), *several, "-m", module, *arguments]
+        own = {"AVATAR_ENDED": task.ended}
+        environment = {"AVATAR_CHAIN": f"local-{parent}", "OMP_WAIT_POLICY": "PASSIVE", **queue.outside(),
+                       **launch.environment(config, code)}  # fmt: skip
+        ended.forget(task.ended)
+        with task.opened_log() as log:
+            print(f"$ {shlex.join(command)}", file=log, flush=True)
+        forks = module in FORKED and ranks == 1 and code == ROOT and launch.command(config, code) == [sys.executable]
+        if forks and self.forks_in in ({}, environment):
+            if not self.forks_in:
+                forked.read_ahead(environment)
+                self.forks_in = environment
+            return forked.start(module, arguments, Path(log.name), own, session=True)
 
         def die_with_parent() -> None:
             ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
             if os.getppid() != parent:
                 os._exit(1)
 
-        ended.forget(task.ended)
-        environment = {"AVATAR_CHAIN": f"local-{parent}", "OMP_WAIT_POLICY": "PASSIVE", **queue.outside(),
-                       **launch.environment(config, Path(task.code)), "AVATAR_ENDED": task.ended}  # fmt: skip
         with task.opened_log() as log:
-            print(f"$ {shlex.join(command)}", file=log, flush=True)
-            return subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment,
+            return subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment | own,
                                     start_new_session=True, preexec_fn=die_with_parent)  # fmt: skip
 
     def _collect(self, by_name: dict[str, Task], waiting: list[Task], stopped: list[int]) -> None:
         """Take note of children that have ended; one that may be tried again waits again."""
         for name, child in list(self.children.items()):
-            status = child.poll()
+            status = _status(child)
             if status is None:
                 continue
             del self.children[name]
@@ -120,6 +135,10 @@ class Pool:
         path = self.folder / kind / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch() if there else path.unlink(missing_ok=True)
+
+
+def _status(child: subprocess.Popen | BaseProcess) -> int | None:
+    return child.poll() if isinstance(child, subprocess.Popen) else child.exitcode
 
 
 def states(folder: Path, jobs: dict[str, str]) -> dict[str, str]:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -182,6 +185,49 @@ def test_a_pool_reads_what_torchrun_does_not_return(tmp_path, monkeypatch, told,
     assert len(list(task.folder.glob("start-*"))) == starts
     assert task.done.exists() == (failed == 0 and 2 not in told) and tasks.failures(task) == failed
     assert not list(task.folder.glob(".ended-*"))
+
+
+def test_a_pool_forks_what_needs_the_libraries_and_can_stop_it(tmp_path):
+    """Each task tells where it ran and what it found. In a process of its own, as a fork server is begun once."""
+    code = f"""if __name__ == "__main__":
+    import functools, os, signal, threading, time
+    from pathlib import Path
+    from slurm import pool
+    from slurm.tasks import Task, TaskFailed
+    from tests.test_jobs import ROOT
+    os.chdir(ROOT)
+    pool.forked.read_ahead = functools.partial(pool.forked.read_ahead, modules=["wave"])
+    pool.FORKED = ("tests.eval.one_line",)
+    out, own, tasks = Path({str(tmp_path)!r}), os.getpid(), []
+    tell = "import os, sys; print('wave' in sys.modules, os.getppid() == {{own}}, os.getsid(0) == os.getpid(), " \\
+           "[n for n in os.environ if n.startswith('SLURM_JOB')], os.environ['WHAT'], os.environ['AVATAR_ENDED'][-2:])"
+    codes = dict(a=tell, b=tell, other=tell, bad="raise SystemExit(3)",
+                 stop="import time; open('{{out}}/began', 'w').close(); time.sleep(300)")
+    for name, line in codes.items():
+        settings = ["recipe=tiny_sft", "model.path=assets/tiny_base", "data.manifest=-", "cluster=local",
+                    f"+cluster.env.WHAT={{int(name == 'other')}}"]
+        tasks.append(Task(name, out, settings, out / f"{{name}}.done", "tests.eval.one_line", False,
+                          [line.format(own=own, out=out)], retries=0, code=str(ROOT)))
+    def stop():
+        while not (out / "began").exists():
+            time.sleep(0.05)
+        os.kill(own, signal.SIGTERM)
+    threading.Thread(target=stop, daemon=True).start()
+    try:
+        pool.Pool(tasks, list(codes), out, 2)()
+    except TaskFailed as error:
+        print(error)
+"""
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    ran = subprocess.run([sys.executable, script], env={**os.environ, **INTERACTIVE, "PYTHONPATH": str(ROOT)},
+                         capture_output=True, text=True, check=True, timeout=120)  # fmt: skip
+    assert "was stopped; run the same command again to continue without bad, stop" in ran.stdout, ran.stderr
+    said = {name: (tmp_path / f"{name}.log").read_text().splitlines() for name in ("a", "b", "other")}
+    assert all(lines[0].startswith("$ ") for lines in said.values())
+    assert [lines[1] for lines in said.values()] == [
+        "True False True [] 0 -a", "True False True [] 0 -b", "False True True [] 1 er"]  # fmt: skip
+    assert {path.name for path in (tmp_path / "failed").iterdir()} == {"bad"}
 
 
 # ---- what is shown ---------------------------------------------------------------------------------------------------

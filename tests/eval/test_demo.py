@@ -12,7 +12,8 @@ import pytest
 from data_tools import pretrain
 from eval import demo
 from eval.demo import Growing, Ledger
-from eval.jobs import ENVIRONMENT, LIBRARIES, startable
+from eval.forked import ENVIRONMENT, LIBRARIES
+from eval.jobs import startable
 from eval.paper.figures import training
 from megatron_avatar.config import load_config
 from tests.eval.made_up import write_lines, write_run

@@ -73,9 +73,10 @@ def test_what_is_read_ahead_is_there_when_a_job_begins(tmp_path):
     code = f"""if __name__ == "__main__":
     from pathlib import Path
     from rich.console import Console
-    from eval.jobs import read_ahead, run_all
+    from eval.forked import read_ahead
+    from eval.jobs import run_all
     from tests.eval.test_jobs import job
-    read_ahead(["wave"])
+    read_ahead(modules=["wave"])
     run_all([job("a", code="import sys, os; print('wave' in sys.modules, os.environ['OMP_WAIT_POLICY'])",
                  root=Path({str(tmp_path)!r}))], (), 1, Console(quiet=True), ended=lambda *_: None)
 """
