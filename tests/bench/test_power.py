@@ -22,6 +22,13 @@ def test_seeds_deviate_as_in_the_first_study():
     assert 100 * np.mean([d.var(ddof=1) for d in drawn]) ** 0.5 == pytest.approx(3.5, abs=0.4)
 
 
+@pytest.mark.parametrize(("deviation", "items"), [(4.7, 630), (3.5, 630), (6.0, 150)])
+def test_seeds_deviate_as_they_are_told_to(deviation, items):
+    rng, seed = np.random.default_rng(1), power.seed_of(deviation / 100, items)
+    drawn = [np.subtract(*power.answers(16, items, 0.0, rng, seed)).mean(axis=1) for _ in range(60)]
+    assert 100 * np.mean([d.var(ddof=1) for d in drawn]) ** 0.5 == pytest.approx(deviation, rel=0.1)
+
+
 def test_nothing_is_shown_one_time_in_twenty_and_much_always():
     assert power.power(5, 200, 0.0, questions=1, repetitions=200) < 0.12
     assert power.power(5, 200, 0.25, questions=1, repetitions=40) == 1
@@ -37,3 +44,6 @@ def test_the_command_says_what_is_enough(capsys, monkeypatch):
     assert told["first_enough"] == next(cell for cell in told["cells"] if cell["power"] >= 0.8)
     with pytest.raises(SystemExit):
         power.main(["--seeds", "1"])
+    with pytest.raises(SystemExit):  # chance alone is more
+        power.main(["--deviation", "1", "--items", "60"])
+    assert "over 60 items chance in single answers alone makes " in capsys.readouterr().err
