@@ -31,9 +31,13 @@ class HintPolicy:
 
     def variant(self, sample_id: str, has_hint: bool, ahead: int = 0) -> Variant:
         """The variant of the visit that comes after `ahead` others, which are not noted yet; changes nothing."""
-        if not (self._config.enabled and has_hint) or sample_id not in self._visits or self._recovered(sample_id):
-            return "plain"
-        return "plain" if (self._visits[sample_id] + ahead + 1) % self._config.plain_every == 0 else "hinted"
+        every = self.stands_for(sample_id, has_hint)
+        return "plain" if every == 1 or (self._visits[sample_id] + ahead + 1) % every == 0 else "hinted"
+
+    def stands_for(self, sample_id: str, has_hint: bool) -> int:
+        """Of how many of a prompt's visits, now, one is plain."""
+        in_use = self._config.enabled and has_hint and sample_id in self._visits and not self._recovered(sample_id)
+        return self._config.plain_every if in_use else 1
 
     def update(self, sample_id: str, variant: Variant, *, kl: float | None = None) -> None:
         """Note a visit, once the tracker holds the whole step's rewards.

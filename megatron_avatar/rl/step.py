@@ -23,12 +23,16 @@ from megatron_avatar.rl.tracker import RewardTracker
 
 @dataclass(frozen=True)
 class Visit:
-    """One prompt of a step: which sample, in which variant, and the key of its randomness."""
+    """One prompt of a step: which sample, in which variant, and the key of its randomness.
+
+    stands_for: visits of this prompt, hinted ones too, for which a plain one speaks.
+    """
 
     sample_id: str
     variant: Variant
     key: str
     revisit: bool
+    stands_for: int = 1
 
 
 class Order(Protocol):
@@ -57,17 +61,31 @@ def choose_prompts(
     for index, sample_id in enumerate([*order.take(n - n_revisit), *map(str, revisits)]):
         occurrence = seen[sample_id] = seen.get(sample_id, -1) + 1
         variant: Variant = "plain"
+        stands_for = 1
         if hints is not None:
             variant = hints.variant(sample_id, sample_id in hintable, ahead=occurrence)
+            stands_for = hints.stands_for(sample_id, sample_id in hintable)
         visit_key = "/".join(map(str, (*key, sample_id, occurrence)))
-        visits.append(Visit(sample_id, variant, visit_key, index >= n - n_revisit))
+        visits.append(Visit(sample_id, variant, visit_key, index >= n - n_revisit, stands_for))
     return visits
 
 
-def plain_completions(visits: Sequence[Visit], by_visit: Mapping[int, list[Trajectory]]) -> list[Trajectory]:
-    """Those of prompts that came in their turn and without a hint; `by_visit` maps a visit's place to its own."""
-    plain = (k for k, visit in enumerate(visits) if visit.variant == "plain" and not visit.revisit)
-    return [trajectory for k in plain for trajectory in by_visit.get(k, [])]
+def turn_accuracy(visits: Sequence[Visit], by_visit: Mapping[int, list[Trajectory]]) -> float | None:
+    """Accuracy of the prompts that came in their turn, as if none had been hinted; None where none was scored.
+
+    `by_visit` maps a visit's place to its completions.
+
+    Prompts that get hints are the hard ones, so each of their rare plain visits counts for all that it stands for
+    (Horvitz and Thompson, 1952): right in the mean over steps, while a single step may exceed 1.
+    """
+    right, turns = 0.0, 0
+    for k, visit in enumerate(visits):
+        scores = [t.parts.get("accuracy", np.nan) for t in by_visit.get(k, [])]
+        scores = [score for score in scores if not np.isnan(score)]
+        if scores and not visit.revisit:
+            turns += 1
+            right += visit.stands_for * float(np.mean(scores)) * (visit.variant == "plain")
+    return right / turns if turns else None
 
 
 def rewards_of(trajectories: Sequence[Trajectory]) -> np.ndarray:

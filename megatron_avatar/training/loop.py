@@ -38,8 +38,8 @@ from megatron_avatar.rl.step import (
     choose_prompts,
     commit,
     draw_replay,
-    plain_completions,
     rewards_of,
+    turn_accuracy,
 )
 from megatron_avatar.rl.tracker import RewardTracker
 from megatron_avatar.training import metrics, provenance
@@ -336,7 +336,7 @@ class Run:
         if (words := self.format.see(fresh, config.data)) and backend.rank == 0:
             log.warning(words)
         return metrics.rl_record(
-            fresh=fresh, plain=plain_completions(visits, by_visit), drawn=drawn, stats=stats,
+            fresh=fresh, accuracy=turn_accuracy(visits, by_visit), drawn=drawn, stats=stats,
             off_advantages=off_advantages, clipped=clipped,
             on_advantages=backend.all_gather_object_dp([g.advantages for g in groups]),
             vanished=gone / max(len(visits), 1), step=self.step, tracker=self.tracker, buffer=self.buffer,

@@ -35,14 +35,14 @@ def histogram(values: Sequence[float] | np.ndarray, edges: np.ndarray) -> list[i
 
 
 def rl_record(
-    *, fresh: list[Trajectory], plain: list[Trajectory], drawn: list[list[Trajectory]], stats: dict,
+    *, fresh: list[Trajectory], accuracy: float | None, drawn: list[list[Trajectory]], stats: dict,
     on_advantages: list[list[np.ndarray]], off_advantages: list[np.ndarray], clipped: float, vanished: float, step: int,
     tracker: RewardTracker, buffer: ReplayBuffer | None, visits: int, hinted: int, in_use: int, pool: Collection[str],
     completions_generated: int, lr: float, updates: int, own: Collection[str] = (),
 ) -> dict:
     """What a step of reinforcement learning logs; statistics are those of the whole step, over all ranks.
 
-    own: names of rewards of the user's. plain: those of `fresh` whose prompt came in its turn and without a hint.
+    own: names of rewards of the user's. accuracy: of the prompts in their turn, as if none had been hinted.
     """
     replayed = [t for group in drawn for t in group]
     tiers = tracker.tiers()
@@ -59,7 +59,7 @@ def rl_record(
         "reward": mean_or_none([t.reward for t in fresh]),
         **{f"reward/{n}": mean_or_none([t.parts.get(n, np.nan) for t in fresh]) for n in (*REWARDS, *own)},
         "correct": mean_or_none([t.parts.get("correct", np.nan) for t in fresh]),
-        "accuracy/plain": mean_or_none([t.parts.get("accuracy", np.nan) for t in plain]),
+        "accuracy/turn": accuracy,
         "vanished": vanished,
         **{f"tier/{name}": int(sizes.get(name, 0)) for name in ("easy", "medium", "hard")},
         "rbar_hist": histogram(rbar, np.linspace(0, 1, 11)),

@@ -87,7 +87,7 @@ def rl_step(name: str, step: int, steps: int) -> dict:
     record = {
         "step": step + 1, "stage": stage, "stage_step": step % 10 + 1,
         "reward": 0.4 + step / 100 + 0.05 * random.normal(),
-        "reward/format": 0.9, "reward/accuracy": 0.3 + step / 80, "accuracy/plain": 0.3 + step / 80,
+        "reward/format": 0.9, "reward/accuracy": 0.3 + step / 80, "accuracy/turn": 0.3 + step / 80,
         "reward/self": None, "reward/judge": None,
         "vanished": 0.3, "tier/easy": step, "tier/medium": 2 * step, "tier/hard": 3 * step, "rbar_hist": [1] * 10,
         "replay/age": 2.0 if step else None, "replay/age_max": step if step else None,

@@ -41,7 +41,7 @@ def step(system: str, seed: int, number: int, updates: int, pace: float) -> dict
     accuracy = min(1.0, 0.2 + 0.6 * pace * within / length) + 0.02 * random.normal()
     record = {
         "step": number + 1, "stage": stage, "solvability": solved, "solvability/plain": 0.9 * solved,
-        "reward/accuracy": accuracy, "accuracy/plain": accuracy,
+        "reward/accuracy": accuracy, "accuracy/turn": accuracy,
         "completions_generated": per_step * (number + 1), "vanished": 0.4 if system == "grpo" else 0.2,
         "advantages": {"edges": np.linspace(-5, 5, 41).tolist(), "on": on,
                        "off": [0] * 40 if system == "grpo" else on[::-1]},

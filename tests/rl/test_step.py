@@ -18,7 +18,7 @@ from megatron_avatar.rl.step import (
     choose_prompts,
     commit,
     draw_replay,
-    plain_completions,
+    turn_accuracy,
 )
 from megatron_avatar.rl.tracker import RewardTracker
 from megatron_avatar.training.loop import Run
@@ -38,10 +38,10 @@ def choose(n: int, share: float, step: int, tracker: RewardTracker, hints: HintP
     return choose_prompts(n, share, SampleOrder(POOL, 0, "s"), tracker, hints, POOL, POOL, (0, "s", step))
 
 
-def trajectory(name: str, reward: float, step: int = 0) -> Trajectory:
+def trajectory(name: str, reward: float, step: int = 0, variant: str = "plain", **parts: float) -> Trajectory:
     completion = Completion(np.array([1]), np.zeros(1, np.float32), True)
-    parts = {"accuracy": reward, "correct": float(reward == 1)}
-    return Trajectory(name, "plain", completion, reward, parts, 0.0, "ref", "s", step, step)
+    parts = {"accuracy": reward, "correct": float(reward == 1), **parts}
+    return Trajectory(name, variant, completion, reward, parts, 0.0, "ref", "s", step, step)
 
 
 @pytest.mark.parametrize(("n", "share"), [(1, 0.25), (8, 0.25), (6, 0.25), (3, 0.0), (2, 1.0)])
@@ -64,11 +64,33 @@ def test_without_history_every_prompt_is_fresh():
     assert not any(v.revisit for v in choose(8, 1.0, 0, RewardTracker()))
 
 
-def test_plain_completions_leave_out_revisits_and_hints():
-    kinds = [("plain", False), ("hinted", False), ("plain", True), ("hinted", True), ("plain", False), ("plain", False)]
-    visits = [Visit(f"p{k}", variant, str(k), revisit) for k, (variant, revisit) in enumerate(kinds)]
-    by_visit = {k: [trajectory(f"p{k}", 1.0)] * 2 for k in range(5)}  # the last one was set aside
-    assert [t.sample_id for t in plain_completions(visits, by_visit)] == ["p0", "p0", "p4", "p4"]
+def test_accuracy_in_turn_leaves_out_revisits_and_what_was_set_aside():
+    kinds = [("plain", False, 1), ("hinted", False, 4), ("plain", True, 1), ("hinted", True, 4), ("plain", False, 4),
+             ("plain", False, 1), ("plain", False, 1)]  # fmt: skip
+    visits = [Visit(f"p{k}", variant, str(k), revisit, stands_for)
+              for k, (variant, revisit, stands_for) in enumerate(kinds)]  # fmt: skip
+    scores = [[1, 0], [1, 1], [1, 1], [1, 1], [0, 0.25], [np.nan, 0.75]]  # of the last prompt nothing is there
+    by_visit = {k: [trajectory(f"p{k}", 1.0, accuracy=score) for score in own]
+                for k, own in enumerate(scores)}  # fmt: skip
+    assert turn_accuracy(visits, by_visit) == pytest.approx((0.5 + 0 + 4 * 0.125 + 0.75) / 4)
+    assert turn_accuracy(visits[2:4], by_visit) is None and turn_accuracy(visits, {}) is None
+
+
+@pytest.mark.parametrize("plain_every", [1, 2, 4])
+def test_accuracy_in_turn_is_that_of_all_prompts_though_the_hard_ones_are_hinted(plain_every):
+    """Of ten prompts three never succeed and get their hints: the plain ones alone would say 1.0, or near it."""
+    tracker, names = RewardTracker(), [f"p{k}" for k in range(10)]
+    hints, order = HintPolicy(HintConfig(patience=1, plain_every=plain_every), tracker), SampleOrder(names, 0, "s")
+    found = []
+    for step in range(400):
+        visits = choose_prompts(5, 0.4, order, tracker, hints, names, names, ("s", 0, step))
+        by_visit = {}
+        for k, visit in enumerate(visits):
+            right = float(visit.sample_id not in names[:3] or visit.variant == "hinted")
+            by_visit[k] = [trajectory(visit.sample_id, right, step, visit.variant)]
+        found.append(turn_accuracy(visits, by_visit))
+        commit(visits, by_visit, tracker, hints, None)
+    assert np.mean(found[50:]) == pytest.approx(0.7, abs=0.04)
 
 
 def test_a_step_feeds_hints_that_nobody_uses_yet():

@@ -31,7 +31,7 @@ def test_a_step_is_described_by_what_it_did():
     drawn = [[trajectory("b", 2, 1.0, 1.0), trajectory("b", 4, 0.0, 0.0)], [trajectory("c", 8, 0.2, 0.0)]]
     off = [np.array([1.5, 0.0], np.float32), np.array([-0.5], np.float32)]
     record = metrics.rl_record(
-        fresh=fresh, plain=fresh[:1], drawn=drawn, stats=STATS, on_advantages=[[np.array([1.0, -1.0])]],
+        fresh=fresh, accuracy=1.0, drawn=drawn, stats=STATS, on_advantages=[[np.array([1.0, -1.0])]],
         off_advantages=off, clipped=0.25, vanished=0.5, step=9, tracker=RewardTracker(),
         buffer=ReplayBuffer(ReplayConfig()), visits=4, hinted=1, in_use=2, pool=["a", "b"], completions_generated=80,
         lr=1e-6, updates=2,
@@ -47,5 +47,5 @@ def test_a_step_is_described_by_what_it_did():
     assert record["kl"] == 0.2, "over fresh tokens, not over all of them"
     assert record["entropy"] == 0.5 and record["ratio/mean"] == 1.25 and record["clip_fraction"] == 0.1
     assert record["reward"] == record["reward/accuracy"] == 0.75 and record["correct"] == 0.5
-    assert record["accuracy/plain"] == 1.0 and record["reward/judge"] is None and "reward/correct" not in record
+    assert record["accuracy/turn"] == 1.0 and record["reward/judge"] is None and "reward/correct" not in record
     assert sum(record["advantages"]["off"]) == 3 and sum(record["advantages"]["on"]) == 2

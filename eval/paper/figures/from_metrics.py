@@ -29,7 +29,7 @@ HINTS = {
     "avatar": ["components_avatar", "avatar"],
 }
 LOGGED = {
-    "reward": "reward", "accuracy, prompts in turn, no hint": "accuracy/plain", "groups without a signal": "vanished",
+    "reward": "reward", "accuracy, prompts in turn": "accuracy/turn", "groups without a signal": "vanished",
     "tokens of a completion": "length", "hinted prompts of an update": "hints/visits",
 }  # fmt: skip
 COUNTS = ("tokens of a completion", "hinted prompts of an update")
@@ -122,9 +122,10 @@ def sample_efficiency(folder: Folder) -> Entry:
     if figure is None:
         return Entry(name, title, None, reason="no training has logged accuracies and completions generated")
     caption = joined(
-        f"Accuracy of completions of prompts in their turn, without hints, mean over {REACH_WINDOW} updates of one "
-        "stage, against the completions generated in it.",
-        "AVATAR's revisits and hinted prompts are left out, and so some hard prompts." * ("avatar" in trainings),
+        f"Accuracy on prompts in their turn, as if none had been hinted, mean over {REACH_WINDOW} updates of a stage, "
+        "against the completions generated in it.",
+        "AVATAR's revisits are left out; a plain visit of a hinted prompt counts for those around it, too."
+        * ("avatar" in trainings),
         BANDS, *told(reached), seeds_told(trainings), published("sample_efficiency"),
     )  # fmt: skip
     return Entry(name, title, figure, caption, sources=sources(folder.out, trainings))
@@ -134,7 +135,7 @@ def _by_completions(trainings: Mapping[str, Mapping[int, Training]], stage: str)
     """Runs are averaged update by update, and so are the completions generated until then."""
     found = {}
     for system, runs in trainings.items():
-        curves = [stage_curve(t.records, stage, "accuracy/plain") for t in runs.values()]
+        curves = [stage_curve(t.records, stage, "accuracy/turn") for t in runs.values()]
         counts = band([(np.arange(len(c.completions)), c.completions) for c in curves])
         rewards = band([(np.arange(len(c.means)), c.means) for c in curves])
         if counts is not None and rewards is not None:

@@ -205,7 +205,8 @@ def sample_efficiency(panels: Bands, reached: Sequence[Reach]) -> Figure | None:
     if not panels:
         return None
     with styled():
-        figure, axes = grid(len(panels), 3, size=(3.3, 2.8))
+        alone = len(panels) == 1  # room for the legend
+        figure, axes = grid(len(panels), 3, size=(4.6, 3.2) if alone else (3.3, 2.8))
         for panel, (title, curves) in zip(axes, panels.items(), strict=True):
             for system, curve in curves.items():
                 draw_band(panel, curve, LOOKS[system])
@@ -217,5 +218,5 @@ def sample_efficiency(panels: Bands, reached: Sequence[Reach]) -> Figure | None:
                            label="AVATAR first there, each seed")  # fmt: skip
             panel.set(title=title.replace("_", "-"), xlabel="completions generated in the stage")
         axes[0].set_ylabel("accuracy")
-        legend_above(figure, axes)
+        legend_above(figure, axes, columns=2 if alone else 4)
     return figure

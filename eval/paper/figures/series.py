@@ -113,7 +113,7 @@ class Reach:
 
 
 def completions_to_reach(
-    records: Records, other: Records, key: str = "accuracy/plain", window: int = REACH_WINDOW
+    records: Records, other: Records, key: str = "accuracy/turn", window: int = REACH_WINDOW
 ) -> list[Reach]:
     """For every stage of both runs: completions after which `records` first reaches `other`'s final smoothed `key`.
 

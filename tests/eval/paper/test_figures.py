@@ -27,7 +27,7 @@ def flat(values, seeds=1):
 
 def steps(stage, rewards, start=0, before=0, each=4):
     return [
-        {"step": start + i + 1, "stage": stage, "accuracy/plain": r, "completions_generated": before + each * (i + 1)}
+        {"step": start + i + 1, "stage": stage, "accuracy/turn": r, "completions_generated": before + each * (i + 1)}
         for i, r in enumerate(rewards)
     ]
 
@@ -66,7 +66,7 @@ def test_completions_to_reach_count_from_the_stages_start():
     assert first == Reach("a", pytest.approx(0.3), pytest.approx(0.4), 24, 12, 8, 16) and first.share == 0.5
     # The single 0.9 of step 1 is no mean of two: never reached.
     assert second == Reach("b", pytest.approx(0.7), pytest.approx(0.9), 24, None, 8, 12) and second.share is None
-    np.testing.assert_array_equal(stage_curve(avatar, "b", "accuracy/plain", 2).completions, [4, 8, 12])
+    np.testing.assert_array_equal(stage_curve(avatar, "b", "accuracy/turn", 2).completions, [4, 8, 12])
     assert first.rose and second.rose
     fallen, = completions_to_reach(avatar, steps("a", [0.6, 0.4, 0.2], each=8), window=2)
     assert not fallen.rose, "below its own beginning: nothing to reach"
