@@ -13,5 +13,5 @@ from eval.forked import LIBRARIES  # of no module that they run: it would be rea
 
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 for library in LIBRARIES:
-    with contextlib.suppress(Exception):
+    with contextlib.suppress(Exception, SystemExit):
         importlib.import_module(library)

@@ -5,6 +5,7 @@ Reading them takes longer than many a part of the demo, and a fifth of a run of 
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import runpy
@@ -40,6 +41,27 @@ def read_ahead(environment: Mapping[str, str] | None = None, modules: Sequence[s
         os.environ |= before
 
 
+_probe: threading.Thread | None = None
+
+
+def answers() -> bool:
+    """Whether what read_ahead began has read all; until then `start` waits for it."""
+    global _probe
+    if _probe is None:
+        _probe = threading.Thread(target=_ask, daemon=True)
+        _probe.start()
+    return not _probe.is_alive()
+
+
+def _ask() -> None:
+    with contextlib.suppress(EOFError, OSError):  # it has ended: whoever starts something hears of it
+        multiprocessing.get_context("forkserver").Process(target=_nothing).start()
+
+
+def _nothing() -> None:
+    pass
+
+
 def start(
     module: str, arguments: Sequence[str], log: Path, environment: Mapping[str, str],
     by: Literal["forkserver", "spawn"] = "forkserver", session: bool = False,
@@ -47,7 +69,8 @@ def start(
     """`python -m module arguments`, with `environment` beside what read_ahead was given; its words are added to `log`.
 
     It ends, its state saved, with the process that called this. By "spawn" it reads its own libraries, and waits for no
-    others. In a `session` of its own it is out of reach of the terminal's Ctrl-C.
+    others. In a `session` of its own it is out of reach of the terminal's Ctrl-C. EOFError or OSError where what it is
+    to be forked from has ended.
     """
     what = (module, [*arguments], log, {**environment}, session)
     process = multiprocessing.get_context(by).Process(target=_run, args=what)
@@ -66,6 +89,8 @@ def _run(module: str, arguments: list[str], log: Path, environment: dict[str, st
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True, write_through=True)  # type: ignore[union-attr]  # a TextIOWrapper
     os.environ |= environment
+    if "numpy" in sys.modules:  # else all that are forked draw the same from its global generator
+        sys.modules["numpy"].random.seed()
     sys.argv = [module, *arguments]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 

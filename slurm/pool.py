@@ -1,12 +1,13 @@
 """Tasks on this machine: one process works them off, what is ready first, `concurrency` at a time.
 
-It outlives the command that started it. Trainings and evaluations of one process are forked from one that has read the
-libraries: a study in small is hundreds of them, of a minute or two each. FOLDER/running/NAME and FOLDER/failed/NAME say
-how tasks stand; what is done has its own file.
+It outlives the command that started it. On a CPU, trainings and evaluations of one process are forked from one that has
+read the libraries: a study in small is hundreds of them, of a minute or two each. FOLDER/running/NAME and
+FOLDER/failed/NAME say how tasks stand; what is done has its own file.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import math
 import os
@@ -29,7 +30,8 @@ from slurm.tasks import Task, TaskFailed
 
 POLL_S = 0.2
 ROOT = Path(__file__).resolve().parents[1]  # of the code that this process runs, which is what it can fork
-FORKED = ("megatron_avatar.train", "eval.run")  # what needs the libraries that are read
+FORKED = ("megatron_avatar.train", "eval.run")  # what needs the libraries that AHEAD reads
+AHEAD = ("slurm.ahead",)
 
 
 @dataclass
@@ -41,7 +43,8 @@ class Pool:
     folder: Path
     concurrency: int
     children: dict[str, subprocess.Popen | BaseProcess] = field(default_factory=dict)
-    forks_in: dict[str, str] = field(default_factory=dict)  # the environment of the process that tasks are forked from
+    forks_in: dict[str, str] | None = None  # the environment of the process that tasks are forked from
+    forks: bool = True  # until that has failed
 
     def __call__(self) -> None:
         """Run until all are done, failed, or a stop signal came; raises TaskFailed where one of them isn't done."""
@@ -53,13 +56,24 @@ class Pool:
         for name in self.chosen:
             self._mark("failed", name, False)
             self._mark("running", name, False)
+        try:
+            self._work_off(by_name, waiting, stopped)
+        except BaseException:
+            for child in self.children.values():  # they save their state
+                _signal(child, signal.SIGTERM)
+            raise
+        left = [name for name in self.chosen if not by_name[name].done.exists()]
+        if left:
+            how = "was stopped; run the same command again to continue" if stopped else "ended"
+            raise TaskFailed(f"{how} without {', '.join(left[:10])}{' ...' if len(left) > 10 else ''}: see their logs")
+
+    def _work_off(self, by_name: dict[str, Task], waiting: list[Task], stopped: list[int]) -> None:
         told = False
         while self.children or (waiting and not stopped):
             if stopped and not told:  # trainings save their state; they end with status 75
                 told = True
                 for child in self.children.values():
-                    if _status(child) is None and child.pid:
-                        os.kill(child.pid, stopped[0])
+                    _signal(child, stopped[0])
             self._collect(by_name, waiting, stopped)
             for task in list(waiting) if not stopped else []:
                 state = self._state(task, by_name)
@@ -71,10 +85,6 @@ class Pool:
                     self.children[task.name] = self._start(task)
                     self._mark("running", task.name, True)
             time.sleep(POLL_S)
-        left = [name for name in self.chosen if not by_name[name].done.exists()]
-        if left:
-            how = "was stopped; run the same command again to continue" if stopped else "ended"
-            raise TaskFailed(f"{how} without {', '.join(left[:10])}{' ...' if len(left) > 10 else ''}: see their logs")
 
     def _state(self, task: Task, by_name: dict[str, Task]) -> str:
         """ready, waiting, or failed: something that the task needs will never be there."""
@@ -91,17 +101,17 @@ class Pool:
         module, arguments = (task.module, task.arguments) if task.module else ("megatron_avatar.train", task.settings)
         command = [*launch.command(config, code), *several, "-m", module, *arguments]
         own = {"AVATAR_ENDED": task.ended}
-        environment = {"AVATAR_CHAIN": f"local-{parent}", "OMP_WAIT_POLICY": "PASSIVE", **queue.outside(),
+        environment = {**forked.ENVIRONMENT, "AVATAR_CHAIN": f"local-{parent}", **queue.outside(),
                        **launch.environment(config, code)}  # fmt: skip
         ended.forget(task.ended)
         with task.opened_log() as log:
             print(f"$ {shlex.join(command)}", file=log, flush=True)
-        forks = module in FORKED and ranks == 1 and code == ROOT and launch.command(config, code) == [sys.executable]
-        if forks and self.forks_in in ({}, environment):
-            if not self.forks_in:
-                forked.read_ahead(environment)
-                self.forks_in = environment
-            return forked.start(module, arguments, Path(log.name), own, session=True)
+        alike = module in FORKED and ranks == 1 and code == ROOT and launch.command(config, code) == [sys.executable]
+        if alike and config.cluster.gpu == "cpu" and self._can_fork(environment):
+            try:
+                return forked.start(module, arguments, Path(log.name), own, session=True)
+            except (EOFError, OSError):
+                self.forks = False
 
         def die_with_parent() -> None:
             ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
@@ -111,6 +121,14 @@ class Pool:
         with task.opened_log() as log:
             return subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment | own,
                                     start_new_session=True, preexec_fn=die_with_parent)  # fmt: skip
+
+    def _can_fork(self, environment: dict[str, str]) -> bool:
+        """Whether a process with this environment is there to fork from; where there is none, one begins to read."""
+        self.forks_in = self.forks_in or environment
+        if not self.forks or self.forks_in != environment:
+            return False
+        forked.read_ahead(environment, AHEAD)  # nothing happens where it is
+        return forked.answers()
 
     def _collect(self, by_name: dict[str, Task], waiting: list[Task], stopped: list[int]) -> None:
         """Take note of children that have ended; one that may be tried again waits again."""
@@ -138,7 +156,23 @@ class Pool:
 
 
 def _status(child: subprocess.Popen | BaseProcess) -> int | None:
-    return child.poll() if isinstance(child, subprocess.Popen) else child.exitcode
+    """None while it runs, even where what it was forked from has ended, and nobody is told its status any more."""
+    if isinstance(child, subprocess.Popen):
+        return child.poll()
+    return None if child.exitcode == 255 and _runs(child.pid) else child.exitcode
+
+
+def _signal(child: subprocess.Popen | BaseProcess, number: int) -> None:
+    if _status(child) is None and child.pid:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child.pid, number)
+
+
+def _runs(pid: int | None) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
 
 
 def states(folder: Path, jobs: dict[str, str]) -> dict[str, str]:
@@ -153,7 +187,6 @@ def states(folder: Path, jobs: dict[str, str]) -> dict[str, str]:
 
 def _alive(pid: int) -> bool:
     try:
-        process = psutil.Process(pid)
-        return "submitit" in " ".join(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE
+        return "submitit" in " ".join(psutil.Process(pid).cmdline()) and _runs(pid)
     except psutil.Error:
         return False

@@ -187,47 +187,73 @@ def test_a_pool_reads_what_torchrun_does_not_return(tmp_path, monkeypatch, told,
     assert not list(task.folder.glob(".ended-*"))
 
 
-def test_a_pool_forks_what_needs_the_libraries_and_can_stop_it(tmp_path):
-    """Each task tells where it ran and what it found. In a process of its own, as a fork server is begun once."""
-    code = f"""if __name__ == "__main__":
-    import functools, os, signal, threading, time
+def run_pool(out: Path, codes: dict[str, str], more: str = "", retries: int = 0) -> str:
+    """What a pool of two says that runs these lines, forked where the wave module was read, in a process of its own: a
+    fork server begins once."""
+    script = f"""if __name__ == "__main__":
+    import os, signal, threading, time
     from pathlib import Path
     from slurm import pool
     from slurm.tasks import Task, TaskFailed
-    from tests.test_jobs import ROOT
-    os.chdir(ROOT)
-    pool.forked.read_ahead = functools.partial(pool.forked.read_ahead, modules=["wave"])
-    pool.FORKED = ("tests.eval.one_line",)
-    out, own, tasks = Path({str(tmp_path)!r}), os.getpid(), []
-    tell = "import os, sys; print('wave' in sys.modules, os.getppid() == {{own}}, os.getsid(0) == os.getpid(), " \\
-           "[n for n in os.environ if n.startswith('SLURM_JOB')], os.environ['WHAT'], os.environ['AVATAR_ENDED'][-2:])"
-    codes = dict(a=tell, b=tell, other=tell, bad="raise SystemExit(3)",
-                 stop="import time; open('{{out}}/began', 'w').close(); time.sleep(300)")
-    for name, line in codes.items():
+    os.chdir({str(ROOT)!r})
+    pool.FORKED, pool.AHEAD, pool.forked.answers = ("tests.eval.one_line",), ("wave",), lambda: True
+    out, own, tasks = Path({str(out)!r}), os.getpid(), []
+    for name, line in {codes!r}.items():
         settings = ["recipe=tiny_sft", "model.path=assets/tiny_base", "data.manifest=-", "cluster=local",
                     f"+cluster.env.WHAT={{int(name == 'other')}}"]
         tasks.append(Task(name, out, settings, out / f"{{name}}.done", "tests.eval.one_line", False,
-                          [line.format(own=own, out=out)], retries=0, code=str(ROOT)))
-    def stop():
-        while not (out / "began").exists():
-            time.sleep(0.05)
-        os.kill(own, signal.SIGTERM)
-    threading.Thread(target=stop, daemon=True).start()
+                          [line.format(own=own, out=out)], retries={retries}, code=os.getcwd()))
+    {more}
     try:
-        pool.Pool(tasks, list(codes), out, 2)()
+        pool.Pool(tasks, [task.name for task in tasks], out, 2)()
     except TaskFailed as error:
         print(error)
 """
-    script = tmp_path / "script.py"
-    script.write_text(code)
-    ran = subprocess.run([sys.executable, script], env={**os.environ, **INTERACTIVE, "PYTHONPATH": str(ROOT)},
-                         capture_output=True, text=True, check=True, timeout=120)  # fmt: skip
-    assert "was stopped; run the same command again to continue without bad, stop" in ran.stdout, ran.stderr
+    (out / "script.py").write_text(script)
+    environment = {**os.environ, **INTERACTIVE, "PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, out / "script.py"], env=environment, capture_output=True, text=True,
+                          check=True, timeout=120).stdout  # fmt: skip
+
+
+TELL = (
+    "import os, sys; print('wave' in sys.modules, os.getppid() == {own}, os.getsid(0) == os.getpid(), "
+    "[n for n in os.environ if n.startswith('SLURM_JOB')], os.environ['WHAT'], os.environ['AVATAR_ENDED'][-2:])"
+)
+
+
+def test_a_pool_forks_what_needs_the_libraries_and_can_stop_it(tmp_path):
+    codes = {"a": TELL, "b": TELL, "other": TELL, "bad": "raise SystemExit(3)",
+             "stop": "import time; open('{out}/began', 'w').close(); time.sleep(300)"}  # fmt: skip
+    stop = """def stop():
+        while not (out / "began").exists():
+            time.sleep(0.05)
+        os.kill(own, signal.SIGTERM)
+    threading.Thread(target=stop, daemon=True).start()"""
+    assert "was stopped; run the same command again to continue without bad, stop" in run_pool(tmp_path, codes, stop)
     said = {name: (tmp_path / f"{name}.log").read_text().splitlines() for name in ("a", "b", "other")}
     assert all(lines[0].startswith("$ ") for lines in said.values())
     assert [lines[1] for lines in said.values()] == [
         "True False True [] 0 -a", "True False True [] 0 -b", "False True True [] 1 er"]  # fmt: skip
     assert {path.name for path in (tmp_path / "failed").iterdir()} == {"bad"}
+
+
+def test_a_pool_goes_on_when_the_process_that_it_forks_from_is_gone(tmp_path):
+    """A task isn't begun again beside itself, and what comes later finds the same environment."""
+    kill = (
+        "import os, pathlib, sys, time; path = pathlib.Path('{out}/lived'); again = path.exists(); "
+        "again or os.kill(os.getppid(), 9); again or time.sleep(1); path.open('a').write('x'); " + TELL
+    )
+    assert run_pool(tmp_path, {"a": kill}, retries=1) == ""
+    assert (tmp_path / "a.done").exists() and (tmp_path / "lived").read_text() == "xx"
+    assert [line for line in (tmp_path / "a.log").read_text().splitlines() if line[0] != "$"] == [
+        "True False True [] 0 -a"] * 2  # fmt: skip
+
+
+@pytest.mark.parametrize("more", ["pool.forked.answers = lambda: False", "pool.AHEAD = ('tests.eval.ends',)"])
+def test_without_a_process_to_fork_from_tasks_begin_as_ever(tmp_path, more):
+    """While it still reads, or where it ended as it read."""
+    assert run_pool(tmp_path, {"a": TELL}, more) == ""
+    assert (tmp_path / "a.log").read_text().splitlines()[1] == "False True True [] 0 -a"
 
 
 # ---- what is shown ---------------------------------------------------------------------------------------------------
