@@ -152,7 +152,7 @@ def fitting(builder: Any, sample: Sample) -> Sample:
 def _prepare(request: Request, benchmark: Benchmark, backend: Any) -> Prepared:
     """Rank 0 prepares, the others read; a user's mistake is raised on all."""
     if benchmark.name == "held_out":
-        return prepare.held_out(Path(request.data))
+        return prepare.held_out(Path(request.data), "train" if request.control == "trained" else "eval")
     folder = Path(request.prepared or f"runs/benchmarks/{benchmark.name}")
 
     def work() -> None:

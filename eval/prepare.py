@@ -86,7 +86,7 @@ def held_out(manifest: Path, split: str = "eval") -> Prepared:
     """The samples of a manifest's split as items; the breakdowns are stage and family."""
     samples = load_manifest(manifest, split=split, check_media=False)  # a missing clip is a failed item, not an error
     if not samples:
-        raise ValueError(f"{manifest}: no sample has split '{split}'; name a manifest with held-out samples")
+        raise ValueError(f"{manifest}: no sample has split '{split}'; name a manifest that has some")
     fingerprint = hashlib.sha256(manifest.read_bytes()).hexdigest()[:16]
     dataset = {"name": "held_out", "revision": "", "fingerprint": fingerprint, "items": len(samples),
                "expected": len(samples)}  # fmt: skip

@@ -15,7 +15,7 @@ from megatron_avatar.config.load import apply
 from megatron_avatar.config.paths import check_model, home, refuse
 from megatron_avatar.config.world import world_size
 
-CONTROLS = ("", "mute", "blind")
+CONTROLS = ("", "mute", "blind", "trained")
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Request:
 
     @property
     def stem(self) -> str:
-        """BENCHMARK.PROTOCOL, with -mute, -blind or -gN behind it."""
+        """BENCHMARK.PROTOCOL, with -CONTROL or -gN behind it."""
         more = [self.control] if self.control else []
         return ".".join([self.benchmark, "-".join([self.protocol, *more, *([f"g{self.n}"] if self.n > 1 else [])])])
 
@@ -67,6 +67,8 @@ def parse(arguments: list[str]) -> tuple[Request, Config, list[str]]:
     for key, choices in (("protocol", PROTOCOLS), ("control", CONTROLS)):
         if getattr(request, key) not in choices:
             raise ValueError(f"{key}={getattr(request, key)}: choose one of {', '.join(filter(None, choices))}")
+    if request.control == "trained" and request.benchmark != "held_out":
+        raise ValueError("control=trained asks a manifest's training prompts: write benchmark=held_out data=MANIFEST")
     if request.n < 1 or request.batch < 1 or request.limit < 0 or request.temperature < 0:
         raise ValueError("n and batch must be at least 1, limit and temperature 0 or above")
     if request.n > 1 and not request.temperature:
@@ -104,7 +106,7 @@ def engine_config(request: Request, settings: list[str]) -> Config:
     data = {key: value for key, value in protocol.data.items() if f"data.{key}" not in given}
     own = {key: getattr(config.data, key) for key in ("instruction", "system") if f"data.{key}" in given}
     config.data = replace(as_asked(replace(config.data, **data), protocol), **own)
-    if request.control:
+    if request.control in ("mute", "blind"):
         config.data = replace(config.data, **{request.control: True})
     if protocol.context and "model.context" not in given:
         config.model.context = protocol.context

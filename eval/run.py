@@ -9,7 +9,7 @@
     data=FOLDER        the benchmark as its owners publish it (or OWNER/NAME of the hub with revision=COMMIT);
                        benchmark=held_out takes a manifest
     protocol=ours      or released: as the published scripts do it, their quirks listed
-    control=mute       or blind: without sound, without pictures
+    control=mute       or blind: without sound, without pictures; trained: a manifest's training prompts (held_out)
     n=8 temperature=1  completions of each item, drawn in place of the greedy one
     limit=100          the first items only; tables show such results as partial
     prepared=FOLDER    of the measured media (runs/benchmarks/NAME)

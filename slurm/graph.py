@@ -18,7 +18,7 @@ from slurm.tasks import Task, composed
 ALIKE = ("name", "output_dir", "checkpoint")  # settings in which two trainings of the same computation differ
 ENGINE = ("data.", "rl.sampling.", "parallel", "cluster", "model.dtype")  # settings that evaluations take as well
 HELD_OUT = 500  # items of a manifest's held-out part, of which nobody knows more before it is there
-CONTROLS = ("mute", "blind")
+CONTROLS = ("mute", "blind", "trained")
 REPORT_HOURS, REPORT_GIB = 0.25, 8
 
 
@@ -254,7 +254,7 @@ def answering_gib(where: tuple[str, ...]) -> float:
 
 
 def _control(text: str) -> list[str]:
-    """`mute`, `blind`, or `g8` (eight drawn completions an item) as eval.run's settings."""
+    """`mute`, `blind`, `trained`, or `g8` (eight drawn completions an item) as eval.run's settings."""
     return [f"control={text}"] if text in CONTROLS else [f"n={int(text[1:])}", "temperature=1"]
 
 

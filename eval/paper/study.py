@@ -20,6 +20,7 @@ from eval.scoring.cells import cell, compare
 from eval.scoring.stats import Difference, Estimate, holm
 
 FAMILY, BENCHMARK, PROTOCOL, BREAKDOWN = "tiny", "held_out", "ours", "stage"
+TRAINED = "ours-trained"  # the same, of the prompts that training saw
 LEVEL = 0.05
 FIRST = 15  # updates: how a training begins
 
@@ -66,16 +67,22 @@ SWEEPS = {
     "on_off_ratio": [f"on_off_ratio_on{n}_off{8 - n}" for n in range(8, 0, -1)],
 }
 COURSE = ("grpo", "grpo_half", "avatar", "components_published", "components_wo_hints")
+TRAINED_SYSTEMS = (
+    "sft", "grpo_half", "grpo", "grpo_two_updates", "grpo_two_updates_hints", "avatar", "components_wo_off_policy",
+    "components_wo_tas", "components_wo_vcrs", "components_wo_hints",
+)  # fmt: skip
 PUBLISHED_BEST = {"tas_lambda": "tas_lambda_lam_0.3", "on_off_ratio": "on_off_ratio_on4_off4"}
 
 
 def study(out: Path) -> dict[str, Any]:
-    """parts of the held-out set, effects, sweeps, the trainings' course, completions to reach GRPO, solvability."""
+    """parts of the held-out set, effects, accuracy on trained prompts, sweeps, the trainings' course, completions to
+    reach GRPO, solvability."""
     folder = Folder(out, FAMILY)
     parts = folder.results.values(FAMILY, BENCHMARK, BREAKDOWN)
     return {
         "parts": parts,
         "effects": _effects(folder, parts),
+        "trained": _trained(folder),
         "sweeps": {name: _sweep(folder, name, members) for name, members in SWEEPS.items()},
         "course": _course(folder),
         "reach": [{"seed": seed, **asdict(found), "share": found.share, "rose": found.rose}
@@ -84,12 +91,12 @@ def study(out: Path) -> dict[str, Any]:
     }
 
 
-def _runs(folder: Folder, system: str) -> dict[int, Run]:
-    """The held-out predictions by seed; of `system@60` those of update 60."""
+def _runs(folder: Folder, system: str, protocol: str = PROTOCOL) -> dict[int, Run]:
+    """The predictions by seed; of `system@60` those of update 60, of held-out samples alone."""
     name, _, step = system.partition("@")
     if step:
-        return folder.checkpoints(name, BENCHMARK).get(int(step), {})
-    return folder.results.find(FAMILY, name, BENCHMARK, PROTOCOL)
+        return folder.checkpoints(name, BENCHMARK).get(int(step), {}) if protocol == PROTOCOL else {}
+    return folder.results.find(FAMILY, name, BENCHMARK, protocol)
 
 
 def _effects(folder: Folder, stages: list[str]) -> list[dict[str, Any]]:
@@ -103,9 +110,11 @@ def _effects(folder: Folder, stages: list[str]) -> list[dict[str, Any]]:
             seeds = seeds[:1]
         whole = wholes[question.text] = _difference(first, second, seeds)
         parts = {seed: _points(_difference(first, second, [seed])) for seed in seeds}
+        own = _runs(folder, question.first, TRAINED), _runs(folder, question.second, TRAINED)
         found.append({
             **asdict(question), "seeds": seeds, "updates": _updates(folder, (question.first, question.second)),
             "found": _points(whole), "by_seed": {seed: part["value"] for seed, part in parts.items() if part},
+            "trained": _points(_difference(*own, sorted(own[0].keys() & own[1].keys()))),
             "by_stage": {stage: _points(_difference(first, second, seeds, stage)) for stage in stages},
             "unequal": _unequal(folder, question),
         })  # fmt: skip
@@ -116,6 +125,20 @@ def _effects(folder: Folder, stages: list[str]) -> list[dict[str, Any]]:
                 entry["found"] |= {"holm": p, "visible": 100 * wholes[entry["text"]].visible(LEVEL / len(own))}
         for entry in own:
             entry["word"] = entry["unequal"] or _word(entry["found"], PLANNED[tests])
+    return found
+
+
+def _trained(folder: Folder) -> dict[str, dict[str, Any]]:
+    """System -> accuracy on the prompts that training saw, and on held-out samples, of the seeds that have both."""
+    found = {}
+    for system in TRAINED_SYSTEMS:
+        runs = {kind: _runs(folder, system, kind) for kind in (TRAINED, PROTOCOL)}
+        seeds = sorted(runs[TRAINED].keys() & runs[PROTOCOL].keys())
+        if seeds:
+            found[system] = {"seeds": len(seeds)} | {
+                name: _points(cell({s: runs[kind][s].scored for s in seeds}, runs[kind][seeds[0]].meta["aggregate"]))
+                for name, kind in (("trained", TRAINED), ("held_out", PROTOCOL))
+            }
     return found
 
 

@@ -72,8 +72,9 @@ def write_predictions(
     stem = f"{benchmark}.ours{control}"
     write_lines(place / f"{stem}.jsonl", lines)
     meta = {
-        "benchmark": benchmark, "protocol": "ours", "control": "", "n": n, "temperature": float(n > 1),
-        "system": system, "family": "tiny", "seed": seed, "model": "m", "settings": "5e77", "quirks": [],
+        "benchmark": benchmark, "protocol": "ours", "control": "" if n > 1 else control.lstrip("-"), "n": n,
+        "temperature": float(n > 1), "system": system, "family": "tiny", "seed": seed, "model": "m",
+        "settings": "5e77", "quirks": [],
         "dataset": {"name": benchmark, "revision": "", "fingerprint": "f", "items": ITEMS, "expected": ITEMS},
         "aggregate": {"metric": "accuracy", "over": None, "merge": {}},
     }  # fmt: skip

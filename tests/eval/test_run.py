@@ -173,6 +173,12 @@ def test_the_settings_hash_follows_what_changes_a_completion(tmp_path):
     assert len({first, *others}) == 8
 
 
+def test_a_published_benchmark_has_no_training_prompts(tmp_path, capsys):
+    assert main(["model=assets/tiny_base", "benchmark=worldsense", f"data={tmp_path}", f"out={tmp_path / 'o'}",
+                 "recipe=tiny_avatar", "control=trained"]) == 2  # fmt: skip
+    assert "write benchmark=held_out data=MANIFEST" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

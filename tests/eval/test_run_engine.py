@@ -25,6 +25,14 @@ def arguments(world, out, *more):
     ]  # fmt: skip
 
 
+def test_a_manifest_s_training_prompts_can_be_asked(world, tmp_path):
+    lines = (world / "data" / "manifest.jsonl").read_text().splitlines()
+    trained = [sample["id"] for sample in map(json.loads, lines) if sample["split"] == "train"]
+    assert main(arguments(world, tmp_path, "control=trained", "limit=3")) == 0
+    found = read_predictions(tmp_path / "held_out.ours-trained.jsonl")
+    assert [p["id"] for p in found] == trained[:3] and not any(p["error"] for p in found)
+
+
 @pytest.mark.slow
 def test_ranks_share_the_items_and_a_damaged_clip_counts_as_wrong(world, tmp_path, capsys, request):
     lines = (world / "data" / "manifest.jsonl").read_text().splitlines()

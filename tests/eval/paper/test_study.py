@@ -88,6 +88,21 @@ def test_an_update_inside_of_a_training_is_a_system_of_its_own(tmp_path):
     assert effects["avatar@70"]["updates"].keys() == {"avatar", "grpo"}
 
 
+def test_what_was_learned_of_the_prompts_themselves_stands_beside(tmp_path):
+    for seed in (10, 11):
+        for system, skill in (("avatar", 0.5), ("grpo", 0.5), ("sft", 0.1)):
+            write_predictions(tmp_path, system, seed, skill)
+        write_predictions(tmp_path, "avatar", seed, 0.9, control="-trained")
+    write_predictions(tmp_path, "grpo", 11, 0.2, control="-trained")
+    found = study(tmp_path)
+    main, start = found["effects"][0], found["effects"][3]
+    assert main["found"]["value"] == 0 and main["trained"]["value"] > 30 and main["trained"]["seeds"] == 1
+    assert start["second"] == "sft" and start["trained"] == {}
+    assert {name: system["seeds"] for name, system in found["trained"].items()} == {"grpo": 1, "avatar": 2}
+    avatar = found["trained"]["avatar"]
+    assert avatar["trained"]["value"] > 70 > avatar["held_out"]["value"]
+
+
 def test_parts_are_the_data_s_own(tmp_path):
     write_predictions(tmp_path, "avatar", 10, 0.5)
     write_predictions(tmp_path, "grpo", 10, 0.5)
