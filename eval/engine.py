@@ -17,11 +17,11 @@ from eval import prepare
 from eval.asking.benchmark import Benchmark, load_benchmark
 from eval.asking.items import Prepared, read_prepared
 from eval.asking.prompts import as_sample
-from eval.predict import lock_of, on_first, predict
+from eval.predict import on_first, predict
 from eval.request import Request
 from eval.score import rescore
 from eval.scoring.ask import asker
-from eval.scoring.predictions import Prediction, check_names
+from eval.scoring.predictions import Prediction, check_names, lock_of
 from megatron_avatar.config import Config
 from megatron_avatar.config.asked import asked, other_words, read_asked
 from megatron_avatar.config.schema import HOW_DECODED

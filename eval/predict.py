@@ -52,11 +52,6 @@ def predict(
     return [line for item in items for line in known[item.id]]
 
 
-def lock_of(out: Path) -> Path:
-    """The lock file of whoever writes predictions to `out`."""
-    return out.with_suffix(".lock")
-
-
 def _write(out: Path, fresh: list[list[Prediction]]) -> None:
     with open(out, "ab", buffering=0) as file:  # an item's completions in one write
         for lines in fresh:

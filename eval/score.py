@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.asking.benchmark import load_benchmark
-from eval.predict import lock_of
-from eval.scoring.predictions import Prediction, check_names, read_predictions, score_line
+from eval.scoring.predictions import Prediction, check_names, lock_of, read_predictions, score_line
 from eval.scoring.stats import estimates
 from megatron_avatar.files import replacing
 from megatron_avatar.locks import held

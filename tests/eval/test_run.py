@@ -15,11 +15,11 @@ from eval.asking.benchmark import load_benchmark
 from eval.asking.items import Item
 from eval.asking.prompts import as_sample
 from eval.engine import _score_anew, settings_hash
-from eval.predict import lock_of, predict
+from eval.predict import predict
 from eval.request import Request, parse
 from eval.run import main
 from eval.score import rescore
-from eval.scoring.predictions import correct, read_predictions
+from eval.scoring.predictions import correct, lock_of, read_predictions
 from megatron_avatar.config import Config
 from megatron_avatar.config.load import CONFIG_DIR
 from megatron_avatar.locks import held

@@ -9,9 +9,8 @@ from functools import partial
 
 import pytest
 
-from eval.predict import lock_of
 from eval.run import main
-from eval.scoring.predictions import correct, read_predictions
+from eval.scoring.predictions import correct, lock_of, read_predictions
 from megatron_avatar.config.asked import FILE
 from megatron_avatar.locks import held
 from tests.training.small import ROOT
