@@ -88,9 +88,9 @@ def training(folder: Folder) -> Entry:
         return Entry(name, title, None, reason="no training of GRPO or AVATAR has logged anything")
     caption = joined(
         "Each update by itself. The reward's parts and weights change with the stage. Groups without a signal: all "
-        "rewards equal, among GRPO's eight fresh completions or AVATAR's four. AVATAR's reward is that of its revisits of "
-        "hard prompts, too, and of hinted ones; accuracy is that of prompts in their turn, as if none had been hinted: a "
-        "plain visit of a hinted prompt counts for those around it, so a single update may exceed 100 %.",
+        "rewards equal, among GRPO's eight fresh completions or AVATAR's four. AVATAR's reward is that of its revisits "
+        "of hard prompts, too, and of hinted ones; accuracy is that of prompts in their turn, as if none had been "
+        "hinted: a plain visit of a hinted prompt counts for those around it, so a single update may exceed 100 %.",
         BANDS, seeds_told(trainings),
     )  # fmt: skip
     return Entry(name, title, figure, caption, sources=sources(folder.out, trainings))
