@@ -114,6 +114,7 @@ def _resume(out: Path, settings: str, n: int) -> dict[str, list[Prediction]]:
                     f"{out}, line {number}: no prediction ({error!r}); remove the line or the file"
                 ) from None
             if other:
+                out.with_suffix(".meta.json").unlink(missing_ok=True)  # it speaks of the old ones
                 out.replace(out.with_name(out.name + ".old"))
                 return {}
             if seen.setdefault(key, number) != number:

@@ -33,7 +33,10 @@ def build(out: Path) -> Path:
     there = families(out)
     written = tables.build_all(out)
     tables.write(written, out / "tables", "ours")
-    released = any(key[2].partition(".")[2] == "released" for key in Results(out).runs)
+    results = Results(out)
+    for left in results.unfinished:
+        print(f"not in the report: {left}, whose evaluation goes on or was interrupted", file=sys.stderr)
+    released = any(key[2].partition(".")[2] == "released" for key in results.runs)
     if released:
         tables.write(tables.build_all(out, protocol="released"), out / "tables", "released")
     answers = study(out) if FAMILY in there else None
@@ -65,6 +68,7 @@ def build(out: Path) -> Path:
         unmeasured=drawn["unmeasured"],
         origin=origin,
         released=released,
+        unfinished=[str(path.relative_to(out)) for path in results.unfinished],
     )  # fmt: skip
     path = out / "report.html"
     aside = path.with_suffix(".tmp")
@@ -95,7 +99,7 @@ def provenance(out: Path) -> dict[str, Any]:
     predictions = []
     for path in sorted(out.resolve().glob("predictions/*/*/seed_*/**/*.meta.json")):
         if path.resolve() == path:  # no link to another system's
-            predictions.append({"file": str(path.relative_to(out.resolve())), **_read(path)})
+            predictions.append({"file": str(path.relative_to(out)), **_read(path)})
     everything = [*trainings, *predictions]
     linked = sorted(f"{p.parent.name}/{p.name}" for p in out.glob("runs/*/*/seed_*") if p.is_symlink())
     return {

@@ -45,6 +45,7 @@ class Pool:
     children: dict[str, subprocess.Popen | BaseProcess] = field(default_factory=dict)
     forks_in: dict[str, str] | None = None  # the environment of the process that tasks are forked from
     forks: bool = True  # until that has failed
+    lost: set[str] = field(default_factory=set)  # tasks that outlive the process that they were forked from
 
     def __call__(self) -> None:
         """Run until all are done, failed, or a stop signal came; raises TaskFailed where one of them isn't done."""
@@ -107,11 +108,11 @@ class Pool:
         with task.opened_log() as log:
             print(f"$ {shlex.join(command)}", file=log, flush=True)
         alike = module in FORKED and ranks == 1 and code == ROOT and launch.command(config, code) == [sys.executable]
-        if alike and config.cluster.gpu == "cpu" and self._can_fork(environment):
-            try:
+        try:
+            if alike and config.cluster.gpu == "cpu" and self._can_fork(environment):
                 return forked.start(module, arguments, Path(log.name), own, session=True)
-            except (EOFError, OSError):
-                self.forks = False
+        except (EOFError, OSError):  # it can't begin, or has ended
+            self.forks = False
 
         def die_with_parent() -> None:
             ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
@@ -135,11 +136,16 @@ class Pool:
         for name, child in list(self.children.items()):
             status = _status(child)
             if status is None:
+                if isinstance(child, BaseProcess) and child.exitcode is not None:
+                    self.lost.add(name)
                 continue
             del self.children[name]
             self._mark("running", name, False)
             task = by_name[name]
             status = task.told(status)
+            if status and name in self.lost:  # how it ended nobody knows; where it was done, the next start sees that
+                status = INTERRUPTED
+                self.lost.discard(name)
             if not (status or task.module or task.done.exists()):
                 status = FAILED
             if status == 0:

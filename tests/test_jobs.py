@@ -221,6 +221,9 @@ TELL = (
 )
 
 
+LONG = "import tempfile; tempfile.tempdir = str(out / ('x' * 100)); os.mkdir(tempfile.tempdir)"
+
+
 def test_a_pool_forks_what_needs_the_libraries_and_can_stop_it(tmp_path):
     codes = {"a": TELL, "b": TELL, "other": TELL, "bad": "raise SystemExit(3)",
              "stop": "import time; open('{out}/began', 'w').close(); time.sleep(300)"}  # fmt: skip
@@ -243,15 +246,15 @@ def test_a_pool_goes_on_when_the_process_that_it_forks_from_is_gone(tmp_path):
         "import os, pathlib, sys, time; path = pathlib.Path('{out}/lived'); again = path.exists(); "
         "again or os.kill(os.getppid(), 9); again or time.sleep(1); path.open('a').write('x'); " + TELL
     )
-    assert run_pool(tmp_path, {"a": kill}, retries=1) == ""
+    assert run_pool(tmp_path, {"a": kill}) == "", "no retry is used up"
     assert (tmp_path / "a.done").exists() and (tmp_path / "lived").read_text() == "xx"
     assert [line for line in (tmp_path / "a.log").read_text().splitlines() if line[0] != "$"] == [
         "True False True [] 0 -a"] * 2  # fmt: skip
 
 
-@pytest.mark.parametrize("more", ["pool.forked.answers = lambda: False", "pool.AHEAD = ('tests.eval.ends',)"])
+@pytest.mark.parametrize("more", ["pool.forked.answers = lambda: False", "pool.AHEAD = ('tests.eval.ends',)", LONG])
 def test_without_a_process_to_fork_from_tasks_begin_as_ever(tmp_path, more):
-    """While it still reads, or where it ended as it read."""
+    """While it still reads, where it ended as it read, or can't begin as its socket's path would be too long."""
     assert run_pool(tmp_path, {"a": TELL}, more) == ""
     assert (tmp_path / "a.log").read_text().splitlines()[1] == "False True True [] 0 -a"
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from eval.scoring.cells import Scored, check_headline, scored
-from eval.scoring.predictions import begun
 from megatron_avatar.config.schema import HOW_DECODED
 
 # What must agree wherever numbers stand side by side. `settings` must agree inside a file alone: it is a hash that also
@@ -108,16 +107,18 @@ class Run:
 
 class Results:
     """All runs of a reproduction's folder, found by family, system and file name; each is read once. Evaluations that
-    go on still are not among them."""
+    go on, or were interrupted, are not among them: `unfinished`."""
 
     def __init__(self, out: Path) -> None:
         self.out = Path(out)
         self.runs: dict[tuple[str, str, str], dict[int, Run]] = {}
+        self.unfinished: list[Path] = []
         for path in sorted(self.out.glob("predictions/*/*/seed_*/*.jsonl")):
             family, system, seed = path.parts[-4:-1]
             if not (digits := re.fullmatch(r"seed_(\d+)", seed)):
                 raise ValueError(f"{path.parent}: name the folder seed_0, seed_1, ...")
-            if begun(path):
+            if not path.with_suffix(".meta.json").exists():  # it comes with the last answer
+                self.unfinished.append(path)
                 continue
             path = path.resolve()  # a link stands for another system or seed that computes the same
             run = Run(path, family, path.parts[-3], int(path.parts[-2].removeprefix("seed_")))

@@ -69,7 +69,7 @@ SWEEPS = {
 COURSE = ("grpo", "grpo_half", "avatar", "components_published", "components_wo_hints")
 TRAINED_SYSTEMS = (
     "sft", "grpo_half", "grpo", "grpo_two_updates", "grpo_two_updates_hints", "avatar", "components_wo_off_policy",
-    "components_wo_tas", "components_wo_vcrs", "components_wo_hints",
+    "components_wo_tas", "components_wo_vcrs", "components_wo_hints", "wo_revisits",
 )  # fmt: skip
 PUBLISHED_BEST = {"tas_lambda": "tas_lambda_lam_0.3", "on_off_ratio": "on_off_ratio_on4_off4"}
 
@@ -111,6 +111,7 @@ def _effects(folder: Folder, stages: list[str]) -> list[dict[str, Any]]:
         whole = wholes[question.text] = _difference(first, second, seeds)
         parts = {seed: _points(_difference(first, second, [seed])) for seed in seeds}
         own = _runs(folder, question.first, TRAINED), _runs(folder, question.second, TRAINED)
+        check_comparable([run for runs in own for run in runs.values()])
         found.append({
             **asdict(question), "seeds": seeds, "updates": _updates(folder, (question.first, question.second)),
             "found": _points(whole), "by_seed": {seed: part["value"] for seed, part in parts.items() if part},
@@ -134,6 +135,8 @@ def _trained(folder: Folder) -> dict[str, dict[str, Any]]:
     for system in TRAINED_SYSTEMS:
         runs = {kind: _runs(folder, system, kind) for kind in (TRAINED, PROTOCOL)}
         seeds = sorted(runs[TRAINED].keys() & runs[PROTOCOL].keys())
+        if len({runs[PROTOCOL][seed].path for seed in seeds}) == 1:  # links to one run
+            seeds = seeds[:1]
         if seeds:
             found[system] = {"seeds": len(seeds)} | {
                 name: _points(cell({s: runs[kind][s].scored for s in seeds}, runs[kind][seeds[0]].meta["aggregate"]))

@@ -33,11 +33,6 @@ def lock_of(path: Path) -> Path:
     return path.with_suffix(".lock")
 
 
-def begun(path: Path) -> bool:
-    """Whether somebody still answers there, or was interrupted: what says how, comes at the end."""
-    return lock_of(path).exists() and not path.with_suffix(".meta.json").exists()
-
-
 def read_predictions(path: Path) -> list[Prediction]:
     """The predictions of one system; ValueError naming file and line for a damaged file or a repeated completion."""
     predictions, seen = [], {}

@@ -76,7 +76,8 @@ def turn_accuracy(visits: Sequence[Visit], by_visit: Mapping[int, list[Trajector
     `by_visit` maps a visit's place to its completions.
 
     Prompts that get hints are the hard ones, so each of their rare plain visits counts for all that it stands for
-    (Horvitz and Thompson, 1952): right in the mean over steps, while a single step may exceed 1.
+    (Horvitz and Thompson, 1952): right in the mean over steps, where hints stay for several such rounds, while a single
+    step may exceed 1.
     """
     right, turns = 0.0, 0
     for k, visit in enumerate(visits):

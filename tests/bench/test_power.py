@@ -44,6 +44,7 @@ def test_the_command_says_what_is_enough(capsys, monkeypatch):
     assert told["first_enough"] == next(cell for cell in told["cells"] if cell["power"] >= 0.8)
     with pytest.raises(SystemExit):
         power.main(["--seeds", "1"])
-    with pytest.raises(SystemExit):  # chance alone is more
-        power.main(["--deviation", "1", "--items", "60"])
+    for few in ("1", "-9"):
+        with pytest.raises(SystemExit):  # chance alone is more
+            power.main(["--deviation", few, "--items", "60"])
     assert "over 60 items chance in single answers alone makes " in capsys.readouterr().err

@@ -78,19 +78,20 @@ def test_accuracy_in_turn_leaves_out_revisits_and_what_was_set_aside():
 
 @pytest.mark.parametrize("plain_every", [1, 2, 4])
 def test_accuracy_in_turn_is_that_of_all_prompts_though_the_hard_ones_are_hinted(plain_every):
-    """Of ten prompts three never succeed and get their hints: the plain ones alone would say 1.0, or near it."""
+    """Of ten prompts three succeed half of the time and get their hints; alone the plain visits would say 0.95."""
     tracker, names = RewardTracker(), [f"p{k}" for k in range(10)]
     hints, order = HintPolicy(HintConfig(patience=1, plain_every=plain_every), tracker), SampleOrder(names, 0, "s")
-    found = []
+    found, rng, hinted = [], np.random.default_rng(0), 0
     for step in range(400):
         visits = choose_prompts(5, 0.4, order, tracker, hints, names, names, ("s", 0, step))
         by_visit = {}
         for k, visit in enumerate(visits):
-            right = float(visit.sample_id not in names[:3] or visit.variant == "hinted")
+            right = float(visit.sample_id not in names[:3] or visit.variant == "hinted" or rng.random() < 0.5)
+            hinted += visit.variant == "hinted"
             by_visit[k] = [trajectory(visit.sample_id, right, step, visit.variant)]
         found.append(turn_accuracy(visits, by_visit))
         commit(visits, by_visit, tracker, hints, None)
-    assert np.mean(found[50:]) == pytest.approx(0.7, abs=0.04)
+    assert np.mean(found[50:]) == pytest.approx(0.85, abs=0.025) and (hinted > 300 or plain_every == 1)
 
 
 def test_a_step_feeds_hints_that_nobody_uses_yet():

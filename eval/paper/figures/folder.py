@@ -13,7 +13,6 @@ from omegaconf import OmegaConf
 
 from eval.paper.figures.series import Records, read_metrics
 from eval.paper.results import Results, Run
-from eval.scoring.predictions import begun
 
 PROTOCOL = "ours"
 FAMILIES = ("omni_7b", "omni_3b", "vl_7b", "tiny")
@@ -106,7 +105,7 @@ class Folder:
         for seed, folder in _seeds(self.out / "predictions" / self.family / system).items():
             for path in folder.glob(f"step_*/{benchmark}.{PROTOCOL}.jsonl"):
                 step = int(path.parent.name.removeprefix("step_"))
-                if not begun(path):
+                if path.with_suffix(".meta.json").exists():
                     found.setdefault(step, {})[seed] = Run(path, self.family, system, seed)
         return dict(sorted(found.items()))
 

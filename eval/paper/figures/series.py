@@ -143,9 +143,10 @@ class StageCurve:
 
 
 def stage_curve(records: Records, stage: str, key: str, window: int = REACH_WINDOW) -> StageCurve:
-    """The metric `key` in a stage of a run; empty where the run doesn't have it."""
+    """The metric `key` in a stage of a run; empty where its first step doesn't know it, as an earlier release's."""
     before = [r["completions_generated"] for r in records if r["step"] < stage_starts(records).get(stage, -math.inf)]
-    completions, values = series([r for r in records if r.get("stage", "") == stage], key, "completions_generated")
+    own = [r for r in records if r.get("stage", "") == stage]
+    completions, values = series(own if own and key in own[0] else [], key, "completions_generated")
     return StageCurve(completions - (before[-1] if before else 0), running_mean(values, window))
 
 

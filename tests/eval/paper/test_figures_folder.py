@@ -299,7 +299,7 @@ def test_mistakes_are_told(tmp_path, capsys):
     write_training(tmp_path, "avatar", 10)
     write_predictions(tmp_path, "avatar", 10, 0.5, folder="step_20")
     write_predictions(tmp_path, "avatar", 10, 0.5)
-    (tmp_path / "predictions/tiny/avatar/seed_10/step_20/held_out.ours.meta.json").unlink()
+    (tmp_path / "predictions/tiny/avatar/seed_10/step_20/held_out.ours.meta.json").write_text("{")
     assert main([str(tmp_path)]) == 2 and "held_out.ours.meta.json" in capsys.readouterr().err
 
 
