@@ -136,7 +136,7 @@ def _trained(folder: Folder) -> dict[str, dict[str, Any]]:
         runs = {kind: _runs(folder, system, kind) for kind in (TRAINED, PROTOCOL)}
         seeds = sorted(runs[TRAINED].keys() & runs[PROTOCOL].keys())
         if len({runs[PROTOCOL][seed].path for seed in seeds}) == 1:  # links to one run
-            seeds = seeds[:1]
+            del seeds[1:]
         if seeds:
             found[system] = {"seeds": len(seeds)} | {
                 name: _points(cell({s: runs[kind][s].scored for s in seeds}, runs[kind][seeds[0]].meta["aggregate"]))
