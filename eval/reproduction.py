@@ -34,8 +34,7 @@ def build(out: Path) -> Path:
     written = tables.build_all(out)
     tables.write(written, out / "tables", "ours")
     results = Results(out)
-    for left in results.unfinished:
-        print(f"not in the report: {left}, whose evaluation goes on or was interrupted", file=sys.stderr)
+    results.tell_unfinished()
     released = any(key[2].partition(".")[2] == "released" for key in results.runs)
     if released:
         tables.write(tables.build_all(out, protocol="released"), out / "tables", "released")

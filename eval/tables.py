@@ -266,6 +266,7 @@ def main(arguments: list[str]) -> int:
             raise ValueError(f"{chosen.out} is no folder of a reproduction")
         tables = build_all(chosen.out, chosen.family, chosen.protocol)
         write(tables, chosen.out / "tables", chosen.protocol)
+        Results(chosen.out).tell_unfinished()
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

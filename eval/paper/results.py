@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -123,6 +124,11 @@ class Results:
             path = path.resolve()  # a link stands for another system or seed that computes the same
             run = Run(path, family, path.parts[-3], int(path.parts[-2].removeprefix("seed_")))
             self.runs.setdefault((family, system, path.stem), {})[int(digits[1])] = run
+
+    def tell_unfinished(self) -> None:
+        """Name on standard error what is left out."""
+        for path in self.unfinished:
+            print(f"left out: {path}, whose evaluation goes on or was interrupted", file=sys.stderr)
 
     def find(self, family: str, system: str, benchmark: str, protocol: str) -> dict[int, Run]:
         """The runs by seed; none where nothing was evaluated."""

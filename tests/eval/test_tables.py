@@ -259,8 +259,8 @@ def test_a_missing_or_damaged_meta_is_refused(tmp_path):
     del kept["dataset"]["fingerprint"]
     path.write_text(json.dumps(kept))
     refused(tmp_path, "omnibench.ours.meta.json", "fingerprint")
-    path.unlink()
-    refused(tmp_path, "omnibench.ours.jsonl has no omnibench.ours.meta.json")
+    path.write_text("{")
+    refused(tmp_path, "omnibench.ours.meta.json", "damaged")
 
 
 @pytest.mark.parametrize("other", ["system", "seed"])
@@ -322,9 +322,16 @@ def test_repeated_and_damaged_lines_are_refused(tmp_path):
 
 def test_the_command_says_what_is_wrong_and_writes_nothing(tmp_path, capsys):
     path = put(tmp_path, "base", "omnibench", [1.0])
-    path.with_suffix(".meta.json").unlink()
+    meta = path.with_suffix(".meta.json")
+    kept = meta.read_text()
+    meta.write_text("{")
     assert main([str(tmp_path)]) == 2
-    assert "omnibench.ours.jsonl" in capsys.readouterr().err and not (tmp_path / "tables").exists()
+    assert "omnibench.ours.meta.json" in capsys.readouterr().err and not (tmp_path / "tables").exists()
+    meta.unlink()  # as while it is being answered
+    assert main([str(tmp_path)]) == 0
+    told = capsys.readouterr()
+    assert f"left out: {path}, whose evaluation goes on" in told.err and " 0 cells measured" in told.out
+    meta.write_text(kept)
     assert main([str(tmp_path / "nowhere")]) == 2
     path.parent.rename(path.parent.with_name("seed_x"))
     assert main([str(tmp_path)]) == 2
