@@ -98,7 +98,7 @@ def provenance(out: Path) -> dict[str, Any]:
     predictions = []
     for path in sorted(out.resolve().glob("predictions/*/*/seed_*/**/*.meta.json")):
         if path.resolve() == path:  # no link to another system's
-            predictions.append({"file": str(path.relative_to(out)), **_read(path)})
+            predictions.append({"file": str(path.relative_to(out.resolve())), **_read(path)})
     everything = [*trainings, *predictions]
     linked = sorted(f"{p.parent.name}/{p.name}" for p in out.glob("runs/*/*/seed_*") if p.is_symlink())
     return {

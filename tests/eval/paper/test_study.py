@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -203,13 +204,18 @@ def test_provenance_counts_what_ran_and_a_link_once(tmp_path):
     assert len(origin["trainings"]) == len(origin["predictions"]) == 1 and origin["linked"] == ["twin/seed_10"]
 
 
-def test_a_report_of_half_a_reproduction_says_what_is_missing(tmp_path):
+def test_a_report_of_half_a_reproduction_says_what_is_missing(tmp_path, monkeypatch):
+    """Its folder named from where the command runs."""
+    monkeypatch.chdir(tmp_path.parent)
+    tmp_path = Path(tmp_path.name)
     with pytest.raises(ValueError, match="holds no runs/FAMILY"):
         build(tmp_path)
     write_predictions(tmp_path, "avatar", 10, 0.9)
     write_predictions(tmp_path, "<script>", 10, 0.9)
     text = build(tmp_path).read_text()
     assert "not measured" in text and "<script" not in text and "default-src 'none'" in text
+    (tmp_path / "predictions/tiny/avatar/seed_10/held_out.ours.meta.json").unlink()
+    assert "<p>Not in it" in build(tmp_path).read_text()
 
 
 def test_the_head_counts_cells_of_the_papers_tables_alone():
