@@ -240,6 +240,12 @@ def test_a_pool_forks_what_needs_the_libraries_and_can_stop_it(tmp_path):
     assert {path.name for path in (tmp_path / "failed").iterdir()} == {"bad"}
 
 
+def test_what_a_pool_forks_from_is_out_of_reach_of_its_process_group():
+    code = ("import os, sys, types; sys.modules['eval.ahead'] = types.ModuleType('eval.ahead'); import slurm.ahead; "
+            "print(os.getsid(0) == os.getpgid(0) == os.getpid())")  # fmt: skip
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "True\n"
+
+
 def test_a_pool_goes_on_when_the_process_that_it_forks_from_is_gone(tmp_path):
     """A task isn't begun again beside itself, and what comes later finds the same environment."""
     kill = (
