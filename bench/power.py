@@ -69,8 +69,8 @@ def seed_of(deviation: float, items: int) -> float:
     nodes, weights = _nodes()
     right = expit(_centre(RIGHT, 0.0) + (ITEM**2 + SUITED**2) ** 0.5 * nodes)
     chance = float(weights @ (right * (1 - right)))  # of one answer; and how a share follows the logit
-    left = deviation * abs(deviation) / 2 - chance / items
-    if left < 0:
+    left = deviation**2 / 2 - chance / items
+    if deviation < 0 or left < 0:
         least = 100 * (2 * chance / items) ** 0.5
         raise ValueError(f"--deviation: over {items} items chance in single answers alone makes {least:.1f} points")
     return left**0.5 / chance

@@ -1,6 +1,6 @@
 """`python -m MODULE` in a process that is forked from one which has read the large libraries already.
 
-Reading them takes longer than many a part of the demo, and a fifth of a run of the study in small.
+Reading them takes longer than many a part of the demo, and a tenth of a run of the study in small.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.asking.benchmark import load_benchmark
+from eval.request import CONTROLS
 from megatron_avatar.planning import outline
 from slurm.sweep import join, members_of
 from slurm.tasks import Task, composed
@@ -18,7 +19,6 @@ from slurm.tasks import Task, composed
 ALIKE = ("name", "output_dir", "checkpoint")  # settings in which two trainings of the same computation differ
 ENGINE = ("data.", "rl.sampling.", "parallel", "cluster", "model.dtype")  # settings that evaluations take as well
 HELD_OUT = 500  # items of a manifest's held-out part, of which nobody knows more before it is there
-CONTROLS = ("mute", "blind", "trained")
 REPORT_HOURS, REPORT_GIB = 0.25, 8
 
 

@@ -100,14 +100,15 @@ class Pool:
         ranks = math.prod(task.layout())
         several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
         module, arguments = (task.module, task.arguments) if task.module else ("megatron_avatar.train", task.settings)
-        command = [*launch.command(config, code), *several, "-m", module, *arguments]
+        python = launch.command(config, code)
+        command = [*python, *several, "-m", module, *arguments]
         own = {"AVATAR_ENDED": task.ended}
         environment = {**forked.ENVIRONMENT, "AVATAR_CHAIN": f"local-{parent}", **queue.outside(),
                        **launch.environment(config, code)}  # fmt: skip
         ended.forget(task.ended)
         with task.opened_log() as log:
             print(f"$ {shlex.join(command)}", file=log, flush=True)
-        alike = module in FORKED and ranks == 1 and code == ROOT and launch.command(config, code) == [sys.executable]
+        alike = module in FORKED and ranks == 1 and code == ROOT and python == [sys.executable]
         try:
             if alike and config.cluster.gpu == "cpu" and self._can_fork(environment):
                 return forked.start(module, arguments, Path(log.name), own, session=True)

@@ -187,7 +187,7 @@ def test_a_pool_reads_what_torchrun_does_not_return(tmp_path, monkeypatch, told,
     assert not list(task.folder.glob(".ended-*"))
 
 
-def run_pool(out: Path, codes: dict[str, str], more: str = "", retries: int = 0) -> str:
+def run_pool(out: Path, codes: dict[str, str], more: str = "") -> str:
     """What a pool of two says that runs these lines, forked where the wave module was read, in a process of its own: a
     fork server begins once."""
     script = f"""if __name__ == "__main__":
@@ -202,7 +202,7 @@ def run_pool(out: Path, codes: dict[str, str], more: str = "", retries: int = 0)
         settings = ["recipe=tiny_sft", "model.path=assets/tiny_base", "data.manifest=-", "cluster=local",
                     f"+cluster.env.WHAT={{int(name == 'other')}}"]
         tasks.append(Task(name, out, settings, out / f"{{name}}.done", "tests.eval.one_line", False,
-                          [line.format(own=own, out=out)], retries={retries}, code=os.getcwd()))
+                          [line.format(own=own, out=out)], retries=0, code=os.getcwd()))
     {more}
     try:
         pool.Pool(tasks, [task.name for task in tasks], out, 2)()

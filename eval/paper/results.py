@@ -39,10 +39,8 @@ class Run:
 
     @cached_property
     def meta(self) -> dict[str, Any]:
-        """meta.json. ValueError if it is missing, lacks a key, or contradicts the place where it lies."""
+        """meta.json. ValueError if it lacks a key, or contradicts the place where it lies."""
         path = self.path.with_suffix(".meta.json")
-        if not path.is_file():
-            raise ValueError(f"{self.path} has no {path.name} beside it: its protocol is unknown; run eval.run again")
         try:
             meta = json.loads(path.read_text(encoding="utf-8"))
             control, samples = meta["control"], f"-g{meta['n']}" if meta["n"] > 1 else ""
