@@ -101,8 +101,8 @@ def test_a_step_whose_prompts_are_all_set_aside_moves_nothing(world, backend):
     assert supervised["skipped"] and math.isnan(supervised["loss"])
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(policy).items())
     record = metrics.rl_record(
-        fresh=[], accuracy=None, drawn=[], stats=stats, on_advantages=[[]], off_advantages=[], clipped=0.0, vanished=0.0,
-        step=1, tracker=metrics.RewardTracker(), buffer=None, visits=0, hinted=0, in_use=0, pool=["a"],
+        fresh=[], accuracy=None, drawn=[], stats=stats, on_advantages=[[]], off_advantages=[], clipped=0.0,
+        vanished=0.0, step=1, tracker=metrics.RewardTracker(), buffer=None, visits=0, hinted=0, in_use=0, pool=["a"],
         completions_generated=0, lr=0.0, updates=1,
     )
     assert record["reward"] is None and record["replay/ess"] is None and record["tokens"] == 0
