@@ -47,10 +47,14 @@ OPTIONS = {"concurrency": "4", "retries": "", "watch": "true"}
 
 
 def split_options(arguments: list[str], known: dict[str, str]) -> tuple[dict[str, str], list[str]]:
-    """The command's own key=value options (with `known`'s defaults), and the settings for the trainer."""
+    """The command's own key=value options (with `known`'s defaults), and the settings for the trainer; ValueError for
+    what can't be either."""
     options, settings = dict(known), []
     for item in map(home, arguments):
         key, _, value = item.partition("=")
+        if key == "dry_run":
+            raise ValueError(f"{item}: that plans one training (python -m megatron_avatar.train ... dry_run=true); "
+                             "slurm/reproduce.py has --dry-run")  # fmt: skip
         if key in known:
             options[key] = value
         else:

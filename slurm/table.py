@@ -1,4 +1,4 @@
-"""The live table of sweep.py and reproduce.py: one line a task, from its files and its job's state.
+"""The live table of sweep.py and reproduce.py: a line for each task that has room, from its files and its job's state.
 
 Files are read every few seconds, squeue is asked once a minute (jobs.py).
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from datetime import timedelta
 from pathlib import Path
 
@@ -23,6 +24,8 @@ PLAIN_INTERVAL_S = 30.0  # between lines where there is no terminal
 PLAIN_WIDTH = 200  # a file has room for names as they are
 MOST_LOGS = 20
 COLORS = {"done": "green", "RUNNING": "cyan", "failed": "red"}
+FRAME = 6  # lines of a table beside its tasks', and of what stands below it
+WAITING = ("PENDING", "")
 
 
 def watch(board: Board, console: Console) -> int:
@@ -30,19 +33,19 @@ def watch(board: Board, console: Console) -> int:
     steps = {name: _steps(task) for name, task in board.tasks.items()}
     try:
         if console.is_terminal:
-            with Live(shown(board, board.states(), steps), console=console, refresh_per_second=2) as live:
+            states = board.states()
+            with Live(shown(board, states, steps, console.size.height), console=console, refresh_per_second=2) as live:
                 while _busy(states := board.states()):
-                    live.update(shown(board, states, steps))
+                    live.update(shown(board, states, steps, console.size.height))
                     time.sleep(INTERVAL_S)
                 live.update(shown(board, states, steps))
         else:
-            said: dict[str, str] = {}
+            said = {n: progress(board.tasks[n], s, steps[n]) for n, s in board.states().items() if s == "done"}
             while _busy(states := board.states()):
-                now = {n: progress(board.tasks[n], state, steps[n]) for n, state in states.items()}
-                changed = ", ".join(f"{n}: {text}" for n, text in now.items() if said.get(n) != text)
+                now = {n: progress(board.tasks[n], s, steps[n]) for n, s in states.items() if s not in WAITING}
+                changed = "".join(f"; {n}: {text}" for n, text in now.items() if said.get(n) != text)
                 if changed:
-                    done = sum(state == "done" for state in states.values())
-                    console.print(f"{done} of {len(states)} done; {changed}", soft_wrap=True)
+                    console.print(f"{counts(states)}{changed}", soft_wrap=True, highlight=False)
                     said = now
                 _sleep_while_busy(board)
             Console(file=console.file, width=PLAIN_WIDTH).print(shown(board, states, steps))
@@ -62,21 +65,42 @@ def _busy(states: dict[str, str]) -> bool:
     return any(state not in ("done", "failed", "") for state in states.values())
 
 
-def shown(board: Board, states: dict[str, str], steps: dict[str, int]) -> Group:
-    """The table, and below it what has failed and why there may be nothing new."""
+def counts(states: dict[str, str]) -> str:
+    """How many tasks are done, failed, or in another state: `3 of 9 done, 2 running, 4 pending`."""
+    number = Counter(state.lower() or "not submitted" for state in states.values())
+    others = (f", {many} {state}" for state, many in sorted(number.items()) if state != "done")
+    return f"{number['done']} of {len(states)} done{''.join(others)}"
+
+
+def in_view(states: dict[str, str], room: int) -> list[str]:
+    """At most `room` tasks, in their order: failed ones first, then what runs, what waits next, what was done last."""
     failed = [name for name, state in states.items() if state == "failed"]
-    lines = [f"{name} failed: {log_of(board, name) or 'it left no log'}" for name in failed[:MOST_LOGS]]
-    lines += [f"and {len(failed) - MOST_LOGS} more failed"] * (len(failed) > MOST_LOGS)
+    running = [name for name, state in states.items() if state not in ("failed", "done", *WAITING)]
+    waiting = [name for name, state in states.items() if state in WAITING]
+    done = [name for name, state in reversed(states.items()) if state == "done"]
+    chosen = {*[*failed, *running, *waiting, *done][: max(room, 1)]}
+    return [name for name in states if name in chosen]
+
+
+def shown(board: Board, states: dict[str, str], steps: dict[str, int], height: int | None = None) -> Group:
+    """The table, and below it what has failed and why there may be nothing new; as far as `height` lines have room."""
+    failed = [name for name, state in states.items() if state == "failed"]
+    most = MOST_LOGS if height is None else max(1, height // 4)
+    lines = [f"{name} failed: {log_of(board, name) or 'it left no log'}" for name in failed[:most]]
+    lines += [f"and {len(failed) - most} more failed"] * (len(failed) > most)
     lines += [f"no news from Slurm ({board.silence}); asked again every minute"] * bool(board.silence)
-    return Group(table(board, states, steps), *(Text(line, overflow="fold") for line in lines))
+    names = list(states) if height is None else in_view(states, height - FRAME - len(lines))
+    lines = [counts(states)] * (len(names) < len(states)) + lines
+    return Group(table(board, names, states, steps), *(Text(line, overflow="fold") for line in lines))
 
 
-def table(board: Board, states: dict[str, str], steps: dict[str, int]) -> Table:
+def table(board: Board, names: list[str], states: dict[str, str], steps: dict[str, int]) -> Table:
     table = Table()
     table.add_column("task", overflow="fold")  # a name is the only thing that may take a second line
     for title in ("job", "state", "step", "reward or loss", "s/step", "left", "failures"):
         table.add_column(title, no_wrap=True)
-    for name, task in board.tasks.items():
+    for name in names:
+        task = board.tasks[name]
         records = _records(task.folder / "metrics.jsonl") if not task.module else []
         last = records[-1] if records else {}
         value = last.get("reward", last.get("loss"))

@@ -286,3 +286,38 @@ def test_the_table_has_whole_names_and_says_where_the_logs_are(tmp_path):
         whole = text.replace("\n", "")
         assert f"{long} failed: {logs / '40.0.log'}" in whole, whole
         assert f"b failed: {tmp_path / 'submitit' / '40_1_0_log.out'}" in whole and "c failed: it left no log" in whole
+
+
+def test_a_screen_shows_what_fails_runs_and_comes_next_of_many_tasks(tmp_path):
+    state = {0: "done", 1: "failed", 2: "done", 40: "RUNNING", 90: "RUNNING"}
+    states = {f"task_{number:02}": state.get(number, "PENDING") for number in range(100)}
+    board = Board(tmp_path, [training(name, tmp_path) for name in states], local=True)
+    for height in (12, 24, 50):
+        console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+        console.print(table.shown(board, states, dict.fromkeys(states, 3), height))
+        lines = console.export_text().splitlines()
+        assert len(lines) <= height
+        rows = [line.split()[1] for line in lines if line.startswith("│ task_")]
+        assert {"task_01", "task_40", "task_90"} <= {*rows} and rows == sorted(rows) and "task_00" not in rows
+        assert len(rows) >= height - 8 and "task_03" in rows, "what comes next has the rest"
+        assert "2 of 100 done, 1 failed, 95 pending, 2 running" in lines and any("task_01 failed" in x for x in lines)
+    failing = dict.fromkeys(states, "failed")
+    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(table.shown(board, failing, dict.fromkeys(states, 3), 24))
+    assert len(console.export_text().splitlines()) <= 24
+
+
+def test_where_there_is_no_terminal_a_line_names_what_has_changed_alone(tmp_path, monkeypatch):
+    board = Board(tmp_path, [training(name, tmp_path) for name in "abcd"], local=True)
+    course = [{"a": "done", "b": "PENDING", "c": "PENDING", "d": "PENDING"},
+              {"a": "done", "b": "RUNNING", "c": "PENDING", "d": "PENDING"},
+              {"a": "done", "b": "done", "c": "failed", "d": "RUNNING"}, dict.fromkeys("abcd", "done")]  # fmt: skip
+    turn = iter([0, 0, 1, 1, 2, 3])
+    monkeypatch.setattr(board, "states", lambda: course[next(turn)])
+    monkeypatch.setattr(table, "_sleep_while_busy", lambda board: None)
+    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    assert table.watch(board, console) == 0
+    assert console.export_text().splitlines() == [
+        "1 of 4 done, 2 pending, 1 running; b: RUNNING",
+        "2 of 4 done, 1 failed, 1 running; b: done; c: failed; d: RUNNING",
+    ]  # fmt: skip

@@ -79,6 +79,7 @@ def test_what_a_member_leaves_out_is_not_set():
     [
         (["sweep=lambda"], "choose one of components, curriculum"),
         (["recipe=avatar_7b"], "nothing to sweep"),
+        (["sweep=shaping", "recipe=avatar_7b", "dry_run=true"], "that plans one training"),
         (["sweep=model_size"], "needs model_3b=FOLDER model_7b=FOLDER"),
         (["sweep=shaping", "recipe=avatar_7b", "concurrency=0"], "concurrency=0"),
         (["sweep=shaping", "recipe=avatar_7b", "rl.n_onn=3"], "linear_decay and 4 more: unknown key 'rl.n_onn'"),
