@@ -46,8 +46,9 @@ def read_shape(folder: str | Path) -> Shape:
         found = found.get("thinker_config", found)  # of the full Omni class
         vision = found["vision_config"]
         text = found.get("text_config", found)  # VL's older files have the sizes at their top
-        tied = bool(found.get("tie_word_embeddings", text.get("tie_word_embeddings", False)))
-        head = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
+        tied = bool(found.get("tie_word_embeddings", False))  # beside vision_config, as transformers reads it
+        head = text["head_dim"] if family.head_norms else None  # a class's own default is no quotient
+        head = head or text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
         shape: Any = SimpleNamespace(
             model_type=model_type,
             text_config=SimpleNamespace(

@@ -48,6 +48,7 @@ from megatron_avatar.planning.meta import LiveBytes, shard_on_meta
 from megatron_avatar.planning.plan import _changes, _layouts
 from megatron_avatar.planning.work import Work
 from megatron_avatar.policy import generate, kept
+from megatron_avatar.policy.architecture import read_config
 from megatron_avatar.policy.backend import start, stop
 from megatron_avatar.policy.build import build_policy
 from megatron_avatar.policy.cache import KeyValueCache
@@ -426,6 +427,27 @@ def test_an_encoder_is_counted_as_its_familys_or_not_at_all(tmp_path, key):
     del config["vision_config"][key]
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=key):
+        read_shape(tmp_path)
+
+
+@pytest.mark.parametrize("shape", PUBLISHED)
+@pytest.mark.parametrize("where", ["nowhere", "text_config", "beside"])
+def test_whether_the_head_is_the_embedding_is_read_as_the_policy_reads_it(tmp_path, shape, where):
+    config = json.loads((SHAPES / shape / "config.json").read_text())
+    text = config.get("text_config", {})
+    for part in (config, text):
+        part.pop("tie_word_embeddings", None)
+    {"nowhere": {}, "text_config": text, "beside": config}[where]["tie_word_embeddings"] = True
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert read_shape(tmp_path).text_config.tie_word_embeddings == read_config(tmp_path).tie_word_embeddings
+    assert read_config(tmp_path).tie_word_embeddings == (where == "beside")
+
+
+def test_a_familys_heads_are_given_or_refused(tmp_path):
+    config = json.loads((SHAPES / "qwen3_vl_4b" / "config.json").read_text())
+    del config["text_config"]["head_dim"]  # 128 of the class, not 2560 / 32
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="head_dim"):
         read_shape(tmp_path)
 
 
