@@ -25,7 +25,7 @@ from eval.paper.figures.series import read_metrics, series
 from eval.paper.results import Results
 from eval.paper.study import FAMILY, study
 
-HEAD = ("effects", "families", "figure5", "sample_efficiency", "training")  # what shows best what came out: the first
+HEAD = ("effects", "completions", "families", "figure5", "sample_efficiency", "training")  # first: what shows best
 
 
 def build(out: Path) -> Path:

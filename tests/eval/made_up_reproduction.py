@@ -25,7 +25,10 @@ def write_training(out: Path, system: str, seed: int, updates: int = UPDATES, pa
     write_lines(folder / "metrics.jsonl", [step(system, seed, s, updates, pace) for s in range(updates)])
     flat = system == "grpo" or system.endswith("wo_tas")
     shape = {"shape": "uniform" if flat else "parabolic", "lam": 0.3}
-    (folder / "config.yaml").write_text(json.dumps({"rl": {"shaping": shape}}))  # JSON is YAML
+    fresh = system == "grpo"
+    rl = {"shaping": shape, "n_off": 0 if fresh else 4, "revisit_share": 0.0 if fresh else 0.25,
+          "hints": {"enabled": not (fresh or system.endswith("wo_hints"))}}  # fmt: skip
+    (folder / "config.yaml").write_text(json.dumps({"rl": rl}))  # JSON is YAML
     (folder / "done.json").write_text(json.dumps({"steps": updates}))
 
 

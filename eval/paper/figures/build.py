@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.paper.figures import comparison, from_metrics, from_predictions, gain, style
+from eval.paper.figures import comparison, completions, from_metrics, from_predictions, gain, style
 from eval.paper.figures.entry import Entry
 from eval.paper.figures.folder import Folder
 
@@ -24,6 +24,7 @@ FIGURES = (
     from_metrics.advantages,
     gain.tas_gain_by_length,
     from_metrics.sample_efficiency,
+    completions.by_completions,
 )
 
 

@@ -1,5 +1,6 @@
 """A reproduction's folder becomes figures: what compares, what is left out, what is written."""
 
+import itertools
 import json
 import shutil
 from dataclasses import replace
@@ -7,11 +8,13 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from matplotlib.image import imread
 
 from eval.asking.items import Item, item_to_dict
 from eval.figures import main
-from eval.paper.figures import comparison, from_metrics, from_predictions, gain
+from eval.paper.figures import comparison, completions, from_metrics, from_predictions, gain
 from eval.paper.figures.build import FIGURES, build
 from eval.paper.figures.entry import published
 from eval.paper.figures.folder import Folder, comparable
@@ -23,9 +26,12 @@ from megatron_avatar.records import Sample
 from tests.eval.made_up import write_clip, write_lines
 from tests.eval.made_up_reproduction import (
     ITEMS,
+    LAMBDA,
     ON_OFF,
+    PACE,
     SEEDS,
     SKILL,
+    UPDATES,
     write_predictions,
     write_reproduction,
     write_training,
@@ -251,6 +257,43 @@ def test_figure_8_of_a_benchmark_takes_its_first_item_with_sound(out, tmp_path):
     assert "Who speaks?" in entry.page and "WorldSense, Music: A. a, B. b" in " ".join(entry.page.split())
 
 
+# ---- completions ------------------------------------------------------------------------------------------------
+
+
+def test_systems_stand_by_what_they_generated_on_the_seeds_that_all_have(out, tmp_path):
+    entry = completions.by_completions(Folder(out, "tiny"))
+    assert "Seed 10." in entry.caption and "sft" not in entry.sources["systems"], "the sweeps have one seed"
+    lines = {line.get_label(): line for line in entry.figure.axes[0].lines}
+    (x,), (y,) = lines["fresh completions alone"].get_data()
+    assert x == 128 * UPDATES and y == pytest.approx(accuracy(out, "grpo", 10))
+    assert len(lines["with replay"].get_xdata()) == len({*ON_OFF, *LAMBDA, *PACE} - {"grpo"})
+    texts = {text.get_text() for text in entry.figure.axes[0].texts}
+    assert {"grpo", "avatar", "wo_tas", "wo_hints", "5:3", "8:0", "λ 0.05"} <= texts
+
+
+@pytest.mark.parametrize(("fresh", "kind"), [("grpo", 0), ("grpo_revisits", 1)])
+def test_fresh_completions_are_told_from_those_with_revisits(tmp_path, fresh, kind):
+    for system in (fresh, "avatar", "components_wo_tas"):
+        write_training(tmp_path, system, 10)
+        write_predictions(tmp_path, system, 10, 0.5)
+    if kind:
+        path = tmp_path / "runs" / "tiny" / fresh / "seed_10" / "config.yaml"
+        path.write_text(json.dumps({"rl": {"n_off": 0, "revisit_share": 0.5, "hints": {"enabled": False}}}))
+    labels = [line.get_label() for line in completions.by_completions(Folder(tmp_path, "tiny")).figure.axes[0].lines]
+    assert completions.KINDS[kind] in labels and completions.KINDS[2] in labels
+    (tmp_path / "runs" / "tiny" / fresh / "seed_10" / "done.json").unlink()  # it goes on
+    assert "fewer than 3" in completions.by_completions(Folder(tmp_path, "tiny")).reason
+
+
+@given(st.lists(st.floats(0, 1), max_size=30).map(sorted), st.floats(0.001, 0.2))
+def test_labels_keep_apart_and_close_to_their_points(values, gap):
+    places = completions.spread(values, gap)
+    assert len(places) == len(values) and np.isclose(sum(places), sum(values))
+    assert all(b - a >= gap * (1 - 1e-6) for a, b in itertools.pairwise(places))
+    if all(b - a >= gap for a, b in itertools.pairwise(values)):
+        assert np.allclose(places, values)
+
+
 # ---- the folder -------------------------------------------------------------------------------------------------
 
 
@@ -259,7 +302,7 @@ def test_all_is_written_with_its_origin(out, capsys):
     told = capsys.readouterr().out
     found = json.loads((out / "figures" / "figures.json").read_text())
     names = [entry["name"] for entry in found["figures"]]
-    assert found["family"] == "tiny" and found["unmeasured"] == [] and len(names) == len(FIGURES) == 11
+    assert found["family"] == "tiny" and found["unmeasured"] == [] and len(names) == len(FIGURES) == 12
     for entry in found["figures"]:
         pixels = imread(out / entry["files"]["png"])[..., :3]
         assert pixels[0, 0].min() == 1.0 and pixels.std() > 0.05  # on white, and not empty
@@ -277,7 +320,7 @@ def test_what_was_not_measured_is_listed_with_the_reason(tmp_path, capsys):
     found = build(tmp_path, "tiny")
     drawn_names = ["figure1", "figure3", "figure5", "training", "advantages", "sample_efficiency"]
     assert [e["name"] for e in found["figures"]] == drawn_names
-    absent = {"figure2", "figure4", "families", "figure8", "tas_gain_by_length"}
+    absent = {"figure2", "figure4", "families", "figure8", "tas_gain_by_length", "completions"}
     assert {e["name"] for e in found["unmeasured"]} == absent
     assert all(len(e["reason"]) > 20 for e in found["unmeasured"])
     assert not (tmp_path / "figures" / "figure2.png").exists()
