@@ -20,6 +20,7 @@ KINDS = ("fresh completions alone", "fresh alone, with hints or revisits", "with
 SHORT = ((r"on_off_ratio_on(\d)_off(\d)", r"\1:\2"), (r"tas_lambda_lam_(.+)", r"λ \1"),
          (r"(components|curriculum|rewards|shaping)_(.+)", r"\2"))  # fmt: skip
 FEWEST = 3
+LEADER = {"arrowstyle": "-", "color": FAINT, "linewidth": 0.4}
 GAP = 0.026  # between two labels, of the axis' height
 
 Systems = dict[str, tuple[dict[int, Training], dict[int, Run]]]
@@ -95,7 +96,7 @@ def _draw(points: dict[str, tuple[int, list[float]]], kinds: dict[str, str]) -> 
             places = spread([value for value, _ in own], GAP * (high - low))
             for (value, name), place in zip(own, places, strict=True):
                 axes.annotate(_label(name), (completions, value), (completions * 1.05, place), fontsize=6.5,
-                              va="center", arrowprops={"arrowstyle": "-", "color": FAINT, "linewidth": 0.4})  # fmt: skip
+                              va="center", arrowprops=LEADER)  # fmt: skip
         axes.legend(loc="lower right")
     return figure
 
