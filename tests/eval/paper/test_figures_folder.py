@@ -279,8 +279,13 @@ def test_fresh_completions_are_told_from_those_with_revisits(tmp_path, fresh, ki
     if kind:
         path = tmp_path / "runs" / "tiny" / fresh / "seed_10" / "config.yaml"
         path.write_text(json.dumps({"rl": {"n_off": 0, "revisit_share": 0.5, "hints": {"enabled": False}}}))
-    labels = [line.get_label() for line in completions.by_completions(Folder(tmp_path, "tiny")).figure.axes[0].lines]
-    assert completions.KINDS[kind] in labels and completions.KINDS[2] in labels
+    for kind_of in ("runs", "predictions"):  # of the same settings, so it is the same run
+        link = tmp_path / kind_of / "tiny" / "on_off_ratio_on4_off4" / "seed_10"
+        link.parent.mkdir()
+        link.symlink_to(tmp_path / kind_of / "tiny" / "avatar" / "seed_10")
+    lines = completions.by_completions(Folder(tmp_path, "tiny")).figure.axes[0].lines
+    found = {line.get_label(): len(line.get_xdata()) for line in lines if not line.get_label().startswith("_")}
+    assert found == {completions.KINDS[kind]: 1, completions.KINDS[2]: 2}
     (tmp_path / "runs" / "tiny" / fresh / "seed_10" / "done.json").unlink()  # it goes on
     assert "fewer than 3" in completions.by_completions(Folder(tmp_path, "tiny")).reason
 
