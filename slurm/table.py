@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import time
+from bisect import bisect_right
 from collections import Counter
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from megatron_avatar.resilience import queue
 from slurm.jobs import Board
 from slurm.tasks import Task, failures
 
@@ -24,8 +27,10 @@ PLAIN_INTERVAL_S = 30.0  # between lines where there is no terminal
 PLAIN_WIDTH = 200  # a file has room for names as they are
 MOST_LOGS = 20
 COLORS = {"done": "green", "RUNNING": "cyan", "failed": "red"}
-FRAME = 6  # lines of a table beside its tasks', and of what stands below it
-WAITING = ("PENDING", "")
+WAITING = (*queue.WAITING, "")
+WIDE = 120  # columns of a screen that has room for all of the table's
+COLUMNS = ("job", "state", "step", "reward or loss", "s/step", "left", "failures")
+NARROW = ("state", "step", "left")
 
 
 def watch(board: Board, console: Console) -> int:
@@ -33,20 +38,22 @@ def watch(board: Board, console: Console) -> int:
     steps = {name: _steps(task) for name, task in board.tasks.items()}
     try:
         if console.is_terminal:
-            states = board.states()
-            with Live(shown(board, states, steps, console.size.height), console=console, refresh_per_second=2) as live:
+            first = fitting(board, board.states(), steps, console)
+            with Live(first, console=console, refresh_per_second=2) as live:
                 while _busy(states := board.states()):
-                    live.update(shown(board, states, steps, console.size.height))
+                    live.update(fitting(board, states, steps, console))
                     time.sleep(INTERVAL_S)
                 live.update(shown(board, states, steps))
         else:
             said = {n: progress(board.tasks[n], s, steps[n]) for n, s in board.states().items() if s == "done"}
+            news = True
             while _busy(states := board.states()):
                 now = {n: progress(board.tasks[n], s, steps[n]) for n, s in states.items() if s not in WAITING}
+                now |= {n: states[n] for n in said if states[n] in WAITING}  # it was stopped, and waits again
                 changed = "".join(f"; {n}: {text}" for n, text in now.items() if said.get(n) != text)
-                if changed:
+                if changed or news:
                     console.print(f"{counts(states)}{changed}", soft_wrap=True, highlight=False)
-                    said = now
+                    said, news = now, False
                 _sleep_while_busy(board)
             Console(file=console.file, width=PLAIN_WIDTH).print(shown(board, states, steps))
     except KeyboardInterrupt:
@@ -66,38 +73,61 @@ def _busy(states: dict[str, str]) -> bool:
 
 
 def counts(states: dict[str, str]) -> str:
-    """How many tasks are done, failed, or in another state: `3 of 9 done, 2 running, 4 pending`."""
+    """How many tasks are done, failed, or in another state: `3 of 9 done, 4 pending, 2 running`."""
     number = Counter(state.lower() or "not submitted" for state in states.values())
     others = (f", {many} {state}" for state, many in sorted(number.items()) if state != "done")
     return f"{number['done']} of {len(states)} done{''.join(others)}"
 
 
 def in_view(states: dict[str, str], room: int) -> list[str]:
-    """At most `room` tasks, in their order: failed ones first, then what runs, what waits next, what was done last."""
+    """At most `room` tasks, in their order: what runs, what has failed in half of the room, what waits next, and what
+    was done last."""
     failed = [name for name, state in states.items() if state == "failed"]
     running = [name for name, state in states.items() if state not in ("failed", "done", *WAITING)]
     waiting = [name for name, state in states.items() if state in WAITING]
     done = [name for name, state in reversed(states.items()) if state == "done"]
-    chosen = {*[*failed, *running, *waiting, *done][: max(room, 1)]}
+    half = room // 2
+    order = [*running[: room - min(half, len(failed))], *failed[:half], *waiting, *done, *failed, *running]
+    chosen = {*list(dict.fromkeys(order))[:room]}
     return [name for name in states if name in chosen]
 
 
-def shown(board: Board, states: dict[str, str], steps: dict[str, int], height: int | None = None) -> Group:
-    """The table, and below it what has failed and why there may be nothing new; as far as `height` lines have room."""
+def shown(board: Board, states: dict[str, str], steps: dict[str, int]) -> Group:
+    """The table of all tasks, and below it what has failed and why there may be nothing new."""
+    lines = _below(board, states, MOST_LOGS)
+    return Group(table(board, list(states), states, steps), *(Text(line, overflow="fold") for line in lines))
+
+
+def fitting(board: Board, states: dict[str, str], steps: dict[str, int], console: Console) -> Group:
+    """The same for a screen: of more tasks than it has lines for, those of `in_view`, and how many there are."""
+    width, height = console.size
+    columns = COLUMNS if width >= WIDE else NARROW
+    below = _below(board, states, max(1, height // 8))
+
+    def group(room: int) -> Group:
+        names = in_view(states, room)
+        lines = [counts(states)] * (len(names) < len(states)) + below
+        return Group(table(board, names, states, steps, columns), *(Text(line, overflow="fold") for line in lines))
+
+    most = max(1, min(len(states), height))
+    over = bisect_right(range(1, most + 1), height, key=lambda room: len(console.render_lines(group(room))))
+    return group(max(1, over))  # a name may take several lines
+
+
+def _below(board: Board, states: dict[str, str], most: int) -> list[str]:
     failed = [name for name, state in states.items() if state == "failed"]
-    most = MOST_LOGS if height is None else max(1, height // 4)
     lines = [f"{name} failed: {log_of(board, name) or 'it left no log'}" for name in failed[:most]]
     lines += [f"and {len(failed) - most} more failed"] * (len(failed) > most)
     lines += [f"no news from Slurm ({board.silence}); asked again every minute"] * bool(board.silence)
-    names = list(states) if height is None else in_view(states, height - FRAME - len(lines))
-    lines = [counts(states)] * (len(names) < len(states)) + lines
-    return Group(table(board, names, states, steps), *(Text(line, overflow="fold") for line in lines))
+    return lines
 
 
-def table(board: Board, names: list[str], states: dict[str, str], steps: dict[str, int]) -> Table:
+def table(
+    board: Board, names: list[str], states: dict[str, str], steps: dict[str, int], columns: Sequence[str] = COLUMNS
+) -> Table:
     table = Table()
     table.add_column("task", overflow="fold")  # a name is the only thing that may take a second line
-    for title in ("job", "state", "step", "reward or loss", "s/step", "left", "failures"):
+    for title in columns:
         table.add_column(title, no_wrap=True)
     for name in names:
         task = board.tasks[name]
@@ -107,11 +137,12 @@ def table(board: Board, names: list[str], states: dict[str, str], steps: dict[st
         pace = _pace(records)
         left = timedelta(seconds=int(pace * (steps[name] - last["step"]))) if pace and states[name] != "done" else ""
         color = COLORS.get(states[name], "yellow")
-        table.add_row(
-            Text(name), board.jobs.get(name, ""), f"[{color}]{states[name] or 'not submitted'}[/]",
+        cells = dict(zip(COLUMNS, (
+            board.jobs.get(name, ""), f"[{color}]{states[name] or 'not submitted'}[/]",
             f"{last.get('step', 0)}/{steps[name]}" if steps[name] else "", "" if value is None else f"{value:.3f}",
             f"{pace:.2f}" if pace else "", str(left), str(failures(task) or ""),
-        )  # fmt: skip
+        ), strict=True))  # fmt: skip
+        table.add_row(Text(name), *(cells[title] for title in columns))
     return table
 
 
@@ -126,7 +157,7 @@ def log_of(board: Board, name: str) -> Path | None:
 
 def progress(task: Task, state: str, steps: int) -> str:
     records = _records(task.folder / "metrics.jsonl") if not task.module else []
-    return f"{state or 'not submitted'} {records[-1]['step']}/{steps}" if records else state or "not submitted"
+    return f"{state} {records[-1]['step']}/{steps}" if records else state
 
 
 def _steps(task: Task) -> int:

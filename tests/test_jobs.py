@@ -288,36 +288,64 @@ def test_the_table_has_whole_names_and_says_where_the_logs_are(tmp_path):
         assert f"b failed: {tmp_path / 'submitit' / '40_1_0_log.out'}" in whole and "c failed: it left no log" in whole
 
 
-def test_a_screen_shows_what_fails_runs_and_comes_next_of_many_tasks(tmp_path):
-    state = {0: "done", 1: "failed", 2: "done", 40: "RUNNING", 90: "RUNNING"}
-    states = {f"task_{number:02}": state.get(number, "PENDING") for number in range(100)}
+SYSTEM = "eval.tiny.components_grpo_beta_matched.{:02}.held_out-trained"  # a name of the study's
+
+
+def on_screen(board: Board, states: dict[str, str], width: int, height: int) -> list[str]:
+    console = Console(width=width, height=height, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(table.fitting(board, states, dict.fromkeys(states, 3), console))
+    return console.export_text().splitlines()
+
+
+@pytest.mark.parametrize("width", [80, 100, 200])
+@pytest.mark.parametrize("height", [12, 24, 50])
+def test_a_screen_shows_what_runs_fails_and_comes_next_of_many_tasks(tmp_path, width, height):
+    state = {0: "done", 1: "failed", 2: "done", 40: "RUNNING", 90: "COMPLETING", 95: "REQUEUED"}
+    states = {SYSTEM.format(number): state.get(number, "PENDING") for number in range(100)}
     board = Board(tmp_path, [training(name, tmp_path) for name in states], local=True)
-    for height in (12, 24, 50):
-        console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-        console.print(table.shown(board, states, dict.fromkeys(states, 3), height))
-        lines = console.export_text().splitlines()
-        assert len(lines) <= height
-        rows = [line.split()[1] for line in lines if line.startswith("│ task_")]
-        assert {"task_01", "task_40", "task_90"} <= {*rows} and rows == sorted(rows) and "task_00" not in rows
-        assert len(rows) >= height - 8 and "task_03" in rows, "what comes next has the rest"
-        assert "2 of 100 done, 1 failed, 95 pending, 2 running" in lines and any("task_01 failed" in x for x in lines)
-    failing = dict.fromkeys(states, "failed")
-    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(table.shown(board, failing, dict.fromkeys(states, 3), 24))
-    assert len(console.export_text().splitlines()) <= 24
+    for name in states:
+        log = board.tasks[name].log / "a_log_with_a_name_of_its_own.log"
+        log.parent.mkdir(parents=True)
+        log.touch()
+    lines = on_screen(board, states, width, height)
+    assert len(lines) <= height
+    whole = "".join("".join(line.split("│")[1].split()) if line.startswith("│") else line for line in lines)
+    rows = [number for number in range(100) if SYSTEM.format(number) in whole]
+    assert 40 in rows and (height == 12 or {3, 90} <= {*rows}), "what comes next has the rest"
+    assert 0 not in rows and 95 not in rows and f"{SYSTEM.format(1)} failed: " in whole
+    assert "2 of 100 done, 1 completing, 1 failed, 94 pending, 1 requeued, 1 running" in lines
+    assert height == 12 or len(rows) >= (height - 12) // 2, "the screen is used"
+
+
+def test_many_failures_leave_room_for_what_runs(tmp_path):
+    states = {f"task_{n:02}": "failed" if n < 60 else "RUNNING" if n < 70 else "PENDING" for n in range(100)}
+    board = Board(tmp_path, [training(name, tmp_path) for name in states], local=True)
+    rows = [line.split()[1] for line in on_screen(board, states, 100, 30) if line.startswith("│ task_")]
+    assert sum(states[row] == "RUNNING" for row in rows) == 10 and sum(states[row] == "failed" for row in rows) >= 5
+    every = dict.fromkeys(states, "failed")
+    assert 10 < len(on_screen(board, every, 100, 24)) <= 24
+    few = {name: states[name] for name in list(states)[55:65]}
+    shown = on_screen(Board(tmp_path, [training(name, tmp_path) for name in few], local=True), few, 100, 60)
+    assert all(any(name in line for line in shown) for name in few) and not any(" of 10 done" in line for line in shown)
 
 
 def test_where_there_is_no_terminal_a_line_names_what_has_changed_alone(tmp_path, monkeypatch):
     board = Board(tmp_path, [training(name, tmp_path) for name in "abcd"], local=True)
     course = [{"a": "done", "b": "PENDING", "c": "PENDING", "d": "PENDING"},
+              {"a": "done", "b": "PENDING", "c": "PENDING", "d": "PENDING"},
+              {"a": "done", "b": "RUNNING", "c": "PENDING", "d": "PENDING"},
+              {"a": "done", "b": "REQUEUED", "c": "PENDING", "d": "PENDING"},
               {"a": "done", "b": "RUNNING", "c": "PENDING", "d": "PENDING"},
               {"a": "done", "b": "done", "c": "failed", "d": "RUNNING"}, dict.fromkeys("abcd", "done")]  # fmt: skip
-    turn = iter([0, 0, 1, 1, 2, 3])
+    turn = iter([0, 0, 1, 2, 3, 3, 4, 5, 6])
     monkeypatch.setattr(board, "states", lambda: course[next(turn)])
     monkeypatch.setattr(table, "_sleep_while_busy", lambda board: None)
     console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     assert table.watch(board, console) == 0
     assert console.export_text().splitlines() == [
+        "1 of 4 done, 3 pending",
+        "1 of 4 done, 2 pending, 1 running; b: RUNNING",
+        "1 of 4 done, 2 pending, 1 requeued; b: REQUEUED",
         "1 of 4 done, 2 pending, 1 running; b: RUNNING",
         "2 of 4 done, 1 failed, 1 running; b: done; c: failed; d: RUNNING",
     ]  # fmt: skip
