@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Protocol
 
-from megatron_avatar.config.families import NAMES, family_of
+from megatron_avatar.config.families import NAMES, VL, family_of
 
 TEXT = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size",
         "vocab_size")  # fmt: skip
@@ -46,9 +46,11 @@ def read_shape(folder: str | Path) -> Shape:
         found = found.get("thinker_config", found)  # of the full Omni class
         vision = found["vision_config"]
         text = found.get("text_config", found)  # VL's older files have the sizes at their top
-        tied = bool(found.get("tie_word_embeddings", False))  # beside vision_config, as transformers reads it
-        head = text["head_dim"] if family.head_norms else None  # a class's own default is no quotient
-        head = head or text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
+        # As transformers reads it: beside vision_config, of Qwen2.5-VL's older files in text_config.
+        tied = bool(found.get("tie_word_embeddings") or family is VL and text.get("tie_word_embeddings"))
+        # Families with head norms have a size of their own, which no quotient gives.
+        head = text["head_dim"] if family.head_norms else text.get("head_dim")
+        head = head or text["hidden_size"] // text["num_attention_heads"]
         shape: Any = SimpleNamespace(
             model_type=model_type,
             text_config=SimpleNamespace(

@@ -1,6 +1,7 @@
 """A reproduction's folder with made-up trainings and predictions of known shape, and one real clip."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +26,9 @@ def write_training(out: Path, system: str, seed: int, updates: int = UPDATES, pa
     write_lines(folder / "metrics.jsonl", [step(system, seed, s, updates, pace) for s in range(updates)])
     flat = system == "grpo" or system.endswith("wo_tas")
     shape = {"shape": "uniform" if flat else "parabolic", "lam": 0.3}
-    fresh = system == "grpo"
-    rl = {"shaping": shape, "n_off": 0 if fresh else 4, "revisit_share": 0.0 if fresh else 0.25,
-          "hints": {"enabled": not (fresh or system.endswith("wo_hints"))}}  # fmt: skip
+    grpo, off = system == "grpo", re.search(r"_off(\d)$", system)
+    rl = {"shaping": shape, "n_off": int(off[1]) if off else 0 if grpo else 4, "revisit_share": 0.0 if grpo else 0.25,
+          "hints": {"enabled": not (grpo or system.endswith("wo_hints"))}}  # fmt: skip
     (folder / "config.yaml").write_text(json.dumps({"rl": rl}))  # JSON is YAML
     (folder / "done.json").write_text(json.dumps({"steps": updates}))
 

@@ -432,15 +432,21 @@ def test_an_encoder_is_counted_as_its_familys_or_not_at_all(tmp_path, key):
 
 @pytest.mark.parametrize("shape", PUBLISHED)
 @pytest.mark.parametrize("where", ["nowhere", "text_config", "beside"])
-def test_whether_the_head_is_the_embedding_is_read_as_the_policy_reads_it(tmp_path, shape, where):
+@pytest.mark.parametrize("whole", [False, True])
+def test_whether_the_head_is_the_embedding_is_read_as_the_policy_reads_it(tmp_path, shape, where, whole):
+    if whole and not shape.startswith(("qwen2_5_omni", "qwen3_omni")):
+        return
     config = json.loads((SHAPES / shape / "config.json").read_text())
-    text = config.get("text_config", {})
+    text = config.setdefault("text_config", dict(config))  # VL's shape has the sizes at its top
     for part in (config, text):
         part.pop("tie_word_embeddings", None)
     {"nowhere": {}, "text_config": text, "beside": config}[where]["tie_word_embeddings"] = True
+    if whole:  # as published: the Thinker beside a Talker
+        config = {"model_type": config["model_type"].removesuffix("_thinker"), "thinker_config": config}
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert read_shape(tmp_path).text_config.tie_word_embeddings == read_config(tmp_path).tie_word_embeddings
-    assert read_config(tmp_path).tie_word_embeddings == (where == "beside")
+    taken = {"beside"} | ({"text_config"} if shape == "qwen2_5_vl_7b" else set())
+    assert read_config(tmp_path).tie_word_embeddings == (where in taken)
 
 
 def test_a_familys_heads_are_given_or_refused(tmp_path):

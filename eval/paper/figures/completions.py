@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from eval.paper.figures.style import FAINT, SERIES, percent, styled
 from eval.paper.results import Run, check_comparable
 
 BENCHMARK = "held_out"
-KINDS = ("fresh completions alone", "fresh alone, with hints or revisits", "with replay")
+KINDS = ("fresh, without hints and revisits", "fresh, with hints or revisits", "with replay")
 SHORT = ((r"on_off_ratio_on(\d)_off(\d)", r"\1:\2"), (r"tas_lambda_lam_(.+)", r"λ \1"),
          (r"(components|curriculum|rewards|shaping)_(.+)", r"\2"))  # fmt: skip
 FEWEST = 3
@@ -27,24 +28,27 @@ Systems = dict[str, tuple[dict[int, Training], dict[int, Run]]]
 
 
 def by_completions(folder: Folder) -> Entry:
-    """Accuracy of every system against its generated completions, on the seeds that all of them have."""
+    """Accuracy of the systems against their generated completions, on seeds that all of them have."""
     name, title = "completions", "What generated completions buy"
-    found = _systems(folder)
-    seeds = sorted(set.intersection(*({*runs} for _, runs in found.values()))) if found else []
-    if len(found) < FEWEST or not seeds:
+    there = _systems(folder)
+    seeds = _shared({name: {*runs} for name, (_, runs) in there.items()})
+    found = {name: own for name, own in there.items() if {*seeds} <= {*own[1]}}
+    if len(found) < FEWEST:
         return Entry(name, title, None, reason=f"fewer than {FEWEST} systems of reinforcement learning have answered "
                                                "the held-out samples with the same seeds")  # fmt: skip
     used = {name: {seed: trainings[seed] for seed in seeds} for name, (trainings, _) in found.items()}
     runs = [predictions[seed] for _, predictions in found.values() for seed in seeds]
     check_comparable(runs)
-    points = {name: (used[name][seeds[0]].completions, [_accuracy(runs[seed]) for seed in seeds])
-              for name, (_, runs) in found.items()}  # fmt: skip
+    points = {name: (round(np.mean([own[0][s].completions for s in seeds])), [_accuracy(own[1][s]) for s in seeds])
+              for name, own in found.items()}  # fmt: skip
     figure = _draw(points, {name: _kind(by_seed[seeds[0]].folder) for name, by_seed in used.items()})
     caption = joined(
         "Each point: a system's accuracy on the held-out samples at its training's end, greedy and without hints, "
         "against the completions that it generated; updates differ, too. 5:3 is five fresh completions a prompt and "
         "three replayed ones. Points: means over seeds, strokes: their range.",
         seeds_told({name: seeds for name in points}), partial_told(runs),
+        f"Without these seeds, so left out: {', '.join(sorted(there.keys() - found.keys()))}."
+        * (len(found) < len(there)),
     )  # fmt: skip
     return Entry(name, title, figure, caption, sources=sources(folder.out, used, runs))
 
@@ -61,6 +65,13 @@ def _systems(folder: Folder) -> Systems:
         if seeds := own.keys() & answers.keys():
             found[path.name] = {s: own[s] for s in sorted(seeds)}, {s: answers[s] for s in sorted(seeds)}
     return found
+
+
+def _shared(seeds: dict[str, set[int]]) -> list[int]:
+    """Of every system's seeds those for which the systems that have all of them have the most runs together."""
+    common = [seed for seed, _ in Counter(sorted(s for own in seeds.values() for s in own)).most_common()]
+    sets = [common[: size + 1] for size in range(len(common))]
+    return sorted(max(sets, key=lambda s: len(s) * sum({*s} <= own for own in seeds.values()), default=[]))
 
 
 def _accuracy(run: Run) -> float:

@@ -263,22 +263,41 @@ def test_figure_8_of_a_benchmark_takes_its_first_item_with_sound(out, tmp_path):
 def test_systems_stand_by_what_they_generated_on_the_seeds_that_all_have(out, tmp_path):
     entry = completions.by_completions(Folder(out, "tiny"))
     assert "Seed 10." in entry.caption and "sft" not in entry.sources["systems"], "the sweeps have one seed"
+    assert "left out" not in entry.caption
     lines = {line.get_label(): line for line in entry.figure.axes[0].lines}
-    (x,), (y,) = lines["fresh completions alone"].get_data()
+    (x,), (y,) = lines[completions.KINDS[0]].get_data()
     assert x == 128 * UPDATES and y == pytest.approx(accuracy(out, "grpo", 10))
-    assert len(lines["with replay"].get_xdata()) == len({*ON_OFF, *LAMBDA, *PACE} - {"grpo"})
+    assert len(lines[completions.KINDS[1]].get_xdata()) == 1, "8:0"
+    assert len(lines[completions.KINDS[2]].get_xdata()) == len({*ON_OFF, *LAMBDA, *PACE}) - 2
     texts = {text.get_text() for text in entry.figure.axes[0].texts}
     assert {"grpo", "avatar", "wo_tas", "wo_hints", "5:3", "8:0", "λ 0.05"} <= texts
 
 
-@pytest.mark.parametrize(("fresh", "kind"), [("grpo", 0), ("grpo_revisits", 1)])
-def test_fresh_completions_are_told_from_those_with_revisits(tmp_path, fresh, kind):
+def test_what_lacks_the_seeds_of_most_runs_is_left_out(tmp_path):
+    for seed in (10, 11, 12):
+        for system in ("grpo", "avatar", "components_wo_tas"):
+            write_training(tmp_path, system, seed, updates=60 if seed < 12 else 30)
+            write_predictions(tmp_path, system, seed, 0.5)
+    for system, seed in (("wo_revisits", 10), ("of_another_study", 77)):
+        write_training(tmp_path, system, seed)
+        write_predictions(tmp_path, system, seed, 0.5)
+    entry = completions.by_completions(Folder(tmp_path, "tiny"))
+    assert "Seeds 10, 11, 12." in entry.caption
+    assert "Without these seeds, so left out: of_another_study, wo_revisits." in entry.caption
+    assert 64 * 50 in {x for line in entry.figure.axes[0].lines for x in line.get_xdata()}, "seeds' mean of completions"
+    assert "fewer than 3" in completions.by_completions(Folder(tmp_path / "none", "tiny")).reason
+
+
+@pytest.mark.parametrize(
+    ("fresh", "kind", "settings"),
+    [("grpo", 0, {}), ("grpo_revisits", 1, {"revisit_share": 0.5}), ("grpo_hints", 1, {"hints": {"enabled": True}})],
+)
+def test_fresh_completions_are_told_from_those_with_hints_or_revisits(tmp_path, fresh, kind, settings):
     for system in (fresh, "avatar", "components_wo_tas"):
         write_training(tmp_path, system, 10)
         write_predictions(tmp_path, system, 10, 0.5)
-    if kind:
-        path = tmp_path / "runs" / "tiny" / fresh / "seed_10" / "config.yaml"
-        path.write_text(json.dumps({"rl": {"n_off": 0, "revisit_share": 0.5, "hints": {"enabled": False}}}))
+    path = tmp_path / "runs" / "tiny" / fresh / "seed_10" / "config.yaml"
+    path.write_text(json.dumps({"rl": {"n_off": 0, "revisit_share": 0, "hints": {"enabled": False}} | settings}))
     for kind_of in ("runs", "predictions"):  # of the same settings, so it is the same run
         link = tmp_path / kind_of / "tiny" / "on_off_ratio_on4_off4" / "seed_10"
         link.parent.mkdir()
@@ -295,8 +314,10 @@ def test_labels_keep_apart_and_close_to_their_points(values, gap):
     places = completions.spread(values, gap)
     assert len(places) == len(values) and np.isclose(sum(places), sum(values))
     assert all(b - a >= gap * (1 - 1e-6) for a, b in itertools.pairwise(places))
-    if all(b - a >= gap for a, b in itertools.pairwise(values)):
-        assert np.allclose(places, values)
+    for before, value, after, place in zip([-9, *values], values, [*values[1:], 9], places, strict=False):
+        room = gap * len(values)  # of a block at the side of it, at most
+        if value - before > room and after - value > room:
+            assert np.isclose(place, value)
 
 
 # ---- the folder -------------------------------------------------------------------------------------------------
