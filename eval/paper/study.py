@@ -59,8 +59,13 @@ QUESTIONS = (
     Question("running baseline: against w/o VCRS", "components_avatar", "components_wo_vcrs", "parts", "updates"),
     Question("hints: against w/o hints", "components_avatar", "components_wo_hints", "parts", "updates"),
     Question("revisits: against w/o revisits", "avatar", "wo_revisits", "parts", "updates"),
+    Question("AVATAR w/o replay against GRPO, equal updates and completions", "fresh", "grpo_half", "fresh", "updates"),
+    Question("hints, w/o replay: against w/o hints", "fresh", "fresh_wo_hints", "fresh parts", "updates"),
+    Question("revisits, w/o replay: against w/o revisits", "fresh", "fresh_wo_revisits", "fresh parts", "updates"),
+    Question("shaping, w/o replay: against w/o shaping", "fresh", "fresh_wo_shaping", "fresh parts", "updates"),
 )
-PLANNED = {"primary": 16, "secondary": 16, "controls": 5, "parts": 5}  # seeds, as in slurm/profiles/tiny.yaml
+# Seeds, as in slurm/profiles/tiny.yaml, and fresh.yaml.
+PLANNED = {"primary": 16, "secondary": 16, "controls": 5, "parts": 5, "fresh": 13, "fresh parts": 13}
 PLANNED_SWEEP = 3
 SWEEPS = {
     "tas_lambda": [f"tas_lambda_lam_{lam}" for lam in ("0", "0.05", "0.1", "0.3", "0.5", "1.0", "2.0")],
@@ -69,7 +74,8 @@ SWEEPS = {
 COURSE = ("grpo", "grpo_half", "avatar", "components_published", "components_wo_hints")
 TRAINED_SYSTEMS = (
     "sft", "grpo_half", "grpo", "grpo_two_updates", "grpo_two_updates_hints", "avatar", "components_wo_off_policy",
-    "components_wo_tas", "components_wo_vcrs", "components_wo_hints", "wo_revisits",
+    "components_wo_tas", "components_wo_vcrs", "components_wo_hints", "wo_revisits", "fresh", "fresh_wo_hints",
+    "fresh_wo_revisits", "fresh_wo_shaping",
 )  # fmt: skip
 PUBLISHED_BEST = {"tas_lambda": "tas_lambda_lam_0.3", "on_off_ratio": "on_off_ratio_on4_off4"}
 
