@@ -145,7 +145,7 @@ def built(name: str, tmp_path: Path) -> Graph:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("name", ["smoke", "tiny", "paper"])
+@pytest.mark.parametrize("name", ["smoke", "tiny", "fresh", "paper"])
 def test_every_task_comes_behind_what_it_needs(name, tmp_path):
     graph = built(name, tmp_path)
     tasks, by_name = graph.tasks, {task.name: task for task in graph.tasks}
@@ -172,6 +172,16 @@ def test_every_task_comes_behind_what_it_needs(name, tmp_path):
         assert list(full.stages) == ["ladder"] and half.stages["ladder"].steps * 2 == full.stages["ladder"].steps
         step = next(task for task in tasks if task.name.startswith("eval.tiny.avatar.20.step_"))
         assert f"model={by_name['tiny.avatar.20'].folder}" in step.arguments and step.needs == ["tiny.avatar.20"]
+    if name == "fresh":  # in the folder of "tiny" it goes on: whatever both have is the same
+        settled = {task.name: task for task in built("tiny", tmp_path).tasks}
+        for both in by_name.keys() & settled.keys() - {"report"}:
+            ours, theirs = by_name[both], settled[both]
+            assert ours.command == theirs.command if ours.module else ours.config() == theirs.config(), both
+        assert "tiny.grpo_half.35" in by_name.keys() & settled.keys() and "tiny.grpo_half.22" not in by_name
+        fresh, half = by_name["tiny.fresh.35"].config(), by_name["tiny.grpo_half.35"].config()
+        assert (fresh.rl.n_on, fresh.rl.n_off) == (half.rl.n_on, half.rl.n_off) == (8, 0)
+        assert fresh.rl.hints.enabled and fresh.rl.revisit_share == 0.5
+        assert not half.rl.hints.enabled and half.rl.revisit_share == 0
     if name == "paper":
         assert by_name["eval.omni_7b.avatar.0.omnibench"].layout() == by_name["omni_7b.avatar.0"].layout() > (1, 1)
         assert by_name["report"].layout() == (1, 1) and graph.absent == {"mmvu"}
@@ -190,7 +200,7 @@ def test_every_task_comes_behind_what_it_needs(name, tmp_path):
         assert links["components_grpo"] == "grpo" and not {f"omni_7b.{twin}.0" for twin in links} & trained
 
 
-@pytest.mark.parametrize("name", ["smoke", "tiny"])
+@pytest.mark.parametrize("name", ["smoke", "tiny", "fresh"])
 def test_what_a_profile_runs_is_in_a_jobs_snapshot(name, tmp_path):
     profile, *_ = read_profile(name, tmp_path, [])
     modules = [profile[key]["module"] for key in ("prepare", "gate") if key in profile]
