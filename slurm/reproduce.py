@@ -1,6 +1,6 @@
 """The paper as a graph of jobs: data, cold starts, trainings, evaluations, and the report with all tables and figures.
 
-    python slurm/reproduce.py profile=smoke|tiny|paper [--dry-run[=full]] [key=value ...]
+    python slurm/reproduce.py profile=smoke|tiny|fresh|paper [--dry-run[=full]] [key=value ...]
 
     profile=NAME       slurm/profiles/NAME.yaml; the paper's needs model_7b, model_3b, model_vl_7b, data, data_vl and
                        benchmarks: as NAME=PATH here, AVATAR_NAME in the environment, or in the site's cluster.paths
