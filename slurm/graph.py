@@ -62,7 +62,7 @@ class Graph:
                 kept.add(name)
                 wanted += by_name[name].needs
         report = by_name["report"]
-        report.needs = [name for name in report.needs if name in kept]
+        report.needs = [name for name in report.needs if name in kept] or [t.name for t in self.tasks if t.name in kept]
         self.tasks = [task for task in self.tasks if task.name in kept or task is report]
 
     def add(self, task: Task, *, once: bool = False) -> str:

@@ -16,6 +16,7 @@ import os
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -169,6 +170,9 @@ def main(script: Path, arguments: list[str]) -> int:
 
 
 def _submit(script: Path, given: Given) -> int:
+    if [s for s in given.settings if s.partition("=")[0] == "dry_run"][-1:] == ["dry_run=true"]:  # nothing to submit
+        words = [sys.executable, "-m", "megatron_avatar.train", *with_recipe(script, given.settings)]
+        return subprocess.run(words, cwd=ROOT).returncode
     cold = _cold_start(script, given) if "--with-sft" in given.own else None
     made = ""
     if cold is not None:

@@ -52,7 +52,7 @@ def split_options(arguments: list[str], known: dict[str, str]) -> tuple[dict[str
     options, settings = dict(known), []
     for item in map(home, arguments):
         key, _, value = item.partition("=")
-        if key == "dry_run":
+        if key.lstrip("+") == "dry_run" or item.startswith("--dry-run"):
             raise ValueError(f"{item}: that plans one training (python -m megatron_avatar.train ... dry_run=true); "
                              "slurm/reproduce.py has --dry-run")  # fmt: skip
         if key in known:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -28,7 +28,8 @@ PLAIN_WIDTH = 200  # a file has room for names as they are
 MOST_LOGS = 20
 COLORS = {"done": "green", "RUNNING": "cyan", "failed": "red"}
 WAITING = (*queue.WAITING, "")
-WIDE = 120  # columns of a screen that has room for all of the table's
+FEWEST_LINES = 8  # of a screen that has room for a table
+COLUMNS_WIDTH = 90  # of all columns but the task's
 COLUMNS = ("job", "state", "step", "reward or loss", "s/step", "left", "failures")
 NARROW = ("state", "step", "left")
 
@@ -49,10 +50,11 @@ def watch(board: Board, console: Console) -> int:
             news = True
             while _busy(states := board.states()):
                 now = {n: progress(board.tasks[n], s, steps[n]) for n, s in states.items() if s not in WAITING}
-                now |= {n: states[n] for n in said if states[n] in WAITING}  # it was stopped, and waits again
+                waits = {n: states[n] or "not submitted" for n in said if states[n] in WAITING}
+                now |= waits  # it was stopped
                 changed = "".join(f"; {n}: {text}" for n, text in now.items() if said.get(n) != text)
                 if changed or news:
-                    console.print(f"{counts(states)}{changed}", soft_wrap=True, highlight=False)
+                    console.print(f"{counts(states)}{changed}", soft_wrap=True, highlight=False, markup=False)
                     said, news = now, False
                 _sleep_while_busy(board)
             Console(file=console.file, width=PLAIN_WIDTH).print(shown(board, states, steps))
@@ -101,25 +103,35 @@ def shown(board: Board, states: dict[str, str], steps: dict[str, int]) -> Group:
 def fitting(board: Board, states: dict[str, str], steps: dict[str, int], console: Console) -> Group:
     """The same for a screen: of more tasks than it has lines for, those of `in_view`, and how many there are."""
     width, height = console.size
-    columns = COLUMNS if width >= WIDE else NARROW
-    below = _below(board, states, max(1, height // 8))
+    if height < FEWEST_LINES:
+        return Group(Text(counts(states), overflow="fold"))
+    columns = COLUMNS if width >= COLUMNS_WIDTH + max(map(len, states), default=0) else NARROW
+
+    def lines_of(part: RenderableType) -> int:
+        return len(console.render_lines(part))
 
     def group(room: int) -> Group:
         names = in_view(states, room)
-        lines = [counts(states)] * (len(names) < len(states)) + below
-        return Group(table(board, names, states, steps, columns), *(Text(line, overflow="fold") for line in lines))
+        said = [counts(states)] * (len(names) < len(states)) + below
+        return Group(table(board, names, states, steps, columns), *(Text(line, overflow="fold") for line in said))
 
-    most = max(1, min(len(states), height))
-    over = bisect_right(range(1, most + 1), height, key=lambda room: len(console.render_lines(group(room))))
-    return group(max(1, over))  # a name may take several lines
+    most = max(1, height // 8)
+    while True:  # a log's path may take several lines
+        below = _below(board, states, most)
+        if most == 0 or lines_of(Group(*(Text(line, overflow="fold") for line in below))) <= height // 2:
+            break
+        most -= 1
+    if len(states) <= height and lines_of(group(len(states))) <= height:
+        return group(len(states))
+    rooms = range(1, min(len(states), height) + 1)
+    return group(max(1, bisect_right(rooms, height, key=lambda room: lines_of(group(room)))))  # and so may a name
 
 
 def _below(board: Board, states: dict[str, str], most: int) -> list[str]:
     failed = [name for name, state in states.items() if state == "failed"]
-    lines = [f"{name} failed: {log_of(board, name) or 'it left no log'}" for name in failed[:most]]
-    lines += [f"and {len(failed) - most} more failed"] * (len(failed) > most)
-    lines += [f"no news from Slurm ({board.silence}); asked again every minute"] * bool(board.silence)
-    return lines
+    lines = [f"no news from Slurm ({board.silence}); asked again every minute"] * bool(board.silence)
+    lines += [f"{name} failed: {log_of(board, name) or 'it left no log'}" for name in failed[:most]]
+    return lines + [f"and {len(failed) - most} more failed"] * (len(failed) > most)
 
 
 def table(
@@ -166,12 +178,13 @@ def _steps(task: Task) -> int:
 
 def _records(path: Path, last: int = 20) -> list[dict]:
     """The last records of a metrics file; a line that is being written is left out."""
-    if not path.exists():
+    try:
+        with path.open("rb") as file:
+            file.seek(0, 2)
+            file.seek(max(0, file.tell() - 200_000))
+            lines = file.read().splitlines()[-last:]
+    except OSError:  # it isn't there, or has just gone
         return []
-    with path.open("rb") as file:
-        file.seek(0, 2)
-        file.seek(max(0, file.tell() - 200_000))
-        lines = file.read().splitlines()[-last:]
     records = []
     for line in lines:
         try:

@@ -60,12 +60,13 @@ QUESTIONS = (
     Question("hints: against w/o hints", "components_avatar", "components_wo_hints", "parts", "updates"),
     Question("revisits: against w/o revisits", "avatar", "wo_revisits", "parts", "updates"),
     Question("AVATAR w/o replay against GRPO, equal updates and completions", "fresh", "grpo_half", "fresh", "updates"),
+    Question("AVATAR against itself w/o replay, equal completions", "avatar", "fresh", "afterwards", "completions"),
     Question("hints, w/o replay: against w/o hints", "fresh", "fresh_wo_hints", "fresh parts", "updates"),
     Question("revisits, w/o replay: against w/o revisits", "fresh", "fresh_wo_revisits", "fresh parts", "updates"),
     Question("shaping, w/o replay: against w/o shaping", "fresh", "fresh_wo_shaping", "fresh parts", "updates"),
 )
 # Seeds, as in slurm/profiles/tiny.yaml, and fresh.yaml.
-PLANNED = {"primary": 16, "secondary": 16, "controls": 5, "parts": 5, "fresh": 13, "fresh parts": 13}
+PLANNED = {"primary": 16, "secondary": 16, "controls": 5, "parts": 5, "fresh": 13, "afterwards": 13, "fresh parts": 13}
 PLANNED_SWEEP = 3
 SWEEPS = {
     "tas_lambda": [f"tas_lambda_lam_{lam}" for lam in ("0", "0.05", "0.1", "0.3", "0.5", "1.0", "2.0")],

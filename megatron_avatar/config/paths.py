@@ -156,9 +156,12 @@ def check_model(folder: str, key: str = "model.path", needs: tuple[str, ...] = P
     """What is wrong with a Hugging Face folder, in lines that say what to do; nothing is read but names."""
     path = Path(folder)
     if not path.is_dir():
-        if re.fullmatch(r"[\w-]+(\.[\w-]+)*/[\w.-]+", folder) and not path.parent.is_dir():
-            return [f"{key}={folder} is no folder here: models are read from disk alone. To fetch it: {fetch(folder)}, "
-                    f"then {key}=models/{path.name}"]  # fmt: skip
+        published = next((model.hub for model in MODELS.values() if model.hub.endswith(f"/{path.name}")), "")
+        if re.fullmatch(r"[\w-]+(\.[\w-]+)*/[\w.-]+", folder) and not path.parent.is_dir() or published:
+            target = "" if published == folder or not published else folder
+            command = fetch(published or folder, target)
+            return [f"{key}={folder} is no folder here: models are read from disk alone. To fetch it: {command}, "
+                    f"then {key}={target or f'models/{path.name}'}"]  # fmt: skip
         begins = "" if path.is_absolute() else f", which begins at {Path.cwd()}"
         return [f"{key}={folder} is no folder, seen from {os.uname().nodename}: correct the path{begins}"]
     there = {

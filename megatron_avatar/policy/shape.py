@@ -32,11 +32,11 @@ def read_shape(folder: str | Path) -> Shape:
     whole class or its Thinker), with the sizes named above. Raises ValueError where the folder has none of them."""
     path = Path(folder) / "config.json"
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
         model_type = found["model_type"]
     except OSError as error:
         raise ValueError(f"{path} can't be read ({error.strerror}): correct the path") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is no configuration of {NAMES} ({error!r})") from None
     try:
         family = family_of(model_type)
@@ -47,10 +47,15 @@ def read_shape(folder: str | Path) -> Shape:
         vision = found["vision_config"]
         text = found.get("text_config", found)  # VL's older files have the sizes at their top
         # As transformers reads it: beside vision_config, of Qwen2.5-VL's older files in text_config.
-        tied = bool(found.get("tie_word_embeddings") or family is VL and text.get("tie_word_embeddings"))
-        # Families with head norms have a size of their own, which no quotient gives.
-        head = text["head_dim"] if family.head_norms else text.get("head_dim")
-        head = head or text["hidden_size"] // text["num_attention_heads"]
+        tied = found.get("tie_word_embeddings", False) or family is VL and text.get("tie_word_embeddings", False)
+        if type(tied) is not bool:
+            raise TypeError(f"tie_word_embeddings is {tied!r}")
+        if family.head_norms or text.get("head_dim") is not None:  # a size of their own, which no quotient gives
+            head = _sizes(text, ["head_dim"])["head_dim"]
+        else:
+            head = text["hidden_size"] // text["num_attention_heads"]
+        if head < 1:
+            raise ValueError(f"head_dim is {head}")
         shape: Any = SimpleNamespace(
             model_type=model_type,
             text_config=SimpleNamespace(
@@ -61,7 +66,7 @@ def read_shape(folder: str | Path) -> Shape:
         if "audio_config" in found:
             shape.audio_config = SimpleNamespace(**_sizes(found["audio_config"], (*AUDIO, *family.audio_sizes)))
         return shape
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
         raise ValueError(f"{path} is no configuration of {NAMES} ({error!r})") from None
 
 

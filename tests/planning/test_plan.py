@@ -449,11 +449,20 @@ def test_whether_the_head_is_the_embedding_is_read_as_the_policy_reads_it(tmp_pa
     assert read_config(tmp_path).tie_word_embeddings == (where in taken)
 
 
-def test_a_familys_heads_are_given_or_refused(tmp_path):
-    config = json.loads((SHAPES / "qwen3_vl_4b" / "config.json").read_text())
-    del config["text_config"]["head_dim"]  # 128 of the class, not 2560 / 32
+@pytest.mark.parametrize(
+    ("shape", "key", "value"),
+    [*(("qwen3_vl_4b", "head_dim", value) for value in ("absent", None, 0, -1, "128", [128], True)),
+     ("qwen2_5_omni_7b", "num_attention_heads", 0), ("qwen2_5_omni_7b", "tie_word_embeddings", "false"),
+     ("qwen3_vl_8b", "tie_word_embeddings", 1)],
+)  # fmt: skip
+def test_what_is_no_size_is_refused(tmp_path, shape, key, value):
+    config = json.loads((SHAPES / shape / "config.json").read_text())
+    part = config if key == "tie_word_embeddings" else config["text_config"]
+    part[key] = value
+    if value == "absent":  # 128 of the class, not 2560 / 32
+        del part[key]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="head_dim"):
+    with pytest.raises(ValueError, match=key if value != 0 or key == "head_dim" else "ZeroDivision"):
         read_shape(tmp_path)
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from eval.paper.figures.entry import Entry, joined, partial_told, seeds_told, sources
 from eval.paper.figures.folder import Folder, Training
@@ -30,9 +31,9 @@ Systems = dict[str, tuple[dict[int, Training], dict[int, Run]]]
 def by_completions(folder: Folder) -> Entry:
     """Accuracy of the systems against their generated completions, on seeds that all of them have."""
     name, title = "completions", "What generated completions buy"
-    there = _systems(folder)
-    seeds = _shared({name: {*runs} for name, (_, runs) in there.items()})
-    found = {name: own for name, own in there.items() if {*seeds} <= {*own[1]}}
+    there, kinds = _systems(folder)
+    seeds = _shared({name: {*runs} for name, (_, runs) in there.items() if name in kinds})
+    found = {name: own for name, own in there.items() if name in kinds and {*seeds} <= {*own[1]}}
     if len(found) < FEWEST:
         return Entry(name, title, None, reason=f"fewer than {FEWEST} systems of reinforcement learning have answered "
                                                "the held-out samples with the same seeds")  # fmt: skip
@@ -41,46 +42,58 @@ def by_completions(folder: Folder) -> Entry:
     check_comparable(runs)
     points = {name: (round(np.mean([own[0][s].completions for s in seeds])), [_accuracy(own[1][s]) for s in seeds])
               for name, own in found.items()}  # fmt: skip
-    figure = _draw(points, {name: _kind(by_seed[seeds[0]].folder) for name, by_seed in used.items()})
+    figure = _draw(points, kinds)
     caption = joined(
         "Each point: a system's accuracy on the held-out samples at its training's end, greedy and without hints, "
         "against the completions that it generated; updates differ, too. 5:3 is five fresh completions a prompt and "
         "three replayed ones. Points: means over seeds, strokes: their range.",
         seeds_told({name: seeds for name in points}), partial_told(runs),
-        f"Without these seeds, so left out: {', '.join(sorted(there.keys() - found.keys()))}."
+        f"Without these seeds or readable settings, so left out: {', '.join(sorted(there.keys() - found.keys()))}."
         * (len(found) < len(there)),
     )  # fmt: skip
     return Entry(name, title, figure, caption, sources=sources(folder.out, used, runs))
 
 
-def _systems(folder: Folder) -> Systems:
-    """System -> its complete trainings and held-out predictions by seed, of those that generate and whose settings were
-    kept; a link counts once."""
+def _systems(folder: Folder) -> tuple[Systems, dict[str, str]]:
+    """System -> its complete trainings and held-out predictions by seed, of those that generate, a link counted once;
+    and what they do with replay, hints and revisits, of those whose settings can be read."""
     found: Systems = {}
+    kinds = {}
     for path in sorted((folder.out / "runs" / folder.family).glob("*")):
         own = {seed: t for seed, t in folder.complete(path.name).items()
-               if t.system == path.name and "completions_generated" in t.records[-1]
-               and (t.folder / "config.yaml").exists()}  # fmt: skip
-        answers = folder.predictions(path.name, BENCHMARK)
-        if seeds := own.keys() & answers.keys():
-            found[path.name] = {s: own[s] for s in sorted(seeds)}, {s: answers[s] for s in sorted(seeds)}
-    return found
+               if t.system == path.name and t.records[-1].get("completions_generated") is not None}  # fmt: skip
+        answers = {seed: run for seed, run in folder.predictions(path.name, BENCHMARK).items() if run.scored.ids}
+        if seeds := sorted(own.keys() & answers.keys()):
+            found[path.name] = {s: own[s] for s in seeds}, {s: answers[s] for s in seeds}
+            if (kind := _kind(own[seeds[0]].folder)) is not None:
+                kinds[path.name] = kind
+    return found, kinds
 
 
 def _shared(seeds: dict[str, set[int]]) -> list[int]:
-    """Of every system's seeds those for which the systems that have all of them have the most runs together."""
-    common = [seed for seed, _ in Counter(sorted(s for own in seeds.values() for s in own)).most_common()]
-    sets = [common[: size + 1] for size in range(len(common))]
-    return sorted(max(sets, key=lambda s: len(s) * sum({*s} <= own for own in seeds.values()), default=[]))
+    """The seeds that FEWEST systems or more have all of, for which these have the most runs together; none: []."""
+    sets: set[frozenset[int]] = set()
+    for own in seeds.values():
+        sets |= {frozenset(own)} | {one & own for one in sets}
+    runs = {one: len(one) * number for one in sets if (number := sum(one <= own for own in seeds.values())) >= FEWEST}
+    return sorted(max(runs, key=lambda one: (runs[one], sorted(one)), default=[]))
 
 
 def _accuracy(run: Run) -> float:
     return float(np.mean(run.scored.scores["accuracy"]))
 
 
-def _kind(training: Path) -> str:
-    rl = OmegaConf.load(training / "config.yaml").rl
-    return KINDS[2 if rl.n_off else 1 if rl.hints.enabled or rl.revisit_share else 0]
+def _kind(training: Path) -> str | None:
+    """Of KINDS, by the training's own settings; None where they aren't there, or not whole."""
+    try:
+        settings = OmegaConf.load(training / "config.yaml")
+        n_off, hints, revisits = (OmegaConf.select(settings, f"rl.{key}", throw_on_missing=False)
+                                  for key in ("n_off", "hints.enabled", "revisit_share"))  # fmt: skip
+    except (OSError, ValueError, TypeError, YAMLError, OmegaConfBaseException):
+        return None
+    if None in (n_off, hints, revisits):
+        return None
+    return KINDS[2 if n_off else 1 if hints or revisits else 0]
 
 
 def _draw(points: dict[str, tuple[int, list[float]]], kinds: dict[str, str]) -> Figure:
@@ -104,7 +117,7 @@ def _draw(points: dict[str, tuple[int, list[float]]], kinds: dict[str, str]) -> 
         low, high = axes.get_ylim()
         for completions in counts:
             own = sorted((float(np.mean(a)), name) for name, (c, a) in points.items() if c == completions)
-            places = spread([value for value, _ in own], GAP * (high - low))
+            places = spread([value for value, _ in own], min(GAP, 1 / len(own)) * (high - low))
             for (value, name), place in zip(own, places, strict=True):
                 axes.annotate(_label(name), (completions, value), (completions * 1.05, place), fontsize=6.5,
                               va="center", arrowprops=LEADER)  # fmt: skip

@@ -283,7 +283,7 @@ def test_what_lacks_the_seeds_of_most_runs_is_left_out(tmp_path):
         write_predictions(tmp_path, system, seed, 0.5)
     entry = completions.by_completions(Folder(tmp_path, "tiny"))
     assert "Seeds 10, 11, 12." in entry.caption
-    assert "Without these seeds, so left out: of_another_study, wo_revisits." in entry.caption
+    assert "Without these seeds or readable settings, so left out: of_another_study, wo_revisits." in entry.caption
     assert 64 * 50 in {x for line in entry.figure.axes[0].lines for x in line.get_xdata()}, "seeds' mean of completions"
     assert "fewer than 3" in completions.by_completions(Folder(tmp_path / "none", "tiny")).reason
 
