@@ -329,6 +329,22 @@ def test_many_failures_leave_room_for_what_runs(tmp_path):
     assert all(any(name in line for line in shown) for name in few) and not any(" of 10 done" in line for line in shown)
 
 
+def test_paths_of_logs_leave_half_of_the_screen_and_silence_is_told_first(tmp_path):
+    states = {f"task_{n:02}": "failed" if n < 30 else "RUNNING" if n < 34 else "PENDING" for n in range(100)}
+    board = Board(tmp_path, [training(name, tmp_path) for name in states], local=True)
+    for name in states:
+        log = board.tasks[name].log / f"{'a_long_name_' * 15}.log"
+        log.parent.mkdir(parents=True)
+        log.touch()
+    board.silence = "it has no answer"
+    for width, height in ((60, 24), (80, 16), (120, 24), (80, 40)):
+        lines = on_screen(board, states, width, height)
+        assert len(lines) <= height and any("no news from Slurm" in line for line in lines)
+        rows = [line.split()[1] for line in lines if line.startswith("│ task_")]
+        assert sum(states[row] == "RUNNING" for row in rows) >= (2 if height == 16 else 4)
+    assert on_screen(board, states, 80, 5) == ["0 of 100 done, 30 failed, 66 pending, 4 running"]
+
+
 def test_where_there_is_no_terminal_a_line_names_what_has_changed_alone(tmp_path, monkeypatch):
     board = Board(tmp_path, [training(name, tmp_path) for name in "abcd"], local=True)
     course = [{"a": "done", "b": "PENDING", "c": "PENDING", "d": "PENDING"},

@@ -178,6 +178,13 @@ def test_without_slurm_it_says_what_to_type_instead(monkeypatch, tmp_path):
         submit.plan(Path(AVATAR), submit.split(["model.path=m", "data.manifest=d"]))
 
 
+def test_a_plan_asks_for_neither_model_nor_data_and_submits_nothing(prompt):
+    done, lines = prompt(AVATAR, "dry_run=true")
+    assert done.returncode == 0 and "tp 4" in done.stdout and not lines, done.stderr
+    done, lines = prompt(AVATAR, "dry_run=true", "cluster.gpus=6")
+    assert done.returncode == 2 and "multiple of 4 processes" in done.stdout + done.stderr and not lines
+
+
 def test_a_complete_run_is_not_submitted_again(prompt):
     (prompt.work / "runs/avatar_7b").mkdir(parents=True)
     (prompt.work / "runs/avatar_7b/done.json").write_text("{}")

@@ -80,6 +80,8 @@ def test_what_a_member_leaves_out_is_not_set():
         (["sweep=lambda"], "choose one of components, curriculum"),
         (["recipe=avatar_7b"], "nothing to sweep"),
         (["sweep=shaping", "recipe=avatar_7b", "dry_run=true"], "that plans one training"),
+        (["sweep=shaping", "recipe=avatar_7b", "++dry_run=true"], "that plans one training"),
+        (["sweep=shaping", "recipe=avatar_7b", "--dry-run"], "that plans one training"),
         (["sweep=model_size"], "needs model_3b=FOLDER model_7b=FOLDER"),
         (["sweep=shaping", "recipe=avatar_7b", "concurrency=0"], "concurrency=0"),
         (["sweep=shaping", "recipe=avatar_7b", "rl.n_onn=3"], "linear_decay and 4 more: unknown key 'rl.n_onn'"),
@@ -284,6 +286,8 @@ def test_a_dry_run_prints_the_graph_and_writes_nothing(tmp_path, monkeypatch, ca
     assert reproduce.main(["profile=smoke", "--dry-run=full", "only=eval.tiny.grpo.1.held_out"]) == 0
     text = capsys.readouterr().out
     assert "5 tasks, 0 done" in text and "report: to do, 1 x 1 processes, after eval.tiny.grpo.1.held_out" in text
+    assert reproduce.main(["profile=smoke", "--dry-run=full", "only=tiny.grpo.1"]) == 0
+    assert "report: to do, 1 x 1 processes, after prepare, tiny.sft.1, tiny.grpo.1" in capsys.readouterr().out
     assert reproduce.main(["profile=smoke", "--dry-run", "only=none"]) == 2 and "only=none" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["assets"]
 

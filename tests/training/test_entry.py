@@ -42,6 +42,9 @@ def test_known_failures_have_words_and_a_status(failure, status, monkeypatch, ca
         (["recipe=avatar_7b", "model.path=Qwen/Qwen2.5-Omni-7B", "data.manifest=/no.jsonl"],
          "2 things are missing or wrong:\n  model.path=Qwen/Qwen2.5-Omni-7B is no folder here: models are read from "
          "disk alone. To fetch it: .venv/bin/hf download Qwen/Qwen2.5-Omni-7B --local-dir models/Qwen2.5-Omni-7B"),
+        (["recipe=avatar_7b", "model.path=weights/Qwen2.5-Omni-7B", "data.manifest=/no.jsonl"],
+         "To fetch it: .venv/bin/hf download Qwen/Qwen2.5-Omni-7B --local-dir weights/Qwen2.5-Omni-7B, then "
+         "model.path=weights/Qwen2.5-Omni-7B"),
     ],
 )  # fmt: skip
 def test_what_would_not_start_is_said_before_torch_is_imported(arguments, says):

@@ -309,6 +309,29 @@ def test_fresh_completions_are_told_from_those_with_hints_or_revisits(tmp_path, 
     assert "fewer than 3" in completions.by_completions(Folder(tmp_path, "tiny")).reason
 
 
+@given(st.dictionaries(st.integers(0, 7), st.sets(st.integers(0, 4), min_size=1), max_size=7))
+def test_the_shared_seeds_give_the_most_runs_of_three_systems_or_more(seeds):
+    every = itertools.chain.from_iterable(itertools.combinations(range(5), size) for size in range(1, 6))
+    systems = {chosen: sum({*chosen} <= own for own in seeds.values()) for chosen in every}
+    best = max((len(chosen) * number for chosen, number in systems.items() if number >= completions.FEWEST), default=0)
+    found = completions._shared({str(name): own for name, own in seeds.items()})
+    assert len(found) * sum({*found} <= own for own in seeds.values()) == best
+
+
+DAMAGED = ["", "null", "[1]", "rl: null", "rl: {n_off: 0}",
+           "rl: {n_off: ???, revisit_share: 0, hints: {enabled: true}}", "rl: {n_off: 0, revisit_share: 0, hints: null}", "rl:\n\t- x", "{", "rl: ${nothing}"]  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", [*DAMAGED, None])
+def test_a_system_whose_settings_cannot_be_read_is_left_out_and_named(tmp_path, settings):
+    for system in ("grpo", "avatar", "components_wo_tas", "odd"):
+        write_training(tmp_path, system, 10)
+        write_predictions(tmp_path, system, 10, 0.5)
+    path = tmp_path / "runs" / "tiny" / "odd" / "seed_10" / "config.yaml"
+    path.unlink() if settings is None else path.write_text(settings)
+    assert completions.by_completions(Folder(tmp_path, "tiny")).caption.endswith("left out: odd.")
+
+
 @given(st.lists(st.floats(0, 1), max_size=30).map(sorted), st.floats(0.001, 0.2))
 def test_labels_keep_apart_and_close_to_their_points(values, gap):
     places = completions.spread(values, gap)
