@@ -170,7 +170,7 @@ def main(script: Path, arguments: list[str]) -> int:
 
 
 def _submit(script: Path, given: Given) -> int:
-    if [s for s in given.settings if s.partition("=")[0] == "dry_run"][-1:] == ["dry_run=true"]:  # nothing to submit
+    if "dry_run=true" in given.settings:  # nothing to submit
         words = [sys.executable, "-m", "megatron_avatar.train", *with_recipe(script, given.settings)]
         found = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         return subprocess.run(words, env={**os.environ, "PYTHONPATH": found}).returncode  # paths begin where one types

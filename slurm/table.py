@@ -11,6 +11,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 
 from rich.console import Console, Group, RenderableType
@@ -97,7 +98,8 @@ def in_view(states: dict[str, str], room: int) -> list[str]:
 def shown(board: Board, states: dict[str, str], steps: dict[str, int]) -> Group:
     """The table of all tasks, and below it what has failed and why there may be nothing new."""
     lines = _below(board, states, MOST_LOGS)
-    return Group(table(board, list(states), states, steps), *(Text(line, overflow="fold") for line in lines))
+    rows = {name: _cells(board, name, state, steps[name]) for name, state in states.items()}
+    return Group(table(rows), *(Text(line, overflow="fold") for line in lines))
 
 
 def fitting(board: Board, states: dict[str, str], steps: dict[str, int], console: Console) -> Group:
@@ -107,13 +109,17 @@ def fitting(board: Board, states: dict[str, str], steps: dict[str, int], console
         return Group(Text(counts(states), overflow="fold"))
     columns = COLUMNS if width >= COLUMNS_WIDTH + max(map(len, states), default=0) else NARROW
 
+    @cache  # its files are read once a look
+    def row(name: str) -> dict[str, str]:
+        return _cells(board, name, states[name], steps[name])
+
     def lines_of(part: RenderableType) -> int:
         return len(console.render_lines(part))
 
     def group(room: int) -> Group:
-        names = in_view(states, room)
-        said = [counts(states)] * (len(names) < len(states)) + below
-        return Group(table(board, names, states, steps, columns), *(Text(line, overflow="fold") for line in said))
+        rows = {name: row(name) for name in in_view(states, room)}
+        said = [counts(states)] * (len(rows) < len(states)) + below
+        return Group(table(rows, columns), *(Text(line, overflow="fold") for line in said))
 
     most = max(1, height // 8)
     while True:  # a log's path may take several lines
@@ -134,28 +140,30 @@ def _below(board: Board, states: dict[str, str], most: int) -> list[str]:
     return lines + [f"and {len(failed) - most} more failed"] * (len(failed) > most)
 
 
-def table(
-    board: Board, names: list[str], states: dict[str, str], steps: dict[str, int], columns: Sequence[str] = COLUMNS
-) -> Table:
+def table(rows: dict[str, dict[str, str]], columns: Sequence[str] = COLUMNS) -> Table:
     table = Table()
     table.add_column("task", overflow="fold")  # a name is the only thing that may take a second line
     for title in columns:
         table.add_column(title, no_wrap=True)
-    for name in names:
-        task = board.tasks[name]
-        records = _records(task.folder / "metrics.jsonl") if not task.module else []
-        last = records[-1] if records else {}
-        value = last.get("reward", last.get("loss"))
-        pace = _pace(records)
-        left = timedelta(seconds=int(pace * (steps[name] - last["step"]))) if pace and states[name] != "done" else ""
-        color = COLORS.get(states[name], "yellow")
-        cells = dict(zip(COLUMNS, (
-            board.jobs.get(name, ""), f"[{color}]{states[name] or 'not submitted'}[/]",
-            f"{last.get('step', 0)}/{steps[name]}" if steps[name] else "", "" if value is None else f"{value:.3f}",
-            f"{pace:.2f}" if pace else "", str(left), str(failures(task) or ""),
-        ), strict=True))  # fmt: skip
+    for name, cells in rows.items():
         table.add_row(Text(name), *(cells[title] for title in columns))
     return table
+
+
+def _cells(board: Board, name: str, state: str, steps: int) -> dict[str, str]:
+    """What the columns say of a task."""
+    task = board.tasks[name]
+    records = _records(task.folder / "metrics.jsonl") if not task.module else []
+    last = records[-1] if records else {}
+    value = last.get("reward", last.get("loss"))
+    pace = _pace(records)
+    left = timedelta(seconds=int(pace * (steps - last["step"]))) if pace and state != "done" else ""
+    color = COLORS.get(state, "yellow")
+    return dict(zip(COLUMNS, (
+        board.jobs.get(name, ""), f"[{color}]{state or 'not submitted'}[/]",
+        f"{last.get('step', 0)}/{steps}" if steps else "", "" if value is None else f"{value:.3f}",
+        f"{pace:.2f}" if pace else "", str(left), str(failures(task) or ""),
+    ), strict=True))  # fmt: skip
 
 
 def log_of(board: Board, name: str) -> Path | None:

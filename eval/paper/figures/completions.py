@@ -14,14 +14,14 @@ from yaml import YAMLError
 
 from eval.paper.figures.entry import Entry, joined, partial_told, seeds_told, sources
 from eval.paper.figures.folder import Folder, Training
+from eval.paper.figures.from_predictions import HELD_OUT
 from eval.paper.figures.style import FAINT, SERIES, percent, styled
 from eval.paper.results import Run, check_comparable
 
-BENCHMARK = "held_out"
 KINDS = ("fresh, without hints and revisits", "fresh, with hints or revisits", "with replay")
 SHORT = ((r"on_off_ratio_on(\d)_off(\d)", r"\1:\2"), (r"tas_lambda_lam_(.+)", r"λ \1"),
          (r"(components|curriculum|rewards|shaping)_(.+)", r"\2"))  # fmt: skip
-FEWEST = 3
+FEWEST = 3  # systems that make a comparison
 LEADER = {"arrowstyle": "-", "color": FAINT, "linewidth": 0.4}
 GAP = 0.026  # between two labels, of the axis' height
 
@@ -62,7 +62,7 @@ def _systems(folder: Folder) -> tuple[Systems, dict[str, str]]:
     for path in sorted((folder.out / "runs" / folder.family).glob("*")):
         own = {seed: t for seed, t in folder.complete(path.name).items()
                if t.system == path.name and t.records[-1].get("completions_generated") is not None}  # fmt: skip
-        answers = {seed: run for seed, run in folder.predictions(path.name, BENCHMARK).items() if run.scored.ids}
+        answers = {seed: run for seed, run in folder.predictions(path.name, HELD_OUT).items() if run.scored.ids}
         if seeds := sorted(own.keys() & answers.keys()):
             found[path.name] = {s: own[s] for s in seeds}, {s: answers[s] for s in seeds}
             if (kind := _kind(own[seeds[0]].folder)) is not None:
