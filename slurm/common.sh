@@ -4,7 +4,8 @@
 set -euo pipefail
 # Before any Python: the code itself lies in the run's folder.
 SEES_THE_RUN='[[ -r "$AVATAR_SNAPSHOT/snapshot.json" ]] || { echo "error: pre-flight on $(uname -n): $AVATAR_SNAPSHOT, \
-written by the first node, is not there: output_dir must lie on a file system that all nodes share" >&2; exit 2; }
+written by the first node, is not there: output_dir must lie on a file system that all nodes share" >&2
+sleep 1; exit 2; } # srun ends all tasks at the first that fails, and drops words that are on their way
 exec "$@"'
 CODE=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 

@@ -223,6 +223,7 @@ class _Family:
             out = self.folder("predictions", system) / (f"step_{step}" if step else "")
             arguments = [f"model={model}", f"benchmark={benchmark}", f"data={data}", f"out={out}", f"system={system}",
                          f"family={self.name}", f"seed={self.seed}", *control, *own]  # fmt: skip
+            arguments += [f"batch={self.parts['batch']}"] if "batch" in self.parts else []
             if benchmark != "held_out":
                 arguments.append(f"prepared={self.graph.out / 'benchmarks' / benchmark}")
             arguments.append(f"step={step}" if of_run else recipe)

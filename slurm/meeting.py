@@ -23,27 +23,29 @@ READY, GO = b"ready\n", b"go\n"
 
 
 class Missing(RuntimeError):
-    """Not all ranks came; the message is for people, empty on a rank that has nothing to add."""
+    """Not all ranks came. A rank that knows why has said it before the first one leaves: srun then ends them all."""
 
 
 def meet(
-    rank: int, world: int, address: str, port: int, job: str, work: Callable[[], None], where: Callable[[int], str]
-) -> None:
+    rank: int, world: int, address: str, port: int, job: str, work: Callable[[], None], where: Callable[[int], str],
+    say: Callable[[str], object],
+) -> None:  # fmt: skip
     """Do `work` (the imports) and return when all ranks of `job` have done theirs. `where` names a rank and its node.
 
-    Raises Missing where one doesn't come, or is gone, and OSError on rank 0 where the port can't be opened.
+    Raises Missing where one doesn't come, or is gone, with the reason given to `say`, and OSError on rank 0 where the
+    port can't be opened.
     """
     if rank == 0:
-        host = _Host(world, port, job, where)
+        host = _Host(world, port, job, where, say)
         thread = threading.Thread(target=host.run, name="meeting", daemon=True)
         thread.start()
         work()
         host.ready.add(0)
         thread.join()
         if host.reason:
-            raise Missing(host.reason)
+            raise Missing
         return
-    with _connect(address, port) as line:
+    with _connect(address, port, say) as line:
         line.sendall(json.dumps({"job": job, "rank": rank}).encode() + b"\n")
         work()
         line.settimeout(JOIN_S + SAY_S)
@@ -54,7 +56,7 @@ def meet(
     raise Missing
 
 
-def _connect(address: str, port: int) -> socket.socket:
+def _connect(address: str, port: int, tell: Callable[[str], object]) -> socket.socket:
     """Rank 0's task may begin minutes after this one."""
     end, say, host = time.monotonic() + JOIN_S, time.monotonic() + SAY_S, socket.gethostname()
     while True:
@@ -62,8 +64,9 @@ def _connect(address: str, port: int) -> socket.socket:
             return socket.create_connection((address, port), timeout=TRY_S)
         except OSError as error:
             if time.monotonic() > end:
-                raise Missing(f"{address}:{port} can't be reached for {JOIN_S:.0f} s ({error}): check firewalls "
-                              "between the nodes, and what else listens there") from None  # fmt: skip
+                tell(f"{address}:{port} can't be reached for {JOIN_S:.0f} s ({error}): check firewalls between the "
+                     "nodes, and what else listens there")  # fmt: skip
+                raise Missing from None
             if time.monotonic() > say:
                 say = time.monotonic() + 4 * SAY_S
                 print(f"pre-flight: {host} can't reach {address}:{port} yet ({error}): its task may not have begun; a "
@@ -74,10 +77,12 @@ def _connect(address: str, port: int) -> socket.socket:
 class _Host:
     """Rank 0's side, in a thread of its own: it speaks while torch is imported."""
 
-    def __init__(self, world: int, port: int, job: str, where: Callable[[int], str]) -> None:
+    def __init__(
+        self, world: int, port: int, job: str, where: Callable[[int], str], say: Callable[[str], object]
+    ) -> None:
         self.ready: set[int] = set()
         self.reason = ""
-        self._world, self._job, self._where = world, job, where
+        self._world, self._job, self._where, self._say = world, job, where, say
         self._begun: dict[int, float] = {0: time.monotonic()}
         self._lines: dict[socket.socket, int | None] = {}  # connection -> rank
         try:
@@ -100,6 +105,8 @@ class _Host:
                 else:
                     say = time.monotonic() + SAY_S
                     print(f"pre-flight: waiting for {missing}", file=sys.stderr, flush=True)
+        if self.reason:
+            self._say(self.reason)
         for line in self._lines:  # the port is free again by now
             with line, suppress(OSError):
                 if not self.reason:

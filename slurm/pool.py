@@ -76,7 +76,8 @@ class Pool:
                 for child in self.children.values():
                     _signal(child, stopped[0])
             self._collect(by_name, waiting, stopped)
-            for task in list(waiting) if not stopped else []:
+            # A graph in small waits for hundreds of files: they are looked for when there is room.
+            for task in list(waiting) if len(self.children) < self.concurrency and not stopped else []:
                 state = self._state(task, by_name)
                 if state == "failed":
                     waiting.remove(task)

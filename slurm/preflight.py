@@ -117,9 +117,9 @@ def main(run: Path, gpus: int, tmp_gib: float) -> int:
         return refuse(f"the first node's name, {address}, doesn't resolve ({error}): add it to DNS or /etc/hosts of "
                       "this node, or correct cluster.master")  # fmt: skip
     try:
-        meet(rank, world, address, port, os.environ["SLURM_JOB_ID"], _import_torch, where)
-    except Missing as error:
-        return refuse(str(error)) if str(error) else FAILED
+        meet(rank, world, address, port, os.environ["SLURM_JOB_ID"], _import_torch, where, refuse)
+    except Missing:
+        return FAILED
     except OSError as error:
         return refuse(f"port {port} can't be opened ({error}): see what else listens there")
     return _together(run, gpus, tmp_gib, rank, world)

@@ -41,13 +41,18 @@ def join(rank: int, port: int, work, seconds: tuple[float, float] | float, resul
         meeting.JOIN_S, meeting.SAY_S = seconds
     else:
         meeting.time = SimpleNamespace(monotonic=lambda: seconds * time.monotonic(), sleep=time.sleep)
-    began = time.monotonic()
+    began, said = time.monotonic(), []
+
+    def say(reason: str) -> None:
+        time.sleep(0.2)  # on its way
+        said.append((reason, time.monotonic()))
+
     try:
-        meeting.meet(rank, 4, "localhost", port, "7", work, lambda rank: f"rank {rank} on n{rank // 2}")
-        reason = ""
-    except meeting.Missing as error:
-        reason = str(error) or "told to leave"
-    results.put((rank, reason, began, time.monotonic()))
+        meeting.meet(rank, 4, "localhost", port, "7", work, lambda rank: f"rank {rank} on n{rank // 2}", say)
+        reason, when = "", time.monotonic()
+    except meeting.Missing:
+        reason, when = said[0] if said else ("told to leave", time.monotonic())
+    results.put((rank, reason, began, when))
 
 
 BEGUN = multiprocessing.get_context("fork").Barrier(3)
@@ -60,6 +65,10 @@ def die() -> None:
 
 def look_on() -> None:
     BEGUN.wait()
+
+
+def import_on() -> None:
+    time.sleep(2.0)
 
 
 def all_join(works: dict, port: int, *, join_s: float = 20.0, say_s: float = 0.3, faster: float = 0) -> dict:
@@ -108,6 +117,9 @@ def test_ranks_that_never_begin_or_die_are_named(rank, capfd):
     assert found[2][0] == "told to leave"
     found = all_join({0: lambda: None, 1: die, 2: look_on, 3: look_on}, port)
     assert "rank 1 on n0 ended while it imported torch" in found[0][0] and found[2][0] == found[3][0] == "told to leave"
+    assert found[0][2] < min(found[2][2], found[3][2]), "its words come first: srun ends it with the first that leaves"
+    found = all_join({0: import_on, 1: die, 2: look_on, 3: look_on}, port)
+    assert "rank 1 on n0 ended" in found[0][0] and found[0][2] < min(found[2][2], found[3][2]), "while it imports, too"
     found = all_join({2: lambda: None}, port, join_s=1.0, say_s=0.2)  # no rank 0
     assert "can't be reached for 1 s" in found[2][0]
     assert "its task may not have begun; a firewall looks the same" in capfd.readouterr().err

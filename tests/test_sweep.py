@@ -213,6 +213,7 @@ def test_what_a_profile_runs_is_in_a_jobs_snapshot(name, tmp_path):
 def test_a_gate_stands_before_everything_and_is_asked_once(tmp_path):
     profile, settings, _ = read_profile("smoke", tmp_path / "out", [])
     profile["gate"] = {"module": "bench.world", "arguments": ["--limit", "8"]}
+    profile["families"]["tiny"]["batch"] = 7
     graph = Graph(profile, tmp_path / "out", [*settings, "cluster=local"], "3").build()
     tasks = {task.name: task for task in graph.tasks}
     gate = tasks.pop("gate")
@@ -222,6 +223,7 @@ def test_a_gate_stands_before_everything_and_is_asked_once(tmp_path):
         return name == "gate" or any(behind(need) for need in tasks[name].needs if need in tasks or need == "gate")
 
     assert {name for name in tasks if not behind(name)} == {"prepare"} and tasks["tiny.grpo.0"].retries == 3
+    assert all(("batch=7" in task.arguments) is (task.module == "eval.run") for task in tasks.values())
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_avatar.policy.backend import Backend
-from megatron_avatar.resilience.ended import HUNG, tell
+from megatron_avatar.resilience.ended import HUNG, be_heard, tell
 from megatron_avatar.resilience.stopping import StopSignal
 
 TICK_S = 2.0
@@ -107,6 +107,7 @@ class Watchdog:
             print(f"the job ends with status {HUNG}, to be continued from its checkpoint"
                   f"{f'; ranks {missing} gave no answer at all' if missing else ''}", file=sys.stderr, flush=True)
         tell(HUNG)
+        be_heard()
         os._exit(HUNG)
 
     def _stamp(self) -> str:

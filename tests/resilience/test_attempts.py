@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -88,3 +91,19 @@ def test_a_sudden_end_leaves_the_moment_of_its_notice(tmp_path, monkeypatch):
     assert ended.noticed(prefix) == 1000 and ended.told(prefix, 9) == ended.HUNG
     ended.forget(prefix)
     assert ended.noticed(prefix) is None and ended.told(prefix, 9) == 9 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("end", ["sys.exit(2)", "raise KeyError('gone')"])
+@pytest.mark.parametrize("below_srun", [True, False])
+def test_below_srun_the_last_words_come_before_the_end(below_srun, end):
+    """srun ends a step at its first task that fails, and drops what that task has just said."""
+    code = ("import sys; from megatron_avatar.resilience import ended; ended.leave_on_signals(); "
+            f"print('error: why', file=sys.stderr, flush=True); {end}")  # fmt: skip
+    environment = {**os.environ, **({"SLURM_STEP_ID": "0"} if below_srun else {})}
+    with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, env=environment) as child:
+        assert child.stderr.readline() == "error: why\n"
+        if "raise" in end:
+            assert any("KeyError" in line for line in iter(child.stderr.readline, "")), "its traceback, too"
+        said = time.monotonic()
+        assert child.wait() != 0
+        assert (time.monotonic() - said > 0.9 * ended.HEARD_S) is below_srun or not below_srun
