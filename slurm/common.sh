@@ -2,11 +2,13 @@
 # Sourced by the recipe scripts. At a job's first start this file is the checkout's, after a requeue the snapshot's.
 # PYTHON in the environment names another interpreter than the checkout's .venv for the checks on the first node.
 set -euo pipefail
-# Before any Python: the code itself lies in the run's folder.
-SEES_THE_RUN='[[ -r "$AVATAR_SNAPSHOT/snapshot.json" ]] || { echo "error: pre-flight on $(uname -n): $AVATAR_SNAPSHOT, \
-written by the first node, is not there: output_dir must lie on a file system that all nodes share" >&2
-sleep 1; exit 2; } # srun ends all tasks at the first that fails, and drops words that are on their way
-exec "$@"'
+# Of each node, before any Python and container: the code itself lies in the run's folder. A step of its own, as a Python
+# that this one's end stops says that it was told to leave. At the first task that fails srun drops words on their way.
+SEES_THE_RUN='refuse() { echo "error: pre-flight on $(uname -n): $1" >&2; sleep 1; exit 2; }
+[[ -r "$AVATAR_SNAPSHOT/snapshot.json" ]] || refuse "$AVATAR_SNAPSHOT, written by the first node, is not there: \
+output_dir must lie on a file system that all nodes share"
+[[ -z "$1" ]] || command -v "$1" >/dev/null || refuse "$1 is not there: it must lie on a file system that all nodes \
+share, or be on every node, or cluster.python must name another"'
 CODE=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 # train [key=value ...]: one training process for every task of the job. Status 0: the run is done.
@@ -30,12 +32,14 @@ train() {
   export AVATAR_CHAIN="${AVATAR_CHAIN:-$SLURM_JOB_ID}" # restarts without progress are counted by it
 
   trap : USR1 USR2 TERM # the tasks get these too, save their state and leave; the batch shell has to outlive them
-  local srun=(srun --label --kill-on-bad-exit=1 --ntasks-per-node="$SLURM_NTASKS_PER_NODE"
-    ${srun_options[@]+"${srun_options[@]}"}) status=0
+  local srun=(srun --label --kill-on-bad-exit=1) status=0 outside="${command[0]}"
+  local all=("${srun[@]}" --ntasks-per-node="$SLURM_NTASKS_PER_NODE" ${srun_options[@]+"${srun_options[@]}"})
+  ((${#srun_options[@]})) && outside="" # pyxis: the interpreter is the image's
   {
     trap : USR1 USR2 TERM # a subshell has its own
-    "${srun[@]}" bash -c "$SEES_THE_RUN" pre-flight "${command[@]}" -m slurm.preflight "$run" "$gpus" "$tmp_gib" &&
-      "${srun[@]}" "${command[@]}" -m megatron_avatar.train "$@"
+    "${srun[@]}" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 bash -c "$SEES_THE_RUN" sees "$outside" &&
+      "${all[@]}" "${command[@]}" -m slurm.preflight "$run" "$gpus" "$tmp_gib" &&
+      "${all[@]}" "${command[@]}" -m megatron_avatar.train "$@"
   } 2>&1 | (trap '' USR1 USR2 TERM && exec tee -a "$log") || status=$?
   "$python" "$CODE/slurm/ending.py" "$run" "$status" "$log" "$@" # done, over, or to be continued
 }

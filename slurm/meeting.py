@@ -20,23 +20,28 @@ JOIN_S = 600.0  # for all to have begun and to be ready
 SAY_S = 15.0  # between lines about who is missing
 TRY_S = 5.0  # for one connection
 READY, GO = b"ready\n", b"go\n"
+Say = Callable[[str, bool], object]
 
 
 class Missing(RuntimeError):
-    """Not all ranks came. A rank that knows why has said it before the first one leaves: srun then ends them all."""
+    """Not all ranks came. Who knows why has said so before it sends the others away: srun then ends them all."""
 
 
 def meet(
     rank: int, world: int, address: str, port: int, job: str, work: Callable[[], None], where: Callable[[int], str],
-    say: Callable[[str], object],
+    say: Say,
 ) -> None:  # fmt: skip
     """Do `work` (the imports) and return when all ranks of `job` have done theirs. `where` names a rank and its node.
 
-    Raises Missing where one doesn't come, or is gone, with the reason given to `say`, and OSError on rank 0 where the
-    port can't be opened.
+    Raises Missing where one doesn't come, or is gone, or rank 0 can't open the port. The reason is given to `say`,
+    and whether it is one that a stop signal can't explain.
     """
     if rank == 0:
-        host = _Host(world, port, job, where, say)
+        try:
+            host = _Host(world, port, job, where, say)
+        except OSError as error:
+            say(f"port {port} can't be opened ({error}): see what else listens there", True)
+            raise Missing from None
         thread = threading.Thread(target=host.run, name="meeting", daemon=True)
         thread.start()
         work()
@@ -46,7 +51,8 @@ def meet(
             raise Missing
         return
     with _connect(address, port, say) as line:
-        line.sendall(json.dumps({"job": job, "rank": rank}).encode() + b"\n")
+        with suppress(OSError):
+            line.sendall(json.dumps({"job": job, "rank": rank}).encode() + b"\n")
         work()
         line.settimeout(JOIN_S + SAY_S)
         with suppress(OSError):  # rank 0 says why
@@ -56,19 +62,19 @@ def meet(
     raise Missing
 
 
-def _connect(address: str, port: int, tell: Callable[[str], object]) -> socket.socket:
+def _connect(address: str, port: int, say: Say) -> socket.socket:
     """Rank 0's task may begin minutes after this one."""
-    end, say, host = time.monotonic() + JOIN_S, time.monotonic() + SAY_S, socket.gethostname()
+    end, next_line, host = time.monotonic() + JOIN_S, time.monotonic() + SAY_S, socket.gethostname()
     while True:
         try:
             return socket.create_connection((address, port), timeout=TRY_S)
         except OSError as error:
             if time.monotonic() > end:
-                tell(f"{address}:{port} can't be reached for {JOIN_S:.0f} s ({error}): check firewalls between the "
-                     "nodes, and what else listens there")  # fmt: skip
+                say(f"{address}:{port} can't be reached for {JOIN_S:.0f} s ({error}): check firewalls between the "
+                    "nodes, and what else listens there", True)  # fmt: skip
                 raise Missing from None
-            if time.monotonic() > say:
-                say = time.monotonic() + 4 * SAY_S
+            if time.monotonic() > next_line:
+                next_line = time.monotonic() + 4 * SAY_S
                 print(f"pre-flight: {host} can't reach {address}:{port} yet ({error}): its task may not have begun; a "
                       f"firewall looks the same. Tried for {JOIN_S:.0f} s", file=sys.stderr, flush=True)  # fmt: skip
         time.sleep(0.2)
@@ -77,11 +83,9 @@ def _connect(address: str, port: int, tell: Callable[[str], object]) -> socket.s
 class _Host:
     """Rank 0's side, in a thread of its own: it speaks while torch is imported."""
 
-    def __init__(
-        self, world: int, port: int, job: str, where: Callable[[int], str], say: Callable[[str], object]
-    ) -> None:
+    def __init__(self, world: int, port: int, job: str, where: Callable[[int], str], say: Say) -> None:
         self.ready: set[int] = set()
-        self.reason = ""
+        self.reason, self._gone = "", False
         self._world, self._job, self._where, self._say = world, job, where, say
         self._begun: dict[int, float] = {0: time.monotonic()}
         self._lines: dict[socket.socket, int | None] = {}  # connection -> rank
@@ -91,22 +95,22 @@ class _Host:
             self._server = socket.create_server(("", port), backlog=world)
 
     def run(self) -> None:
-        end, say = time.monotonic() + JOIN_S, time.monotonic() + SAY_S
+        end, next_line = time.monotonic() + JOIN_S, time.monotonic() + SAY_S
         with self._server, selectors.DefaultSelector() as selector:
             selector.register(self._server, selectors.EVENT_READ)
             while len(self.ready) < self._world and not self.reason:
                 for key, _ in selector.select(timeout=0.1):
                     self._accept(selector) if key.fileobj is self._server else self._read(key.fileobj, selector)
-                if time.monotonic() < min(say, end) or not (missing := self._missing()):  # rank 0 may just be ready
-                    continue
+                if time.monotonic() < min(next_line, end) or not (missing := self._missing()):
+                    continue  # without a missing one rank 0 is just ready
                 if time.monotonic() > end:
                     self.reason = (f"after {JOIN_S:.0f} s it still waits for {missing}: look at these nodes, or leave "
                                    "them out (sbatch --exclude)")  # fmt: skip
                 else:
-                    say = time.monotonic() + SAY_S
+                    next_line = time.monotonic() + SAY_S
                     print(f"pre-flight: waiting for {missing}", file=sys.stderr, flush=True)
-        if self.reason:
-            self._say(self.reason)
+            if self.reason:  # while all still wait
+                self._say(self.reason, not self._gone)
         for line in self._lines:  # the port is free again by now
             with line, suppress(OSError):
                 if not self.reason:
@@ -138,6 +142,7 @@ class _Host:
         if not said:
             selector.unregister(line)
             if (rank := self._lines.pop(line)) is not None:
+                self._gone = True
                 self.reason = f"{self._where(rank)} ended while it imported torch: its own words are above"
             line.close()
 

@@ -76,13 +76,14 @@ class Pool:
                 for child in self.children.values():
                     _signal(child, stopped[0])
             self._collect(by_name, waiting, stopped)
-            # A graph in small waits for hundreds of files: they are looked for when there is room.
-            for task in list(waiting) if len(self.children) < self.concurrency and not stopped else []:
+            for task in list(waiting):
+                if stopped or len(self.children) >= self.concurrency:  # a look is at hundreds of files
+                    break
                 state = self._state(task, by_name)
                 if state == "failed":
                     waiting.remove(task)
                     self._mark("failed", task.name, True)
-                elif state == "ready" and len(self.children) < self.concurrency:
+                elif state == "ready":
                     waiting.remove(task)
                     self.children[task.name] = self._start(task)
                     self._mark("running", task.name, True)

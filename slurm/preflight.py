@@ -19,10 +19,11 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
-from megatron_avatar.resilience.ended import FAILED, leave_on_signals
+from megatron_avatar.resilience.ended import FAILED, leave_on_signals, tell
 from slurm.meeting import Missing, meet
 
 DEADLINE_S = 90  # once all have imported torch
+LATER_S = 2.0  # than rank 0
 SKEW_S = 5.0
 FREE_BYTES = 2**30  # for the run's logs; space for checkpoints is looked at before
 MARK = ".preflight"
@@ -107,8 +108,12 @@ def main(run: Path, gpus: int, tmp_gib: float) -> int:
     rank, world = int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_NTASKS"])
     host, address, port = socket.gethostname(), os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
 
-    def refuse(problem: str) -> int:
+    def refuse(problem: str, own: bool = True) -> int:
+        """`own`: neither another rank's end nor a stop signal is behind it. Then it is told, as the ranks that srun
+        stops tell that they were asked to leave."""
         print(f"error: pre-flight on {host}: {problem}", file=sys.stderr, flush=True)
+        if own:
+            tell(FAILED)
         return FAILED
 
     try:
@@ -120,8 +125,9 @@ def main(run: Path, gpus: int, tmp_gib: float) -> int:
         meet(rank, world, address, port, os.environ["SLURM_JOB_ID"], _import_torch, where, refuse)
     except Missing:
         return FAILED
-    except OSError as error:
-        return refuse(f"port {port} can't be opened ({error}): see what else listens there")
+    except Exception as error:  # as many as there are ways to install it
+        return refuse(f"torch can't be imported ({type(error).__name__}: {error}): see cluster.python, cluster.modules "
+                      "and the container")  # fmt: skip
     return _together(run, gpus, tmp_gib, rank, world)
 
 
@@ -140,7 +146,7 @@ def _together(run: Path, gpus: int, tmp_gib: float, rank: int, world: int) -> in
                               timeout=timedelta(seconds=DEADLINE_S))  # fmt: skip
     except (RuntimeError, dist.DistError) as error:
         print(f"error: pre-flight on {host}: torch can't meet at {address}:{port} ({str(error).splitlines()[0]})",
-              file=sys.stderr)  # fmt: skip
+              file=sys.stderr, flush=True)  # fmt: skip
         return FAILED
     token = secrets.token_hex(8)
     if rank == 0:
@@ -151,22 +157,26 @@ def _together(run: Path, gpus: int, tmp_gib: float, rank: int, world: int) -> in
     store.set(f"here {rank}", host)
     if missing := await_all(store, "here", world, end):
         if rank == 0:
-            print(f"error: pre-flight: no answer within {DEADLINE_S} s from {missing}: look at these nodes, or leave "
-                  "them out (sbatch --exclude)", file=sys.stderr)  # fmt: skip
-            time.sleep(1)
+            _late(missing)
+        else:
+            time.sleep(LATER_S)  # rank 0's words come first
         return FAILED
     if rank == 0:
         store.set("clock", str(time.time()))
     problems += skew(time.time() if rank == 0 else _time_of(store), float(store.get("clock")))
     problems += shared_folder(run, store.get("token").decode(), min(end, time.monotonic() + 10))
+    if problems:
+        tell(FAILED)
     store.set(f"fit {rank}", "bad" if problems else "good")
     late = await_all(store, "fit", world, end)
     if not late and all(store.get(f"fit {other}") == b"good" for other in range(world)):
         problems += networks(gpus > 0, rank, world, store)
     for problem in problems:
-        print(f"error: pre-flight on {host}, rank {rank}: {problem}", file=sys.stderr)
+        print(f"error: pre-flight on {host}, rank {rank}: {problem}", file=sys.stderr, flush=True)
     store.set(f"done {rank}", "bad" if problems or late else "good")
-    late = await_all(store, "done", world, end + 10)
+    late = await_all(store, "done", world, end + 10) or late
+    if late and rank == 0:
+        _late(late)
     bad = bool(late) or any(store.get(f"done {other}") == b"bad" for other in range(world))
     if rank == 0:
         (run / MARK).unlink(missing_ok=True)
@@ -177,6 +187,11 @@ def _together(run: Path, gpus: int, tmp_gib: float, rank: int, world: int) -> in
     if rank == 0:  # the others ask its store to the end
         await_all(store, "bye", world, time.monotonic() + 5)
     return FAILED if bad else 0
+
+
+def _late(ranks: str) -> None:
+    print(f"error: pre-flight: no answer within {DEADLINE_S} s from {ranks}: look at these nodes, or leave them out "
+          "(sbatch --exclude)", file=sys.stderr, flush=True)  # fmt: skip
 
 
 def _time_of(store) -> float:

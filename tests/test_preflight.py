@@ -43,16 +43,16 @@ def join(rank: int, port: int, work, seconds: tuple[float, float] | float, resul
         meeting.time = SimpleNamespace(monotonic=lambda: seconds * time.monotonic(), sleep=time.sleep)
     began, said = time.monotonic(), []
 
-    def say(reason: str) -> None:
+    def say(reason: str, own: bool) -> None:
         time.sleep(0.2)  # on its way
-        said.append((reason, time.monotonic()))
+        said.append((reason, time.monotonic(), own))
 
     try:
         meeting.meet(rank, 4, "localhost", port, "7", work, lambda rank: f"rank {rank} on n{rank // 2}", say)
-        reason, when = "", time.monotonic()
+        reason, when, own = "", time.monotonic(), False
     except meeting.Missing:
-        reason, when = said[0] if said else ("told to leave", time.monotonic())
-    results.put((rank, reason, began, when))
+        reason, when, own = said[0] if said else ("told to leave", time.monotonic(), False)
+    results.put((rank, reason, began, when, own))
 
 
 BEGUN = multiprocessing.get_context("fork").Barrier(3)
@@ -72,7 +72,8 @@ def import_on() -> None:
 
 
 def all_join(works: dict, port: int, *, join_s: float = 20.0, say_s: float = 0.3, faster: float = 0) -> dict:
-    """Rank -> why it didn't join, when it began and ended; without those that die."""
+    """Rank -> why it didn't join, when it began and ended, and whether that can't be another's end; without those that
+    die."""
     context = multiprocessing.get_context("fork")
     results = context.Queue()
     children = [context.Process(target=join, args=(rank, port, work, faster or (join_s, say_s), results), daemon=True)
@@ -94,8 +95,8 @@ def test_a_slow_import_is_waited_for_and_named_meanwhile(rank, capfd, slow):
     that all others wait for."""
     works = {k: (lambda k=k: time.sleep(2.0 if k == slow else 0.0)) for k in range(4)}
     found = all_join(works, int(os.environ["MASTER_PORT"]))
-    assert {reason for reason, _, _ in found.values()} == {""}, found
-    assert all(ended >= found[slow][1] + 2.0 for _, _, ended in found.values()), "nobody goes on without it"
+    assert {reason for reason, *_ in found.values()} == {""}, found
+    assert all(ended >= found[slow][1] + 2.0 for _, _, ended, _ in found.values()), "nobody goes on without it"
     said = capfd.readouterr().err
     assert f"pre-flight: waiting for rank {slow} on n{slow // 2}, importing torch for " in said, said
 
@@ -104,7 +105,7 @@ def test_ninety_seconds_of_importing_pass_with_the_intervals_as_they_are(rank, c
     """By a clock that runs 45 times as fast."""
     works = {k: (lambda k=k: time.sleep(2.0 if k == 3 else 0.0)) for k in range(4)}
     found = all_join(works, int(os.environ["MASTER_PORT"]), faster=45)
-    assert {reason for reason, _, _ in found.values()} == {""}, found
+    assert {reason for reason, *_ in found.values()} == {""}, found
     lines = [line for line in capfd.readouterr().err.splitlines() if "rank 3" in line]
     assert all("waiting for rank 3 on n1, importing torch for " in line for line in lines)
     assert len(lines) >= 3, "every quarter of a minute"
@@ -114,9 +115,10 @@ def test_ranks_that_never_begin_or_die_are_named(rank, capfd):
     port = int(os.environ["MASTER_PORT"])
     found = all_join({0: lambda: None, 2: lambda: None}, port, join_s=1.0)
     assert "still waits for rank 1 on n0, not begun; rank 3 on n1, not begun" in found[0][0]
-    assert found[2][0] == "told to leave"
+    assert found[2][0] == "told to leave" and found[0][3] is True
     found = all_join({0: lambda: None, 1: die, 2: look_on, 3: look_on}, port)
     assert "rank 1 on n0 ended while it imported torch" in found[0][0] and found[2][0] == found[3][0] == "told to leave"
+    assert found[0][3] is False, "a stop signal may be behind it"
     assert found[0][2] < min(found[2][2], found[3][2]), "its words come first: srun ends it with the first that leaves"
     found = all_join({0: import_on, 1: die, 2: look_on, 3: look_on}, port)
     assert "rank 1 on n0 ended" in found[0][0] and found[0][2] < min(found[2][2], found[3][2]), "while it imports, too"

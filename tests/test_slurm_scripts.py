@@ -20,13 +20,14 @@ from slurm import starting
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(path for path in (ROOT / "slurm").glob("*.sh") if "/common.sh" in path.read_text())
 FAKE_SRUN = """#!/bin/bash
+[[ "$*" != *' sees '* ]] || exec "${@:5}"
 names='^(MASTER_|SRUN_|HDF5_|AVATAR_|NCCL_|PYTHON|SLURM_EXPORT|SLURM_WAIT)'
 { printf '%s\\n' "$@"; echo "cwd=$PWD"; env | grep -E "$names"; } >> "$RECORD"
 [[ "$*" == *preflight* ]] && exit "${PREFLIGHT_STATUS:-0}"
 [[ -n "${SRUN_STATUS:-}" ]] || touch "${AVATAR_ENDED%/*}/done.json"
 exit "${SRUN_STATUS:-0}"
 """
-STOPS = '#!/bin/bash\n[[ "$*" == *preflight* ]] || touch "$AVATAR_ENDED-75"\n'
+STOPS = '#!/bin/bash\n[[ "$*" != *megatron_avatar.train* ]] || touch "$AVATAR_ENDED-75"\n'
 FAKE_SCONTROL = """#!/bin/bash
 case "$1 $2" in
   "show hostnames") printf 'localhost\\nnode2\\n' ;;
@@ -103,13 +104,27 @@ def stopping(tmp_path):
     (tmp_path / "bin" / "srun").write_text(STOPS)
 
 
+def test_a_node_that_lacks_the_run_or_the_interpreter_refuses_before_any_python(submit, tmp_path):
+    def refusal(hide: str, *arguments: str) -> str:
+        (tmp_path / "bin" / "srun").write_text(f"#!/bin/bash\n{hide}\n{FAKE_SRUN}")
+        done, seen = submit(ROOT / "slurm" / "tiny.sh", *arguments)
+        assert done.returncode == 2 and not seen, done.stderr
+        return done.stderr + done.stdout
+
+    node = os.uname().nodename
+    assert f"pre-flight on {node}: " in (said := refusal("export AVATAR_SNAPSHOT=/nowhere"))
+    assert "/nowhere, written by the first node, is not there: output_dir must lie on a file system that all" in said
+    said = refusal("", "cluster.python=/opt/venv/bin/python")
+    assert f"pre-flight on {node}: /opt/venv/bin/python is not there: it must lie on a file system" in said
+
+
 @pytest.mark.parametrize("script", SCRIPTS[::4], ids=lambda path: path.stem)
 def test_starts_one_process_a_task_from_a_snapshot(submit, script, tmp_path):
     options = directives(script)
     done, seen = submit(script, "seed=3", 'name="a b"')
     assert done.returncode == 0, done.stderr
     srun = ["--label", "--kill-on-bad-exit=1", f"--ntasks-per-node={options['ntasks-per-node']}", sys.executable, "-m"]
-    assert seen[:3] == srun[:3] and seen[3] == "bash" and seen[seen.index("slurm.preflight") - 2] == sys.executable
+    assert seen[:5] == srun and seen[5] == "slurm.preflight"
     train = seen.index("megatron_avatar.train")
     assert seen[train - 5 : train] == srun and seen[train + 1] == f"recipe={options['job-name']}"
     assert "seed=3" in seen[train:] and 'name="a b"' in seen[train:]

@@ -9,7 +9,9 @@ from __future__ import annotations
 import atexit
 import os
 import signal
+import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 FAILED = 1
@@ -67,17 +69,24 @@ def noticed(prefix: str) -> float | None:
 
 def be_heard() -> None:
     """Below srun, a process that ends stays for a moment: at the first task that fails srun ends the step, and drops
-    what that task has just said (5 of 100 times on one machine)."""
+    what that task has just said (about 5 times in 100 on one machine)."""
     if "SLURM_STEP_ID" in os.environ:
+        with suppress(OSError, ValueError):  # nobody listens any more
+            sys.stdout.flush()
         time.sleep(HEARD_S)
 
 
-def leave_on_signals() -> None:
-    """Until the training loop takes them over, stop signals end the process at once: there is nothing to save yet.
+def _end_heard() -> None:
+    for number in SIGNALS:  # how it ended stands
+        signal.signal(number, signal.SIG_IGN)
+    be_heard()
 
-    Any other end waits to be heard, that by an exception too, whose traceback is printed before.
-    """
-    atexit.register(be_heard)
+
+def leave_on_signals() -> None:
+    """For a process that srun starts: until the training loop takes them over, stop signals end it at once, as there is
+    nothing to save yet. Any other end, that by an exception too, waits to be heard."""
+    atexit.unregister(_end_heard)  # once
+    atexit.register(_end_heard)
 
     def leave(*_: object) -> None:
         tell(LEFT)

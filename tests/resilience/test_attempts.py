@@ -94,16 +94,28 @@ def test_a_sudden_end_leaves_the_moment_of_its_notice(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("end", ["sys.exit(2)", "raise KeyError('gone')"])
-@pytest.mark.parametrize("below_srun", [True, False])
-def test_below_srun_the_last_words_come_before_the_end(below_srun, end):
-    """srun ends a step at its first task that fails, and drops what that task has just said."""
+def test_below_srun_the_last_words_come_before_the_end_which_stands(tmp_path, end):
+    """srun ends a step at its first task that fails, with a signal to all, and drops what that task has just said."""
     code = ("import sys; from megatron_avatar.resilience import ended; ended.leave_on_signals(); "
             f"print('error: why', file=sys.stderr, flush=True); {end}")  # fmt: skip
-    environment = {**os.environ, **({"SLURM_STEP_ID": "0"} if below_srun else {})}
+    environment = {**os.environ, "SLURM_STEP_ID": "0", "AVATAR_ENDED": str(tmp_path / "ended")}
     with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, env=environment) as child:
         assert child.stderr.readline() == "error: why\n"
         if "raise" in end:
             assert any("KeyError" in line for line in iter(child.stderr.readline, "")), "its traceback, too"
         said = time.monotonic()
-        assert child.wait() != 0
-        assert (time.monotonic() - said > 0.9 * ended.HEARD_S) is below_srun or not below_srun
+        time.sleep(0.2 * ended.HEARD_S)
+        child.terminate()
+        assert child.wait() == (1 if "raise" in end else 2) and not list(tmp_path.iterdir()), "nobody told it to leave"
+        assert time.monotonic() - said > 0.5 * ended.HEARD_S
+
+
+def test_elsewhere_nobody_waits(job):
+    waits: list[float] = []
+    job.setattr(ended.time, "sleep", waits.append)
+    job.delenv("SLURM_STEP_ID", raising=False)
+    ended.be_heard()
+    assert not waits
+    job.setenv("SLURM_STEP_ID", "0")
+    ended.be_heard()
+    assert waits == [ended.HEARD_S]
