@@ -3,8 +3,9 @@
     python -m bench.reference [--write]
 
 Trains the tiny base model on synthetic data with a fixed seed: supervised fine-tuning, and from there GRPO and AVATAR
-through two stages. Every number of bench/results/reference.json comes out identical on the same processor and versions;
-on others they agree within 1e-4. Exit status 1 where they don't. --write keeps the numbers of now: say why they moved.
+through two stages. Every number of bench/results/reference.json comes out identical on the same processor and versions.
+On others they agree within a thousandth of a run's largest, until a token is drawn otherwise, from which on that run is
+another one. Exit status 1 where they don't. --write keeps the numbers of now: say why they moved.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from bench.timing import RESULTS, machine
 ROOT = Path(__file__).resolve().parents[1]
 KEPT = RESULTS / "reference.json"
 KEYS = ("loss", "grad_norm", "reward", "kl", "entropy", "logprob_error", "tokens", "replay/completions", "lr")
-TOLERANCE = 1e-4  # relative, on another processor or other versions
+TOLERANCE = 1e-3  # of a run's largest number of a key, on another processor or other versions
+DRAWN = ("reward", "tokens", "replay/completions")  # by these one sees that a token was drawn otherwise
 SETTINGS = ("log.wandb=disabled", "data.workers=0", "parallel.threads=1", "eval.every=0")
 # Two stages, both of clips and rewards by which a model that has learnt the format alone earns something.
 RL = ("optim.lr=1e-4", "rl.sampling.max_new_tokens=64", "rl.replay.min_fill=4", "rl.hints.patience=1", "~stages.visual",
@@ -71,44 +73,50 @@ def measure() -> Curves:
         return curves
 
 
-def differences(kept: Curves, now: Curves) -> list[tuple[str, Any, Any, float]]:
-    """(run, step and key; kept; now; relative difference) of all that isn't identical."""
+def differences(kept: Curves, now: Curves, *, parting: bool = False) -> list[tuple[str, Any, Any, float]]:
+    """(run, step and key; kept; now; difference) of all that isn't identical; with `parting` up to the step in which a
+    token was drawn otherwise."""
     found = []
     for name in [*kept, *(name for name in now if name not in kept)]:
         before, after = kept.get(name, []), now.get(name, [])
         if len(before) != len(after):
             found.append((f"{name}: steps", len(before), len(after), math.inf))
         for step, (old, new) in enumerate(zip(before, after, strict=False), 1):
+            if parting and any(old.get(key) != new.get(key) for key in DRAWN):
+                break
             for key in old | new:
                 if old.get(key) != new.get(key):
+                    largest = max((abs(r[key]) for r in before if isinstance(r.get(key), int | float)), default=0.0)
                     found.append((f"{name}: step {step}: {key}", old.get(key), new.get(key),
-                                  relative(old.get(key), new.get(key))))  # fmt: skip
+                                  relative(old.get(key), new.get(key), largest)))  # fmt: skip
     return found
 
 
-def relative(old: Any, new: Any) -> float:
-    """|new - old| in units of |old|; infinite where one of them is no number."""
+def relative(old: Any, new: Any, unit: float) -> float:
+    """|new - old| in units of `unit`, unless that is 0; infinite where one of them is no number."""
     if not all(isinstance(value, int | float) for value in (old, new)):
         return math.inf
-    return abs(new - old) / abs(old) if old else abs(new)
+    return abs(new - old) / (unit or 1.0)
 
 
 def judge(kept: dict[str, Any], now: Curves, here: dict[str, Any], console: Console) -> int:
     """Say how `now` compares with what was kept; the exit status."""
     found = differences(kept["curves"], now)
-    other = {key: (kept["machine"].get(key), value) for key, value in here.items() if kept["machine"].get(key) != value}
     if not found:
         console.print(f"identical in {sum(len(record) for steps in now.values() for record in steps)} numbers")
         return 0
-    table = Table("", "kept", "now", "relative difference")
+    other = {key: (kept["machine"].get(key), value) for key, value in here.items() if kept["machine"].get(key) != value}
+    if other:
+        found = differences(kept["curves"], now, parting=True)
+    table = Table("", "kept", "now", "of the largest")
     for place, old, new, ratio in found[:40]:
         table.add_row(place, str(old), str(new), f"{ratio:.1e}")
     console.print(table)
-    worst = max(ratio for *_, ratio in found)
+    worst = max((ratio for *_, ratio in found), default=0.0)
     if other and worst <= TOLERANCE:
         moved = ", ".join(f"{key} {before} -> {after}" for key, (before, after) in other.items())
-        console.print(f"{len(found)} numbers differ by up to {worst:.1e}, as on another machine: {moved}",
-                      soft_wrap=True)  # fmt: skip
+        console.print(f"{len(found)} numbers differ by up to {worst:.1e} before a token is drawn otherwise, as on "
+                      f"another machine: {moved}", soft_wrap=True)  # fmt: skip
         return 0
     console.print(f"{len(found)} numbers differ by up to {worst:.1e}. If that is meant: python -m bench.reference "
                   "--write, and say why in docs/log.md", soft_wrap=True)  # fmt: skip

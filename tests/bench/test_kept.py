@@ -35,10 +35,18 @@ def test_losses_are_identical_or_said_to_differ():
 
 
 def test_another_machine_may_differ_in_the_last_digits_alone():
-    status, said = judged(moved(1.5 * (1 + 5e-5)), {"cpu": "b", "torch": "1"})
+    there = {"cpu": "b", "torch": "1"}
+    status, said = judged(moved(1.5 + 2.0 * 5e-4), there)
     assert status == 0 and "cpu a -> b" in said
-    assert judged(moved(1.5 * (1 + 2e-4)), {"cpu": "b", "torch": "1"})[0] == 1
-    assert reference.relative(None, 1.0) == math.inf and reference.relative(0, 0.25) == 0.25
+    assert judged(moved(1.5 + 2.0 * 2e-3), there)[0] == 1, "in units of the largest loss, 2"
+    assert reference.relative(None, 1.0, 2.0) == math.inf and reference.relative(0, 0.25, 0.0) == 0.25
+
+
+def test_a_token_that_is_drawn_otherwise_makes_another_run_of_it():
+    there, first = {"cpu": "b", "torch": "1"}, KEPT["curves"]["sft"][0]
+    drawn = {"sft": [first, {"loss": 0.1, "tokens": 7}]}
+    assert judged(drawn, there)[0] == 0 and judged(drawn)[0] == 1
+    assert judged({"sft": [first | {"loss": 1.0}, *drawn["sft"][1:]]}, there)[0] == 1, "what came before is compared"
 
 
 def test_figures_get_worse_in_their_own_direction():

