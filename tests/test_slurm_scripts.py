@@ -114,8 +114,8 @@ def test_a_node_that_lacks_the_run_or_the_interpreter_refuses_before_any_python(
     node = os.uname().nodename
     assert f"pre-flight on {node}: " in (said := refusal("export AVATAR_SNAPSHOT=/nowhere"))
     assert "/nowhere, written by the first node, is not there: output_dir must lie on a file system that all" in said
-    said = refusal("", "cluster.python=/opt/venv/bin/python")
-    assert f"pre-flight on {node}: /opt/venv/bin/python is not there: it must lie on a file system" in said
+    said = refusal("", "cluster.python=/nowhere/python")
+    assert f"pre-flight on {node}: /nowhere/python is not there: it must lie on a file system" in said
 
 
 @pytest.mark.parametrize("script", SCRIPTS[::4], ids=lambda path: path.stem)
