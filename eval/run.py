@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> int:
     try:
         return _main(arguments)
     except Exception:
-        ended.tell(ended.FAILED)  # else the others, told to leave, are all that the launcher hears of
+        ended.tell_failure()  # else the others, told to leave, are all that the launcher hears of
         raise
 
 

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_avatar.resilience.ended import FAILED, INTERRUPTED, REFUSED, leave_on_signals, tell
+from megatron_avatar.resilience.ended import FAILED, INTERRUPTED, REFUSED, leave_on_signals, tell, tell_failure
 
 if TYPE_CHECKING:
     from megatron_avatar.config import Config
@@ -78,10 +78,10 @@ def main(arguments: list[str]) -> int:
         return _refuse(error)
     except (LogprobMismatch, NonFiniteUpdates, CheckpointError, *UNSCORED, FloatingPointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        tell(FAILED)
+        tell_failure()
         return FAILED
     except Exception:
-        tell(FAILED)
+        tell_failure()
         raise
     finally:
         stop()

@@ -2,13 +2,14 @@
 # Sourced by the recipe scripts. At a job's first start this file is the checkout's, after a requeue the snapshot's.
 # PYTHON in the environment names another interpreter than the checkout's .venv for the checks on the first node.
 set -euo pipefail
-# Of each node, before any Python and container: the code itself lies in the run's folder. A step of its own, as a Python
-# that this one's end stops says that it was told to leave. At the first task that fails srun drops words on their way.
-SEES_THE_RUN='refuse() { echo "error: pre-flight on $(uname -n): $1" >&2; sleep 1; exit 2; }
+# Of each node, before any Python and container: the code itself lies in the run's folder. In one step with Python, ranks
+# that srun stops would say that they were told to leave. The wait: srun ends all at the first task that fails, and drops
+# words that are on their way; what has refused is not stopped by another's refusal.
+SEES_THE_RUN='refuse() { trap "" TERM USR1 USR2; echo "error: pre-flight on $(uname -n): $1" >&2; sleep 1; exit 2; }
 [[ -r "$AVATAR_SNAPSHOT/snapshot.json" ]] || refuse "$AVATAR_SNAPSHOT, written by the first node, is not there: \
 output_dir must lie on a file system that all nodes share"
 [[ -z "$1" ]] || command -v "$1" >/dev/null || refuse "$1 is not there: it must lie on a file system that all nodes \
-share, or be on every node, or cluster.python must name another"'
+share, or be on every node, or cluster.python or cluster.runtime must name another"'
 CODE=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 # train [key=value ...]: one training process for every task of the job. Status 0: the run is done.

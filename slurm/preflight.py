@@ -125,10 +125,13 @@ def main(run: Path, gpus: int, tmp_gib: float) -> int:
         meet(rank, world, address, port, os.environ["SLURM_JOB_ID"], _import_torch, where, refuse)
     except Missing:
         return FAILED
-    except Exception as error:  # as many as there are ways to install it
-        return refuse(f"torch can't be imported ({type(error).__name__}: {error}): see cluster.python, cluster.modules "
-                      "and the container")  # fmt: skip
-    return _together(run, gpus, tmp_gib, rank, world)
+    except Exception as error:  # as many as there are ways to install torch
+        return refuse(f"it can't begin ({type(error).__name__}: {error}). Where torch can't be imported, see "
+                      "cluster.python, cluster.modules and the container")  # fmt: skip
+    try:
+        return _together(run, gpus, tmp_gib, rank, world)
+    except OSError as error:  # of a folder
+        return refuse(str(error))
 
 
 def _import_torch() -> None:
@@ -147,6 +150,8 @@ def _together(run: Path, gpus: int, tmp_gib: float, rank: int, world: int) -> in
     except (RuntimeError, dist.DistError) as error:
         print(f"error: pre-flight on {host}: torch can't meet at {address}:{port} ({str(error).splitlines()[0]})",
               file=sys.stderr, flush=True)  # fmt: skip
+        if rank == 0:  # the others may miss it
+            tell(FAILED)
         return FAILED
     token = secrets.token_hex(8)
     if rank == 0:
@@ -177,6 +182,8 @@ def _together(run: Path, gpus: int, tmp_gib: float, rank: int, world: int) -> in
     late = await_all(store, "done", world, end + 10) or late
     if late and rank == 0:
         _late(late)
+    if problems and not late:  # all are here: a network's fault is no stopped rank's
+        tell(FAILED)
     bad = bool(late) or any(store.get(f"done {other}") == b"bad" for other in range(world))
     if rank == 0:
         (run / MARK).unlink(missing_ok=True)
@@ -192,6 +199,7 @@ def _together(run: Path, gpus: int, tmp_gib: float, rank: int, world: int) -> in
 def _late(ranks: str) -> None:
     print(f"error: pre-flight: no answer within {DEADLINE_S} s from {ranks}: look at these nodes, or leave them out "
           "(sbatch --exclude)", file=sys.stderr, flush=True)  # fmt: skip
+    tell(FAILED)  # of a preempted one srun would have told within seconds
 
 
 def _time_of(store) -> float:

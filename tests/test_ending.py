@@ -48,6 +48,7 @@ REQUEUED = ["requeue 40"]
     (137, (73,), 137, []),  # told to stop, and killed before all was saved: the next start reads when
     (143, (74,), 75, REQUEUED),
     (1, (1, 74), 1, []),
+    (75, (1, 74), 1, []),  # srun's is the highest: that of a rank that it stopped
     (0, (75,), 75, REQUEUED),
     (76, (76,), 75, REQUEUED),
 ])  # fmt: skip
@@ -69,6 +70,7 @@ def test_a_signal_before_python_could_answer_is_no_failure(job):
 
 @pytest.mark.parametrize(("told", "status", "means"), [
     ((), 138, 75), ((), 140, 75), ((1,), 138, 1), ((2,), 138, 2), ((74,), 138, 75), ((1,), 137, 137), ((), 137, 137),
+    ((1, 74), 75, 1),
 ])  # fmt: skip
 def test_a_command_that_was_noticed_while_it_failed_has_failed(tmp_path, monkeypatch, told, status, means):
     prefix = str(tmp_path / ".ended-x")

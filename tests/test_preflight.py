@@ -102,8 +102,8 @@ def test_a_slow_import_is_waited_for_and_named_meanwhile(rank, capfd, slow):
 
 
 def test_ninety_seconds_of_importing_pass_with_the_intervals_as_they_are(rank, capfd):
-    """By a clock that runs 45 times as fast."""
-    works = {k: (lambda k=k: time.sleep(2.0 if k == 3 else 0.0)) for k in range(4)}
+    """Twice as many, by a clock that runs 45 times as fast."""
+    works = {k: (lambda k=k: time.sleep(4.0 if k == 3 else 0.0)) for k in range(4)}
     found = all_join(works, int(os.environ["MASTER_PORT"]), faster=45)
     assert {reason for reason, *_ in found.values()} == {""}, found
     lines = capfd.readouterr().err.splitlines()
@@ -132,7 +132,7 @@ def test_a_node_that_stops_answering_is_named(rank, tmp_path, capfd):
     rank.setattr(preflight, "DEADLINE_S", 2)
     assert preflight._together(tmp_path, 0, 0.1, 0, 2) == 1
     assert "no answer within 2 s from rank 1 on silver" in capfd.readouterr().err
-    assert not (tmp_path / "ended-1").exists(), "it may have been preempted"
+    assert (tmp_path / "ended-1").exists(), "a preempted one ends, and does not stay silent"
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ def test_a_torch_that_cannot_be_read_is_no_port(rank, tmp_path, capfd):
 
     rank.setattr(preflight, "_import_torch", broken)
     assert preflight.main(tmp_path, 0, 0.1) == 1 and (tmp_path / "ended-1").exists()
-    assert "torch can't be imported (OSError: libcudart.so.12: cannot open" in capfd.readouterr().err
+    assert "begin (OSError: libcudart.so.12: cannot open shared object file). Where" in capfd.readouterr().err
 
 
 def test_a_port_that_is_taken_is_named(rank, tmp_path, capfd):

@@ -42,7 +42,8 @@ def told(prefix: str, status: int) -> int:
     A mistake counts before what came of it; a rank may still fail on its way out with the state saved; and where one
     failed early, the others left because the launcher told them to.
     """
-    meanings = {REFUSED: REFUSED, INTERRUPTED: INTERRUPTED, HUNG: HUNG, FAILED: status or FAILED, LEFT: INTERRUPTED}
+    failed = FAILED if status in (0, INTERRUPTED) else status  # 75 is then that of a rank that srun has stopped
+    meanings = {REFUSED: REFUSED, INTERRUPTED: INTERRUPTED, HUNG: HUNG, FAILED: failed, LEFT: INTERRUPTED}
     return next((means for number, means in meanings.items() if Path(f"{prefix}-{number}").exists()), status)
 
 
@@ -76,8 +77,15 @@ def be_heard() -> None:
         time.sleep(HEARD_S)
 
 
+def tell_failure() -> None:
+    """Tell FAILED, unless a stop signal comes in the next moment: it may have ended another rank already, whose silence
+    is then this one's fault."""
+    be_heard()
+    tell(FAILED)
+
+
 def _end_heard() -> None:
-    for number in SIGNALS:  # how it ended stands
+    for number in SIGNALS:  # how it ended stands from here on
         signal.signal(number, signal.SIG_IGN)
     be_heard()
 

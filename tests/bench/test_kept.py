@@ -43,10 +43,19 @@ def test_another_machine_may_differ_in_the_last_digits_alone():
 
 
 def test_a_token_that_is_drawn_otherwise_makes_another_run_of_it():
-    there, first = {"cpu": "b", "torch": "1"}, KEPT["curves"]["sft"][0]
-    drawn = {"sft": [first, {"loss": 0.1, "tokens": 7}]}
-    assert judged(drawn, there)[0] == 0 and judged(drawn)[0] == 1
-    assert judged({"sft": [first | {"loss": 1.0}, *drawn["sft"][1:]]}, there)[0] == 1, "what came before is compared"
+    there, steps = {"cpu": "b", "torch": "1"}, CURVES["sft"]
+    kept = {"curves": {name: steps for name in ("sft", "grpo", "avatar")}, "machine": KEPT["machine"]}
+
+    def status(here=there, **runs) -> tuple[int, str]:
+        said = io.StringIO()
+        return reference.judge(kept, kept["curves"] | runs, here, Console(file=said, width=200)), said.getvalue()
+
+    late, at_once = [steps[0], {"loss": 0.1, "tokens": 7}], [{"loss": 9.0, "tokens": 7}, steps[1]]
+    assert status(grpo=late)[0] == 0 and "grpo is compared up to step 2" in status(grpo=late)[1]
+    assert status(kept["machine"], grpo=late)[0] == 1
+    assert status(grpo=[steps[0] | {"loss": 1.0}, late[1]])[0] == 1, "what came before is compared"
+    assert status(sft=late)[0] == 1, "nothing is drawn in supervised fine-tuning"
+    assert status(grpo=at_once)[0] == 0 and status(grpo=at_once, avatar=at_once)[0] == 1, "not both by chance"
 
 
 def test_figures_get_worse_in_their_own_direction():
