@@ -157,6 +157,27 @@ def test_a_first_hour_elsewhere(slurm, world, tmp_path):
     assert_equal(run, whole)
 
 
+LACKING = """#!/bin/bash
+# Rank 1 can't import torch.
+[[ "$SLURM_PROCID" != 1 ]] || export PYTHONPATH={broken}:$PYTHONPATH
+exec {python} "$@"
+"""
+
+
+def test_a_rank_that_cannot_import_torch_ends_the_job_for_good_while_the_others_wait(slurm, run, tmp_path):
+    """They are stopped by srun, whose status is then theirs: 75."""
+    broken, python = tmp_path / "broken", tmp_path / "python"
+    (broken / "torch").mkdir(parents=True)
+    (broken / "torch" / "__init__.py").write_text("raise OSError('libcudart.so.12: cannot open shared object file')\n")
+    python.write_text(LACKING.format(python=sys.executable, broken=broken))
+    python.chmod(0o755)
+    run.settings.append(f"cluster.python={python}")
+    run.submit()
+    assert run.wait("FAILED", "COMPLETED", timeout=90) == "FAILED"
+    assert "it can't begin (OSError: libcudart.so.12" in run.text() and "REQUEUE" not in run.text()
+    assert len(run.attempts()) == 1
+
+
 ASKED = [(), ("--gres=gpu:a100:2",), ("--gpus-per-task=1",), ("--gres=none",), ("--gpus-per-node=2",),
          ("--gres=none", "--gpus-per-node=a100:2"), ("--gres=none", "--gpus-per-task=a100:1")]  # fmt: skip
 
