@@ -4,6 +4,7 @@ workers has its own, as tests take nodes away and preempt what runs."""
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -26,8 +27,13 @@ class Slurm:
     environment = staticmethod(cluster.shell)
 
     def run(self, *command: object, **kwargs) -> str:
-        """Output of a command; its error fails the test."""
-        done = subprocess.run(list(map(str, command)), env=cluster.shell(), capture_output=True, text=True, **kwargs)
+        """Output of a command; its error fails the test. A squeue that a broken pipe has ended, as on a busy machine
+        happens, is asked again; the product does so too (queue.ask)."""
+        for _ in range(3):
+            words = list(map(str, command))
+            done = subprocess.run(words, env=cluster.shell(), capture_output=True, text=True, **kwargs)
+            if command[0] != "squeue" or done.returncode != -signal.SIGPIPE:
+                break
         assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}"
         return done.stdout
 
