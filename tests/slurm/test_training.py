@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -148,7 +149,8 @@ def test_a_first_hour_elsewhere(slurm, world, tmp_path):
     assert slurm.wait(second, {"FAILED", "COMPLETED"}, 60) == "FAILED"
     assert f"job {run.job} " in (said := (tmp_path / "second.log").read_text()) and "this run" in said
     run.completes()
-    assert "waiting for rank 3 on n" in run.text() and "importing torch for" in run.text()
+    # On a busy machine others are as long, and stand before it.
+    assert re.search(r"waiting for .*rank 3 on n\d, importing torch for", run.text())
     assert "on its way out something ended with status" in run.text(), "rank 3 was ended, and the run is done"
     assert [a["chain"] for a in run.attempts()] == [run.job] * 2 and run.excused() == [1]
     assert not (elsewhere / ".jobs" / run.job).is_symlink(), "it is over"
