@@ -20,7 +20,7 @@ NOTICED = 73  # told to stop: what is saved after that, and whether in time, the
 LEFT = 74  # told to stop before there was anything to save
 INTERRUPTED = 75  # EX_TEMPFAIL: state is saved, the same command continues
 HUNG = 76  # no sign of life: the same command continues
-HEARD_S = 0.5  # for words on their way
+HEARD_S = 1.0  # for words on their way, as long as common.sh waits: of 0.5 one in 60 came late on a busy machine
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 NOTICES = (128 + signal.SIGUSR1, 128 + signal.SIGUSR2)  # nobody but Slurm sends these
 
